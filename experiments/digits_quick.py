@@ -1,0 +1,73 @@
+"""STARFlow2 on scikit-learn's digits, all stages within ten minutes on two CPU cores. What the quickstart runs.
+
+    starflow2 train --config experiments/digits_quick.py --out runs/digits_quick
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(runlocal: bool = False) -> ConfigDict:
+    """`runlocal` shrinks every stage to a few steps: the same path in about a minute."""
+    c = ConfigDict()
+    c.seed = 0
+    c.cpu_devices = 2  # CPU devices to make where there is no accelerator: one a core
+    c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all that is left
+    c.noise = 0.1  # deviation of the noise added to images, in pixels of [-1, 1]
+
+    c.data = ConfigDict()
+    c.data.source = "digits"  # or a JSONL file of documents
+    c.data.patch = 2  # side of a codec patch, pixels
+
+    c.model = ConfigDict()
+    c.model.grid = (4, 4)
+    c.model.channels = 4
+    c.model.vlm = dict(
+        vocabulary=400, layers=3, width=128, heads=2, kv_heads=1, head_dim=64, mlp_hidden=384,
+        rotary_sections=(8, 12, 12), rotary_theta=1e4, unroll=3,
+    )  # fmt: skip
+    c.model.vlm.vision = dict(
+        layers=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=1, window=2, full_attention_layers=(),
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), unroll=2,
+    )  # fmt: skip
+    c.model.shallow_blocks = 2
+    c.model.shallow = dict(
+        layers=2, width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="gelu_tanh", qk_norm=True, unroll=2
+    )
+    c.model.deep = dict(
+        layers=6, width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="gelu_tanh", qk_norm=True, unroll=6
+    )
+    c.model.deep_rotary_sections = (8, 12, 12)
+    c.model.adapter_hidden = 256
+
+    base = ConfigDict()
+    base.rows = 16  # rows of a batch
+    base.length = 128  # positions of a row
+    base.images = 7  # flow images of a row
+    base.patches = 0  # vision-tower patches of a row
+    base.accumulate = 1  # micro-batches of a step
+    base.text_weight = 1.0  # lambda of L_NF + lambda L_NTP
+    base.ema = 0.998
+    base.caption_drop = 0.1
+    base.optimizer = dict(
+        learning_rate=2e-3, final_fraction=0.02, warmup=50, b1=0.9, b2=0.95, weight_decay=1e-2, clip=1.0
+    )
+    c.order = ("pretrain", "text_to_image", "image_to_text", "joint")  # the stages to run; rows of training/stages.py
+    c.stages = ConfigDict()
+    kinds = ("caption", "read", "sum", "mirror", "count")
+
+    def stage(name, steps, shares, **changes):
+        c.stages[name] = ConfigDict({**base.to_dict(), "steps": steps, "shares": dict(zip(kinds, shares, strict=True)), **changes})
+
+    stage("pretrain", 250, (1.0, 3.0, 2.0, 0.5, 1.0), images=1, patches=64 * 7)
+    stage("text_to_image", 900, (1.0, 0.0, 0.0, 0.0, 0.0))
+    stage("image_to_text", 100, (0.0, 2.0, 1.0, 0.0, 0.0))
+    stage("joint", 900, (3.0, 1.0, 2.0, 1.5, 2.5))
+
+    c.log_every = 10  # steps
+    c.save_every = 500  # steps
+    c.keep = 2  # checkpoints
+    if runlocal:
+        for s in c.stages.values():
+            s.steps = 4
+            s.optimizer.warmup = 2
+    return c

@@ -1,0 +1,164 @@
+"""A checkpoint directory: enough to sample from it anywhere, restorable on another mesh than it was saved on.
+
+    config.json     the experiment's config
+    codec.json      the codec
+    tokenizer/      as `transformers` saves it
+    frozen/         the frozen weights (orbax), frozen.json: their content hash
+    steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from starflow2_jax import sharding
+from starflow2_jax.data import tokenizer as tokenizers
+from starflow2_jax.models.codec import PatchCodec
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or another program's; the message is one sentence."""
+
+
+READ_ERRORS = (ValueError, KeyError, TypeError, OSError)  # what orbax, tensorstore and json raise for damaged files
+
+
+class CheckpointDirectory:
+    def __init__(self, folder: str | Path, keep: int | None = None):
+        self.folder = Path(folder).resolve()
+        self._keep = keep
+        self._manager = None
+
+    @property
+    def manager(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
+            self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
+        return self._manager
+
+    # What does not change during a run.
+
+    def exists(self) -> bool:
+        return (self.folder / "config.json").is_file()
+
+    def create(self, config: ConfigDict, codec: PatchCodec, tokenizer) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(self.folder / "tokenizer"))
+        (self.folder / "codec.json").write_text(json.dumps({"kind": "patch", **asdict(codec)}, indent=1))
+        (self.folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+
+    def config(self) -> ConfigDict:
+        values = self._json("config.json")
+        if not isinstance(values, dict) or not {"model", "stages"} <= set(values):
+            raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
+        return ConfigDict(_tuples(values)).lock()
+
+    def codec(self) -> PatchCodec:
+        values = self._json("codec.json")
+        if not isinstance(values, dict) or values.pop("kind", None) != "patch":
+            raise CheckpointError(f"{self.folder / 'codec.json'} is not a codec of this program")
+        return PatchCodec(**_tuples(values))
+
+    def tokenizer(self):
+        try:
+            return tokenizers.load(self.folder / "tokenizer")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+
+    def _json(self, name: str):
+        if not self.folder.is_dir():
+            raise CheckpointError(f"there is no checkpoint directory {self.folder}")
+        try:
+            return json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder} is not a checkpoint of this program: it has no {name}") from None
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.folder / name} is damaged ({error}); restore it from a copy") from None
+
+    # The frozen weights.
+
+    def save_frozen(self, frozen: dict) -> None:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self.folder / "frozen", frozen, force=True)
+        (self.folder / "frozen.json").write_text(json.dumps({"sha256": content_hash(frozen)}))
+
+    def restore_frozen(self, abstract: dict) -> dict:
+        """`abstract`: shapes and shardings. The content hash is checked."""
+        want = self._json("frozen.json").get("sha256")
+        with ocp.StandardCheckpointer() as checkpointer:
+            frozen = self._read(lambda: checkpointer.restore(self.folder / "frozen", abstract), "frozen weights")
+        if content_hash(frozen) != want:
+            raise CheckpointError(f"the frozen weights in {self.folder} are not those it was trained on (content hash differs)")
+        return frozen
+
+    # The steps.
+
+    def save(self, number: int, trees: dict[str, dict], meta: dict) -> None:
+        """`trees`: "params", "ema", "optimizer". Returns before the files are written; `wait` for them."""
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+        self.manager.save(number, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+
+    def wait(self) -> None:
+        self.manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step() if (self.folder / "steps").is_dir() else None
+
+    def require_latest(self) -> int:
+        self._json("config.json")
+        number = self.latest()
+        if number is None:
+            raise CheckpointError(f"{self.folder} holds no saved step yet; train first")
+        return number
+
+    def meta(self, number: int) -> dict:
+        restored = self._read(
+            lambda: self.manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore())), f"step {number}"
+        )
+        return restored["meta"]
+
+    def restore(self, number: int, abstract: dict[str, dict]) -> dict[str, dict]:
+        """Restore the named trees, placed as `abstract` (shapes and shardings) says."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items() if jax.tree.leaves(tree)}
+        restored = self._read(lambda: self.manager.restore(number, args=ocp.args.Composite(**items)), f"step {number}")
+        return {name: restored[name] if name in items else tree for name, tree in abstract.items()}
+
+    def _read(self, read: Callable, what: str):
+        try:
+            return read()
+        except READ_ERRORS as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise CheckpointError(
+                f"{what} in {self.folder} cannot be restored: it is incomplete, damaged or of another model ({reason})"
+            ) from None
+
+
+def abstract(tree, mesh: jax.sharding.Mesh):
+    """Shapes with the shardings of sharding.PARAMETER_RULES."""
+    return jax.tree.map(
+        lambda s, sharded: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharded), tree, sharding.tree_shardings(tree, mesh)
+    )
+
+
+def content_hash(tree: dict) -> str:
+    """SHA-256 over names, types, shapes and bytes of all arrays, whatever their layout on devices."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(((sharding.path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree))):
+        array = np.asarray(leaf)
+        digest.update(f"{path} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _tuples(values):
+    """JSON has no tuples: lists, at any depth, become tuples."""
+    if isinstance(values, dict):
+        return {k: _tuples(v) for k, v in values.items()}
+    return tuple(_tuples(v) for v in values) if isinstance(values, list) else values

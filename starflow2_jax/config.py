@@ -1,0 +1,93 @@
+"""Experiments are ml_collections configs in Python files; this file loads them, overrides keys and builds what they describe."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import typing
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from starflow2_jax.models.pretzel import PretzelConfig
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message is one sentence for its author."""
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False) -> ConfigDict:
+    """Run `get_config(runlocal)` of an experiment file, apply "key.sub=value" overrides, lock it. Raises ConfigError."""
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    if spec is None or not Path(path).is_file():
+        raise ConfigError(f"there is no experiment file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(runlocal).lock()
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--config.{override} needs a value: --config.{override}=VALUE")
+        assign(config, key, value)
+    return config
+
+
+def assign(config: ConfigDict, key: str, text: str) -> None:
+    """Set `key` ("a.b.c") to the value that `text` spells, of the type it has now; floats take integers."""
+    *parents, last = key.split(".")
+    node = config
+    for i, name in enumerate([*parents, last]):
+        if not isinstance(node, ConfigDict) or name not in node:
+            raise ConfigError(f"there is no config key {key!r}; {_nearest(config, key)}")
+        if i < len(parents):
+            node = node[name]
+    old = node[last]
+    if isinstance(old, ConfigDict):
+        raise ConfigError(f"config key {key!r} is a group; set one of {', '.join(f'{key}.{k}' for k in old)}")
+    try:
+        value = text if isinstance(old, str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(old):
+        raise ConfigError(f"config key {key!r} takes a {type(old).__name__} such as {old!r}, not {text!r}")
+    node[last] = value
+
+
+def _nearest(config: ConfigDict, key: str) -> str:
+    keys = list(_leaves(config))
+    close = difflib.get_close_matches(key, keys, 1, 0.0)
+    return f"did you mean {close[0]!r}?" if close else "the config is empty"
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> typing.Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def build(cls: type, values: ConfigDict | dict):
+    """A dataclass from the values of its fields, nested ones included. Raises ConfigError for an unknown or missing field."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := set(values) - set(fields):
+        name = min(unknown)
+        close = difflib.get_close_matches(name, fields, 1, 0.0)
+        raise ConfigError(f"{cls.__name__} has no field {name!r}; did you mean {close[0]!r}?")
+    kwargs = {}
+    for name, value in values.items():
+        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
+        if nested and value is not None:
+            value = build(nested[0], value)
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+def pretzel(config: ConfigDict) -> PretzelConfig:
+    return build(PretzelConfig, config.model)

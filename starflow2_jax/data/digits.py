@@ -1,0 +1,144 @@
+"""Real handwriting that ships inside scikit-learn (1,797 scans of 8 x 8), as interleaved documents of five kinds."""
+
+from functools import cache
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.tokenizer import SPECIAL_TOKENS, wrap
+
+WORDS = (
+    "zero one two three four five six seven eight nine ten "
+    "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+).split()
+TRAIN = 1500  # scans; the other 297 are held out
+LONGEST_COUNT = 5
+
+CAPTIONS = (
+    "{a} {word}", "draw {a} {word}", "draw the digit {word}", "write {a} {word}", "a picture of {a} {word}", "show the number {word}",
+)  # fmt: skip
+READ = ("which digit is this?", "what number is shown?", "read the digit", "name this number")
+SUM = (("", " plus", " is"), ("add", " and", ":"), ("the sum of", " and", " is"))
+MIRROR = ("mirror it", "flip it left to right", "now its mirror image")
+COUNT = ("count from {first} to {last}", "from {first} up to {last}", "count on from {first} to {last}")
+KINDS = ("caption", "read", "sum", "mirror", "count")
+
+
+@cache
+def scans() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (1797, 8, 8, 1) fp32 in [-1, 1] (the scan's 0..16, over 8, minus 1) and labels (1797,), split order."""
+    from sklearn.datasets import load_digits
+
+    data, order = load_digits(), np.random.RandomState(0).permutation(1797)
+    return (data.images[order, :, :, None] / 8 - 1).astype(np.float32), data.target[order]
+
+
+def split(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels of the "train" (1,500) or "held_out" (297) scans."""
+    part = {"train": slice(0, TRAIN), "held_out": slice(TRAIN, None)}[name]
+    pixels, labels = scans()
+    return pixels[part], labels[part]
+
+
+def caption(label: int, pixels: np.ndarray, wording: int) -> Document:
+    text = CAPTIONS[wording % len(CAPTIONS)].format(a="an" if label == 8 else "a", word=WORDS[label])
+    return [Text(text), Image(pixels, generate=True)]
+
+
+def read(label: int, pixels: np.ndarray, wording: int, via: str = "flow") -> Document:
+    return [Image(pixels, via=via), Text(READ[wording % len(READ)]), Text(" " + WORDS[label], predict=True)]
+
+
+def add(labels, pixels, total_pixels: np.ndarray | None, wording: int, via: str = "flow") -> Document:
+    """`total_pixels`: a scan of the sum, where it is below ten."""
+    before, between, after = SUM[wording % len(SUM)]
+    parts: Document = [Text(before)] if before else []
+    parts += [Image(pixels[0], via=via), Text(between), Image(pixels[1], via=via), Text(after)]
+    parts.append(Text(" " + WORDS[labels[0] + labels[1]], predict=True))
+    return parts if total_pixels is None else [*parts, Image(total_pixels, generate=True)]
+
+
+def mirror(pixels: np.ndarray, wording: int) -> Document:
+    return [Image(pixels), Text(MIRROR[wording % len(MIRROR)]), Image(pixels[:, ::-1], generate=True)]
+
+
+def count(first: int, pixels: list[np.ndarray], wording: int) -> Document:
+    """Count up from `first`, one scan a number."""
+    last = WORDS[first + len(pixels) - 1]
+    parts: Document = [Text(COUNT[wording % len(COUNT)].format(first=WORDS[first], last=last))]
+    for i, scan in enumerate(pixels):
+        parts += [Text(" " + WORDS[first + i], predict=True), Image(scan, generate=True)]
+    return parts
+
+
+def show(document: Document) -> Document:
+    """The same document with its images shown through the vision tower, every word of it to be predicted."""
+    return [Text(p.text, True) if isinstance(p, Text) else Image(p.pixels, via="vit") for p in document]
+
+
+class DigitDocuments:
+    """An endless, deterministic source: document i depends on (seed, i) alone. `weights`: kind -> share of documents.
+
+    `caption_drop`: share of captions left out; `vit`: show the images through the vision tower instead (stage 0).
+    """
+
+    def __init__(self, weights: dict[str, float], seed: int, caption_drop: float = 0.0, vit: bool = False, name="train"):
+        if unknown := set(weights) - set(KINDS):
+            raise ValueError(f"unknown kinds of documents {sorted(unknown)}; there are {', '.join(KINDS)}")
+        self.pixels, self.labels = split(name)
+        self.of_label = [np.flatnonzero(self.labels == digit) for digit in range(10)]
+        self.kinds = list(weights)
+        self.shares = np.array([weights[k] for k in self.kinds]) / sum(weights.values())
+        self.seed, self.caption_drop, self.vit = seed, caption_drop, vit
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> Document:
+        rng = np.random.default_rng((self.seed, index))
+        document = getattr(self, "_" + self.kinds[rng.choice(len(self.kinds), p=self.shares)])(rng)
+        return show(document) if self.vit else document
+
+    def _scan(self, rng, digit: int) -> np.ndarray:
+        return self.pixels[rng.choice(self.of_label[digit])]
+
+    def _caption(self, rng) -> Document:
+        i, wording = rng.integers(len(self.labels)), rng.integers(len(CAPTIONS))
+        document = caption(self.labels[i], self.pixels[i], wording)
+        return document[1:] if rng.random() < self.caption_drop else document
+
+    def _read(self, rng) -> Document:
+        i, wording = rng.integers(len(self.labels)), rng.integers(len(READ))
+        return read(self.labels[i], self.pixels[i], wording)
+
+    def _sum(self, rng) -> Document:
+        digits, wording = rng.integers(0, 10, 2), rng.integers(len(SUM))
+        scans = [self._scan(rng, d) for d in digits]
+        total = digits.sum()
+        return add(digits, scans, self._scan(rng, total) if total < 10 else None, wording)
+
+    def _mirror(self, rng) -> Document:
+        return mirror(self.pixels[rng.integers(len(self.labels))], rng.integers(len(MIRROR)))
+
+    def _count(self, rng) -> Document:
+        first = rng.integers(0, 9)
+        length = rng.integers(2, min(LONGEST_COUNT, 10 - first) + 1)
+        return count(first, [self._scan(rng, first + i) for i in range(length)], rng.integers(len(COUNT)))
+
+
+def make_tokenizer():
+    """A byte-level BPE trained on the documents' wordings, with Qwen's special tokens; as any other in `transformers`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [" " + word for word in WORDS] + [*READ, *MIRROR] + [part for parts in SUM for part in parts]
+    for word in WORDS:
+        corpus += [t.format(a=article, word=word) for t in CAPTIONS for article in ("a", "an")]
+        corpus += [t.format(first=word, last=other) for t in COUNT for other in WORDS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return wrap(tokenizer)

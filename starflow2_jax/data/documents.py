@@ -1,0 +1,116 @@
+"""Documents: lists of text and image parts. Data sources make them, the sampler takes and returns them."""
+
+import json
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pillow
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    predict: bool = False  # does it count as a prediction in training
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    pixels: np.ndarray  # (height, width, C) fp32 in [-1, 1]
+    generate: bool = False  # does it count as a prediction in training
+    via: str = "flow"  # how the model sees it: "flow" tokens, or "vit" (the VLM's own vision tower, to understand only)
+
+
+Document = list[Text | Image]
+
+
+class DocumentError(ValueError):
+    """A document that cannot be read or does not fit; the message is one sentence for its author."""
+
+
+def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
+    """An image file -> (height, width, C) fp32 in [-1, 1]; `channels` 1 (gray) or 3. `peak` is the value of white."""
+    try:
+        with Pillow.open(path) as image:
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
+    except FileNotFoundError:
+        raise DocumentError(f"the image {path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
+        raise DocumentError(f"the image {path} cannot be read ({error}); give a PNG or JPEG file") from None
+    return pixels.reshape(*pixels.shape[:2], channels) * (2 / peak) - 1
+
+
+def write_image(path: str | Path, pixels: np.ndarray) -> None:
+    """(height, width, C) in [-1, 1] -> a PNG file."""
+    as_pillow(pixels).save(path)
+
+
+def as_pillow(pixels: np.ndarray) -> Pillow.Image:
+    levels = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+    return Pillow.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def from_json(parts: object, folder: Path, channels: int) -> Document:
+    """The JSON form of a document: a list of {"text": str, "predict": bool} and {"image": path, "generate": bool, "via": str}.
+
+    Image paths are relative to `folder`. Raises DocumentError.
+    """
+    if not isinstance(parts, list) or not parts:
+        raise DocumentError('a document is a non-empty list of {"text": ...} and {"image": ...} parts')
+    return [_part(i, part, folder, channels) for i, part in enumerate(parts)]
+
+
+def _part(i: int, part: object, folder: Path, channels: int) -> Text | Image:
+    kinds = {"text": {"text": str, "predict": bool}, "image": {"image": str, "generate": bool, "via": str}}
+    kind = next((k for k in kinds if isinstance(part, dict) and k in part), None)
+    if kind is None:
+        raise DocumentError(f'part {i} of the document is neither {{"text": ...}} nor {{"image": ...}}')
+    for key, value in part.items():
+        if not isinstance(value, kinds[kind].get(key, ())):
+            raise DocumentError(f"part {i} of the document: {key!r} is not a key of a {kind} part, or its value has the wrong type")
+    if kind == "text":
+        return Text(**part)
+    if part.get("via", "flow") not in ("flow", "vit"):
+        raise DocumentError(f'part {i} of the document: "via" is "flow" or "vit", not {part["via"]!r}')
+    return Image(read_image(folder / part["image"], channels), part.get("generate", False), part.get("via", "flow"))
+
+
+def read_document(path: str | Path, channels: int) -> Document:
+    """A JSON file of one document -> Document."""
+    path = Path(path)
+    return from_json(_parse(path, _read_text(path)), path.parent, channels)
+
+
+class JsonlDocuments(Rows):
+    """One's own training data: a JSONL file, one document (see `from_json`) a line; images are read when asked for."""
+
+    def __init__(self, path: str | Path, channels: int):
+        self.path, self.channels = Path(path), channels
+        self.lines = [line for line in _read_text(self.path).split("\n") if line.strip()]
+        if not self.lines:
+            raise DocumentError(f"{path} has no documents")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Document:
+        where = f"{self.path}, document {index}"
+        try:
+            return from_json(_parse(where, self.lines[index]), self.path.parent, self.channels)
+        except DocumentError as error:
+            raise DocumentError(f"{where}: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"{path} cannot be read as text ({error})") from None
+
+
+def _parse(where, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{where} is not valid JSON ({error})") from None

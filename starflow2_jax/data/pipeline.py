@@ -1,0 +1,176 @@
+"""Documents -> packed batches of Sequences, with grain: deterministic, the position saved and restored."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import grain
+import numpy as np
+
+from starflow2_jax import sequence
+from starflow2_jax.data.documents import Document, DocumentError, Image
+from starflow2_jax.data.tokenizer import TokenIds
+from starflow2_jax.models import qwen_vision
+from starflow2_jax.sequence import Sequence, VisionInput
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Static sizes of a batch."""
+
+    rows: int  # B
+    length: int  # S
+    images: int  # M, flow images of a row
+    patches: int = 0  # P, vision-tower patches of a row; 0: no vision input
+
+
+class Encoder:
+    """Turns a Document into the features of one sequence: tokens, positions, latents, what is predicted."""
+
+    def __init__(self, tokenizer, codec, vision: qwen_vision.VisionConfig | None = None):
+        self.tokenizer, self.codec, self.vision = tokenizer, codec, vision
+        self.ids = TokenIds.of(tokenizer)
+        self.tokenize = lru_cache(100_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+    def __call__(self, document: Document, closed: bool = True) -> dict[str, np.ndarray]:
+        """Features with leading axes s (positions), m (flow images) and p (patches).
+
+        `closed`: end with <|im_end|>, counted as a prediction where the part before it is; else open for more.
+        """
+        runs, images, seen = [], [], []
+        predicted = False
+        for part in document:
+            predicted = part.generate if isinstance(part, Image) else part.predict
+            if isinstance(part, Image):
+                runs += self._image(part, images, seen)
+            else:
+                runs.append((self.tokenize(part.text), sequence.TEXT, float(predicted), None))
+        if closed:
+            runs.append(([self.ids.end], sequence.TEXT, float(predicted), None))
+        h, w = self.codec.grid
+        return {
+            **_lay_out(runs),
+            "latents": np.stack([self._latents(i) for i in images]) if images else np.zeros((0, h * w, self.codec.channels), np.float32),
+            "image_weight": np.array([i.generate for i in images], np.float32),
+            **self._patches(seen),
+        }
+
+    def _image(self, part: Image, images: list, seen: list) -> list:
+        flow = part.via == "flow"
+        if flow:
+            images.append(part)
+        else:
+            if self.vision is None:
+                raise DocumentError("this model has no vision tower; show the image via \"flow\"")
+            if part.generate:
+                raise DocumentError("an image shown via \"vit\" cannot be generated; use via \"flow\"")
+            seen.append(part)
+        h, w = self.codec.grid if flow else qwen_vision.merged_grid(self.vision, part.pixels.shape[:2])
+        weight = float(part.generate)
+        return [
+            ([self.ids.vision_start], sequence.TEXT, weight, None),
+            ([self.ids.image] * (h * w), sequence.FLOW if flow else sequence.VIT, 0.0, (h, w)),
+            ([self.ids.vision_end], sequence.TEXT, weight, None),
+        ]
+
+    def _latents(self, part: Image) -> np.ndarray:
+        try:
+            return self.codec.encode(part.pixels[None])[0].reshape(-1, self.codec.channels).astype(np.float32)
+        except ValueError as error:
+            raise DocumentError(str(error)) from None
+
+    def _patches(self, seen: list[Image]) -> dict[str, np.ndarray]:
+        if self.vision is None:
+            return {}
+        width = self.vision.patch_width
+        parts = [qwen_vision.preprocess(self.vision, p.pixels) for p in seen]
+        counts = [len(p["patches"]) for p in parts]
+        windows = np.cumsum([0] + [p["window"].max() + 1 for p in parts])
+        return {
+            "patches": np.concatenate([np.zeros((0, width), np.float32)] + [p["patches"] for p in parts]),
+            "coordinates": np.concatenate([np.zeros((0, 2), np.int32)] + [p["coordinates"] for p in parts]),
+            "image": np.repeat(np.arange(len(parts), dtype=np.int32), counts),
+            "window": np.concatenate([np.zeros(0, np.int32)] + [p["window"] + o for p, o in zip(parts, windows, strict=False)]),
+        }  # fmt: skip
+
+
+def _lay_out(runs) -> dict[str, np.ndarray]:
+    """Runs of (token ids, modality, weight, grid or None) -> the features of positions, rotary positions included."""
+    tokens, modality, weight, positions, offset = [], [], [], [], 0
+    for ids, kind, w, grid in runs:
+        tokens += ids
+        modality += [kind] * len(ids)
+        weight += [w] * len(ids)
+        if grid is None:
+            positions.append(sequence.text_positions(offset, len(ids)))
+            offset += len(ids)
+        else:
+            where, offset = sequence.image_positions(offset, grid)
+            positions.append(where)
+    return {
+        "tokens": np.array(tokens, np.int32),
+        "modality": np.array(modality, np.int32),
+        "text_weight": np.array(weight, np.float32),
+        "positions": np.concatenate(positions).astype(np.int32),
+    }
+
+
+def lengths(shape: Shape, vision: bool) -> dict[str, int]:
+    """How long each feature of a row is."""
+    positions = dict.fromkeys(("tokens", "modality", "text_weight", "positions"), shape.length)
+    images = dict.fromkeys(("latents", "image_weight"), shape.images)
+    patches = dict.fromkeys(("patches", "coordinates", "image", "window"), shape.patches) if vision and shape.patches else {}
+    return positions | images | patches
+
+
+def to_sequence(batch: dict[str, np.ndarray]) -> Sequence:
+    """Packed features (B, ...), with the packer's segment ids, -> a Sequence of numpy arrays."""
+    vision = None
+    if "patches" in batch:
+        document = batch["patches_segment_ids"]  # ids of images and windows become unique in the row
+        vision = VisionInput(
+            patches=batch["patches"],
+            coordinates=batch["coordinates"],
+            image=np.where(document > 0, document * 1000 + batch["image"], 0),
+            window=np.where(document > 0, document * 100_000 + batch["window"], 0),
+        )
+    names = ("tokens", "modality", "positions", "text_weight", "latents", "image_weight")
+    return Sequence(segments=batch["tokens_segment_ids"], vision=vision, **{n: batch[n] for n in names})
+
+
+def batches(source, encoder: Encoder, shape: Shape) -> grain.IterDataset:
+    """An endless grain dataset of Sequences: several documents packed in a row, none cut."""
+    want = lengths(shape, encoder.vision is not None)
+
+    def encode(document: Document) -> dict[str, np.ndarray]:
+        features = encoder(document)
+        for name, most in want.items():
+            if len(features[name]) > most:
+                raise DocumentError(
+                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise the sizes of the batch"
+                )
+        return {name: features[name] for name in want}
+
+    dataset = grain.MapDataset.source(source).map(encode).repeat().to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    )
+    packed = grain.experimental.FirstFitPackIterDataset(
+        dataset, length_struct=want, num_packing_bins=shape.rows, shuffle_bins=False
+    )
+    return packed.batch(shape.rows).map(to_sequence)
+
+
+def collate(features: list[dict[str, np.ndarray]], shape: Shape) -> Sequence:
+    """One document a row, right padded: what the sampler and the evaluation feed."""
+    vision = any("patches" in f and len(f["patches"]) for f in features)
+    batch = {}
+    for name, most in lengths(shape, vision).items():
+        rows = np.zeros((len(features), most, *features[0][name].shape[1:]), features[0][name].dtype)
+        for row, f in zip(rows, features, strict=True):
+            if len(f[name]) > most:
+                raise DocumentError(f"a document needs {len(f[name])} {name} but the model was given room for {most}")
+            row[: len(f[name])] = f[name]
+        batch[name] = rows
+    for name in ("tokens", "patches") if vision else ("tokens",):
+        filled = [len(f[name]) for f in features]
+        batch[f"{name}_segment_ids"] = (np.arange(batch[name].shape[1]) < np.array(filled)[:, None]).astype(np.int32)
+    return to_sequence(batch)

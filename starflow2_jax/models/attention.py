@@ -1,0 +1,87 @@
+"""Attention: masks, the kernel, the key/value cache and rotary angles."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+MASKED = -1e30  # finite, so that a row that sees nothing stays a number
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer of one causal stack, and how much of each row is filled.
+
+    `length` is the number of positions row b has read. A call with S new positions writes slots length .. length+S-1;
+    what lies beyond `length` is never seen, so a row is rewound (or right padding dropped) by lowering its `length`.
+    """
+
+    keys: jax.Array  # (L, B, C, J, K)
+    values: jax.Array  # (L, B, C, J, K)
+    length: jax.Array  # (B,) int32
+
+    @classmethod
+    def empty(cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "KVCache":
+        shape = (layers, batch, slots, kv_heads, head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def write_slots(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Write `new` (B, S, ...) into `stored` (B, C, ...) from slot start[b] on."""
+
+    def row(a, b, s):
+        return jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), s, axis=0)
+
+    return jax.vmap(row)(stored, new, start)
+
+
+def causal_mask(segments: jax.Array) -> jax.Array:
+    """(B, S, S) bool: query s sees key c <= s of its own document (`segments` (B, S), equal ids see each other)."""
+    size = segments.shape[1]
+    return (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((size, size), bool))
+
+
+def cached_mask(length: jax.Array, steps: int, slots: int) -> jax.Array:
+    """(B, steps, slots) bool: new position i of row b sees the slots up to and with its own, length[b] + i."""
+    last = length[:, None] + jnp.arange(steps)
+    return jnp.arange(slots) <= last[:, :, None]
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Softmax attention, logits and softmax in fp32.
+
+    q (B, S, H, K); k, v (B, C, J, K) with J dividing H; mask (B, S, C) or broadcastable, True where visible.
+    Logits are scaled by K^-0.5 and divided by `temperature`. Returns (B, S, H, K) in q's dtype.
+    """
+    B, S, H, K = q.shape
+    J = k.shape[2]
+    q = (q * (K**-0.5 / temperature)).reshape(B, S, J, H // J, K)
+    logits = jnp.einsum("bsjrk,bcjk->bjrsc", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask[:, None, None], logits, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bjrsc,bcjk->bsjrk", weights, v).reshape(B, S, H, K)
+
+
+def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...]) -> jax.Array:
+    """Qwen2.5-VL's rotary angles (B, S, K/2) fp32: `sections` of the frequencies follow each axis of
+    positions (B, S, 3): time, row, column."""
+    if sum(sections) != head_dim // 2:
+        raise ValueError(f"rotary sections {sections} must sum to head_dim / 2 = {head_dim // 2}")
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=head_dim // 2)
+    return positions.astype(jnp.float32)[..., axis] * frequencies
+
+
+def rotate(x: jax.Array, angles: jax.Array, style: str) -> jax.Array:
+    """Rotate pairs of channels of x (B, S, H, K) by angles (B, S, K/2), or (S, K/2), in fp32.
+
+    style "interleaved": pairs (2i, 2i+1); "half": pairs (i, i + K/2).
+    """
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    x32 = x.astype(jnp.float32)
+    if style == "interleaved":
+        a, b = x32[..., 0::2], x32[..., 1::2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    else:
+        a, b = jnp.split(x32, 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turned.astype(x.dtype)

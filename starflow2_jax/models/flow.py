@@ -1,0 +1,267 @@
+"""Autoregressive affine flows over the tokens of one image (TarFlow, arXiv 2412.06329; STARFlow, arXiv 2506.06276).
+
+Training maps data to noise (`forward`), sampling inverts (`inverse`), both through the same causal conditioner.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from starflow2_jax.models import attention
+from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
+
+SOFTPLUS_ONE = 0.541324854612918  # softplus of this is 1
+TEXT_PAIRS = 8  # rotary pairs that a model which takes text gives to the text axis
+
+# (mean, scale) conditional, (mean, scale) unconditional, index of the prediction -> (mean, scale)
+Guide = Callable[[tuple, tuple, jax.Array], tuple]
+
+
+def gaussian(raw: jax.Array, scale: str, soft_clip: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Network output (..., 2D) -> mean and scale (..., D), fp32. `scale`: "softplus" (STARFlow) or "exp" (TarFlow)."""
+    raw = raw.astype(jnp.float32)
+    if soft_clip:
+        raw = soft_clip * jnp.tanh(raw / soft_clip)
+    a, b = jnp.split(raw, 2, axis=-1)
+    return b, jnp.exp(a) if scale == "exp" else jax.nn.softplus(a + SOFTPLUS_ONE)
+
+
+def normalize(h: jax.Array, mean: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """z = (h - mean) / scale and its elementwise log-determinant, fp32."""
+    return (h.astype(jnp.float32) - mean) / scale, -jnp.log(scale)
+
+
+def grid_angles(grid, side, head_dim: int, theta: float, text: int | None) -> jax.Array:
+    """STARFlow's rotary table (rows, K/2): `text` rows first, if any, then one row an image token in raster order.
+
+    grid (h, w); side: of the training grid. `text` None: a model without text, whose pairs all go to row and column.
+    """
+    h, w = grid
+    image_pairs = head_dim // 2 - (0 if text is None else TEXT_PAIRS)
+    f = theta ** (-2 * jnp.arange(image_pairs // 2) / image_pairs)
+    rows = jnp.repeat(jnp.arange(h), w) / (h * w) ** 0.5 * side
+    columns = jnp.tile(jnp.arange(w), h) / (h * w) ** 0.5 * side
+    image = jnp.concatenate([rows[:, None] * f, columns[:, None] * f], axis=-1)
+    if text is None:
+        return image
+    g = theta ** (-jnp.arange(TEXT_PAIRS) / TEXT_PAIRS)
+    image = jnp.pad(image, ((0, 0), (0, TEXT_PAIRS)))
+    prefix = (jnp.arange(text) / max(text, 1) * side)[:, None] * g
+    return jnp.concatenate([jnp.pad(prefix, ((0, 0), (2 * f.size, 0))), image])
+
+
+@dataclass(frozen=True)
+class FlowBlockConfig:
+    """One block. `grid` (h, w) tokens in raster order, N = h w, of `channels` D."""
+
+    grid: tuple[int, int]
+    channels: int
+    transformer: TransformerConfig
+    flip: bool = False  # read the raster backwards
+    start: str = "token"  # "token": a learned start token; "shift": the first token keeps mean 0 and scale 1
+    scale: str = "softplus"  # or "exp"
+    soft_clip: float = 0.0  # c tanh(o / c) on both network outputs; 0: none
+    positions: str = "rotary"  # or "learned"
+    rotary_theta: float = 1e4
+    rotary_text: int | None = None  # text rows of the rotary table; None: a model without text
+    rotary_side: float = 0.0  # side of the training grid; 0: this grid's
+    final_norm: bool = False
+    classes: int = 0  # class embedding added at every token; a negative label is the null class, their mean
+    prefix_channels: int = 0  # text features as a prefix of the sequence
+
+
+@struct.dataclass
+class Context:
+    """What a block is conditioned on: `label` (B,) int, or `prefix` (B, T, prefix_channels), or nothing."""
+
+    label: jax.Array | None = None
+    prefix: jax.Array | None = None
+
+
+class FlowBlock(nn.Module):
+    cfg: FlowBlockConfig
+
+    def setup(self):
+        c, t = self.cfg, self.cfg.transformer
+        self.proj_in = dense(t.width, "proj_in", True, t.dtype)
+        self.stack = Transformer(t)
+        self.proj_out = dense(2 * c.channels, "proj_out", True, "float32", gain=0.0)
+        tokens = c.grid[0] * c.grid[1]
+        if c.final_norm:
+            self.norm = Norm("rms_zero")
+        if c.start == "token":
+            self.start_token = self.param("start_token", nn.initializers.normal(1.0), (c.channels,))
+        if c.positions == "learned":
+            self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (tokens, t.width))
+        if c.classes:
+            self.class_embedding = self.param("class_embedding", nn.initializers.normal(0.01), (c.classes, t.width))
+        if c.prefix_channels:
+            self.proj_prefix = dense(t.width, "proj_prefix", True, t.dtype)
+
+    @property
+    def slots(self) -> int:
+        """Positions the conditioner runs over: one a token, or one less where the first needs no prediction."""
+        return self.cfg.grid[0] * self.cfg.grid[1] - (self.cfg.start == "shift")
+
+    def __call__(self, h, context: Context = Context()):
+        return self.forward(h, context)
+
+    def forward(self, h: jax.Array, context: Context = Context()) -> tuple[jax.Array, jax.Array]:
+        """h (B, N, D) -> z and the elementwise log-determinant, both (B, N, D) fp32, in raster order."""
+        h = self._order(h.astype(jnp.float32))
+        B, _, D = h.shape
+        seen = h[:, :-1]
+        if self.cfg.start == "token":
+            seen = jnp.concatenate([jnp.broadcast_to(self.start_token, (B, 1, D)), seen], axis=1)
+        x, angles = self._embed(seen, jnp.arange(self.slots), context)
+        prefix = 0 if context.prefix is None else context.prefix.shape[1]
+        if prefix:
+            x = jnp.concatenate([self.proj_prefix(context.prefix), x], axis=1)
+            angles = None if angles is None else self._angles(prefix)[: prefix + self.slots]
+        x, _ = self.stack(x, angles, attention.causal_mask(jnp.zeros(x.shape[:2], jnp.int32)))
+        mean, scale = self._head(x[:, prefix:])
+        if self.cfg.start == "shift":
+            mean, scale = (jnp.pad(a, ((0, 0), (1, 0), (0, 0)), constant_values=v) for a, v in ((mean, 0), (scale, 1)))
+        z, logdet = normalize(h, mean, scale)
+        return self._order(z), self._order(logdet)
+
+    def inverse(
+        self,
+        z: jax.Array,
+        context: Context = Context(),
+        unconditional: Context | None = None,
+        guide: Guide | None = None,
+        temperature: float = 1.0,
+    ) -> jax.Array:
+        """z (B, N, D) -> h (B, N, D), token by token through a key/value cache.
+
+        With `guide`, a second pass under `unconditional`, its attention logits divided by `temperature`, is mixed in.
+        """
+        z = self._order(z.astype(jnp.float32))
+        B, N, D = z.shape
+        passes = [(context, 1.0)] + ([(unconditional, temperature)] if guide else [])
+        caches = [self._prefill(c, B) for c, _ in passes]
+        first = N - self.slots
+        begin = jnp.broadcast_to(self.start_token, (B, D)) if self.cfg.start == "token" else z[:, 0]
+
+        def step(block, carry, slot_and_z):
+            previous, caches = carry
+            slot, z_slot = slot_and_z
+            outputs, grown = [], []
+            for (ctx, heat), cache in zip(passes, caches, strict=True):
+                x, angles = block._embed(previous[:, None], slot[None], ctx)
+                x, cache = block.stack(x, angles, cache=cache, temperature=heat)
+                outputs.append(tuple(o[:, 0] for o in block._head(x)))
+                grown.append(cache)
+            mean, scale = guide(*outputs, slot) if guide else outputs[0]
+            h = mean + scale * z_slot
+            return (h, grown), h
+
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=0, out_axes=1)
+        _, h = scan(self, (begin, caches), (jnp.arange(self.slots), jnp.moveaxis(z[:, first:], 1, 0)))
+        return self._order(jnp.concatenate([z[:, :first], h], axis=1))
+
+    def _order(self, x: jax.Array) -> jax.Array:
+        return x[:, ::-1] if self.cfg.flip else x
+
+    def _angles(self, prefix: int = 0) -> jax.Array | None:
+        c = self.cfg
+        if c.positions != "rotary":
+            return None
+        text = prefix if prefix or c.rotary_text is None else 0
+        return grid_angles(
+            c.grid, c.rotary_side or c.grid[0], c.transformer.head, c.rotary_theta, None if c.rotary_text is None else text
+        )
+
+    def _embed(self, seen, slots, context: Context):
+        """Tokens (B, S, D) at `slots` (S,) -> embeddings (B, S, E), angles (S, K/2)."""
+        c = self.cfg
+        x = self.proj_in(seen)
+        if c.positions == "learned":
+            x = x + self._order(self.position_embedding[None])[0][slots]
+        if c.classes:
+            null = jnp.mean(self.class_embedding, axis=0)
+            embedded = null if context.label is None else jnp.where(
+                context.label[:, None] < 0, null, self.class_embedding[context.label]
+            )
+            x = x + embedded.reshape(-1, 1, x.shape[-1])
+        angles = self._angles()
+        return x, None if angles is None else angles[slots]
+
+    def _head(self, x):
+        return gaussian(self.proj_out(self.norm(x) if self.cfg.final_norm else x), self.cfg.scale, self.cfg.soft_clip)
+
+    def _prefill(self, context: Context, batch: int) -> attention.KVCache:
+        prefix = 0 if context.prefix is None else context.prefix.shape[1]
+        cache = self.stack.empty_cache(batch, prefix + self.slots)
+        if prefix:
+            angles = self._angles(prefix)
+            _, cache = self.stack(self.proj_prefix(context.prefix), None if angles is None else angles[:prefix], cache=cache)
+        return cache
+
+
+class Flow(nn.Module):
+    """A chain of blocks, the first nearest the data. Only blocks that take a condition see the context."""
+
+    blocks: tuple[FlowBlockConfig, ...]
+
+    def setup(self):
+        self.chain = [FlowBlock(cfg, name=f"block_{i}") for i, cfg in enumerate(self.blocks)]
+
+    def __call__(self, h, context: Context = Context()):
+        return self.forward(h, context)
+
+    def forward(self, h: jax.Array, context: Context = Context()) -> tuple[jax.Array, jax.Array]:
+        """h (B, N, D) -> z (B, N, D) and the log-determinant of the chain, elementwise (B, N, D)."""
+        states, logdets = self.trace(h, context)
+        return states[-1], sum(logdets)
+
+    def trace(self, h: jax.Array, context: Context = Context()) -> tuple[list[jax.Array], list[jax.Array]]:
+        """What leaves each block and each block's elementwise log-determinant, (B, N, D) each."""
+        states, logdets = [], []
+        for block in self.chain:
+            h, logdet = block.forward(h, self._context(block, context))
+            states.append(h)
+            logdets.append(logdet)
+        return states, logdets
+
+    def inverse(
+        self,
+        z: jax.Array,
+        context: Context = Context(),
+        unconditional: Context | None = None,
+        guide: Guide | None = None,
+        temperature: float = 1.0,
+    ) -> jax.Array:
+        """z (B, N, D) -> h (B, N, D). Guidance acts in the blocks that take a condition; the arguments are FlowBlock's."""
+        for block in reversed(self.chain):
+            if guide and (block.cfg.classes or block.cfg.prefix_channels):
+                other = self._context(block, unconditional or Context())
+                z = block.inverse(z, self._context(block, context), other, guide, temperature)
+            else:
+                z = block.inverse(z, self._context(block, context))
+        return z
+
+    @staticmethod
+    def _context(block: FlowBlock, context: Context) -> Context:
+        return Context(
+            context.label if block.cfg.classes else None, context.prefix if block.cfg.prefix_channels else None
+        )
+
+
+def nll(z: jax.Array, logdet: jax.Array) -> jax.Array:
+    """Negative log-likelihood in nats per dimension, without the constant 0.5 ln 2 pi, of each sample (B,).
+
+    0.5 mean(z^2) - mean(logdet) over the tokens and channels of z, logdet (B, N, D) (flow.md of STARFlow and TarFlow alike).
+    """
+    axes = tuple(range(1, z.ndim))
+    return 0.5 * jnp.mean(z**2, axes) - jnp.mean(logdet, axes)
+
+
+def alternating(first: FlowBlockConfig, count: int, flip_odd: bool = True) -> tuple[FlowBlockConfig, ...]:
+    """`count` copies of a block whose scan order alternates; TarFlow's order flips the odd ones, STARFlow's the even ones."""
+    return tuple(replace(first, flip=bool(i % 2) == flip_odd) for i in range(count))

@@ -1,0 +1,178 @@
+"""The pre-norm Transformer that every stream is built from, and its parts."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.models import attention
+from starflow2_jax.models.attention import KVCache
+from starflow2_jax.sharding import constrain
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    layers: int
+    width: int  # E
+    heads: int  # H
+    mlp_hidden: int  # F
+    kv_heads: int = 0  # J; 0: as many as heads
+    head_dim: int = 0  # K; 0: width / heads
+    norm: str = "rms"  # "layer", "rms" (x w), "rms_zero" (x (1 + w))
+    norm_eps: float = 1e-6
+    activation: str = "gelu"
+    gated_mlp: bool = False  # act(gate) * up
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm of each head of q and k, before the rotation
+    post_norm: bool = False  # RMS norm after attention and after the MLP
+    rotary: str = "interleaved"  # how channels pair up: "interleaved" or "half"
+    dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
+    remat: bool = False  # recompute a layer in the backward pass
+    unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in fp32, returned in x's dtype."""
+
+    kind: str = "rms"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        E = x.shape[-1]
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        if self.kind == "rms_zero":
+            y = y * (1 + self.param("scale", nn.initializers.zeros, (E,)))
+        else:
+            y = y * self.param("scale", nn.initializers.ones, (E,))
+        if self.kind == "layer":
+            y = y + self.param("bias", nn.initializers.zeros, (E,))
+        return y.astype(x.dtype)
+
+
+def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.0) -> nn.DenseGeneral:
+    """A linear map with fan-in initialisation of variance `gain`^2 / fan-in."""
+    init = nn.initializers.variance_scaling(gain**2, "fan_in", "normal") if gain else nn.initializers.zeros
+    return nn.DenseGeneral(features, axis=axis, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention with grouped key/value heads."""
+
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, angles, mask, stored, start, temperature):
+        c = self.cfg
+        q = dense((c.heads, c.head), "query", c.qkv_bias, c.dtype)(x)
+        k = dense((c.kv, c.head), "key", c.qkv_bias, c.dtype)(x)
+        v = dense((c.kv, c.head), "value", c.qkv_bias, c.dtype)(x)
+        if c.qk_norm:
+            q, k = Norm("rms_zero", c.norm_eps, name="query_norm")(q), Norm("rms_zero", c.norm_eps, name="key_norm")(k)
+        if angles is not None:
+            q, k = attention.rotate(q, angles, c.rotary), attention.rotate(k, angles, c.rotary)
+        q = constrain(q, "batch", "sequence", "heads", None)
+        if stored is not None:
+            k, v = (attention.write_slots(old, new, start) for old, new in zip(stored, (k, v), strict=True))
+        out = attention.attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, temperature)
+        out = dense(c.width, "out", c.out_bias, c.dtype, axis=(-2, -1), gain=(2 * c.layers) ** -0.5)(out)
+        return out, None if stored is None else (k, v)
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear; or the gated form act(gate(x)) * up(x)."""
+
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.cfg
+        act = ACTIVATIONS[c.activation]
+        up = dense(c.mlp_hidden, "up", c.mlp_bias, c.dtype)(x)
+        hidden = act(dense(c.mlp_hidden, "gate", c.mlp_bias, c.dtype)(x)) * up if c.gated_mlp else act(up)
+        hidden = constrain(hidden, "batch", "sequence", "hidden")
+        return dense(c.width, "down", c.mlp_bias, c.dtype, gain=(2 * c.layers) ** -0.5)(hidden)
+
+
+class Layer(nn.Module):
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, stored, which, angles, mask, start, temperature):
+        c = self.cfg
+        mask = mask if which is None else mask[which]
+        y, stored = Attention(c, name="attention")(
+            Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, stored, start, temperature
+        )
+        x = x + (Norm("rms_zero", c.norm_eps, name="attention_post_norm")(y) if c.post_norm else y)
+        y = MLP(c, name="mlp")(Norm(c.norm, c.norm_eps, name="mlp_norm")(x))
+        x = x + (Norm("rms_zero", c.norm_eps, name="mlp_post_norm")(y) if c.post_norm else y)
+        return constrain(x, "batch", "sequence", "embed"), stored
+
+
+class Transformer(nn.Module):
+    """The layers, scanned: parameters carry a leading axis L. No final norm."""
+
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array | None,
+        mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        temperature: float = 1.0,
+        mask_of_layer: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x (B, S, E), angles (B, S, K/2) or None, mask (B, S, S) -> y (B, S, E) and the cache grown by S positions.
+
+        Give `mask` where all positions are here, `cache` where the earlier ones are in it (it brings its own mask).
+        With `mask_of_layer` (L,) int, `mask` is a stack (A, B, S, S) and layer l sees through mask[mask_of_layer[l]].
+        """
+        stored, start = None, None
+        if cache is not None:
+            stored, start = (cache.keys, cache.values), cache.length
+            mask = attention.cached_mask(start, x.shape[1], cache.keys.shape[2])
+        layer = nn.remat(Layer, prevent_cse=False) if self.cfg.remat else Layer
+        scan = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.cfg.layers,
+            unroll=self.cfg.unroll,
+        )
+        x, stored = scan(self.cfg, name="layers")(
+            x, stored, mask_of_layer, angles, mask, start, temperature
+        )
+        if cache is not None:
+            cache = KVCache(*stored, cache.length + x.shape[1])
+        return x, cache
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        c = self.cfg
+        return KVCache.empty(c.layers, batch, slots, c.kv, c.head, jnp.dtype(c.dtype))

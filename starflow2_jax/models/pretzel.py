@@ -1,0 +1,197 @@
+"""Pretzel: the frozen VLM stream and the trainable flow stream, stacked and tied by two residual skips (arXiv 2605.08029)."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from starflow2_jax import sequence
+from starflow2_jax.models import attention
+from starflow2_jax.models.attention import KVCache
+from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
+from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.models.qwen import Qwen, QwenConfig
+from starflow2_jax.sequence import Sequence, Step
+
+FROZEN = ("vlm",)  # parameter groups (top-level names) of pretrained parts; all others are trainable
+
+
+@dataclass(frozen=True)
+class PretzelConfig:
+    vlm: QwenConfig
+    grid: tuple[int, int]  # image tokens, N = h w
+    channels: int  # D
+    shallow: TransformerConfig  # of one block
+    shallow_blocks: int
+    deep: TransformerConfig
+    adapter_hidden: int
+    deep_rotary_theta: float = 1e4
+    deep_rotary_sections: tuple[int, ...] = (8, 12, 12)
+    soft_clip: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def shallow_chain(self) -> tuple[FlowBlockConfig, ...]:
+        block = FlowBlockConfig(self.grid, self.channels, self.shallow, final_norm=True, soft_clip=self.soft_clip)
+        return alternating(block, self.shallow_blocks, flip_odd=self.shallow_blocks % 2 == 0)
+
+
+@struct.dataclass
+class Caches:
+    """Keys and values of both streams; both have read the same positions."""
+
+    vlm: KVCache
+    deep: KVCache
+
+    @property
+    def length(self) -> jax.Array:
+        return self.vlm.length
+
+    def rewind(self, length: jax.Array) -> "Caches":
+        """Forget what lies beyond `length` (B,)."""
+        return Caches(self.vlm.replace(length=length), self.deep.replace(length=length))
+
+
+@struct.dataclass
+class Output:
+    """What position t says of t + 1, and, from a Sequence, what the shallow flow made of its images."""
+
+    text: jax.Array  # (B, S, E_vlm): hidden states for the text head
+    mean: jax.Array | None  # (B, S, D) fp32: of the next image token u; None without the deep stream
+    scale: jax.Array | None  # (B, S, D) fp32
+    caches: Caches | None = None
+    u: jax.Array | None = None  # (B, M, N, D) fp32
+    logdet: jax.Array | None = None  # (B, M, N, D) fp32, elementwise
+
+
+class Adapter(nn.Module):
+    """u and its slot in the image -> the VLM's embedding space: linear, GELU, linear. [ours]"""
+
+    cfg: PretzelConfig
+
+    @nn.compact
+    def __call__(self, u: jax.Array, slot: jax.Array) -> jax.Array:
+        c = self.cfg
+        x = dense(c.adapter_hidden, "in", True, c.deep.dtype)(u)
+        x = x + nn.Embed(c.tokens, c.adapter_hidden, name="slot")(slot)
+        return dense(c.vlm.width, "out", True, c.vlm.dtype)(ACTIVATIONS["gelu"](x))
+
+
+class Pretzel(nn.Module):
+    """One call trains, prefills and decodes. Parameters: `vlm` is frozen, everything else trainable."""
+
+    cfg: PretzelConfig
+
+    def setup(self):
+        c = self.cfg
+        zero = nn.initializers.zeros
+        self.vlm = Qwen(c.vlm)
+        self.shallow = Flow(c.shallow_chain)
+        self.adapter = Adapter(c)
+        self.embed_u = nn.Dense(c.deep.width, dtype=c.deep.dtype)
+        self.embed_slot = nn.Embed(c.tokens, c.deep.width, dtype=c.deep.dtype)
+        self.embed_y = nn.Dense(c.deep.width, dtype=c.deep.dtype)
+        self.deep = Transformer(c.deep)
+        self.deep_norm = Norm("rms_zero")
+        self.head = nn.Dense(2 * c.channels, kernel_init=zero)
+        self.w_vlm = nn.Dense(c.deep.width, use_bias=False, kernel_init=zero, dtype=c.deep.dtype)
+        self.w_d = nn.Dense(c.vlm.width, use_bias=False, kernel_init=zero, dtype=c.deep.dtype)
+
+    def __call__(self, inputs: Sequence | Step, caches: Caches | None = None, skips: bool = True, deep: bool = True) -> Output:
+        """Run all positions of a Sequence, or those of a Step after what `caches` hold (a Sequence fills caches too).
+
+        `skips`: whether W_vlm and W_D are open; `deep`: whether the deep flow runs at all (a stage without it needs none).
+        """
+        u = logdet = None
+        if isinstance(inputs, Sequence):
+            u, logdet = self.encode(inputs.latents)
+            u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), inputs.slot)
+        else:
+            u_here = inputs.u
+        is_flow = (inputs.modality == sequence.FLOW)[..., None]
+        slot = self._slot_in_image(inputs)
+
+        x = jnp.where(is_flow, self.adapter(u_here, slot), self.vlm.embed(inputs.tokens))
+        if isinstance(inputs, Sequence) and inputs.vision is not None:
+            seen = _read(self.vlm.see(inputs.vision), inputs.slot)
+            x = jnp.where((inputs.modality == sequence.VIT)[..., None], seen.astype(x.dtype), x)
+        mask = attention.causal_mask(inputs.segments) if caches is None else None
+        y_vlm, vlm_cache = self.vlm(x, inputs.positions, mask, caches.vlm if caches else None)
+        if not deep:
+            return Output(y_vlm, None, None, None, u, logdet)
+
+        image_in = self.embed_u(u_here) + self.embed_slot(slot)
+        c = jnp.where(is_flow, image_in + self.w_vlm(y_vlm) if skips else image_in, self.embed_y(y_vlm))
+        angles = attention.multimodal_angles(
+            inputs.positions, self.cfg.deep.head, self.cfg.deep_rotary_theta, self.cfg.deep_rotary_sections
+        )
+        y_d, deep_cache = self.deep(c, angles, mask, caches.deep if caches else None)
+        y_d = self.deep_norm(y_d)
+        mean, scale = gaussian(self.head(y_d), "softplus", self.cfg.soft_clip)
+        text = y_vlm + self.w_d(y_d).astype(y_vlm.dtype) if skips else y_vlm
+        grown = Caches(vlm_cache, deep_cache) if caches else None
+        return Output(text, mean, scale, grown, u, logdet)
+
+    def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The shallow flow: latents (B, M, N, D) -> u and its elementwise log-determinant, both (B, M, N, D) fp32."""
+        B, M, N, D = latents.shape
+        u, logdet = self.shallow.forward(latents.reshape(B * M, N, D))
+        return u.reshape(B, M, N, D), logdet.reshape(B, M, N, D)
+
+    def decode(self, u: jax.Array) -> jax.Array:
+        """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D)."""
+        return self.shallow.inverse(u)
+
+    def text_logits(self, text: jax.Array) -> jax.Array:
+        """Hidden states (B, S, E_vlm) -> logits (B, S, V) fp32."""
+        return self.vlm.logits(text)
+
+    def text_head(self) -> jax.Array:
+        """The text head's matrix (V, E_vlm)."""
+        return self.vlm.head()
+
+    def empty_caches(self, batch: int, slots: int) -> Caches:
+        return Caches(self.vlm.empty_cache(batch, slots), self.deep.empty_cache(batch, slots))
+
+    def _slot_in_image(self, inputs) -> jax.Array:
+        """(B, S): which of its image's N tokens a FLOW position is: rows and columns count from the image's time."""
+        time, row, column = jnp.moveaxis(inputs.positions, -1, 0)
+        return jnp.where(inputs.modality == sequence.FLOW, (row - time) * self.cfg.grid[1] + column - time, 0)
+
+
+def _read(source: jax.Array, slot: jax.Array) -> jax.Array:
+    """source (B, T, D), slot (B, S) -> (B, S, D)."""
+    return jnp.take_along_axis(source, slot[..., None], axis=1, mode="clip")
+
+
+def split(params: dict) -> tuple[dict, dict]:
+    """The parameter groups of a Pretzel -> (frozen, trainable)."""
+    frozen = {k: v for k, v in params.items() if k in FROZEN}
+    return frozen, {k: v for k, v in params.items() if k not in FROZEN}
+
+
+def init_params(model: Pretzel, key: jax.Array) -> dict:
+    """All parameter groups, fp32. Under `jax.eval_shape` their shapes, without memory."""
+    c = model.cfg
+    vision = None
+    if c.vlm.vision:
+        patches = c.vlm.vision.merge**2
+        vision = sequence.VisionInput(
+            patches=jnp.zeros((1, patches, c.vlm.vision.patch_width)),
+            coordinates=jnp.zeros((1, patches, 2), jnp.int32),
+            image=jnp.zeros((1, patches), jnp.int32),
+            window=jnp.zeros((1, patches), jnp.int32),
+        )
+    ids = jnp.zeros((1, 1), jnp.int32)
+    latents = jnp.zeros((1, 1, c.tokens, c.channels))
+    example = Sequence(ids, ids, ids, jnp.zeros((1, 1, 3), jnp.int32), jnp.zeros((1, 1)), latents, jnp.zeros((1, 1)), vision)
+
+    def every_part(m: Pretzel):
+        m.text_logits(m(example).text)
+
+    return model.init(key, method=every_part)["params"]

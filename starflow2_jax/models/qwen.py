@@ -1,0 +1,82 @@
+"""Qwen2.5-VL: the text decoder and, over it, the whole vision-language model."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.models import attention
+from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig
+from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """Text decoder (see TransformerConfig; the layer's options are fixed here to Qwen's) and vision tower."""
+
+    vocabulary: int  # V
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_hidden: int
+    rotary_theta: float = 1e6
+    rotary_sections: tuple[int, ...] = (16, 24, 24)
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    vision: VisionConfig | None = None
+    dtype: str = "float32"
+    remat: bool = False
+    unroll: int = 1
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        return TransformerConfig(
+            layers=self.layers, width=self.width, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            mlp_hidden=self.mlp_hidden, norm="rms", norm_eps=self.norm_eps, activation="silu", gated_mlp=True,
+            qkv_bias=True, rotary="half", dtype=self.dtype, remat=self.remat, unroll=self.unroll,
+        )  # fmt: skip
+
+
+class Qwen(nn.Module):
+    """Embeddings (B, S, E) in, hidden states after the final norm (B, S, E) out; the head is applied by who needs it."""
+
+    cfg: QwenConfig
+
+    def setup(self):
+        c = self.cfg
+        init = nn.initializers.normal(0.02)
+        self.token_embedding = nn.Embed(c.vocabulary, c.width, dtype=c.dtype, embedding_init=init)
+        self.stack = Transformer(c.transformer)
+        self.norm = Norm("rms", c.norm_eps)
+        if not c.tied_head:
+            self.lm_head = nn.Embed(c.vocabulary, c.width, dtype=c.dtype, embedding_init=init)
+        if c.vision:
+            self.vision = VisionTower(c.vision)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self.token_embedding(tokens)
+
+    def see(self, vision) -> jax.Array:
+        """A `VisionInput` -> merged image tokens (B, P / merge^2, E)."""
+        return self.vision(vision)
+
+    def __call__(self, x, positions, mask=None, cache=None):
+        """x (B, S, E), positions (B, S, 3), mask (B, S, S) or a cache -> hidden states (B, S, E), cache."""
+        c = self.cfg
+        angles = attention.multimodal_angles(positions, c.head_dim, c.rotary_theta, c.rotary_sections)
+        x, cache = self.stack(x, angles, mask, cache)
+        return self.norm(x), cache
+
+    def head(self) -> jax.Array:
+        """The text head's matrix (V, E)."""
+        return (self.token_embedding if self.cfg.tied_head else self.lm_head).embedding
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """(B, S, E) -> (B, S, V) fp32."""
+        return jnp.einsum("...e,ve->...v", hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch: int, slots: int) -> attention.KVCache:
+        return self.stack.empty_cache(batch, slots)

@@ -1,0 +1,87 @@
+"""The interleaved sequence: the one contract between data, model, losses and sampler.
+
+A row holds one or more packed documents. An image is <|vision_start|>, its tokens in raster order, <|vision_end|>.
+"Position t predicts t + 1" is written in this file and nowhere else.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+PAD, TEXT, FLOW, VIT = 0, 1, 2, 3  # modality of a position: nothing, a text token, an image token of the flow, of the ViT
+
+
+@struct.dataclass
+class Sequence:
+    """A batch of rows. Packers fill the numpy fields; the model takes them as they are.
+
+    Images stand in a row in the order of their positions: the k-th FLOW position of a row reads the k-th token of
+    `latents` flattened over (M, N), the k-th VIT position the k-th merged token of the vision tower.
+    """
+
+    tokens: jax.Array  # (B, S) int32; at image positions the id of <|image_pad|>
+    modality: jax.Array  # (B, S) int32
+    segments: jax.Array  # (B, S) int32; documents of a row count from 1, 0 is padding
+    positions: jax.Array  # (B, S, 3) int32: time, row, column (multimodal rotary positions)
+    text_weight: jax.Array  # (B, S) fp32: how much the token here counts as a prediction
+    latents: jax.Array  # (B, M, N, D) fp32, what the codec gave
+    image_weight: jax.Array  # (B, M) fp32: how much the image counts as a prediction
+    vision: "VisionInput | None" = None
+
+    @property
+    def slot(self) -> jax.Array:
+        """(B, S): which latent token (at FLOW positions) or merged vision token (at VIT positions) is read."""
+
+        def count(modality):
+            here = self.modality == modality
+            return jnp.where(here, jnp.cumsum(here, axis=1) - 1, 0)
+
+        return count(FLOW) + count(VIT)
+
+    def text_targets(self) -> tuple[jax.Array, jax.Array]:
+        """Token ids (B, S) that the positions predict, and their weights (0 where the next position is no text)."""
+        tokens = jnp.pad(self.tokens[:, 1:], ((0, 0), (0, 1)))
+        return tokens, jnp.pad(self.text_weight[:, 1:], ((0, 0), (0, 1)))
+
+    def image_predictors(self) -> jax.Array:
+        """(B, M * N): the position whose output predicts each latent token (0 where the row has no such token)."""
+        B, S = self.modality.shape
+        _, M, N, _ = self.latents.shape
+        here = self.modality == FLOW
+        rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, S))
+        target = jnp.where(here, self.slot, M * N)  # out of bounds is dropped
+        before = jnp.broadcast_to(jnp.arange(S) - 1, (B, S))
+        return jnp.zeros((B, M * N), jnp.int32).at[rows, target].set(before, mode="drop")
+
+
+@struct.dataclass
+class VisionInput:
+    """Images for the vision tower, their patches one after another in the processor's order (2 x 2 merges together)."""
+
+    patches: jax.Array  # (B, P, patch width) fp32
+    coordinates: jax.Array  # (B, P, 2) int32: row and column of the patch in its image
+    image: jax.Array  # (B, P) int32: patches of equal id see each other; 0 is padding
+    window: jax.Array  # (B, P) int32: likewise within a window
+
+
+@struct.dataclass
+class Step:
+    """Positions to run after those in a cache, image tokens given as the flow's own u; what decoding feeds."""
+
+    tokens: jax.Array  # (B, S)
+    modality: jax.Array  # (B, S)
+    positions: jax.Array  # (B, S, 3)
+    u: jax.Array  # (B, S, D), read at FLOW positions
+
+
+def text_positions(start: int, count: int) -> np.ndarray:
+    """Rotary positions (count, 3) of a run of text."""
+    return np.repeat(start + np.arange(count), 3).reshape(count, 3)
+
+
+def image_positions(start: int, grid: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """Rotary positions (h w, 3) of an image at offset `start`, and the offset of what follows it (Qwen2.5-VL's rule)."""
+    h, w = grid
+    rows, columns = np.divmod(np.arange(h * w), w)
+    return start + np.stack([np.zeros_like(rows), rows, columns], axis=-1), start + max(h, w)

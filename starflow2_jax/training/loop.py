@@ -1,0 +1,198 @@
+"""The loop over stages and steps: the only place where training touches files, time and devices."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from starflow2_jax import config as configs
+from starflow2_jax import sharding
+from starflow2_jax.checkpoints import CheckpointDirectory, abstract
+from starflow2_jax.data import digits
+from starflow2_jax.data.documents import JsonlDocuments
+from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.models.codec import PatchCodec
+from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params, split
+from starflow2_jax.training.metrics import Metrics
+from starflow2_jax.training.stages import STAGES, Stage
+from starflow2_jax.training.step import TrainState, finish, make_optimizer, make_step, new_state
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss is no finite number; the last good checkpoint is kept."""
+
+
+class Trainer:
+    """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet."""
+
+    def __init__(self, config: ConfigDict, folder: str | Path):
+        if unknown := set(config.order) - (set(STAGES) & set(config.stages)):
+            raise configs.ConfigError(f"unknown stages {sorted(unknown)} in order; there are {', '.join(STAGES)}")
+        self.config = config
+        self.checkpoints = CheckpointDirectory(folder, config.keep)
+        self.model = Pretzel(configs.pretzel(config))
+        self.mesh = sharding.make_mesh(**config.mesh)
+        if self.checkpoints.exists():
+            self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
+        else:
+            self.codec, self.tokenizer = PatchCodec.fit(digits.split("train")[0], config.data.patch), digits.make_tokenizer()
+        if len(self.tokenizer) > self.model.cfg.vlm.vocabulary:
+            raise configs.ConfigError(f"the tokenizer has {len(self.tokenizer)} tokens; raise model.vlm.vocabulary to that")
+        if (self.model.cfg.grid, self.model.cfg.channels) != (self.codec.grid, self.codec.channels):
+            raise configs.ConfigError(f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels so")
+
+    def run(self, progress: bool = True, stop_at: int | None = None) -> None:
+        """Train all stages; `stop_at`: save and return after that many steps of the whole run."""
+        if not self.checkpoints.exists():
+            self.checkpoints.create(self.config, self.codec, self.tokenizer)
+        total = sum(self.config.stages[name].steps for name in self.config.order)
+        with jax.set_mesh(self.mesh), Metrics(self.checkpoints.folder / "metrics") as metrics:
+            with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+                first = 0
+                for name in self.config.order:
+                    if not self._run_stage(STAGES[name], first, stop_at, metrics, bar):
+                        break
+                    first += self.config.stages[name].steps
+            self.checkpoints.wait()
+
+    def _run_stage(self, stage: Stage, first: int, stop_at: int | None, metrics: Metrics, bar: tqdm) -> bool:
+        """Run one stage from where it stands; `first`: steps of the run before it. Returns whether to go on."""
+        cfg = self.config.stages[stage.name]
+        last, latest = first + cfg.steps, self.checkpoints.latest()
+        if latest is not None and latest >= last:
+            bar.update(cfg.steps)
+            return latest != stop_at
+        optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+        state, frozen, data_position = self._begin(stage, optimizer, latest)
+        shape = Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)
+        data = iter(batches(self._source(stage), self.encoder(stage), shape))
+        if data_position is not None:
+            data.set_state(data_position)
+        step = self._compile(stage, optimizer)
+        begin = first + int(state.step)
+        bar.update(int(state.step))
+        before = None  # the step before's metrics are looked at while this step runs
+        for number in range(begin + 1, last + 1):
+            batch = jax.device_put(next(data), sharding.batch_sharding(self.mesh))
+            state, values = step(state, frozen, batch)
+            saves = number < last and (number % self.config.save_every == 0 or number == stop_at)
+            logs = number % self.config.log_every == 0 or number == last
+            before = self._check(values if saves or logs else before or values, f"step {number} ({stage.name})")
+            if logs:
+                metrics.write(number, stage.name, before)
+                losses = (f"{name}={value:.3f}" for name, value in before.items() if name.endswith("_loss"))
+                bar.set_postfix_str(f"{stage.name} {' '.join(losses)}")
+            before = values
+            bar.update()
+            if saves:
+                self._save(stage, number, state, data.get_state())
+            if number == stop_at and number < last:
+                return False
+        self._hand_on(stage, last, state)
+        return last != stop_at
+
+    def encoder(self, stage: Stage) -> Encoder:
+        vision = self.model.cfg.vlm.vision if self.config.stages[stage.name].patches else None
+        return Encoder(self.tokenizer, self.codec, vision)
+
+    def _source(self, stage: Stage):
+        cfg = self.config.stages[stage.name]
+        if self.config.data.source != "digits":
+            return JsonlDocuments(self.config.data.source, self.codec.image_channels)
+        seed = self.config.seed * len(STAGES) + list(STAGES).index(stage.name)
+        shares = {kind: share for kind, share in cfg.shares.items() if share}
+        return digits.DigitDocuments(shares, seed, cfg.caption_drop, vit=stage.name == "pretrain")
+
+    def _begin(self, stage: Stage, optimizer, latest: int | None) -> tuple[TrainState, dict, object]:
+        """State, frozen parameters and data position: from the last checkpoint what it has, fresh what it lacks."""
+        meta = self.checkpoints.meta(latest) if latest else None
+        held = _held(stage)
+        shapes = self._shapes(held)
+        if meta is None or _held(STAGES[meta["stage"]]) != held:
+            params = self._fresh(held)
+        else:
+            params = self.checkpoints.restore(latest, {"params": abstract(shapes, self.mesh)})["params"]
+        frozen = self._frozen(stage)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), list(STAGES).index(stage.name))
+        make = partial(new_state, stage=stage, optimizer=optimizer, key=key)
+        state_shapes = jax.eval_shape(make, shapes)
+        if meta is None or meta["stage"] != stage.name:
+            layout = sharding.tree_shardings(state_shapes, self.mesh)
+            return jax.jit(make, out_shardings=layout)(params), frozen, None
+        wanted = {"ema": state_shapes.ema, "optimizer": state_shapes.optimizer}
+        rest = self.checkpoints.restore(latest, abstract(wanted, self.mesh))
+        key = jax.random.wrap_key_data(np.array(meta["key"], np.uint32))
+        return TrainState(np.int32(meta["stage_step"]), params, rest["ema"], rest["optimizer"], key), frozen, meta["data"]
+
+    def _shapes(self, groups) -> dict:
+        return jax.eval_shape(lambda: self._initial(groups))
+
+    def _initial(self, groups) -> dict:
+        params = init_params(self.model, jax.random.key(self.config.seed))
+        return {name: params[name] for name in params if _in(name, groups)}
+
+    def _fresh(self, groups) -> dict:
+        """Fresh parameters, born on their shards."""
+        layout = sharding.tree_shardings(self._shapes(groups), self.mesh)
+        return jax.jit(lambda: self._initial(groups), out_shardings=layout)()
+
+    def _frozen(self, stage: Stage) -> dict:
+        """What the model needs beside the groups that the state holds."""
+        if _held(stage) == "frozen":
+            return self._fresh("trainable")
+        if not (self.checkpoints.folder / "frozen").is_dir():
+            raise configs.ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
+        return self.checkpoints.restore_frozen(abstract(self._shapes("frozen"), self.mesh))
+
+    def _compile(self, stage: Stage, optimizer):
+        cfg = self.config.stages[stage.name]
+        step = make_step(
+            self.model,
+            stage,
+            optimizer,
+            noise=self.config.noise / np.asarray(self.codec.std, np.float32),
+            text_weight=cfg.text_weight,
+            accumulate=cfg.accumulate,
+            ema_decay=cfg.ema,
+        )
+        return jax.jit(step, donate_argnums=0)
+
+    def _save(self, stage: Stage, number: int, state: TrainState, data_state) -> None:
+        meta = {
+            "stage": stage.name,
+            "stage_step": int(state.step),
+            "key": np.asarray(jax.random.key_data(state.key)).tolist(),
+            "data": data_state,
+        }
+        trees = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
+        self.checkpoints.save(number, trees, meta)
+
+    def _hand_on(self, stage: Stage, number: int, state: TrainState) -> None:
+        """The end of a stage: its averaged parameters, and no optimizer."""
+        done = state.replace(params=finish(state), ema={}, optimizer={})
+        if _held(stage) == "frozen":
+            self.checkpoints.save_frozen(done.params)
+        self._save(stage, number, done, None)
+
+    def _check(self, values: dict, where: str) -> dict[str, float]:
+        values = {name: float(v) for name, v in values.items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            self.checkpoints.wait()
+            raise NonFiniteLoss(
+                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at {where}; "
+                f"the last good checkpoint is step {self.checkpoints.latest()}: lower the learning rate and start again from it"
+            )
+        return values
+
+
+def _held(stage: Stage) -> str:
+    """Which of the two trees the stage's checkpoints hold."""
+    return "frozen" if set(stage.trains) <= set(FROZEN) else "trainable"
+
+
+def _in(group: str, tree: str) -> bool:
+    return (group in FROZEN) == (tree == "frozen")

@@ -1,0 +1,27 @@
+"""The stages of training: one row each. What moves, which skips are open, what is computed and what counts."""
+
+from dataclasses import dataclass
+
+FLOW_GROUPS = ("shallow", "embed_u", "embed_slot", "embed_y", "deep", "deep_norm", "head")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    trains: tuple[str, ...]  # parameter groups that move; the rest has no optimizer state
+    skips: bool  # W_vlm and W_D open
+    deep: bool  # does the deep flow run
+    image_loss: bool  # L_NF: nats per latent dimension
+    text_loss: bool  # L_NTP: nats per token
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        # Stage 0 makes the VLM where no pretrained one can be had; afterwards it is frozen.
+        Stage("pretrain", ("vlm",), skips=False, deep=False, image_loss=False, text_loss=True),
+        Stage("text_to_image", FLOW_GROUPS, skips=False, deep=True, image_loss=True, text_loss=False),
+        Stage("image_to_text", ("adapter",), skips=False, deep=False, image_loss=False, text_loss=True),
+        Stage("joint", (*FLOW_GROUPS, "adapter", "w_vlm", "w_d"), skips=True, deep=True, image_loss=True, text_loss=True),
+    )
+}

@@ -1,0 +1,114 @@
+"""The training step: one pure function of state, frozen parameters and batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.sequence import Sequence
+from starflow2_jax.training import losses
+from starflow2_jax.training.stages import Stage
+
+
+@struct.dataclass
+class TrainState:
+    step: jax.Array  # () int32, within the stage
+    params: dict  # every group that this stage's checkpoints hold, moving or not
+    ema: dict  # of the groups that move
+    optimizer: optax.OptState  # of the groups that move
+    key: jax.Array
+
+
+def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
+    """AdamW with warm-up, cosine decay and clipping. Matrices and embeddings decay, norms and biases do not."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, cfg.learning_rate, min(cfg.warmup, max(steps - 1, 1)), steps, cfg.learning_rate * cfg.final_fraction
+    )
+
+    def decays(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip),
+        optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=decays),
+    )
+
+
+def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    moving = {name: params[name] for name in stage.trains}
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, moving), optimizer.init(moving), key)
+
+
+def loss_sums(model: Pretzel, params: dict, stage: Stage, batch: Sequence, text_chunk: int) -> dict[str, jax.Array]:
+    """Sums of the stage's losses over a batch: "image" in nats over dimensions, "text" in nats over tokens."""
+    output = model.apply({"params": params}, batch, skips=stage.skips, deep=stage.deep)
+    sums = {}
+    if stage.image_loss:
+        sums["image"] = jnp.sum(batch.image_weight * losses.image_nll(output, batch))
+    if stage.text_loss:
+        head = model.apply({"params": params}, method=Pretzel.text_head)
+        sums["text"] = losses.text_cross_entropy(output.text, head, *batch.text_targets(), text_chunk)
+    return sums
+
+
+def make_step(
+    model: Pretzel,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    *,
+    noise: jax.Array | float,
+    text_weight: float,
+    accumulate: int = 1,
+    ema_decay: float = 0.999,
+    text_chunk: int = 256,
+) -> Callable[[TrainState, dict, Sequence], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, frozen, batch) -> (state, metrics).
+
+    `noise` (D,): deviation of the noise added to the latents; `text_weight`: lambda of L_NF + lambda L_NTP; `accumulate`:
+    micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut changes nothing.
+    """
+
+    def loss_fn(moving, rest, batch, weights):
+        sums = loss_sums(model, rest | moving, stage, batch, text_chunk)
+        return sum(weights[name] * value for name, value in sums.items()), sums
+
+    def step(state: TrainState, frozen: dict, batch: Sequence):
+        key = jax.random.fold_in(state.key, state.step)
+        batch = batch.replace(latents=batch.latents + noise * jax.random.normal(key, batch.latents.shape))
+        totals = {k: jnp.maximum(v, 1.0) for k, v in losses.counts(batch).items()}
+        weights = {"image": 1 / totals["image"], "text": text_weight / totals["text"]}
+        moving = {name: state.params[name] for name in stage.trains}
+        rest = frozen | {k: v for k, v in state.params.items() if k not in moving}
+        gradient = jax.grad(loss_fn, has_aux=True)
+
+        def micro(carry, part):
+            return jax.tree.map(jnp.add, carry, gradient(moving, rest, part, weights)), None
+
+        if accumulate == 1:
+            grads, sums = gradient(moving, rest, batch, weights)
+        else:
+            cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            shapes = jax.eval_shape(gradient, moving, rest, jax.tree.map(lambda x: x[0], cut), weights)
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (grads, sums), _ = jax.lax.scan(micro, zero, cut)
+
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, moving)
+        moving = optax.apply_updates(moving, updates)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, moving)
+        metrics = {f"{name}_loss": value / totals[name] for name, value in sums.items()}
+        metrics["loss"] = sum(weights[name] * value for name, value in sums.items())
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return state.replace(
+            step=state.step + 1, params=state.params | moving, ema=ema, optimizer=optimizer_state
+        ), metrics
+
+    return step
+
+
+def finish(state: TrainState) -> dict:
+    """What a stage hands on: its parameters, the moving groups as their moving average."""
+    return state.params | state.ema

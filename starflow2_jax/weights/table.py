@@ -1,0 +1,233 @@
+"""Weight tables: which tensor of somebody else's checkpoint is which of our parameters, as data.
+
+A table is a sequence of rules. From it and our abstract tree follows every source tensor there has to be, with its name
+and shape; importing compares that list with what is given. The other direction can walk the same list.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+FIELD = re.compile(r"\{(\w+)\}")
+
+
+class WeightError(ValueError):
+    """Weights that cannot be read or do not fit; the message lists every fault."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One source tensor <-> one of our parameters, or several that the source joins along its first axis.
+
+    source: name with numbered fields, as in "blocks.{block}.layers.{layer}.qkv.weight".
+    target: path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel"; a field that only the
+        source has (one at most) counts along the target's leading axis: the layers of a scan.
+    axes: the axes of source and target (less the leading one), as in "(h k) e -> e h k"; "1" is an axis of size 1 that
+        the target lacks. None: the same.
+    """
+
+    source: str
+    target: str | tuple[str, ...]
+    axes: str | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """Source tensors whose whole name matches the regular expression `pattern` are no parameters (buffers, say)."""
+
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one piece of a source tensor goes: a parameter, or its slice `layer`, of `shape`."""
+
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+Table = Sequence[Rule | Ignore]
+
+
+def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[Part, ...]]], list[str]]:
+    """Every source tensor that fills `tree` (nested dicts of arrays or shapes), and the faults of the table itself."""
+    shapes = {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
+    wanted, faults, filled = {}, [], {}
+    for rule in (r for r in table if isinstance(r, Rule)):
+        stacked = set(FIELD.findall(rule.source)) - set(FIELD.findall(rule.targets[0]))
+        pattern = _compile(rule.targets[0])
+        for match in filter(None, map(pattern.fullmatch, shapes)):
+            paths = [target.format(**match.groupdict()) for target in rule.targets]
+            if absent := [path for path in paths if path not in shapes]:
+                faults.append(f"rule {rule.source}: the model has {paths[0]} but no {', '.join(absent)}")
+                continue
+            for path in paths:
+                if filled.setdefault(path, rule) is not rule:
+                    faults.append(f"parameter {path} is filled by two rules, {filled[path].source} and {rule.source}")
+            for layer in range(shapes[paths[0]][0]) if stacked else (None,):
+                name = rule.source.format(**match.groupdict(), **dict.fromkeys(stacked, layer))
+                parts = tuple(Part(p, layer, shapes[p] if layer is None else shapes[p][1:]) for p in paths)
+                if name in wanted:
+                    faults.append(f"tensor {name} belongs to two rules, {wanted[name][0].target} and {rule.target}")
+                wanted[name] = rule, parts
+    faults += [f"parameter {path} {shape} is filled by no rule" for path, shape in shapes.items() if path not in filled]
+    return wanted, faults
+
+
+def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mapping) -> dict:
+    """The tensors of a checkpoint as our parameters: nested dicts of NumPy arrays with the shapes and types of `tree`.
+
+    Every tensor must belong to exactly one rule, every parameter be filled whole, every shape fit and every number be
+    finite; otherwise WeightError lists all that is wrong.
+    """
+    wanted, faults = expected(table, tree)
+    ignored = [re.compile(rule.pattern) for rule in table if isinstance(rule, Ignore)]
+    for name in tensors:
+        ignores = any(pattern.fullmatch(name) for pattern in ignored)
+        if name in wanted and ignores:
+            faults.append(f"tensor {name} belongs to a rule and is to be ignored")
+        elif name not in wanted and not ignores:
+            faults.append(f"unexpected tensor {name} {tuple(np.shape(tensors[name]))}")
+    abstract = traverse_util.flatten_dict(tree, sep="/")
+    out = {path: np.empty(x.shape, x.dtype) for path, x in abstract.items()}
+    for name, (rule, parts) in wanted.items():
+        if name not in tensors:
+            faults.append(f"missing tensor {name}, of {', '.join(part.path for part in parts)}")
+            continue
+        value = np.asarray(tensors[name])
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            faults.append(f"tensor {name} holds {value.dtype}, not floating point numbers")
+            continue
+        if not np.isfinite(value).all():
+            faults.append(f"tensor {name} has {np.count_nonzero(~np.isfinite(value))} numbers that are not finite")
+        views = [out[p.path] if p.layer is None else out[p.path][p.layer] for p in parts]
+        if fault := _scatter(rule.axes, value, views):
+            faults.append(f"tensor {name} {fault}")
+    if faults:
+        raise WeightError(f"the weights do not fit ({len(faults)} faults):\n" + "\n".join(f"- {f}" for f in faults))
+    return traverse_util.unflatten_dict(out, sep="/")
+
+
+def _compile(template: str) -> re.Pattern:
+    """Template with {fields} -> pattern with numbered groups of those names."""
+    pieces = re.split(r"(\{\w+\})", template)
+    return re.compile("".join(f"(?P<{p[1:-1]}>\\d+)" if FIELD.fullmatch(p) else re.escape(p) for p in pieces))
+
+
+def _groups(side: str) -> list[list[str]]:
+    """One side of `axes` -> the names in each axis: "(h k) e" -> [[h, k], [e]]."""
+    return [(group or name).split() for group, name in re.findall(r"\(([^)]*)\)|(\S+)", side)]
+
+
+def _scatter(axes: str | None, value: np.ndarray, outs: Sequence[np.ndarray]) -> str:
+    """Write `value`, cut along its first axis, into `outs` by `axes`. Returns what does not fit, or nothing."""
+    plans = [_plan(axes, value.shape, out.shape) for out in outs]
+    want = plans[0][0] if len(outs) == 1 else (sum(shape[0] for shape, _, _ in plans), *plans[0][0][1:])
+    same_size = value.size == sum(out.size for out in outs)
+    if value.shape != want or not same_size or any(shape[1:] != want[1:] for shape, _, _ in plans):
+        return f"has shape {value.shape} where {want} is expected"
+    start = 0
+    for (shape, split, order), out in zip(plans, outs, strict=True):
+        piece = value[start : start + shape[0]] if len(outs) > 1 else value
+        out[...] = piece.reshape(split).transpose(order).reshape(out.shape)
+        start += shape[0] if shape else 0
+    return ""
+
+
+def _plan(axes: str | None, source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple, list, list]:
+    """The source shape that fits `target`, that shape with its groups split, and the order that permutes it.
+
+    Sizes come from the target; those that only a group of it holds come from `source`.
+    """
+    if axes is None:
+        return target, list(target), list(range(len(target)))
+    left, right = (_groups(side) for side in axes.split("->"))
+    if len(right) != len(target):
+        raise ValueError(f"axes {axes!r} do not describe a parameter of shape {target}")
+    sizes = {"1": 1} | {g[0]: n for g, n in zip(right, target, strict=True) if len(g) == 1}
+    for group, size in zip(left, source, strict=False):
+        if len(group) == 1:
+            sizes.setdefault(group[0], size)
+    for group, size in zip(right, target, strict=True):  # a grouped axis of the target fixes its first name
+        if len(group) > 1:
+            sizes[group[0]] = size // math.prod(max(sizes.get(name, 1), 1) for name in group[1:])
+    names = [name for group in left for name in group if name != "1"]
+    shape = tuple(math.prod(sizes.get(name, 1) for name in group) for group in left)
+    return shape, [sizes.get(name, 1) for name in names], [names.index(name) for group in right for name in group]
+
+
+def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
+    """The named arrays of a .npz, .safetensors, .pt or .pth file. Raises WeightError; never unpickles.
+
+    Of a .npz with names "param/..." only those are weights. A .safetensors file is read tensor by tensor, when asked.
+    """
+    path = Path(path)
+    reader = {".npz": _read_npz, ".safetensors": _Safetensors, ".pt": _read_torch, ".pth": _read_torch}.get(path.suffix)
+    if reader is None:
+        raise WeightError(f"{path} is no .npz, .safetensors, .pt or .pth file")
+    if not path.is_file():
+        raise WeightError(f"there is no file {path}")
+    return reader(path)
+
+
+def _unreadable(path: Path, error: Exception) -> WeightError:
+    return WeightError(f"{path} cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            prefixed = [name for name in file.files if name.startswith("param/")]
+            return {name.removeprefix("param/"): file[name] for name in prefixed or file.files}
+    except Exception as e:  # NumPy and zipfile raise many kinds here, all of them about the file
+        raise _unreadable(path, e) from e
+
+
+class _Safetensors(Mapping):
+    def __init__(self, path: Path):
+        import safetensors
+
+        try:
+            self._path, self._file = path, safetensors.safe_open(path, "np")
+        except (OSError, safetensors.SafetensorError) as e:
+            raise _unreadable(path, e) from e
+        self._names = frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as e:
+        raise WeightError(f"{path} needs PyTorch to read: pip install 'starflow2_jax[torch]'") from e
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds here, all of them about the file
+        raise WeightError(
+            f"{path} cannot be read: it is damaged or holds more than tensors, and is not unpickled"
+        ) from e
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise WeightError(f"{path} does not hold a flat dictionary of tensors")
+    wide = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
+    return {name: value.numpy() for name, value in wide.items()}
