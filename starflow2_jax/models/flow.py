@@ -67,11 +67,15 @@ class FlowBlockConfig:
     soft_clip: float = 0.0  # c tanh(o / c) on both network outputs; 0: none
     positions: str = "rotary"  # or "learned"
     rotary_theta: float = 1e4
-    rotary_text: int | None = None  # text rows of the rotary table; None: a model without text
+    rotary_text: bool = False  # of a model that takes text: the table has a text axis, in every block
     rotary_side: float = 0.0  # side of the training grid; 0: this grid's
     final_norm: bool = False
     classes: int = 0  # class embedding added at every token; a negative label is the null class, their mean
     prefix_channels: int = 0  # text features as a prefix of the sequence
+
+    def __post_init__(self):
+        if self.prefix_channels and self.positions == "rotary" and not self.rotary_text:
+            raise ValueError("a flow block with rotary positions and a prefix needs rotary_text")
 
 
 @struct.dataclass
@@ -80,6 +84,9 @@ class Context:
 
     label: jax.Array | None = None
     prefix: jax.Array | None = None
+
+
+NO_CONTEXT = Context()
 
 
 class FlowBlock(nn.Module):
@@ -107,10 +114,10 @@ class FlowBlock(nn.Module):
         """Positions the conditioner runs over: one a token, or one less where the first needs no prediction."""
         return self.cfg.grid[0] * self.cfg.grid[1] - (self.cfg.start == "shift")
 
-    def __call__(self, h, context: Context = Context()):
+    def __call__(self, h, context: Context = NO_CONTEXT):
         return self.forward(h, context)
 
-    def forward(self, h: jax.Array, context: Context = Context()) -> tuple[jax.Array, jax.Array]:
+    def forward(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
         """h (B, N, D) -> z and the elementwise log-determinant, both (B, N, D) fp32, in raster order."""
         h = self._order(h.astype(jnp.float32))
         B, _, D = h.shape
@@ -132,7 +139,7 @@ class FlowBlock(nn.Module):
     def inverse(
         self,
         z: jax.Array,
-        context: Context = Context(),
+        context: Context = NO_CONTEXT,
         unconditional: Context | None = None,
         guide: Guide | None = None,
         temperature: float = 1.0,
@@ -172,10 +179,8 @@ class FlowBlock(nn.Module):
         c = self.cfg
         if c.positions != "rotary":
             return None
-        text = prefix if prefix or c.rotary_text is None else 0
-        return grid_angles(
-            c.grid, c.rotary_side or c.grid[0], c.transformer.head, c.rotary_theta, None if c.rotary_text is None else text
-        )
+        side, text = c.rotary_side or c.grid[0], prefix if c.rotary_text else None
+        return grid_angles(c.grid, side, c.transformer.head, c.rotary_theta, text)
 
     def _embed(self, seen, slots, context: Context):
         """Tokens (B, S, D) at `slots` (S,) -> embeddings (B, S, E), angles (S, K/2)."""
@@ -184,10 +189,8 @@ class FlowBlock(nn.Module):
         if c.positions == "learned":
             x = x + self._order(self.position_embedding[None])[0][slots]
         if c.classes:
-            null = jnp.mean(self.class_embedding, axis=0)
-            embedded = null if context.label is None else jnp.where(
-                context.label[:, None] < 0, null, self.class_embedding[context.label]
-            )
+            null, label = jnp.mean(self.class_embedding, axis=0), context.label
+            embedded = null if label is None else jnp.where(label[:, None] < 0, null, self.class_embedding[label])
             x = x + embedded.reshape(-1, 1, x.shape[-1])
         angles = self._angles()
         return x, None if angles is None else angles[slots]
@@ -199,8 +202,8 @@ class FlowBlock(nn.Module):
         prefix = 0 if context.prefix is None else context.prefix.shape[1]
         cache = self.stack.empty_cache(batch, prefix + self.slots)
         if prefix:
-            angles = self._angles(prefix)
-            _, cache = self.stack(self.proj_prefix(context.prefix), None if angles is None else angles[:prefix], cache=cache)
+            x, angles = self.proj_prefix(context.prefix), self._angles(prefix)
+            _, cache = self.stack(x, None if angles is None else angles[:prefix], cache=cache)
         return cache
 
 
@@ -212,15 +215,15 @@ class Flow(nn.Module):
     def setup(self):
         self.chain = [FlowBlock(cfg, name=f"block_{i}") for i, cfg in enumerate(self.blocks)]
 
-    def __call__(self, h, context: Context = Context()):
+    def __call__(self, h, context: Context = NO_CONTEXT):
         return self.forward(h, context)
 
-    def forward(self, h: jax.Array, context: Context = Context()) -> tuple[jax.Array, jax.Array]:
+    def forward(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
         """h (B, N, D) -> z (B, N, D) and the log-determinant of the chain, elementwise (B, N, D)."""
         states, logdets = self.trace(h, context)
         return states[-1], sum(logdets)
 
-    def trace(self, h: jax.Array, context: Context = Context()) -> tuple[list[jax.Array], list[jax.Array]]:
+    def trace(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[list[jax.Array], list[jax.Array]]:
         """What leaves each block and each block's elementwise log-determinant, (B, N, D) each."""
         states, logdets = [], []
         for block in self.chain:
@@ -232,15 +235,15 @@ class Flow(nn.Module):
     def inverse(
         self,
         z: jax.Array,
-        context: Context = Context(),
+        context: Context = NO_CONTEXT,
         unconditional: Context | None = None,
         guide: Guide | None = None,
         temperature: float = 1.0,
     ) -> jax.Array:
-        """z (B, N, D) -> h (B, N, D). Guidance acts in the blocks that take a condition; the arguments are FlowBlock's."""
+        """z (B, N, D) -> h (B, N, D); arguments as FlowBlock's. Guidance acts in the blocks that take a condition."""
         for block in reversed(self.chain):
             if guide and (block.cfg.classes or block.cfg.prefix_channels):
-                other = self._context(block, unconditional or Context())
+                other = self._context(block, unconditional or NO_CONTEXT)
                 z = block.inverse(z, self._context(block, context), other, guide, temperature)
             else:
                 z = block.inverse(z, self._context(block, context))
@@ -256,12 +259,12 @@ class Flow(nn.Module):
 def nll(z: jax.Array, logdet: jax.Array) -> jax.Array:
     """Negative log-likelihood in nats per dimension, without the constant 0.5 ln 2 pi, of each sample (B,).
 
-    0.5 mean(z^2) - mean(logdet) over the tokens and channels of z, logdet (B, N, D) (flow.md of STARFlow and TarFlow alike).
+    0.5 mean(z^2) - mean(logdet) over the tokens and channels of z, logdet (B, N, D) (arXiv 2412.06329, 2506.06276).
     """
     axes = tuple(range(1, z.ndim))
     return 0.5 * jnp.mean(z**2, axes) - jnp.mean(logdet, axes)
 
 
 def alternating(first: FlowBlockConfig, count: int, flip_odd: bool = True) -> tuple[FlowBlockConfig, ...]:
-    """`count` copies of a block whose scan order alternates; TarFlow's order flips the odd ones, STARFlow's the even ones."""
+    """`count` copies of a block, every other one flipped: the odd ones (TarFlow), or the even ones (STARFlow)."""
     return tuple(replace(first, flip=bool(i % 2) == flip_odd) for i in range(count))

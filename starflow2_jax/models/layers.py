@@ -91,7 +91,7 @@ class Attention(nn.Module):
         k = dense((c.kv, c.head), "key", c.qkv_bias, c.dtype)(x)
         v = dense((c.kv, c.head), "value", c.qkv_bias, c.dtype)(x)
         if c.qk_norm:
-            q, k = Norm("rms_zero", c.norm_eps, name="query_norm")(q), Norm("rms_zero", c.norm_eps, name="key_norm")(k)
+            q, k = Norm("rms_zero", name="query_norm")(q), Norm("rms_zero", name="key_norm")(k)
         if angles is not None:
             q, k = attention.rotate(q, angles, c.rotary), attention.rotate(k, angles, c.rotary)
         q = constrain(q, "batch", "sequence", "heads", None)
@@ -127,9 +127,9 @@ class Layer(nn.Module):
         y, stored = Attention(c, name="attention")(
             Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, stored, start, temperature
         )
-        x = x + (Norm("rms_zero", c.norm_eps, name="attention_post_norm")(y) if c.post_norm else y)
+        x = x + (Norm("rms_zero", name="attention_post_norm")(y) if c.post_norm else y)
         y = MLP(c, name="mlp")(Norm(c.norm, c.norm_eps, name="mlp_norm")(x))
-        x = x + (Norm("rms_zero", c.norm_eps, name="mlp_post_norm")(y) if c.post_norm else y)
+        x = x + (Norm("rms_zero", name="mlp_post_norm")(y) if c.post_norm else y)
         return constrain(x, "batch", "sequence", "embed"), stored
 
 

@@ -112,7 +112,7 @@ def tarflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
 
 
 def starflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
-    """STARFlow's options (the arguments of the reference's model, its latent grid `latent_size` a side) -> our blocks."""
+    """STARFlow's options (the arguments of the reference's model; the grid is `latent_size` a side) -> our blocks."""
     required = ("in_channels", "latent_size", "channels", "layers_per_block")
     c = _options(config, required, STARFLOW_DEFAULTS, tuple(n for n in ONLY if n != "nvp"))
     layers = c["layers_per_block"]
@@ -130,7 +130,7 @@ def starflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
         (side, side), c["in_channels"], transformer,
         start="token" if c["sos"] else "shift", scale="softplus" if c["use_softplus"] else "exp",
         soft_clip=float(c["soft_clip"]), positions="rotary" if c["rope"] else "learned",
-        rotary_text=c["txt_size"] or None, rotary_side=float(c.get("pt_seq_len", side)),
+        rotary_text=c["txt_size"] > 0, rotary_side=float(c.get("pt_seq_len", side)),
         final_norm=c["use_final_norm"], prefix_channels=c["txt_dim"],
     )  # fmt: skip
     blocks = _with_depths(alternating(block, len(depths), flip_odd=c["seq_order"] == "R2L"), depths)
