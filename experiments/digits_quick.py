@@ -1,6 +1,6 @@
 """STARFlow2 on scikit-learn's digits, all stages within ten minutes on two CPU cores. What the quickstart runs.
 
-    starflow2 train --config experiments/digits_quick.py --out runs/digits_quick
+starflow2 train --config experiments/digits_quick.py --out runs/digits_quick
 """
 
 from ml_collections import ConfigDict
@@ -13,6 +13,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.cpu_devices = 2  # CPU devices to make where there is no accelerator: one a core
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all that is left
     c.noise = 0.1  # deviation of the noise added to images, in pixels of [-1, 1]
+
+    c.max_positions = 256  # of a prompt and its answer
 
     c.data = ConfigDict()
     c.data.source = "digits"  # or a JSONL file of documents
@@ -51,12 +53,14 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     base.optimizer = dict(
         learning_rate=2e-3, final_fraction=0.02, warmup=50, b1=0.9, b2=0.95, weight_decay=1e-2, clip=1.0
     )
-    c.order = ("pretrain", "text_to_image", "image_to_text", "joint")  # the stages to run; rows of training/stages.py
+    c.order = ("pretrain", "text_to_image", "image_to_text", "joint")  # the stages to run; rows of stages.py
     c.stages = ConfigDict()
     kinds = ("caption", "read", "sum", "mirror", "count")
 
     def stage(name, steps, shares, **changes):
-        c.stages[name] = ConfigDict({**base.to_dict(), "steps": steps, "shares": dict(zip(kinds, shares, strict=True)), **changes})
+        c.stages[name] = ConfigDict(
+            {**base.to_dict(), "steps": steps, "shares": dict(zip(kinds, shares, strict=True)), **changes}
+        )
 
     stage("pretrain", 250, (1.0, 3.0, 2.0, 0.5, 1.0), images=1, patches=64 * 7)
     stage("text_to_image", 900, (1.0, 0.0, 0.0, 0.0, 0.0))

@@ -1,10 +1,10 @@
 """A checkpoint directory: enough to sample from it anywhere, restorable on another mesh than it was saved on.
 
-    config.json     the experiment's config
-    codec.json      the codec
-    tokenizer/      as `transformers` saves it
-    frozen/         the frozen weights (orbax), frozen.json: their content hash
-    steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position
+config.json     the experiment's config
+codec.json      the codec
+tokenizer/      as `transformers` saves it
+frozen/         the frozen weights (orbax), frozen.json: their content hash
+steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position
 """
 
 import hashlib
@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import sharding
 from starflow2_jax.data import tokenizer as tokenizers
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import PatchCodec
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or another program's; the message is one sentence."""
 
 
@@ -95,7 +96,9 @@ class CheckpointDirectory:
         with ocp.StandardCheckpointer() as checkpointer:
             frozen = self._read(lambda: checkpointer.restore(self.folder / "frozen", abstract), "frozen weights")
         if content_hash(frozen) != want:
-            raise CheckpointError(f"the frozen weights in {self.folder} are not those it was trained on (content hash differs)")
+            raise CheckpointError(
+                f"the frozen weights in {self.folder} are not those it was trained on (content hash differs)"
+            )
         return frozen
 
     # The steps.
@@ -124,6 +127,9 @@ class CheckpointDirectory:
         )
         return restored["meta"]
 
+    def has(self, number: int, item: str) -> bool:
+        return (self.folder / "steps" / str(number) / item).is_dir()
+
     def restore(self, number: int, abstract: dict[str, dict]) -> dict[str, dict]:
         """Restore the named trees, placed as `abstract` (shapes and shardings) says."""
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items() if jax.tree.leaves(tree)}
@@ -143,7 +149,9 @@ class CheckpointDirectory:
 def abstract(tree, mesh: jax.sharding.Mesh):
     """Shapes with the shardings of sharding.PARAMETER_RULES."""
     return jax.tree.map(
-        lambda s, sharded: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharded), tree, sharding.tree_shardings(tree, mesh)
+        lambda s, sharded: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharded),
+        tree,
+        sharding.tree_shardings(tree, mesh),
     )
 
 

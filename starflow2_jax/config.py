@@ -9,10 +9,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import PretzelConfig
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be used; the message is one sentence for its author."""
 
 

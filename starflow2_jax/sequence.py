@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-PAD, TEXT, FLOW, VIT = 0, 1, 2, 3  # modality of a position: nothing, a text token, an image token of the flow, of the ViT
+PAD, TEXT, FLOW, VIT = (
+    0,
+    1,
+    2,
+    3,
+)  # modality of a position: nothing, a text token, an image token of the flow, of the ViT
 
 
 @struct.dataclass
@@ -40,9 +45,10 @@ class Sequence:
         return count(FLOW) + count(VIT)
 
     def text_targets(self) -> tuple[jax.Array, jax.Array]:
-        """Token ids (B, S) that the positions predict, and their weights (0 where the next position is no text)."""
+        """Token ids (B, S) that the positions predict, and their weights (0 where no text of the document follows)."""
         tokens = jnp.pad(self.tokens[:, 1:], ((0, 0), (0, 1)))
-        return tokens, jnp.pad(self.text_weight[:, 1:], ((0, 0), (0, 1)))
+        weights = self.text_weight[:, 1:] * (self.segments[:, 1:] == self.segments[:, :-1])
+        return tokens, jnp.pad(weights, ((0, 0), (0, 1)))
 
     def image_predictors(self) -> jax.Array:
         """(B, M * N): the position whose output predicts each latent token (0 where the row has no such token)."""

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from starflow2_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 
 # Named constraints inside the models -> mesh axes.
@@ -31,11 +33,11 @@ PARAMETER_RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over all devices; one size may be -1: what is left. Raises ValueError where the sizes do not fit."""
+    """A mesh over all devices; one size may be -1: what is left. Raises UserError where the sizes do not fit."""
     sizes, count = [data, fsdp, tensor], jax.device_count()
     fixed = int(np.prod([s for s in sizes if s > 0]))
     if sizes.count(-1) > 1 or count % fixed or (-1 not in sizes and fixed != count):
-        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices")
+        raise UserError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices")
     sizes = [count // fixed if s == -1 else s for s in sizes]
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -83,7 +83,9 @@ class DigitDocuments:
     `caption_drop`: share of captions left out; `vit`: show the images through the vision tower instead (stage 0).
     """
 
-    def __init__(self, weights: dict[str, float], seed: int, caption_drop: float = 0.0, vit: bool = False, name="train"):
+    def __init__(
+        self, weights: dict[str, float], seed: int, caption_drop: float = 0.0, vit: bool = False, name="train"
+    ):
         if unknown := set(weights) - set(KINDS):
             raise ValueError(f"unknown kinds of documents {sorted(unknown)}; there are {', '.join(KINDS)}")
         self.pixels, self.labels = split(name)

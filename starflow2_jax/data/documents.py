@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
+from starflow2_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Text:
@@ -25,7 +27,7 @@ class Image:
 Document = list[Text | Image]
 
 
-class DocumentError(ValueError):
+class DocumentError(UserError):
     """A document that cannot be read or does not fit; the message is one sentence for its author."""
 
 
@@ -68,7 +70,9 @@ def _part(i: int, part: object, folder: Path, channels: int) -> Text | Image:
         raise DocumentError(f'part {i} of the document is neither {{"text": ...}} nor {{"image": ...}}')
     for key, value in part.items():
         if not isinstance(value, kinds[kind].get(key, ())):
-            raise DocumentError(f"part {i} of the document: {key!r} is not a key of a {kind} part, or its value has the wrong type")
+            raise DocumentError(
+                f"part {i} of the document: {key!r} is not a key of a {kind} part, or its value has the wrong type"
+            )
     if kind == "text":
         return Text(**part)
     if part.get("via", "flow") not in ("flow", "vit"):

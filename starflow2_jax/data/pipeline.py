@@ -49,7 +49,9 @@ class Encoder:
         h, w = self.codec.grid
         return {
             **_lay_out(runs),
-            "latents": np.stack([self._latents(i) for i in images]) if images else np.zeros((0, h * w, self.codec.channels), np.float32),
+            "latents": np.stack([self._latents(i) for i in images])
+            if images
+            else np.zeros((0, h * w, self.codec.channels), np.float32),
             "image_weight": np.array([i.generate for i in images], np.float32),
             **self._patches(seen),
         }
@@ -60,9 +62,9 @@ class Encoder:
             images.append(part)
         else:
             if self.vision is None:
-                raise DocumentError("this model has no vision tower; show the image via \"flow\"")
+                raise DocumentError('this model has no vision tower; show the image via "flow"')
             if part.generate:
-                raise DocumentError("an image shown via \"vit\" cannot be generated; use via \"flow\"")
+                raise DocumentError('an image shown via "vit" cannot be generated; use via "flow"')
             seen.append(part)
         h, w = self.codec.grid if flow else qwen_vision.merged_grid(self.vision, part.pixels.shape[:2])
         weight = float(part.generate)
@@ -118,7 +120,9 @@ def lengths(shape: Shape, vision: bool) -> dict[str, int]:
     """How long each feature of a row is."""
     positions = dict.fromkeys(("tokens", "modality", "text_weight", "positions"), shape.length)
     images = dict.fromkeys(("latents", "image_weight"), shape.images)
-    patches = dict.fromkeys(("patches", "coordinates", "image", "window"), shape.patches) if vision and shape.patches else {}
+    patches = (
+        dict.fromkeys(("patches", "coordinates", "image", "window"), shape.patches) if vision and shape.patches else {}
+    )
     return positions | images | patches
 
 
@@ -150,8 +154,11 @@ def batches(source, encoder: Encoder, shape: Shape) -> grain.IterDataset:
                 )
         return {name: features[name] for name in want}
 
-    dataset = grain.MapDataset.source(source).map(encode).repeat().to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    dataset = (
+        grain.MapDataset.source(source)
+        .map(encode)
+        .repeat()
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
     )
     packed = grain.experimental.FirstFitPackIterDataset(
         dataset, length_struct=want, num_packing_bins=shape.rows, shuffle_bins=False

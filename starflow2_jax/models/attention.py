@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
@@ -67,8 +68,8 @@ def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, section
     if sum(sections) != head_dim // 2:
         raise ValueError(f"rotary sections {sections} must sum to head_dim / 2 = {head_dim // 2}")
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    axis = jnp.repeat(jnp.arange(len(sections)), jnp.array(sections), total_repeat_length=head_dim // 2)
-    return positions.astype(jnp.float32)[..., axis] * frequencies
+    axis = np.repeat(np.arange(len(sections)), sections)
+    return jnp.asarray(positions, jnp.float32)[..., axis] * frequencies
 
 
 def rotate(x: jax.Array, angles: jax.Array, style: str) -> jax.Array:

@@ -36,7 +36,9 @@ class PatchCodec:
     def fit(cls, images: np.ndarray, patch: int) -> "PatchCodec":
         """images (n, height, width, C): the training images."""
         latents = patchify(images, patch).reshape(-1, images.shape[-1] * patch * patch)
-        return cls(images.shape[1:3], images.shape[-1], patch, tuple(latents.mean(0).tolist()), tuple(latents.std(0).tolist()))
+        return cls(
+            images.shape[1:3], images.shape[-1], patch, tuple(latents.mean(0).tolist()), tuple(latents.std(0).tolist())
+        )
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -166,9 +166,7 @@ class Transformer(nn.Module):
             length=self.cfg.layers,
             unroll=self.cfg.unroll,
         )
-        x, stored = scan(self.cfg, name="layers")(
-            x, stored, mask_of_layer, angles, mask, start, temperature
-        )
+        x, stored = scan(self.cfg, name="layers")(x, stored, mask_of_layer, angles, mask, start, temperature)
         if cache is not None:
             cache = KVCache(*stored, cache.length + x.shape[1])
         return x, cache

@@ -102,7 +102,9 @@ class Pretzel(nn.Module):
         self.w_vlm = nn.Dense(c.deep.width, use_bias=False, kernel_init=zero, dtype=c.deep.dtype)
         self.w_d = nn.Dense(c.vlm.width, use_bias=False, kernel_init=zero, dtype=c.deep.dtype)
 
-    def __call__(self, inputs: Sequence | Step, caches: Caches | None = None, skips: bool = True, deep: bool = True) -> Output:
+    def __call__(
+        self, inputs: Sequence | Step, caches: Caches | None = None, skips: bool = True, deep: bool = True
+    ) -> Output:
         """Run all positions of a Sequence, or those of a Step after what `caches` hold (a Sequence fills caches too).
 
         `skips`: whether W_vlm and W_D are open; `deep`: whether the deep flow runs at all (a stage without it needs none).
@@ -189,7 +191,9 @@ def init_params(model: Pretzel, key: jax.Array) -> dict:
         )
     ids = jnp.zeros((1, 1), jnp.int32)
     latents = jnp.zeros((1, 1, c.tokens, c.channels))
-    example = Sequence(ids, ids, ids, jnp.zeros((1, 1, 3), jnp.int32), jnp.zeros((1, 1)), latents, jnp.zeros((1, 1)), vision)
+    example = Sequence(
+        ids, ids, ids, jnp.zeros((1, 1, 3), jnp.int32), jnp.zeros((1, 1)), latents, jnp.zeros((1, 1)), vision
+    )
 
     def every_part(m: Pretzel):
         m.text_logits(m(example).text)

@@ -70,7 +70,9 @@ def merged_grid(cfg: VisionConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Image size in pixels -> grid of merged tokens. Raises ValueError where the sides do not divide."""
     side = cfg.patch * cfg.merge
     if size[0] % side or size[1] % side:
-        raise ValueError(f"an image of {size[0]}x{size[1]} pixels was given; the vision tower takes sides that {side} divides")
+        raise ValueError(
+            f"an image of {size[0]}x{size[1]} pixels was given; the vision tower takes sides that {side} divides"
+        )
     return size[0] // side, size[1] // side
 
 

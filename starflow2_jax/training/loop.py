@@ -15,14 +15,15 @@ from starflow2_jax.checkpoints import CheckpointDirectory, abstract
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import JsonlDocuments
 from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import PatchCodec
-from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params, split
+from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
+from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.metrics import Metrics
-from starflow2_jax.training.stages import STAGES, Stage
 from starflow2_jax.training.step import TrainState, finish, make_optimizer, make_step, new_state
 
 
-class NonFiniteLoss(FloatingPointError):
+class NonFiniteLoss(UserError):
     """The loss is no finite number; the last good checkpoint is kept."""
 
 
@@ -39,11 +40,18 @@ class Trainer:
         if self.checkpoints.exists():
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
         else:
-            self.codec, self.tokenizer = PatchCodec.fit(digits.split("train")[0], config.data.patch), digits.make_tokenizer()
+            self.codec, self.tokenizer = (
+                PatchCodec.fit(digits.split("train")[0], config.data.patch),
+                digits.make_tokenizer(),
+            )
         if len(self.tokenizer) > self.model.cfg.vlm.vocabulary:
-            raise configs.ConfigError(f"the tokenizer has {len(self.tokenizer)} tokens; raise model.vlm.vocabulary to that")
+            raise configs.ConfigError(
+                f"the tokenizer has {len(self.tokenizer)} tokens; raise model.vlm.vocabulary to that"
+            )
         if (self.model.cfg.grid, self.model.cfg.channels) != (self.codec.grid, self.codec.channels):
-            raise configs.ConfigError(f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels so")
+            raise configs.ConfigError(
+                f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels so"
+            )
 
     def run(self, progress: bool = True, stop_at: int | None = None) -> None:
         """Train all stages; `stop_at`: save and return after that many steps of the whole run."""
@@ -126,7 +134,11 @@ class Trainer:
         wanted = {"ema": state_shapes.ema, "optimizer": state_shapes.optimizer}
         rest = self.checkpoints.restore(latest, abstract(wanted, self.mesh))
         key = jax.random.wrap_key_data(np.array(meta["key"], np.uint32))
-        return TrainState(np.int32(meta["stage_step"]), params, rest["ema"], rest["optimizer"], key), frozen, meta["data"]
+        return (
+            TrainState(np.int32(meta["stage_step"]), params, rest["ema"], rest["optimizer"], key),
+            frozen,
+            meta["data"],
+        )
 
     def _shapes(self, groups) -> dict:
         return jax.eval_shape(lambda: self._initial(groups))

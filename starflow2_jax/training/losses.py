@@ -20,7 +20,9 @@ def image_nll(output: Output, sequence: Sequence) -> jax.Array:
     return jnp.sum(0.5 * z**2 - logdet - output.logdet, axis=(2, 3))
 
 
-def text_cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
+def text_cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> jax.Array:
     """Weighted sum of cross-entropies in nats; `chunk` positions of a row at a time, so (B, S, V) never exists.
 
     hidden (B, S, E), head (V, E), targets and weights (B, S).

@@ -9,8 +9,8 @@ from flax import struct
 
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sequence import Sequence
+from starflow2_jax.stages import Stage
 from starflow2_jax.training import losses
-from starflow2_jax.training.stages import Stage
 
 
 @struct.dataclass

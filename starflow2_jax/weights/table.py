@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from starflow2_jax.errors import UserError
+
 FIELD = re.compile(r"\{(\w+)\}")
 
 
-class WeightError(ValueError):
+class WeightError(UserError):
     """Weights that cannot be read or do not fit; the message lists every fault."""
 
 

@@ -22,6 +22,8 @@ STAGES = {
         Stage("pretrain", ("vlm",), skips=False, deep=False, image_loss=False, text_loss=True),
         Stage("text_to_image", FLOW_GROUPS, skips=False, deep=True, image_loss=True, text_loss=False),
         Stage("image_to_text", ("adapter",), skips=False, deep=False, image_loss=False, text_loss=True),
-        Stage("joint", (*FLOW_GROUPS, "adapter", "w_vlm", "w_d"), skips=True, deep=True, image_loss=True, text_loss=True),
+        Stage(
+            "joint", (*FLOW_GROUPS, "adapter", "w_vlm", "w_d"), skips=True, deep=True, image_loss=True, text_loss=True
+        ),
     )
 }

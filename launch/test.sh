@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Run the tests.
+#
+#   launch/test.sh [pytest arguments]          paths are relative to the repository; default: all of tests/
+#   JAX_PLATFORMS=cuda,cpu launch/test.sh      on something else than the CPU
+#
+# Makes .venv at the first call; see setup_env.sh for VENV and PYTHON.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+use_env test
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+cd "$REPOSITORY"
+exec python -m pytest -q "$@"

@@ -1,0 +1,54 @@
+"""Install with `pip install -c constraints.txt -e .`; the constraints are the versions that were tested."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "starflow2_jax/__init__.py").read_text(), re.MULTILINE)[1]
+README = ROOT / "README.md"
+
+# The lower bounds are cautious: nothing older was tried.
+CORE = (
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "ml-collections>=1.1",
+    "tensorflow-datasets>=4.9.10",
+    "transformers>=5.0,<6",
+    "tokenizers>=0.22",
+    "safetensors>=0.6",
+    "numpy>=2.1,<3",
+    "pillow>=11",
+    "tqdm>=4.66",
+    "tensorboardX>=2.6",
+    "scikit-learn>=1.6",
+    "matplotlib>=3.10",
+)
+TORCH = "torch>=2.9,<3"  # only to read .pt and .pth files, and as a reference in tests
+CUDA = "jax[cuda12]>=0.10.2"
+
+setup(
+    name="starflow2_jax",
+    version=VERSION,
+    description="STARFlow2 in JAX: one causal model that reads and writes text and images",
+    long_description=README.read_text() if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["starflow2_jax*"]),
+    install_requires=CORE,
+    extras_require={
+        "torch": [TORCH],
+        "tpu": ["jax[tpu]>=0.10.2"],  # brings the libtpu that fits
+        "gpu": [CUDA],
+        "cuda": [CUDA],
+        "cuda13": ["jax[cuda13]>=0.10.2"],
+        "test": ["pytest>=8", "ruff>=0.14", TORCH],
+    },
+    entry_points={"console_scripts": ["starflow2 = starflow2_jax.cli:main"]},
+)

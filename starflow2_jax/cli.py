@@ -1,0 +1,150 @@
+"""`starflow2 train | sample | eval | quickstart`: plumbing from the command line to the library."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from starflow2_jax.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_train, _add_sample, _add_eval, _add_quickstart):
+        add(commands)
+    args, rest = parser.parse_known_args(argv)
+    overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.")]
+    if len(overrides) < len(rest) or (overrides and args.command != "train"):
+        parser.error(
+            f"unknown argument {next(r for r in rest if args.command != 'train' or not r.startswith('--config.'))!r}"
+        )
+    try:
+        args.run(args, overrides)
+    except UserError as error:
+        print(f"starflow2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("starflow2: interrupted; the last checkpoint stands", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _add_train(commands) -> None:
+    p = commands.add_parser("train", help="run an experiment's stages, or go on with them", allow_abbrev=False)
+    p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
+    p.add_argument("--out", default=None, help="checkpoint directory (default: runs/NAME of the experiment)")
+    p.add_argument("--runlocal", action="store_true", help="shrink it to a few steps")
+    p.set_defaults(run=_train)
+
+
+def _train(args, overrides) -> None:
+    from starflow2_jax import config as configs
+
+    config = configs.load(args.config, overrides, args.runlocal)
+    out = args.out or f"runs/{Path(args.config).stem}"
+    _devices(config.cpu_devices)
+    from starflow2_jax.training.loop import Trainer
+
+    Trainer(config, out).run()
+    print(f"checkpoint: {out}")
+
+
+def _devices(cpu_devices: int) -> None:
+    """Before JAX starts: that many CPU devices, where there is no accelerator."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def _add_sample(commands) -> None:
+    p = commands.add_parser("sample", help="continue a prompt with text and images", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text")
+    what.add_argument("--document", help='JSON file: a list of {"text": ...} and {"image": path} parts')
+    p.add_argument("--num", type=int, default=1, help="samples of it")
+    p.add_argument("--guidance", type=float, default=1.0, help="0: none")
+    p.add_argument("--temperature", type=float, default=0.9, help="of the images; text is the most likely one")
+    p.add_argument("--text-temperature", type=float, default=0.0, help="0: the most likely token")
+    p.add_argument("--max-tokens", type=int, default=128, help="positions to write, image tokens included")
+    p.add_argument("--image-first", action="store_true", help="begin the answer with an image")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="samples")
+    p.set_defaults(run=_sample)
+
+
+def _sample(args, _) -> None:
+    from starflow2_jax.data.documents import DocumentError, Image, Text, read_document, write_image
+    from starflow2_jax.sampling.engine import SampleOptions, Sampler
+
+    if args.num < 1 or args.max_tokens < 1 or args.guidance < 0 or args.temperature < 0 or args.text_temperature < 0:
+        raise DocumentError("--num and --max-tokens are at least 1, --guidance and temperatures at least 0")
+    sampler = Sampler.restore(args.checkpoint)
+    channels = sampler.codec.image_channels
+    prompt = [Text(args.prompt)] if args.prompt is not None else read_document(args.document, channels)
+    options = SampleOptions(args.text_temperature, args.temperature, args.guidance, args.max_tokens, args.image_first)
+    documents = sampler.generate([prompt] * args.num, options, args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    listing = []
+    for i, document in enumerate(documents):
+        parts = []
+        for k, part in enumerate(document):
+            if isinstance(part, Image):
+                write_image(out / f"{i:03d}_{k}.png", part.pixels)
+                parts.append({"image": f"{i:03d}_{k}.png"})
+            else:
+                parts.append({"text": part.text})
+        listing.append(parts)
+        print(f"{i:03d}", *(p.get("text") or f"[{out / p['image']}]" for p in parts))
+    (out / "samples.json").write_text(json.dumps(listing, indent=1))
+
+
+def _add_eval(commands) -> None:
+    p = commands.add_parser("eval", help="the digits report's numbers of a checkpoint", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--limit", type=int, default=300, help="documents a task at most")
+    p.set_defaults(run=_eval)
+
+
+def _eval(args, _) -> None:
+    from starflow2_jax.evaluation.digits import evaluate
+    from starflow2_jax.sampling.engine import Sampler
+
+    numbers, _ = evaluate(Sampler.restore(args.checkpoint), args.limit)
+    print(json.dumps(numbers, indent=1))
+
+
+def _add_quickstart(commands) -> None:
+    p = commands.add_parser("quickstart", help="train, sample and evaluate on real digits", allow_abbrev=False)
+    p.add_argument("--out", default="quickstart")
+    p.add_argument("--smoke", action="store_true", help="the same path in about a minute")
+    p.set_defaults(run=_quickstart)
+
+
+def _quickstart(args, _) -> None:
+    from starflow2_jax import config as configs
+
+    begin = time.time()
+    experiment = Path(__file__).parent.parent / "experiments" / "digits_quick.py"
+    config = configs.load(experiment, runlocal=args.smoke)
+    _devices(config.cpu_devices)
+    from starflow2_jax.evaluation.digits import AIMS, evaluate
+    from starflow2_jax.evaluation.report import write_report
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.training.loop import Trainer
+
+    out = Path(args.out)
+    Trainer(config, out / "checkpoint").run()
+    trained = time.time()
+    print("sampling and evaluating ...")
+    numbers, samples = evaluate(Sampler.restore(out / "checkpoint"), limit=20 if args.smoke else 300)
+    times = {"train_seconds": trained - begin, "total_seconds": time.time() - begin}
+    report = {**numbers, **{k: round(v, 1) for k, v in times.items()}, "smoke": args.smoke, "aims": AIMS}
+    write_report(out, report, samples, out / "checkpoint" / "metrics" / "metrics.jsonl")
+    print(json.dumps({k: v for k, v in report.items() if k != "aims"}, indent=1))
+    print(f"open {out / 'index.html'}")

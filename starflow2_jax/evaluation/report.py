@@ -1,0 +1,215 @@
+"""A run's report: report.json, samples.png and index.html, a page that stands alone (no network, no scripts)."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from starflow2_jax.data.digits import WORDS
+from starflow2_jax.data.documents import as_pillow
+
+ZOOM, MARGIN = 8, 4  # of samples.png: enlargement of a pixel, pixels between images
+SHOWN = 10  # digits a row of the page
+LOWER_IS_BETTER = ("nll", "seconds")  # where a key holds one of these; elsewhere more is better
+UNITS = {"image_loss": "nats per latent dimension", "text_loss": "nats per token"}
+INK, LINE = "#808080", "#3b82c4"  # readable on light and on dark
+
+ABOUT = (
+    "STARFlow2 is one causal model that reads and writes both text and images: a frozen vision-language model and an "
+    "autoregressive normalizing flow over the same sequence, tied by two skips. "
+    "This page shows what a small one, trained from nothing in this run, makes of handwritten digits of 8 × 8 pixels."
+)
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #66717e; --page: #fbfbf9; --card: #fff; --line: #dfe2e6;
+  --made: #b4560b; --tint: #fdf0e3; --good: #1c7a43; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #98a2ae; --page: #15181c; --card: #1d2126;
+  --line: #353b43; --made: #f0a35e; --tint: #3a2c1d; --good: #6fce97; --bad: #f28b82; } }
+body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 56rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.6 system-ui, sans-serif; }
+h1 { margin: 0 0 .5rem; font-size: 1.8rem; } h2 { margin: 2.5rem 0 .6rem; font-size: 1.2rem; }
+h3 { margin: 0 0 .5rem; font-size: .9rem; font-weight: 600; color: var(--soft); } p { max-width: 46rem; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; } td, th { padding: .3rem 1.6rem .3rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; font-variant-numeric: tabular-nums; } th { color: var(--soft); font-weight: 600; font-size: .9rem; }
+td.number, th.number { text-align: right; } .met { color: var(--good); } .missed { color: var(--bad); }
+.curves { width: 100%; height: auto; } img.pixels { image-rendering: pixelated; vertical-align: middle; }
+.digits td, .digits th { padding: 2px; border: 0; } .digits th { padding-right: .8rem; text-align: right; }
+.digits img { width: 40px; height: 40px; display: block; }
+.example { margin: .8rem 0; padding: .9rem 1.1rem; border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); line-height: 4.6; white-space: pre-wrap; } .example h3 { line-height: 1.4; }
+.example img { width: 64px; height: 64px; border: 3px solid transparent; border-radius: 4px; margin: 0 .15rem; }
+img.made, .example img.made { border: 3px solid var(--made); border-radius: 4px; }
+span.made { padding: .15em .1em; background: var(--tint); color: var(--made); border-bottom: 2px solid var(--made); }
+"""
+
+
+def write_report(folder: Path, report: dict, samples: dict[str, object], metrics_path: Path) -> None:
+    """Write report.json, samples.png and index.html into `folder`.
+
+    report: numbers, and under "aims" what some of them should reach, {key: value}; groups may nest, "a.b" is b of a.
+    samples: "grid", generated digits (10, n, height, width, C) in [-1, 1], row d of digit d; "examples", a list of
+        (title, parts), each part {"text": str} or {"pixels": (height, width, C), "generated": bool}.
+    metrics_path: the training's metrics.jsonl; the page does without curves where it is missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = np.asarray(samples["grid"])
+    (folder / "report.json").write_text(json.dumps(report, indent=1, default=lambda array: array.tolist()) + "\n")
+    as_pillow(contact_sheet(grid)).save(folder / "samples.png")
+    sections = [
+        ("Numbers", _numbers(report)),
+        ("Generated digits", _digits(grid)),
+        ("Worked examples", _examples(samples["examples"])),
+        ("Training", _training(read_metrics(metrics_path))),
+    ]
+    body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
+    (folder / "index.html").write_text(
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>STARFlow2 report</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>STARFlow2 report</h1>\n<p>{ABOUT}</p>\n{body}</body>\n</html>\n",
+        encoding="utf-8",
+    )
+
+
+def contact_sheet(grid: np.ndarray) -> np.ndarray:
+    """Images (rows, columns, height, width, C) -> one image, each enlarged ZOOM times, MARGIN pixels of gray around."""
+    large = grid.repeat(ZOOM, axis=2).repeat(ZOOM, axis=3)
+    large = np.pad(large, ((0, 0), (0, 0), (MARGIN, 0), (MARGIN, 0), (0, 0)))
+    rows, columns, height, width, channels = large.shape
+    sheet = large.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    return np.pad(sheet, ((0, MARGIN), (0, MARGIN), (0, 0)))
+
+
+def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
+    """metrics.jsonl -> (stage, loss) -> {step: value}. Steps that were run twice count as the last time."""
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    if not Path(path).is_file():
+        return curves
+    for line in Path(path).read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # cut off where the training was killed
+            continue
+        for name in UNITS:
+            if name in values:
+                curves.setdefault((values["stage"], name), {})[values["step"]] = values[name]
+    return curves
+
+
+def is_met(key: str, value: float, aim: float) -> bool:
+    return value <= aim if any(word in key for word in LOWER_IS_BETTER) else value >= aim
+
+
+def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested groups -> {"group.key": value}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _numbers(report: Mapping) -> str:
+    measured = _flat({key: value for key, value in report.items() if key != "aims"})
+    aims = _flat(report.get("aims", {}))
+    rows = []
+    for key in [*measured, *(key for key in aims if key not in measured)]:
+        value, aim, verdict = measured.get(key), aims.get(key), ""
+        if aim is not None and value is not None:
+            met = is_met(key, value, aim)
+            verdict = f'<span class="{"met" if met else "missed"}">{"✓ met" if met else "✗ missed"}</span>'
+        elif aim is not None:
+            verdict = "not measured"
+        bound = "" if aim is None else ("≤ " if any(word in key for word in LOWER_IS_BETTER) else "≥ ") + _number(aim)
+        name = escape(key.replace("_", " ").replace(".", ": "))
+        cells = (f'<td class="number">{cell}</td>' for cell in (_number(value), bound))
+        rows.append(f"<tr><td>{name}</td>{''.join(cells)}<td>{verdict}</td></tr>")
+    head = '<tr><th>what</th><th class="number">measured</th><th class="number">aim</th><th></th></tr>'
+    return f'<div class="wide"><table>\n{head}\n' + "\n".join(rows) + "\n</table></div>"
+
+
+def _number(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float | np.floating):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return f"{value:,}"
+    return escape(str(value))
+
+
+def _digits(grid: np.ndarray) -> str:
+    rows = []
+    for word, images in zip(WORDS, grid, strict=False):
+        cells = "".join(f"<td>{_pixels(image, f'generated {word}')}</td>" for image in images[:SHOWN])
+        rows.append(f"<tr><th>{word}</th>{cells}</tr>")
+    return (
+        '<p class="soft">Drawn by the model when asked for the digit named on the left.</p>\n'
+        '<div class="wide"><table class="digits">\n' + "\n".join(rows) + "\n</table></div>"
+    )
+
+
+def _examples(examples: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
+    blocks = [
+        f'<div class="example"><h3>{escape(title)}</h3>{"".join(_part(part) for part in parts)}</div>'
+        for title, parts in examples
+    ]
+    return (
+        '<p class="soft">Documents of text and images. What the model wrote or drew itself is '
+        '<span class="made">marked like this</span>, its images by a frame of that colour.</p>\n' + "\n".join(blocks)
+    )
+
+
+def _part(part: Mapping) -> str:
+    generated = bool(part.get("generated", False))
+    if "pixels" in part:
+        return _pixels(part["pixels"], "generated image" if generated else "given image", generated)
+    text = escape(part["text"])
+    return f'<span class="made">{text}</span>' if generated else text
+
+
+def _pixels(pixels: np.ndarray, alt: str, made: bool = False) -> str:
+    file = io.BytesIO()
+    as_pillow(np.asarray(pixels)).save(file, "png")
+    kind = "pixels made" if made else "pixels"
+    return f'<img class="{kind}" alt="{escape(alt)}" title="{escape(alt)}" src="{_data_url(file)}">'
+
+
+def _data_url(png: io.BytesIO) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def _training(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
+    if not curves:
+        return '<p class="soft">No metrics of the training were found.</p>'
+    file = io.BytesIO()
+    draw_curves(curves).savefig(file, format="png", dpi=160, transparent=True)
+    return (
+        f'<img class="curves" alt="training curves, a panel for each loss of each stage" src="{_data_url(file)}">\n'
+        '<p class="soft">Losses on training batches over the steps of the whole run.</p>'
+    )
+
+
+def draw_curves(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> Figure:
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, ((stage, name), curve) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(rows, columns, panel)
+        steps = sorted(curve)
+        axes.plot(steps, [curve[step] for step in steps], color=LINE, linewidth=1.2)
+        axes.set_title(f"{stage}: {name}".replace("_", " "), fontsize=9, color=INK)
+        axes.set_ylabel(UNITS[name], fontsize=8, color=INK)
+        axes.set_xlabel("step", fontsize=8, color=INK)
+        axes.tick_params(labelsize=8, colors=INK)
+        axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+        axes.spines[:].set_visible(False)
+    return figure

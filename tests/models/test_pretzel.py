@@ -1,0 +1,204 @@
+"""The whole model: causality, packed documents, closed skips, and decoding through the caches."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from starflow2_jax import sequence
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.pipeline import Shape, collate
+from starflow2_jax.models.pretzel import Caches, Output, Pretzel
+from starflow2_jax.models.qwen import Qwen
+from starflow2_jax.sequence import Sequence, Step
+
+CLOSE = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+
+
+@partial(jax.jit, static_argnames=("skips", "deep"))
+def run(inputs, params, caches=None, skips=True, deep=True) -> Output:
+    return tiny.MODEL.apply({"params": params}, inputs, caches, skips=skips, deep=deep)
+
+
+def empty(rows: int, slots: int) -> Caches:
+    return tiny.MODEL.apply({"params": tiny.params()}, rows, slots, method=Pretzel.empty_caches)
+
+
+def said(output: Output) -> np.ndarray:
+    """All that the positions predict with: (B, S, channels)."""
+    return np.concatenate([output.text, output.mean, output.scale], axis=-1)
+
+
+def u_at_positions(batch: Sequence, output: Output) -> np.ndarray:
+    """(B, S, D): u where the positions are FLOW, else 0."""
+    u = np.asarray(output.u).reshape(len(batch.tokens), -1, tiny.CHANNELS)
+    here = np.take_along_axis(u, np.asarray(batch.slot)[..., None], axis=1)
+    return np.where((batch.modality == sequence.FLOW)[..., None], here, 0)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return tiny.packed()
+
+
+@pytest.fixture(scope="module")
+def full(batch):
+    return run(batch, tiny.params())
+
+
+def test_no_position_sees_a_later_token_or_u():
+    """Row i of a batch has position i changed: nothing before i moves, and i itself does, in text, mean and scale."""
+    batch = tiny.alone(tiny.documents()[1], length=24)
+    S = batch.tokens.shape[1]
+    read = run(batch, tiny.params())
+    u, eye = u_at_positions(batch, read), np.eye(S, dtype=bool)
+    rows = partial(np.repeat, repeats=S, axis=0)
+    is_flow = batch.modality == sequence.FLOW
+    plain = Step(rows(batch.tokens), rows(batch.modality), rows(batch.positions), rows(u))
+    changed = plain.replace(
+        tokens=np.where(eye & ~is_flow, 7, plain.tokens), u=plain.u + np.where(eye & is_flow, 1.0, 0.0)[..., None]
+    )
+    before, after = (run(step, tiny.params(), empty(S, S)) for step in (plain, changed))
+    CLOSE(said(before)[0], said(read)[0])
+    for part in ("text", "mean", "scale"):
+        moved = np.abs(np.asarray(getattr(after, part)) - np.asarray(getattr(before, part))).max(-1)
+        assert (moved[np.tril(np.ones((S, S), bool), -1)] == 0).all()
+        assert (moved[eye] > 1e-4).all(), part
+        assert (moved[:-2, S - 1] > 1e-6).all(), part  # and it is still seen at the end
+
+
+@pytest.mark.parametrize("index", (1, 4))
+def test_nothing_before_an_image_sees_it(index):
+    """Any token of an image may move the whole of its u (the shallow flow mixes them), but nothing before the image."""
+    batch = tiny.alone(tiny.documents()[index])
+    base = said(run(batch, tiny.params()))[0]
+    images = [(sequence.FLOW, m) for m in range(int(batch.latents[0].any((1, 2)).sum()))]
+    images += [(sequence.VIT, i) for i in set(batch.vision.image[0].tolist()) - {0}]
+    for kind, which in images:
+        here = np.flatnonzero(batch.modality[0] == kind)
+        if kind == sequence.FLOW:
+            noise = np.zeros_like(batch.latents)
+            noise[0, which] = np.random.default_rng(0).standard_normal(noise.shape[2:])
+            other, first = batch.replace(latents=batch.latents + noise), here[which * 6]
+        else:
+            noise = (batch.vision.image == which)[..., None] * np.float32(0.7)
+            other, first = batch.replace(vision=batch.vision.replace(patches=batch.vision.patches + noise)), here[0]
+        moved = np.abs(said(run(other, tiny.params()))[0] - base).max(-1)
+        last = np.flatnonzero(batch.segments[0])[-1]
+        assert (moved[:first] == 0).all() and (moved[first : last + 1] > 1e-6).all()
+
+
+def test_packed_documents_do_not_see_each_other(batch, full):
+    found = tiny.places(batch)
+    assert {index for index, _, _ in found} == set(range(5))
+    logdet, u = np.asarray(full.logdet), np.asarray(full.u)
+    for index, row, where in found:
+        single = tiny.alone(tiny.documents()[index])
+        output = run(single, tiny.params())
+        CLOSE(said(full)[row, where], said(output)[0, : len(where)], err_msg=f"document {index}")
+        flow = [t for t in where if batch.modality[row, t] == sequence.FLOW]
+        for k, m in enumerate(sorted({int(s) // 6 for s in np.asarray(batch.slot)[row, flow]})):
+            CLOSE(u[row, m], output.u[0, k])
+            CLOSE(logdet[row, m], output.logdet[0, k])
+
+
+def test_closed_skips_leave_the_vlms_own_logits_bit_for_bit(batch):
+    """Against `Qwen` alone, over the embeddings that a text row has; and any row against the row without a deep flow."""
+    document = [Text("draw an eight and count from one to four", predict=True)]
+    words = tiny.alone(document)
+    mask = np.asarray(words.segments[:, :, None] == words.segments[:, None, :]) & np.tril(np.ones((40, 40), bool))
+
+    def alone(m: Qwen):
+        return m.logits(m(m.embed(words.tokens), words.positions, mask)[0])
+
+    own = jax.jit(lambda p: Qwen(tiny.CONFIG.vlm).apply({"params": p}, method=alone))(tiny.params()["vlm"])
+    logits = jax.jit(lambda p, h: tiny.MODEL.apply({"params": p}, h, method=Pretzel.text_logits))
+    closed = logits(tiny.params(), run(words, tiny.params(), skips=False).text)
+    assert np.array_equal(closed, own)
+    zero = tiny.with_zero_skips(tiny.params())
+    assert np.array_equal(logits(zero, run(words, zero).text), own)
+    opened = logits(tiny.params(), run(words, tiny.params()).text)
+    assert np.abs(np.asarray(opened - own)).max() > 1e-3
+
+    lone = run(batch, tiny.params(), skips=False, deep=False).text
+    assert np.array_equal(run(batch, tiny.params(), skips=False).text, lone)
+    assert np.array_equal(run(batch, zero).text, lone)
+    with_zero, shut = run(batch, zero), run(batch, tiny.params(), skips=False)
+    assert np.array_equal(with_zero.mean, shut.mean) and np.array_equal(with_zero.scale, shut.scale)
+    assert np.abs(np.asarray(run(batch, tiny.params()).mean - shut.mean)).max() > 1e-3
+
+
+def test_a_fresh_model_starts_from_the_vlm_and_a_unit_gaussian(batch):
+    fresh = jax.jit(lambda: tiny.init_params(tiny.MODEL, jax.random.key(1)))()
+    output = run(batch, fresh)
+    assert np.array_equal(output.text, run(batch, fresh, skips=False, deep=False).text)
+    assert not np.asarray(output.mean).any()
+    CLOSE(output.scale, np.ones_like(output.scale))
+
+
+@pytest.fixture(scope="module")
+def stories():
+    """Two documents in a row each, with prompts of different length (the second with an image), read in one pass."""
+    parts = [
+        [Text("count from one"), Text(" two"), Image(tiny.pixels(20), generate=True), Text(" three")],
+        [Image(tiny.pixels(21)), Text("flip it left to right, please"), Image(tiny.pixels(22), generate=True)],
+    ]
+    shape = Shape(2, 32, 2)
+    encode = partial(map, tiny.encoder(vision=False))
+    whole = collate(list(encode(parts)), shape)
+    prompts = [tiny.encoder(vision=False)(p[:k], closed=False) for p, k in zip(parts, (1, 2), strict=True)]
+    lengths = np.array([len(p["tokens"]) for p in prompts], np.int32)
+    return whole, collate(prompts, Shape(2, int(lengths.max()), 2)), lengths
+
+
+@pytest.fixture(scope="module")
+def decoded(stories):
+    """Prefill of the right-padded prompts, rewind, then one position of each row at a time."""
+    whole, prompt, lengths = stories
+    total = np.asarray((whole.segments > 0).sum(1))
+    output = run(prompt, tiny.params(), empty(2, 40))
+    caches = output.caches.rewind(jnp.asarray(lengths))
+    rows = [[said(output)[b, : lengths[b]]] for b in range(2)]
+    u, row = u_at_positions(whole, run(whole, tiny.params())), np.arange(2)
+    for i in range(int((total - lengths).max())):
+        at = np.minimum(lengths + i, total - 1)
+        one = Step(*(np.asarray(a)[row, at][:, None] for a in (whole.tokens, whole.modality, whole.positions, u)))
+        output = run(one, tiny.params(), caches)
+        assert np.array_equal(output.caches.length, lengths + i + 1)
+        caches = output.caches
+        for b in row:
+            if lengths[b] + i < total[b]:
+                rows[b].append(said(output)[b])
+    return [np.concatenate(r) for r in rows], caches.rewind(jnp.asarray(total)), total
+
+
+def test_decoding_step_by_step_equals_one_pass(stories, decoded):
+    rows, _, total = decoded
+    assert len(set(stories[2].tolist())) == 2 and (total > stories[2] + 6).all()
+    full = said(run(stories[0], tiny.params()))
+    for b in range(2):
+        CLOSE(rows[b], full[b, : total[b]])
+
+
+def test_caches_after_generating_are_those_after_reading(stories, decoded):
+    """Nothing that was generated is read a second time, so its keys and values must be those of reading it."""
+    _, stepped, total = decoded
+    read = run(stories[0], tiny.params(), empty(2, 40)).caches
+    for name in ("vlm", "deep"):
+        mine, theirs = getattr(stepped, name), getattr(read, name)
+        for b in range(2):
+            for a, c in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                CLOSE(a[:, b, : total[b]], c[:, b, : total[b]])
+                assert np.abs(np.asarray(a[:, b, : total[b]])).max() > 0.1
+    assert np.array_equal(stepped.length, total) and np.array_equal(stepped.deep.length, total)
+
+
+def test_decode_inverts_encode(batch):
+    bound = {"params": tiny.params()}
+    u, _ = jax.jit(lambda x: tiny.MODEL.apply(bound, x, method=Pretzel.encode))(batch.latents)
+    x = jax.jit(lambda u: tiny.MODEL.apply(bound, u, method=Pretzel.decode))(u[:, 0])
+    np.testing.assert_allclose(x, batch.latents[:, 0], atol=1e-4)
+    assert np.abs(np.asarray(u[:, 0]) - batch.latents[:, 0]).max() > 0.1
