@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "starflow2_jax/__init__.py").read_text(), re.MULTILINE)[1]
 README = ROOT / "README.md"
 
-# The lower bounds are cautious: nothing older was tried.
+# The versions that were tested are in constraints.txt; these are the bounds within which we expect the same.
 CORE = (
     "jax>=0.10.2",
     "flax>=0.12.8",

@@ -71,6 +71,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.save_every = 500  # steps
     c.keep = 2  # checkpoints
     if runlocal:
+        for stack in (c.model.deep, c.model.shallow, c.model.vlm, c.model.vlm.vision):
+            stack.unroll = 1  # compiles faster, runs slower
         for s in c.stages.values():
             s.steps = 4
             s.optimizer.warmup = 2

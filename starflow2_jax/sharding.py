@@ -32,14 +32,15 @@ PARAMETER_RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over all devices; one size may be -1: what is left. Raises UserError where the sizes do not fit."""
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (all there are); one size may be -1: what is left. Raises UserError where the sizes do not fit."""
+    devices = devices or jax.devices()
+    sizes, count = [data, fsdp, tensor], len(devices)
     fixed = int(np.prod([s for s in sizes if s > 0]))
     if sizes.count(-1) > 1 or count % fixed or (-1 not in sizes and fixed != count):
         raise UserError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices")
     sizes = [count // fixed if s == -1 else s for s in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

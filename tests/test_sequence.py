@@ -26,7 +26,7 @@ def test_text_targets_are_the_next_text_token_of_the_same_document(batch):
         if weights[b, t]:
             assert tokens[b, t] == batch.tokens[b, t + 1]
             predicted += 1
-    assert predicted > 20
+    assert predicted > 15
 
 
 def test_image_predictors_stand_before_each_latent_token(batch):
@@ -122,7 +122,9 @@ def test_packing_cuts_no_document_and_keeps_the_order(batch):
     found = tiny.places(batch)  # raises KeyError for a document that was cut
     assert len({row for _, row, _ in found}) == 2 and len(found) > 3  # several in a row
     for row in range(2):
-        assert [index for index, r, _ in found if r == row] == _first_fit(2, dict(tokens=64, latents=4, patches=32))[row]
+        assert [index for index, r, _ in found if r == row] == _first_fit(2, dict(tokens=64, latents=4, patches=32))[
+            row
+        ]
     for index, row, where in found:
         features = tiny.encoder()(tiny.documents()[index])
         assert np.array_equal(where, np.arange(where[0], where[0] + len(features["tokens"])))

@@ -48,10 +48,16 @@ def encoder(vision: bool = True) -> Encoder:
 
 @cache
 def params() -> dict:
-    """Every leaf moved off its initial value, so that no zero-initialised map hides anything."""
-    initial = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
+    """Random parameters, none at an initial zero, so that no zero-initialised map hides anything."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), initial)
+
+    def leaf(path, x):
+        last = path[-1].key
+        center = 1.0 if last == "scale" and path[0].key == "vlm" else 0.0
+        spread = {"kernel": 0.15, "embedding": 0.5}.get(last, 0.1)
+        return jnp.asarray(center + spread * rng.standard_normal(x.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0))))
 
 
 def with_zero_skips(tree: dict) -> dict:

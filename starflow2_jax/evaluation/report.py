@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from starflow2_jax.data.digits import WORDS
-from starflow2_jax.data.documents import as_pillow
+from starflow2_jax.data.documents import Image, Text, as_pillow
 
 ZOOM, MARGIN = 8, 4  # of samples.png: enlargement of a pixel, pixels between images
 SHOWN = 10  # digits a row of the page
@@ -55,7 +55,8 @@ def write_report(folder: Path, report: dict, samples: dict[str, object], metrics
 
     report: numbers, and under "aims" what some of them should reach, {key: value}; groups may nest, "a.b" is b of a.
     samples: "grid", generated digits (10, n, height, width, C) in [-1, 1], row d of digit d; "examples", a list of
-        (title, parts), each part {"text": str} or {"pixels": (height, width, C), "generated": bool}.
+        (title, parts), each part {"text": str} or {"pixels": (height, width, C)}, both with "generated": bool where the
+        model made it; or a part of a Document, made by the model where it counts as a prediction.
     metrics_path: the training's metrics.jsonl; the page does without curves where it is missing.
     """
     folder = Path(folder)
@@ -156,7 +157,7 @@ def _digits(grid: np.ndarray) -> str:
     )
 
 
-def _examples(examples: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
+def _examples(examples: Sequence[tuple[str, Sequence[Mapping | Text | Image]]]) -> str:
     blocks = [
         f'<div class="example"><h3>{escape(title)}</h3>{"".join(_part(part) for part in parts)}</div>'
         for title, parts in examples
@@ -167,7 +168,11 @@ def _examples(examples: Sequence[tuple[str, Sequence[Mapping]]]) -> str:
     )
 
 
-def _part(part: Mapping) -> str:
+def _part(part: Mapping | Text | Image) -> str:
+    if isinstance(part, Image):
+        part = {"pixels": part.pixels, "generated": part.generate}
+    elif isinstance(part, Text):
+        part = {"text": part.text, "generated": part.predict}
     generated = bool(part.get("generated", False))
     if "pixels" in part:
         return _pixels(part["pixels"], "generated image" if generated else "given image", generated)

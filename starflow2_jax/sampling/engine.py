@@ -52,15 +52,18 @@ class _Rows:
 class Sampler:
     """A model, its parameters, tokenizer and codec. `skips`: whether the stage that made the parameters opened them."""
 
-    def __init__(self, model: Pretzel, params: dict, tokenizer, codec, skips: bool = True, max_positions: int = 4096):
+    def __init__(
+        self, model: Pretzel, params: dict, tokenizer, codec, skips: bool = True, max_positions: int = 4096, mesh=None
+    ):
         self.model, self.params, self.tokenizer, self.codec, self.skips = model, params, tokenizer, codec, skips
         self.max_positions = max_positions
+        self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
         self.encoder = Encoder(tokenizer, codec, model.cfg.vlm.vision)
         self.ids = TokenIds.of(tokenizer)
 
     @classmethod
     def restore(cls, folder: str | Path) -> "Sampler":
-        """From a checkpoint directory alone, its latest step, on one device. Raises CheckpointError."""
+        """From a checkpoint directory alone, its latest step, rows spread over all devices. Raises CheckpointError."""
         checkpoints = CheckpointDirectory(folder)
         config, number = checkpoints.config(), checkpoints.require_latest()
         model = Pretzel(configs.pretzel(config))
@@ -74,7 +77,7 @@ class Sampler:
         moving = {name: trainable[name] for name in stage.trains}
         if checkpoints.has(number, "ema"):
             params |= checkpoints.restore(number, {"ema": moving})["ema"]
-        return cls(model, params, checkpoints.tokenizer(), checkpoints.codec(), stage.skips, config.max_positions)
+        return cls(model, params, checkpoints.tokenizer(), checkpoints.codec(), stage.skips, config.max_positions, mesh)
 
     def generate(
         self, prompts: list[Document], options: SampleOptions = SampleOptions(), seed: int = 0
@@ -84,6 +87,12 @@ class Sampler:
         Row i is a function of its prompt and of (seed, i): of nothing else in the batch. Raises DocumentError for a prompt
         that does not fit the model.
         """
+        return self._documents(*self.write(prompts, options, seed))
+
+    def write(
+        self, prompts: list[Document], options: SampleOptions = SampleOptions(), seed: int = 0
+    ) -> tuple[np.ndarray, jax.Array]:
+        """What `generate` writes, raw: tokens (B, max_tokens), -1 for an image token, -2 after the end; u (B, max_tokens, D)."""
         features = [self.encoder(prompt, closed=False) for prompt in prompts]
         if options.image_first:
             features = [_open_image(f, self.ids.vision_start) for f in features]
@@ -96,29 +105,27 @@ class Sampler:
                 "model was made for; shorten the prompt or generate less"
             )
         room = -(-longest // BUCKET) * BUCKET
+        spare = -len(features) % self.mesh.size  # rows that only fill up the mesh
+        features += features[-1:] * spare
         shape = Shape(
             len(features),
             room,
             max(1, max(len(f["latents"]) for f in features)),
             max(len(f.get("patches", ())) for f in features),
         )
-        batch = collate(features, shape)
         ends = np.array([f["positions"].max() + 1 for f in features], np.int32)
         lengths = np.array([len(f["tokens"]) for f in features], np.int32)
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(features)))
-        run = partial(
-            _generate, self.model, self.ids, self.skips, replace(options, guidance=float(options.guidance > 0))
-        )
-        tokens, u = run(self.params, batch, lengths, ends, keys, options.guidance)
-        return self._documents(np.asarray(tokens), u, options)
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(features)))
+        rows = jax.device_put((collate(features, shape), lengths, ends, keys), sharding.batch_sharding(self.mesh))
+        static = replace(options, guidance=float(options.guidance > 0))  # how much of it needs no new program
+        tokens, u = _generate(self.model, self.ids, self.skips, static, self.params, *rows, options.guidance)
+        return np.asarray(tokens)[: len(prompts)], u[: len(prompts)]
 
-    def _documents(self, tokens: np.ndarray, u: jax.Array, options: SampleOptions) -> list[Document]:
-        """Written tokens (B, T), -1 for image tokens and -2 after the end, and their u (B, T, D), -> documents."""
+    def _documents(self, tokens: np.ndarray, u: jax.Array) -> list[Document]:
         N = self.model.cfg.tokens
         runs = [np.flatnonzero(row == -1) for row in tokens]
-        places = [
-            (i, c) for i, run in enumerate(runs) for c in run[: len(run) // N * N : N]
-        ]  # an image cut off is left out
+        whole = [run[: len(run) // N * N : N] for run in runs]  # an image cut off by max_tokens is left out
+        places = [(i, c) for i, starts in enumerate(whole) for c in starts]
         images: list[dict[int, np.ndarray]] = [{} for _ in tokens]
         if places:
             rows, columns = np.array(places).T

@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image as Pillow
 
+from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.evaluation import report as reports
 from starflow2_jax.evaluation.report import write_report
 
@@ -49,7 +50,7 @@ def page(tmp_path, grid):
 
 def images_of(page: str) -> list[np.ndarray]:
     sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
+    return [np.asarray(Pillow.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
 
 
 def test_the_page_is_self_contained(page):
@@ -81,11 +82,12 @@ def test_json_is_the_report(page, tmp_path):
 
 
 def test_sheet_shows_every_sample_enlarged(page, tmp_path, grid):
-    sheet = np.asarray(Image.open(tmp_path / "samples.png"))
+    sheet = np.asarray(Pillow.open(tmp_path / "samples.png"))
     side = 8 * 8 + reports.MARGIN
     assert sheet.shape == (10 * side + reports.MARGIN, 12 * side + reports.MARGIN)
-    at = sheet[reports.MARGIN + 3 * side :: 8][:8, reports.MARGIN + 11 * side :: 8][:, :8]
-    np.testing.assert_array_equal(at, np.round((grid[3, 11, ..., 0] + 1) * 127.5).astype(np.uint8))
+    top, left = reports.MARGIN + 3 * side, reports.MARGIN + 11 * side
+    want = np.round((grid[3, 11, ..., 0] + 1) * 127.5).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    np.testing.assert_array_equal(sheet[top : top + 64, left : left + 64], want)
 
 
 def test_curves_take_the_last_run_of_a_step_and_survive_a_cut_line(page, tmp_path):
@@ -101,3 +103,13 @@ def test_curves_take_the_last_run_of_a_step_and_survive_a_cut_line(page, tmp_pat
 def test_without_metrics_the_page_says_so(tmp_path, grid):
     write_report(tmp_path, REPORT, {"grid": grid, "examples": []}, tmp_path / "none.jsonl")
     assert "No metrics" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_parts_of_documents_show_as_the_same_page(tmp_path, grid):
+    plain = [{"text": "a"}, {"text": "b", "generated": True}, {"pixels": grid[0, 0], "generated": True}]
+    document = [Text("a"), Text("b", predict=True), Image(grid[0, 0], generate=True)]
+    pages = []
+    for parts in (plain, document):
+        write_report(tmp_path, REPORT, {"grid": grid, "examples": [("title", parts)]}, tmp_path / "none.jsonl")
+        pages.append((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert pages[0] == pages[1] and 'a<span class="made">b</span><img class="pixels made"' in pages[0]

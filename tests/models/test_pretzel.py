@@ -51,18 +51,17 @@ def full(batch):
 
 def test_no_position_sees_a_later_token_or_u():
     """Row i of a batch has position i changed: nothing before i moves, and i itself does, in text, mean and scale."""
-    batch = tiny.alone(tiny.documents()[1], length=24)
-    S = batch.tokens.shape[1]
+    batch = tiny.alone(tiny.documents()[1])
+    S = int((batch.segments > 0).sum())
     read = run(batch, tiny.params())
-    u, eye = u_at_positions(batch, read), np.eye(S, dtype=bool)
-    rows = partial(np.repeat, repeats=S, axis=0)
-    is_flow = batch.modality == sequence.FLOW
-    plain = Step(rows(batch.tokens), rows(batch.modality), rows(batch.positions), rows(u))
+    inputs = (batch.tokens, batch.modality, batch.positions, u_at_positions(batch, read))
+    plain = Step(*(np.repeat(x[:, :S], S, axis=0) for x in inputs))
+    eye, is_flow = np.eye(S, dtype=bool), plain.modality == sequence.FLOW
     changed = plain.replace(
         tokens=np.where(eye & ~is_flow, 7, plain.tokens), u=plain.u + np.where(eye & is_flow, 1.0, 0.0)[..., None]
     )
     before, after = (run(step, tiny.params(), empty(S, S)) for step in (plain, changed))
-    CLOSE(said(before)[0], said(read)[0])
+    CLOSE(said(before)[0], said(read)[0, :S])
     for part in ("text", "mean", "scale"):
         moved = np.abs(np.asarray(getattr(after, part)) - np.asarray(getattr(before, part))).max(-1)
         assert (moved[np.tril(np.ones((S, S), bool), -1)] == 0).all()
@@ -76,7 +75,7 @@ def test_nothing_before_an_image_sees_it(index):
     batch = tiny.alone(tiny.documents()[index])
     base = said(run(batch, tiny.params()))[0]
     images = [(sequence.FLOW, m) for m in range(int(batch.latents[0].any((1, 2)).sum()))]
-    images += [(sequence.VIT, i) for i in set(batch.vision.image[0].tolist()) - {0}]
+    images += [(sequence.VIT, i) for i in set(batch.vision.image[0].tolist()) - {0}] if batch.vision else []
     for kind, which in images:
         here = np.flatnonzero(batch.modality[0] == kind)
         if kind == sequence.FLOW:
@@ -106,7 +105,7 @@ def test_packed_documents_do_not_see_each_other(batch, full):
 
 
 def test_closed_skips_leave_the_vlms_own_logits_bit_for_bit(batch):
-    """Against `Qwen` alone, over the embeddings that a text row has; and any row against the row without a deep flow."""
+    """Against `Qwen` alone, over the embeddings that a row of text has."""
     document = [Text("draw an eight and count from one to four", predict=True)]
     words = tiny.alone(document)
     mask = np.asarray(words.segments[:, :, None] == words.segments[:, None, :]) & np.tril(np.ones((40, 40), bool))
@@ -123,20 +122,10 @@ def test_closed_skips_leave_the_vlms_own_logits_bit_for_bit(batch):
     opened = logits(tiny.params(), run(words, tiny.params()).text)
     assert np.abs(np.asarray(opened - own)).max() > 1e-3
 
-    lone = run(batch, tiny.params(), skips=False, deep=False).text
-    assert np.array_equal(run(batch, tiny.params(), skips=False).text, lone)
-    assert np.array_equal(run(batch, zero).text, lone)
     with_zero, shut = run(batch, zero), run(batch, tiny.params(), skips=False)
-    assert np.array_equal(with_zero.mean, shut.mean) and np.array_equal(with_zero.scale, shut.scale)
+    for part in ("text", "mean", "scale"):
+        assert np.array_equal(getattr(with_zero, part), getattr(shut, part))
     assert np.abs(np.asarray(run(batch, tiny.params()).mean - shut.mean)).max() > 1e-3
-
-
-def test_a_fresh_model_starts_from_the_vlm_and_a_unit_gaussian(batch):
-    fresh = jax.jit(lambda: tiny.init_params(tiny.MODEL, jax.random.key(1)))()
-    output = run(batch, fresh)
-    assert np.array_equal(output.text, run(batch, fresh, skips=False, deep=False).text)
-    assert not np.asarray(output.mean).any()
-    CLOSE(output.scale, np.ones_like(output.scale))
 
 
 @pytest.fixture(scope="module")

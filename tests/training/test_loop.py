@@ -1,0 +1,124 @@
+"""One story: train, stop, save model and data position, resume, same numbers; and a checkpoint on another mesh."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from starflow2_jax.checkpoints import CheckpointDirectory, abstract, content_hash
+from starflow2_jax.models.pretzel import init_params
+from starflow2_jax.training.loop import NonFiniteLoss, Trainer
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def tiny_config(**changes):
+    """experiments/digits_quick.py, with a model and rows of the smallest size."""
+    spec = importlib.util.spec_from_file_location("digits_quick", EXPERIMENTS / "digits_quick.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = module.get_config(runlocal=True).unlock()
+    c.data.patch, c.model.grid, c.model.channels = 4, (2, 2), 16
+    c.mesh = dict(data=8, fsdp=1, tensor=1)
+    small = dict(layers=1, width=32, heads=2, unroll=1)
+    c.model.vlm.update(small, kv_heads=1, head_dim=16, mlp_hidden=32, rotary_sections=(2, 3, 3))
+    c.model.vlm.vision.update(small, mlp_hidden=32, out_width=32, patch=2, window=4)
+    for flow in (c.model.shallow, c.model.deep):
+        flow.update(small, mlp_hidden=32)
+    c.model.shallow_blocks, c.model.deep_rotary_sections, c.model.adapter_hidden = 1, (2, 3, 3), 16
+    for s in c.stages.values():
+        s.update(rows=8, length=72, images=5, steps=4)
+    c.stages.pretrain.patches = 80
+    c.order, c.log_every = ("pretrain", "joint"), 1
+    c.update(changes)
+    return c
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics" / "metrics.jsonl").read_text().splitlines()]
+
+
+def params_at(folder, number: int, mesh=None) -> dict:
+    trainer = Trainer(tiny_config(mesh=mesh or dict(data=8, fsdp=1, tensor=1)), folder)
+    shapes = abstract(trainer._shapes("frozen" if number <= 4 else "trainable"), trainer.mesh)
+    return trainer.checkpoints.restore(number, {"params": shapes})["params"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Both stages in one go, with a checkpoint in the middle of the second."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    Trainer(tiny_config(save_every=6), folder).run(progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The same run, stopped in the middle of each stage and gone on with by a new Trainer."""
+    folder = tmp_path_factory.mktemp("resumed")
+    for stop_at in (2, 6, None):
+        Trainer(tiny_config(), folder).run(progress=False, stop_at=stop_at)
+        assert CheckpointDirectory(folder).latest() == (stop_at or 8)
+    return folder
+
+
+def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, resumed):
+    """Bit for bit: losses of every step (so the data, too), weights, average, data position."""
+    assert [line["step"] for line in lines(undisturbed)] == list(range(1, 9))
+    assert [line["stage"] for line in lines(undisturbed)] == ["pretrain"] * 4 + ["joint"] * 4
+    assert lines(resumed) == lines(undisturbed)
+    assert len({line["loss"] for line in lines(undisturbed)}) == 8
+    for number in (6, 8):
+        assert content_hash(params_at(undisturbed, number)) == content_hash(params_at(resumed, number))
+    mine, theirs = (CheckpointDirectory(f).meta(6) for f in (undisturbed, resumed))
+    assert mine == theirs and mine["data"] and mine["stage_step"] == 2
+    assert (undisturbed / "frozen.json").read_text() == (resumed / "frozen.json").read_text()
+
+
+def test_a_finished_run_does_nothing_more(resumed):
+    before = lines(resumed)
+    Trainer(tiny_config(), resumed).run(progress=False)
+    assert lines(resumed) == before
+
+
+def test_the_second_stage_starts_from_the_pretrained_vlm(undisturbed):
+    trainer = Trainer(tiny_config(), undisturbed)
+    frozen = trainer.checkpoints.restore_frozen(abstract(trainer._shapes("frozen"), trainer.mesh))
+    initial = jax.jit(lambda: init_params(trainer.model, jax.random.key(0))["vlm"])()
+    moved = np.abs(np.asarray(frozen["vlm"]["lm_head"]["embedding"] - initial["lm_head"]["embedding"])).max()
+    assert moved > 1e-4
+    assert "vlm" not in params_at(undisturbed, 8)
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(undisturbed, tmp_path):
+    """Saved on data=8; restored on 2 x 2 x 2 with the same bits, and the next steps give the same losses."""
+    folder = tmp_path / "copy"
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "steps" / "8")
+    mesh = dict(data=2, fsdp=2, tensor=2)
+    spread = params_at(folder, 6, mesh)
+    up = spread["deep"]["layers"]["mlp"]["up"]["kernel"]
+    assert up.sharding.mesh.shape == mesh and up.addressable_shards[0].data.shape == (1, 16, 16)
+    assert content_hash(spread) == content_hash(params_at(undisturbed, 6))
+    Trainer(tiny_config(mesh=mesh), folder).run(progress=False)
+    again, before = lines(folder)[8:], lines(folder)[6:8]
+    assert [line["step"] for line in again] == [7, 8]
+    for a, b in zip(again, before, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(resumed, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(resumed, folder)
+    for number in ("6", "8"):
+        shutil.rmtree(folder / "steps" / number, ignore_errors=True)
+    config = tiny_config(noise=float("nan"), save_every=1)
+    good = CheckpointDirectory(folder).latest()
+    assert good == 4
+    with pytest.raises(NonFiniteLoss, match=r"step 5 \(joint\).*last good checkpoint is step 4"):
+        Trainer(config, folder).run(progress=False)
+    assert CheckpointDirectory(folder).latest() == 4
