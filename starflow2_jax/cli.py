@@ -148,3 +148,7 @@ def _quickstart(args, _) -> None:
     write_report(out, report, samples, out / "checkpoint" / "metrics" / "metrics.jsonl")
     print(json.dumps({k: v for k, v in report.items() if k != "aims"}, indent=1))
     print(f"open {out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,7 +25,7 @@ class TrainState:
 def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay and clipping. Matrices and embeddings decay, norms and biases do not."""
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, cfg.learning_rate, min(cfg.warmup, max(steps - 1, 1)), steps, cfg.learning_rate * cfg.final_fraction
+        0.0, cfg.learning_rate, min(cfg.warmup, steps // 2), max(steps, 1), cfg.learning_rate * cfg.final_fraction
     )
 
     def decays(params):

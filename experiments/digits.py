@@ -1,0 +1,25 @@
+"""STARFlow2 on scikit-learn's digits: the longer recipe, at most an hour on two CPU cores.
+
+    starflow2 train --config experiments/digits.py --out runs/digits
+
+It is experiments/digits_quick.py with more steps; the page of the numbers is made by the quickstart's evaluation:
+
+    starflow2 eval --checkpoint runs/digits
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from starflow2_jax import config as configs
+
+STEPS = dict(pretrain=600, text_to_image=3000, image_to_text=200, joint=3500)
+
+
+def get_config(runlocal: bool = False) -> ConfigDict:
+    c = configs.load(Path(__file__).with_name("digits_quick.py"), runlocal=runlocal).unlock()
+    if not runlocal:
+        for name, steps in STEPS.items():
+            c.stages[name].steps = steps
+            c.stages[name].ema = 0.9995
+    return c

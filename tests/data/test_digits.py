@@ -1,0 +1,151 @@
+"""The digits: their split, documents that depend on (seed, i) alone, the pipeline's position, the tokenizer's files."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from sklearn.datasets import load_digits
+
+from starflow2_jax.data import digits, tokenizer
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.models.codec import PatchCodec
+
+SHARES = dict.fromkeys(digits.KINDS, 1.0)
+
+
+def keys(pixels) -> set[bytes]:
+    return {np.ascontiguousarray(p, np.float32).tobytes() for p in pixels}
+
+
+def images(document) -> list[np.ndarray]:
+    return [part.pixels for part in document if isinstance(part, Image)]
+
+
+def same(a, b) -> bool:
+    def plain(document):
+        return [
+            (p.text, p.predict) if isinstance(p, Text) else (p.pixels.tobytes(), p.generate, p.via) for p in document
+        ]
+
+    return plain(a) == plain(b)
+
+
+def test_the_split_is_the_permutation_of_seed_zero():
+    data, order = load_digits(), np.random.RandomState(0).permutation(1797)
+    for name, part in (("train", order[:1500]), ("held_out", order[1500:])):
+        pixels, labels = digits.split(name)
+        assert pixels.shape == (len(part), 8, 8, 1) and pixels.dtype == np.float32
+        assert np.array_equal(pixels[..., 0], data.images[part] / 8 - 1) and np.array_equal(labels, data.target[part])
+    assert len(digits.split("train")[0]) == 1500 and len(digits.split("held_out")[0]) == 297
+    assert digits.scans()[0].min() == -1 and digits.scans()[0].max() == 1
+
+
+@pytest.mark.parametrize("name", ("train", "held_out"))
+def test_no_document_mixes_the_splits(name):
+    theirs = digits.split(name)[0]
+    allowed = keys(theirs) | keys(theirs[:, :, ::-1])
+    foreign = digits.split({"train": "held_out", "held_out": "train"}[name])[0]
+    assert not keys(foreign) & keys(theirs)
+    source = digits.DigitDocuments(SHARES, seed=3, name=name)
+    seen = keys(p for i in range(400) for p in images(source[i]))
+    assert len(seen) > 200 and seen <= allowed
+
+
+def test_document_i_depends_on_seed_and_i_alone():
+    source, again = (digits.DigitDocuments(SHARES, seed=5, caption_drop=0.3) for _ in range(2))
+    backwards = {i: again[i] for i in reversed(range(50))}
+    assert all(same(source[i], backwards[i]) for i in range(50))
+    other = digits.DigitDocuments(SHARES, seed=6, caption_drop=0.3)
+    assert sum(same(source[i], other[i]) for i in range(50)) < 3
+    assert sum(same(source[i], source[i + 1]) for i in range(50)) < 3
+
+
+def test_what_the_documents_say_is_true():
+    """Words against labels, of each kind alone."""
+    pixels, labels = digits.split("train")
+    label_of = {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
+
+    def told(kind):
+        source = digits.DigitDocuments({kind: 1.0}, seed=1)
+        for i in range(100):
+            document = source[i]
+            words = [p.text.strip() for p in document if isinstance(p, Text) and p.predict]
+            yield document, words, images(document)
+
+    for document, _, (scan,) in told("caption"):
+        assert digits.WORDS[label_of[scan.tobytes()]] in document[0].text.split() and document[1].generate
+    for document, words, (scan,) in told("read"):
+        assert words == [digits.WORDS[label_of[scan.tobytes()]]] and not document[0].generate
+    for document, words, scans in told("sum"):
+        values = [label_of[s.tobytes()] for s in scans]
+        assert words == [digits.WORDS[values[0] + values[1]]]
+        assert len(values) == (3 if values[0] + values[1] < 10 else 2) and values[2:] in ([], [values[0] + values[1]])
+        assert [p.generate for p in document if isinstance(p, Image)] == [False, False, True][: len(values)]
+    for document, _, (scan, mirrored) in told("mirror"):
+        assert np.array_equal(scan[:, ::-1], mirrored) and document[-1].generate and not document[0].generate
+    for document, words, scans in told("count"):
+        values = [label_of[s.tobytes()] for s in scans]
+        assert values == list(range(values[0], values[0] + len(values))) and words == [digits.WORDS[v] for v in values]
+        assert document[0].text.split()[-1] == words[-1] and 2 <= len(values) <= 5
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    source = digits.DigitDocuments({"caption": 1.0}, seed=0, caption_drop=0.1)
+    dropped = np.mean([len(source[i]) == 1 for i in range(2000)])
+    assert 0.07 < dropped < 0.13
+
+
+def test_shares_are_those_asked_for():
+    source = digits.DigitDocuments({"read": 3.0, "mirror": 1.0}, seed=0)
+    assert 0.68 < np.mean([isinstance(source[i][-1], Text) for i in range(1000)]) < 0.82
+    with pytest.raises(ValueError, match="raed"):
+        digits.DigitDocuments({"raed": 1.0}, seed=0)
+
+
+def pipeline(vision: bool):
+    codec = PatchCodec.fit(digits.split("train")[0], 4)
+    encoder = Encoder(tiny.tokenizer(), codec, tiny.VISION if vision else None)
+    source = digits.DigitDocuments(SHARES, seed=2, vit=vision)
+    return iter(batches(source, encoder, Shape(4, 72, 5, 80)))
+
+
+def assert_same_batches(one, other, count: int):
+    for _ in range(count):
+        a, b = jax.tree.leaves(next(one)), jax.tree.leaves(next(other))
+        assert len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("vision", (False, True))
+@pytest.mark.parametrize("after", (0, 1, 5))
+def test_a_saved_position_gives_the_same_next_batches(vision, after):
+    data, again = pipeline(vision), pipeline(vision)
+    for _ in range(after):
+        next(data)
+    position = data.get_state()
+    for _ in range(3):  # wherever the new one stands
+        next(again)
+    again.set_state(position)
+    assert_same_batches(data, again, 4)
+
+
+def test_the_pipeline_repeats_itself():
+    assert_same_batches(pipeline(False), pipeline(False), 3)
+    first, second = (next(data) for data in [pipeline(False)] for _ in range(2))
+    assert not np.array_equal(first.tokens, second.tokens)
+
+
+def test_the_tokenizer_survives_its_files(tmp_path):
+    made = digits.make_tokenizer()
+    made.save_pretrained(str(tmp_path / "tokenizer"))
+    read = tokenizer.load(tmp_path / "tokenizer")
+    assert tokenizer.TokenIds.of(read) == tokenizer.TokenIds.of(made) and len(read) == len(made) <= 400
+    source = digits.DigitDocuments(SHARES, seed=4)
+    texts = [p.text for i in range(100) for p in source[i] if isinstance(p, Text)]
+    for text in [*texts, "Grüße, 42 <tags> and\nlines", " two  blanks"]:
+        ids = made.encode(text, add_special_tokens=False)
+        assert read.encode(text, add_special_tokens=False) == ids
+        assert read.decode(ids) == text
+    assert read.encode("<|vision_start|>", add_special_tokens=False) == [tokenizer.TokenIds.of(read).vision_start]
+    with pytest.raises(ValueError, match="no readable tokenizer"):
+        tokenizer.load(tmp_path)

@@ -1,0 +1,68 @@
+"""The command line as a user has it: in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image as Pillow
+
+ROOT = Path(__file__).parent.parent
+SHRINK = [
+    *(f"--config.stages.{s}.{key}" for s in ("pretrain", "text_to_image", "image_to_text", "joint") for key in ("steps=1", "rows=2")),
+    "--config.model.deep.layers=1", "--config.model.vlm.layers=1", "--config.model.shallow.layers=1",
+]  # fmt: skip
+
+
+def starflow2(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "starflow2_jax.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    done = starflow2(
+        "train", "--config", ROOT / "experiments/digits_quick.py", "--runlocal", "--out", "run", *SHRINK, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    stages = [json.loads(line)["stage"] for line in (folder / "run/metrics/metrics.jsonl").read_text().splitlines()]
+    assert stages == ["pretrain", "joint"]
+    return folder / "run"
+
+
+def test_samples_from_a_document(checkpoint, tmp_path):
+    moved = checkpoint.rename(tmp_path / "elsewhere")  # a checkpoint directory needs nothing beside it
+    Pillow.new("L", (8, 8), 200).save(tmp_path / "scan.png")
+    (tmp_path / "ask.json").write_text(json.dumps([{"image": "scan.png"}, {"text": "mirror it"}]))
+    done = starflow2(
+        "sample", "--checkpoint", moved, "--document", "ask.json", "--image-first", "--num", 2, "--max-tokens", 18,
+        "--out", "answers", cwd=tmp_path,
+    )  # fmt: skip
+    moved.rename(checkpoint)
+    assert done.returncode == 0, done.stderr
+    listing = json.loads((tmp_path / "answers/samples.json").read_text())
+    assert len(listing) == 2
+    for parts in listing:
+        with Pillow.open(tmp_path / "answers" / parts[0]["image"]) as image:
+            assert image.size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--config", "{root}/experiments/digits_quick.py", "--config.stages.joint.step=3"], "'stages.joint.steps'"),
+        (["train", "--config", "missing.py"], "there is no experiment file missing.py"),
+        (["train", "--config", "{root}/experiments/digits_quick.py", "--conf.seed=3"], "unknown argument '--conf.seed=3'"),
+        (["sample", "--checkpoint", "missing", "--prompt", "draw a seven"], "there is no checkpoint directory"),
+        (["sample", "--checkpoint", "missing", "--prompt", "draw a seven", "--num", "0"], "--num"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(arguments, message, tmp_path):
+    done = starflow2(*(a.format(root=ROOT) for a in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
