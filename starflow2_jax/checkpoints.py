@@ -28,9 +28,6 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or another program's; the message is one sentence."""
 
 
-READ_ERRORS = (ValueError, KeyError, TypeError, OSError)  # what orbax, tensorstore and json raise for damaged files
-
-
 class CheckpointDirectory:
     def __init__(self, folder: str | Path, keep: int | None = None):
         self.folder = Path(folder).resolve()
@@ -65,7 +62,11 @@ class CheckpointDirectory:
         values = self._json("codec.json")
         if not isinstance(values, dict) or values.pop("kind", None) != "patch":
             raise CheckpointError(f"{self.folder / 'codec.json'} is not a codec of this program")
-        return PatchCodec(**_tuples(values))
+        try:
+            return PatchCodec(**_tuples(values))
+        except TypeError as error:
+            path = self.folder / "codec.json"
+            raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
 
     def tokenizer(self):
         try:
@@ -92,10 +93,12 @@ class CheckpointDirectory:
 
     def restore_frozen(self, abstract: dict) -> dict:
         """`abstract`: shapes and shardings. The content hash is checked."""
-        want = self._json("frozen.json").get("sha256")
+        hashes = self._json("frozen.json")
+        if not isinstance(hashes, dict):
+            raise CheckpointError(f"{self.folder / 'frozen.json'} holds no content hash; restore it from a copy")
         with ocp.StandardCheckpointer() as checkpointer:
             frozen = self._read(lambda: checkpointer.restore(self.folder / "frozen", abstract), "frozen weights")
-        if content_hash(frozen) != want:
+        if content_hash(frozen) != hashes.get("sha256"):
             raise CheckpointError(
                 f"the frozen weights in {self.folder} are not those it was trained on (content hash differs)"
             )
@@ -139,8 +142,8 @@ class CheckpointDirectory:
     def _read(self, read: Callable, what: str):
         try:
             return read()
-        except READ_ERRORS as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        except Exception as error:  # for damaged files orbax raises what not, bare Exception included
+            reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
             raise CheckpointError(
                 f"{what} in {self.folder} cannot be restored: it is incomplete, damaged or of another model ({reason})"
             ) from None

@@ -11,8 +11,8 @@ from PIL import Image as Pillow
 
 ROOT = Path(__file__).parent.parent
 SHRINK = [
-    *(f"--config.stages.{s}.{key}" for s in ("pretrain", "text_to_image", "image_to_text", "joint") for key in ("steps=1", "rows=2")),
-    "--config.model.deep.layers=1", "--config.model.vlm.layers=1", "--config.model.shallow.layers=1",
+    *(f"--config.stages.{s}.{key}" for s in ("pretrain", "joint") for key in ("steps=1", "rows=2")),
+    "--config.order=('pretrain', 'joint')", "--config.model.deep.layers=1", "--config.model.vlm.layers=1", "--config.model.shallow.layers=1",
 ]  # fmt: skip
 
 

@@ -73,7 +73,10 @@ def documents() -> list[Document]:
     return [
         [Text("draw an eight"), Image(pixels(0), generate=True)],
         [Image(pixels(1)), Text("read the digit"), Text(" nine", predict=True), Image(pixels(2), generate=True)],
-        [Text(" seven", predict=True), Image(pixels(3, (4, 8)), via="vit"), Text(" plus"), Image(pixels(4, (8, 4)), via="vit")],
+        [
+            Text(" seven", predict=True), Image(pixels(3, (4, 8)), via="vit"), Text(" plus"),
+            Image(pixels(4, (8, 4)), via="vit"),
+        ],
         [Image(pixels(5), generate=True), Text(" two", predict=True)],
         [Text("add"), Image(pixels(6, (8, 8)), via="vit"), Text(" and"), Image(pixels(7)), Text(" four", predict=True)],
     ]  # fmt: skip

@@ -66,7 +66,10 @@ class Encoder:
             if part.generate:
                 raise DocumentError('an image shown via "vit" cannot be generated; use via "flow"')
             seen.append(part)
-        h, w = self.codec.grid if flow else qwen_vision.merged_grid(self.vision, part.pixels.shape[:2])
+        try:
+            h, w = self.codec.grid if flow else qwen_vision.merged_grid(self.vision, part.pixels.shape[:2])
+        except ValueError as error:
+            raise DocumentError(str(error)) from None
         weight = float(part.generate)
         return [
             ([self.ids.vision_start], sequence.TEXT, weight, None),

@@ -74,6 +74,11 @@ class Trainer:
         if latest is not None and latest >= last:
             bar.update(cfg.steps)
             return latest != stop_at
+        spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * cfg.accumulate
+        if cfg.rows % spread:
+            raise configs.ConfigError(
+                f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)"
+            )
         optimizer = make_optimizer(cfg.optimizer, cfg.steps)
         state, frozen, data_position = self._begin(stage, optimizer, latest)
         shape = Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)

@@ -185,6 +185,14 @@ def test_caches_after_generating_are_those_after_reading(stories, decoded):
     assert np.array_equal(stepped.length, total) and np.array_equal(stepped.deep.length, total)
 
 
+def test_slots_count_through_each_image(batch):
+    slot = np.asarray(tiny.MODEL.apply({}, batch, method=Pretzel._slot_in_image))
+    for b, t in np.ndindex(*slot.shape):
+        here = batch.modality[b, t] == sequence.FLOW
+        assert slot[b, t] == (slot[b, t - 1] + 1 if here and batch.modality[b, t - 1] == sequence.FLOW else 0)
+    assert slot.max() == 5
+
+
 def test_decode_inverts_encode(batch):
     bound = {"params": tiny.params()}
     u, _ = jax.jit(lambda x: tiny.MODEL.apply(bound, x, method=Pretzel.encode))(batch.latents)

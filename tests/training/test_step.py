@@ -148,7 +148,7 @@ def test_parameters_are_born_on_their_shards():
 
 
 def test_constraints_land_in_the_compiled_program():
-    """All inputs replicated: the shapes that one device works on are split by the model's own constraints, or not at all."""
+    """All inputs replicated: what a device works on is split by the model's own constraints, or not at all."""
     cfg = TransformerConfig(layers=2, width=32, heads=2, mlp_hidden=80)
     model, x = Transformer(cfg), jnp.ones((4, 8, 32))
     args = (x, jnp.zeros((8, 8)), attention.causal_mask(jnp.ones((4, 8), jnp.int32)))

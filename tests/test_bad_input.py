@@ -1,0 +1,285 @@
+"""What a user can get wrong gives one sentence that says what and where: configs, checkpoints, documents."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from PIL import Image as Pillow
+
+from starflow2_jax import config as configs
+from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, content_hash
+from starflow2_jax.config import ConfigError
+from starflow2_jax.data.documents import (
+    DocumentError,
+    Image,
+    JsonlDocuments,
+    Text,
+    from_json,
+    read_document,
+    read_image,
+    write_image,
+)
+from starflow2_jax.data.pipeline import Shape, batches, collate
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.training.loop import Trainer
+
+QUICK = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
+
+
+def refused(error: type, call, *args, saying: tuple[str, ...], **kwargs) -> None:
+    """`call` raises `error`, a UserError, with one line that has all of `saying`."""
+    assert issubclass(error, UserError)
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600, message
+    assert all(word in message for word in saying), message
+
+
+# Configs.
+
+
+@pytest.mark.parametrize(
+    "override, saying",
+    [
+        ("stages.joint.optimizer.learning_rat=1", ("learning_rat", "mean 'stages.joint.optimizer.learning_rate'?")),
+        ("model.deep.layer=1", ("'model.deep.layers'",)),
+        ("sead=1", ("'seed'",)),
+        ("seed.deeper=1", ("seed.deeper",)),
+        ("stages.joint.steps=many", ("'stages.joint.steps' takes a int", "'many'")),
+        ("stages.joint.steps=1.5", ("takes a int", "1.5")),
+        ("noise=loud", ("'noise' takes a float", "'loud'")),
+        ("order=joint", ("'order' takes a tuple",)),
+        ("model.deep=3", ("is a group", "model.deep.layers")),
+        ("seed", ("needs a value",)),
+    ],
+)
+def test_a_wrong_override(override, saying):
+    refused(ConfigError, configs.load, QUICK, [override], saying=saying)
+
+
+def test_right_overrides():
+    config = configs.load(QUICK, ["noise=0", "stages.joint.steps=7", "data.source=my=file.jsonl", "order=('joint',)"])
+    assert config.noise == 0.0 and type(config.noise) is float and config.stages.joint.steps == 7
+    assert config.data.source == "my=file.jsonl" and config.order == ("joint",)
+
+
+def test_a_config_that_describes_nothing(tmp_path):
+    refused(ConfigError, configs.load, tmp_path / "none.py", saying=("no experiment file", "none.py"))
+    values = configs.load(QUICK).model.to_dict()
+    wrong = ConfigDict(values)
+    wrong.deep = {**values["deep"], "widht": 3}
+    refused(ConfigError, configs.build, PretzelConfig, wrong, saying=("TransformerConfig", "'widht'", "'width'"))
+    values.pop("vlm")
+    refused(ConfigError, configs.build, PretzelConfig, values, saying=("PretzelConfig", "vlm"))
+
+
+@pytest.mark.parametrize(
+    "change, saying",
+    [
+        (dict(order=("pretrain", "jiont")), ("jiont", "joint")),
+        (dict(mesh=dict(data=3, fsdp=1, tensor=1)), ("data=3", "8 devices")),
+        (dict(data=dict(source="digits", patch=4)), ("model.grid", "(2, 2)")),
+        (dict(model=dict(vlm=dict(vocabulary=10))), ("model.vlm.vocabulary",)),
+    ],
+)
+def test_a_config_that_fits_nothing(tmp_path, change, saying):
+    config = configs.load(QUICK)
+    with config.unlocked():
+        config.update(change)
+    refused(UserError, Trainer, config, tmp_path / "run", saying=saying)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+# Checkpoints.
+
+PARAMS = {"head": {"kernel": jnp.arange(4000.0).reshape(40, 100)}, "deep": {"scale": jnp.ones(7)}}
+FROZEN = {"vlm": {"kernel": jnp.linspace(0, 1, 6000).reshape(60, 100)}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    checkpoint = CheckpointDirectory(folder)
+    checkpoint.create(configs.load(QUICK), tiny.CODEC, tiny.tokenizer())
+    checkpoint.save_frozen(FROZEN)
+    checkpoint.save(3, {"params": PARAMS, "ema": {}}, {"stage": "joint", "stage_step": 3})
+    checkpoint.wait()
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def abstract(tree):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def everything(folder) -> SimpleNamespace:
+    """Read all of a checkpoint, as one who samples from it does."""
+    c = CheckpointDirectory(folder)
+    number = c.require_latest()
+    return SimpleNamespace(
+        config=c.config(), codec=c.codec(), tokenizer=c.tokenizer(), frozen=c.restore_frozen(abstract(FROZEN)),
+        params=c.restore(number, {"params": abstract(PARAMS)})["params"], meta=c.meta(number),
+    )  # fmt: skip
+
+
+def test_an_intact_checkpoint_gives_back_what_was_saved(copy):
+    read = everything(copy)
+    assert content_hash(read.params) == content_hash(PARAMS) and content_hash(read.frozen) == content_hash(FROZEN)
+    assert read.codec == tiny.CODEC and read.meta == {"stage": "joint", "stage_step": 3}
+    assert read.config.to_dict() == configs.load(QUICK).to_dict()
+
+
+def test_no_checkpoint(tmp_path):
+    refused(CheckpointError, everything, tmp_path / "none", saying=("no checkpoint directory", "none"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.safetensors").write_bytes(b"weights")
+    refused(CheckpointError, everything, tmp_path / "foreign", saying=("not a checkpoint of this", "config.json"))
+    (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["Qwen2_5_VL"]}')
+    refused(CheckpointError, CheckpointDirectory(tmp_path / "foreign").config, saying=("not a config of this program",))
+
+
+def test_a_checkpoint_without_steps(copy):
+    shutil.rmtree(copy / "steps")
+    refused(CheckpointError, everything, copy, saying=("holds no saved step",))
+
+
+@pytest.mark.parametrize("name", ("config.json", "codec.json", "frozen.json"))
+@pytest.mark.parametrize("content", (b"", b'{"model": ', b"[1, 2]", b'{"kind": "patch"}', b"\xff\xfe\x00"))
+def test_a_damaged_description(copy, name, content):
+    (copy / name).write_bytes(content)
+    refused(CheckpointError, everything, copy, saying=(str(copy),))
+
+
+@pytest.mark.parametrize("name", ("config.json", "codec.json", "frozen.json", "tokenizer", "frozen"))
+def test_a_missing_part(copy, name):
+    (shutil.rmtree if (copy / name).is_dir() else Path.unlink)(copy / name)
+    refused(CheckpointError, everything, copy, saying=(str(copy),))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_truncated_files(saved, tmp_path):
+    """Every file of the weights, cut to half and to nothing: the right bytes come back, or one sentence; no other."""
+    caught = 0
+    for i, name in enumerate(n for n in files(saved) if n.startswith(("steps/", "frozen/"))):
+        for share in (0, 0.5):
+            folder = Path(shutil.copytree(saved, tmp_path / f"{i}_{share}"))
+            path = folder / name
+            path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+            try:
+                read = everything(folder)
+            except CheckpointError as error:
+                assert "\n" not in str(error) and str(folder) in str(error), name
+                caught += 1
+            else:
+                assert content_hash(read.params) == content_hash(PARAMS), name
+                assert content_hash(read.frozen) == content_hash(FROZEN), name
+    assert caught >= 6
+
+
+def test_other_frozen_weights_are_noticed(copy):
+    changed = {"vlm": {"kernel": FROZEN["vlm"]["kernel"].at[3, 4].add(1e-6)}}
+    honest = (copy / "frozen.json").read_text()
+    CheckpointDirectory(copy).save_frozen(changed)
+    (copy / "frozen.json").write_text(honest)
+    refused(CheckpointError, everything, copy, saying=("content hash",))
+
+
+def test_weights_of_another_model(copy):
+    other = {"head": {"kernel": jnp.zeros((40, 101))}, "deep": {"scale": jnp.ones(7)}}
+    c = CheckpointDirectory(copy)
+    refused(CheckpointError, c.restore, 3, {"params": abstract(other)}, saying=("of another model",))
+    refused(CheckpointError, c.restore, 3, {"params": abstract({"else": jnp.ones(3)})}, saying=("of another model",))
+
+
+# Documents and images.
+
+
+def test_images(tmp_path):
+    refused(DocumentError, read_image, tmp_path / "none.png", 1, saying=("none.png", "does not exist"))
+    (tmp_path / "text.png").write_text("no image")
+    refused(DocumentError, read_image, tmp_path / "text.png", 1, saying=("text.png", "cannot be read"))
+    Pillow.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    refused(DocumentError, read_image, tmp_path / "cut.png", 1, saying=("cut.png", "cannot be read"))
+    refused(DocumentError, read_image, tmp_path, 1, saying=("cannot be read",))
+
+
+def test_images_survive_their_files(tmp_path):
+    for channels in (1, 3):
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 7, channels)).astype(np.float32) / 127.5 - 1
+        write_image(tmp_path / "image.png", pixels)
+        np.testing.assert_allclose(read_image(tmp_path / "image.png", channels), pixels, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "parts, saying",
+    [
+        ({}, ("non-empty list",)),
+        ([], ("non-empty list",)),
+        (["draw"], ("part 0", "neither")),
+        ([{"text": "a"}, {"txet": "b"}], ("part 1", "neither")),
+        ([{"text": 3}], ("part 0", "'text'")),
+        ([{"text": "a", "predict": "yes"}], ("part 0", "'predict'")),
+        ([{"text": "a", "generate": True}], ("part 0", "'generate'", "text part")),
+        ([{"image": None}], ("part 0", "'image'")),
+        ([{"image": "x.png", "via": "eye"}], ("part 0", '"via"', "'eye'")),
+        ([{"image": "x.png"}], ("x.png", "does not exist")),
+    ],
+)
+def test_parts_of_a_document(tmp_path, parts, saying):
+    refused(DocumentError, from_json, parts, tmp_path, 1, saying=saying)
+    (tmp_path / "data.jsonl").write_text('[{"text": "fine"}]\n\n' + json.dumps(parts) + "\n")
+    source = JsonlDocuments(tmp_path / "data.jsonl", 1)
+    assert len(source) == 2 and source[0] == [Text("fine")]
+    refused(DocumentError, source.__getitem__, 1, saying=("data.jsonl, document 1", *saying))
+
+
+def test_files_of_documents(tmp_path):
+    refused(DocumentError, read_document, tmp_path / "none.json", 1, saying=("none.json",))
+    (tmp_path / "broken.json").write_text('[{"text": "a"')
+    refused(DocumentError, read_document, tmp_path / "broken.json", 1, saying=("broken.json", "not valid JSON"))
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
+    refused(DocumentError, read_document, tmp_path / "binary.json", 1, saying=("binary.json",))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    refused(DocumentError, JsonlDocuments, tmp_path / "empty.jsonl", 1, saying=("has no documents",))
+
+
+def test_documents_that_do_not_fit_the_model():
+    seeing, blind = tiny.encoder(), tiny.encoder(vision=False)
+    wrong = [Image(tiny.pixels(0, (8, 8)))]
+    refused(DocumentError, blind, wrong, saying=("8x8x1", "4x6x1"))
+    refused(DocumentError, blind, [Image(tiny.pixels(0), via="vit")], saying=("no vision tower",))
+    dreamt = [Image(tiny.pixels(0, (8, 8)), generate=True, via="vit")]
+    refused(DocumentError, seeing, dreamt, saying=("vit", "generated"))
+    refused(DocumentError, seeing, [Image(tiny.pixels(0, (6, 8)), via="vit")], saying=("6x8", "4 divides"))
+
+
+@pytest.mark.parametrize(
+    "document, saying",
+    [
+        ([Text("x " * 60)], ("tokens", "40")),
+        ([Image(tiny.pixels(i)) for i in range(3)], ("3 latents", "2")),
+        ([Image(tiny.pixels(0, (8, 12)), via="vit")], ("24 patches", "16")),
+    ],
+)
+def test_documents_too_long_for_a_row(document, saying):
+    shape = Shape(1, 40, 2, 16)
+    refused(DocumentError, collate, [tiny.encoder()(document)], shape, saying=saying)
+    refused(DocumentError, next, iter(batches([document], tiny.encoder(), shape)), saying=saying)
