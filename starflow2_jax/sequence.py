@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-PAD, TEXT, FLOW, VIT = (
-    0,
-    1,
-    2,
-    3,
-)  # modality of a position: nothing, a text token, an image token of the flow, of the ViT
+# The modality of a position: nothing, a text token, an image token of the flow, an image token of the vision tower.
+PAD, TEXT, FLOW, VIT = range(4)
 
 
 @struct.dataclass
