@@ -62,10 +62,10 @@ def get_config(runlocal: bool = False) -> ConfigDict:
             {**base.to_dict(), "steps": steps, "shares": dict(zip(kinds, shares, strict=True)), **changes}
         )
 
-    stage("pretrain", 250, (1.0, 3.0, 2.0, 0.5, 1.0), images=1, patches=64 * 7)
-    stage("text_to_image", 900, (1.0, 0.0, 0.0, 0.0, 0.0))
-    stage("image_to_text", 100, (0.0, 2.0, 1.0, 0.0, 0.0))
-    stage("joint", 900, (3.0, 1.0, 2.0, 1.5, 2.5))
+    stage("pretrain", 100, (1.0, 3.0, 2.0, 0.5, 1.0), images=1, patches=64 * 7)
+    stage("text_to_image", 420, (1.0, 0.0, 0.0, 0.0, 0.0))
+    stage("image_to_text", 30, (0.0, 2.0, 1.0, 0.0, 0.0))
+    stage("joint", 600, (3.0, 1.0, 3.0, 2.0, 2.0))
 
     c.log_every = 10  # steps
     c.save_every = 500  # steps

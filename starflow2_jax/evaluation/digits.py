@@ -22,9 +22,9 @@ AIMS = {
     "train_seconds": 600,
     "total_seconds": 720,
 }
-WRITE = SampleOptions(temperature=0, image_temperature=0.9, guidance=1.0, max_tokens=20)
-ANSWER = SampleOptions(temperature=0, image_temperature=0.7, max_tokens=24)
-COUNT = SampleOptions(temperature=0, image_temperature=0.7, guidance=0.5, max_tokens=108)
+WRITE = SampleOptions(temperature=0, image_temperature=0.6, guidance=2.0, max_tokens=20)
+ANSWER = SampleOptions(temperature=0, image_temperature=0.3, max_tokens=24)
+COUNT = SampleOptions(temperature=0, image_temperature=0.5, guidance=1.0, max_tokens=108)
 
 
 @cache
