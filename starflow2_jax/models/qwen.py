@@ -26,6 +26,7 @@ class QwenConfig:
     rotary_sections: tuple[int, ...] = (16, 24, 24)
     norm_eps: float = 1e-6
     tied_head: bool = False
+    embedding_std: float = 0.02  # of fresh token embeddings; 1 keeps a word's identity in the hidden states of a short training
     vision: VisionConfig | None = None
     dtype: str = "float32"
     remat: bool = False
@@ -48,7 +49,8 @@ class Qwen(nn.Module):
     def setup(self):
         c = self.cfg
         init = nn.initializers.normal(0.02)
-        self.token_embedding = nn.Embed(c.vocabulary, c.width, dtype=c.dtype, embedding_init=init)
+        fresh = nn.initializers.normal(c.embedding_std)
+        self.token_embedding = nn.Embed(c.vocabulary, c.width, dtype=c.dtype, embedding_init=fresh)
         self.stack = Transformer(c.transformer)
         self.norm = Norm("rms", c.norm_eps)
         if not c.tied_head:
