@@ -26,7 +26,9 @@ class QwenConfig:
     rotary_sections: tuple[int, ...] = (16, 24, 24)
     norm_eps: float = 1e-6
     tied_head: bool = False
-    embedding_std: float = 0.02  # of fresh token embeddings; 1 keeps a word's identity in the hidden states of a short training
+    embedding_std: float = (
+        0.02  # of fresh token embeddings; 1 keeps a word's identity in the hidden states of a short training
+    )
     vision: VisionConfig | None = None
     dtype: str = "float32"
     remat: bool = False
