@@ -1,4 +1,4 @@
-"""STARFlow2 on scikit-learn's digits: the longer recipe, at most an hour on two CPU cores.
+"""STARFlow2 on scikit-learn's digits: the longer recipe, meant for an hour on two CPU cores; not measured yet.
 
     starflow2 train --config experiments/digits.py --out runs/digits
 

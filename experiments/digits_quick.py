@@ -1,4 +1,4 @@
-"""STARFlow2 on scikit-learn's digits, all stages within ten minutes on two CPU cores. What the quickstart runs.
+"""STARFlow2 on scikit-learn's digits, all stages on two CPU cores: what the quickstart runs (see docs/benchmarks).
 
 starflow2 train --config experiments/digits_quick.py --out runs/digits_quick
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
-    """`runlocal` shrinks every stage to a few steps: the same path in about a minute."""
+    """`runlocal` shrinks every stage to a few steps: the same path, for a look at it."""
     c = ConfigDict()
     c.seed = 0
     c.cpu_devices = 2  # CPU devices to make where there is no accelerator: one a core

@@ -123,7 +123,7 @@ def _eval(args, _) -> None:
 def _add_quickstart(commands) -> None:
     p = commands.add_parser("quickstart", help="train, sample and evaluate on real digits", allow_abbrev=False)
     p.add_argument("--out", default="quickstart")
-    p.add_argument("--smoke", action="store_true", help="the same path in about a minute")
+    p.add_argument("--smoke", action="store_true", help="the same path, a few steps of each stage")
     p.set_defaults(run=_quickstart)
 
 
