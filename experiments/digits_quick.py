@@ -1,6 +1,6 @@
 """STARFlow2 on scikit-learn's digits, all stages on two CPU cores: what the quickstart runs (see docs/benchmarks).
 
-starflow2 train --config experiments/digits_quick.py --out runs/digits_quick
+Launch: starflow2 train --config experiments/digits_quick.py --out runs/digits_quick
 """
 
 from ml_collections import ConfigDict

@@ -81,8 +81,8 @@ def test_writes_what_one_full_pass_says(sampler, guidance):
                 assert predicted[token] >= predicted.max() - 1e-3
 
 
-def test_an_image_after_text_is_written_and_decoded(sampler):
-    """A model biased to begin an image soon writes [text, image, text, image ...], each image the decoding of its u."""
+def test_what_was_written_becomes_a_document(sampler):
+    """An image is the decoding of its u, text follows it, and an image that max_tokens cut off is left out."""
     ids = sampler.ids
     tokens = np.full((1, 2 * N + 5), -2)
     tokens[0, :2] = ids.vision_start, -1
