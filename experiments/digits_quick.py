@@ -19,6 +19,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "digits"  # or a JSONL file of documents
     c.data.patch = 2  # side of a codec patch, pixels
+    c.data.threads = 0  # that read ahead; for images that come from files, a few
 
     c.model = ConfigDict()
     c.model.grid = (4, 4)
@@ -28,7 +29,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         rotary_sections=(8, 12, 12), rotary_theta=1e4, embedding_std=1.0, unroll=3,
     )  # fmt: skip
     c.model.vlm.vision = dict(
-        layers=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=1, window=2, full_attention_layers=(),
+        layers=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=2, window=8, full_attention_layers=(),
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), unroll=2,
     )  # fmt: skip
     c.model.shallow_blocks = 2
@@ -62,10 +63,11 @@ def get_config(runlocal: bool = False) -> ConfigDict:
             {**base.to_dict(), "steps": steps, "shares": dict(zip(kinds, shares, strict=True)), **changes}
         )
 
-    stage("pretrain", 100, (1.0, 3.0, 2.0, 0.5, 1.0), images=1, patches=64 * 7)
-    stage("text_to_image", 420, (1.0, 0.0, 0.0, 0.0, 0.0))
-    stage("image_to_text", 30, (0.0, 2.0, 1.0, 0.0, 0.0))
-    stage("joint", 600, (3.0, 1.0, 3.0, 2.0, 2.0))
+    stage("pretrain", 130, (1.0, 1.0, 4.0, 0.5, 1.0), images=1, patches=160)
+    stage("text_to_image", 250, (3.0, 0.0, 0.0, 2.0, 0.0), images=6)
+    stage("image_to_text", 20, (0.0, 2.0, 1.0, 0.0, 0.0))
+    stage("joint", 700, (3.0, 1.0, 3.0, 4.0, 1.5))
+    c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
 
     c.log_every = 10  # steps
     c.save_every = 500  # steps

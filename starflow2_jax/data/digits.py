@@ -19,7 +19,8 @@ CAPTIONS = (
     "{a} {word}", "draw {a} {word}", "draw the digit {word}", "write {a} {word}", "a picture of {a} {word}", "show the number {word}",
 )  # fmt: skip
 READ = ("which digit is this?", "what number is shown?", "read the digit", "name this number")
-SUM = (("", " plus", " is"), ("add", " and", ":"), ("the sum of", " and", " is"))
+SUM = (("", " plus", " is what?"), ("add", " and", ""), ("what is the sum of", " and", "?"))
+SUM_ANSWER = " {a} plus {b} is {total}"
 MIRROR = ("mirror it", "flip it left to right", "now its mirror image")
 COUNT = ("count from {first} to {last}", "from {first} up to {last}", "count on from {first} to {last}")
 KINDS = ("caption", "read", "sum", "mirror", "count")
@@ -51,11 +52,12 @@ def read(label: int, pixels: np.ndarray, wording: int, via: str = "flow") -> Doc
 
 
 def add(labels, pixels, total_pixels: np.ndarray | None, wording: int, via: str = "flow") -> Document:
-    """`total_pixels`: a scan of the sum, where it is below ten."""
+    """The answer spells out what was read, then the sum. `total_pixels`: a scan of it, where it is below ten."""
     before, between, after = SUM[wording % len(SUM)]
-    parts: Document = [Text(before)] if before else []
-    parts += [Image(pixels[0], via=via), Text(between), Image(pixels[1], via=via), Text(after)]
-    parts.append(Text(" " + WORDS[labels[0] + labels[1]], predict=True))
+    a, b = labels
+    answer = SUM_ANSWER.format(a=WORDS[a], b=WORDS[b], total=WORDS[a + b])
+    asked = [Text(before), Image(pixels[0], via=via), Text(between), Image(pixels[1], via=via), Text(after)]
+    parts = [part for part in asked if not isinstance(part, Text) or part.text] + [Text(answer, predict=True)]
     return parts if total_pixels is None else [*parts, Image(total_pixels, generate=True)]
 
 
@@ -135,6 +137,7 @@ def make_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [" " + word for word in WORDS] + [*READ, *MIRROR] + [part for parts in SUM for part in parts]
+    corpus += [SUM_ANSWER.format(a=a, b=b, total=b) for a in WORDS for b in WORDS]
     for word in WORDS:
         corpus += [t.format(a=article, word=word) for t in CAPTIONS for article in ("a", "an")]
         corpus += [t.format(first=word, last=other) for t in COUNT for other in WORDS]

@@ -144,8 +144,11 @@ def to_sequence(batch: dict[str, np.ndarray]) -> Sequence:
     return Sequence(segments=batch["tokens_segment_ids"], vision=vision, **{n: batch[n] for n in names})
 
 
-def batches(source, encoder: Encoder, shape: Shape) -> grain.IterDataset:
-    """An endless grain dataset of Sequences: several documents packed in a row, none cut."""
+def batches(source, encoder: Encoder, shape: Shape, threads: int = 0) -> grain.IterDataset:
+    """An endless grain dataset of Sequences: several documents packed in a row, none cut.
+
+    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for.
+    """
     want = lengths(shape, encoder.vision is not None)
 
     def encode(document: Document) -> dict[str, np.ndarray]:
@@ -161,7 +164,7 @@ def batches(source, encoder: Encoder, shape: Shape) -> grain.IterDataset:
         grain.MapDataset.source(source)
         .map(encode)
         .repeat()
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
     )
     packed = grain.experimental.FirstFitPackIterDataset(
         dataset, length_struct=want, num_packing_bins=shape.rows, shuffle_bins=False

@@ -99,7 +99,7 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
     ]
     found = answers(asked, ANSWER, "Adding")
     numbers["sum_text_accuracy"] = np.mean(
-        [words_of(a) == [digits.WORDS[t]] for a, t in zip(found, totals, strict=True)]
+        [words_of(a)[-1:] == [digits.WORDS[t]] for a, t in zip(found, totals, strict=True)]
     )
     drawn = [(images_of(a), t) for a, t in zip(found, totals, strict=True) if t < 10]
     numbers["sum_image_accuracy"] = np.mean([_shows(images, [t]) for images, t in drawn])

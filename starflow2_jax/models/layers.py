@@ -164,7 +164,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.cfg.layers,
-            unroll=self.cfg.unroll,
+            unroll=1 if self.is_initializing() else self.cfg.unroll,  # the same parameters, compiled faster
         )
         x, stored = scan(self.cfg, name="layers")(x, stored, mask_of_layer, angles, mask, start, temperature)
         if cache is not None:

@@ -82,7 +82,7 @@ class Trainer:
         optimizer = make_optimizer(cfg.optimizer, cfg.steps)
         state, frozen, data_position = self._begin(stage, optimizer, latest)
         shape = Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)
-        data = iter(batches(self._source(stage), self.encoder(stage), shape))
+        data = iter(batches(self._source(stage), self.encoder(stage), shape, self.config.data.threads))
         if data_position is not None:
             data.set_state(data_position)
         step = self._compile(stage, optimizer)

@@ -79,7 +79,8 @@ def test_what_the_documents_say_is_true():
         assert words == [digits.WORDS[label_of[scan.tobytes()]]] and not document[0].generate
     for document, words, scans in told("sum"):
         values = [label_of[s.tobytes()] for s in scans]
-        assert words == [digits.WORDS[values[0] + values[1]]]
+        a, b, total = (digits.WORDS[v] for v in (values[0], values[1], values[0] + values[1]))
+        assert words == [f"{a} plus {b} is {total}"]
         assert len(values) == (3 if values[0] + values[1] < 10 else 2) and values[2:] in ([], [values[0] + values[1]])
         assert [p.generate for p in document if isinstance(p, Image)] == [False, False, True][: len(values)]
     for document, _, (scan, mirrored) in told("mirror"):
