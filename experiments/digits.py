@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import config as configs
 
-STEPS = dict(pretrain=600, text_to_image=3000, image_to_text=200, joint=3500)
+STEPS = dict(pretrain=400, text_to_image=1200, image_to_text=60, joint=3000)
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
@@ -22,4 +22,5 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         for name, steps in STEPS.items():
             c.stages[name].steps = steps
             c.stages[name].ema = 0.9995
+            c.stages[name].optimizer.weight_decay = 5e-2  # 1,500 scans are seen hundreds of times
     return c

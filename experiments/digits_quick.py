@@ -29,7 +29,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         rotary_sections=(8, 12, 12), rotary_theta=1e4, embedding_std=1.0, unroll=3,
     )  # fmt: skip
     c.model.vlm.vision = dict(
-        layers=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=2, window=8, full_attention_layers=(),
+        layers=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=2, window=8, full_attention_layers=(), min_pixels=64,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), unroll=2,
     )  # fmt: skip
     c.model.shallow_blocks = 2
@@ -64,9 +64,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         )
 
     stage("pretrain", 130, (1.0, 1.0, 4.0, 0.5, 1.0), images=1, patches=160)
-    stage("text_to_image", 250, (3.0, 0.0, 0.0, 2.0, 0.0), images=6)
+    stage("text_to_image", 280, (3.0, 0.0, 0.0, 1.0, 0.0), images=6)
     stage("image_to_text", 20, (0.0, 2.0, 1.0, 0.0, 0.0))
-    stage("joint", 700, (3.0, 1.0, 3.0, 4.0, 1.5))
+    stage("joint", 740, (5.0, 1.0, 3.0, 2.5, 1.5))
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
 
     c.log_every = 10  # steps

@@ -20,6 +20,7 @@ GRID, CHANNELS = (2, 3), 4  # not square, so that rows and columns cannot be mix
 SIZE = (4, 6)  # pixels of a flow image
 VISION = VisionConfig(
     layers=2, width=32, heads=2, mlp_hidden=48, out_width=32, patch=2, window=4, full_attention_layers=(1,),
+    min_pixels=1,
 )  # fmt: skip
 FLOW = TransformerConfig(
     layers=2, width=32, heads=2, mlp_hidden=64, norm="rms_zero", activation="relu2", qk_norm=True

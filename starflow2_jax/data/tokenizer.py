@@ -6,9 +6,12 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # as a chat template writes it
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,27 @@ def load(folder: str | Path):
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no readable tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def chat(tokenizer, turns: list[tuple[str, Document]]) -> Document:
+    """A conversation -> the document that the assistant's next answer continues, by the tokenizer's own chat template.
+
+    turns: role ("system", "user", "assistant") and what it said. Raises DocumentError where there is no such template.
+    """
+    if not tokenizer.chat_template:
+        raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
+    images = [part for _, said in turns for part in said if isinstance(part, Image)]
+    messages = [
+        {"role": role, "content": [_content(part) for part in said]} for role, said in turns
+    ]  # what Qwen2.5-VL's template reads
+    texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(IMAGE)
+    if len(texts) != len(images) + 1:
+        raise DocumentError(f"the chat template must place each image once, as {IMAGE}, and no text may hold that")
+    parts: Document = [Text(texts[0])]
+    for image, text in zip(images, texts[1:], strict=True):
+        parts += [image, Text(text)]
+    return [part for part in parts if isinstance(part, Image) or part.text]
+
+
+def _content(part: Text | Image) -> dict[str, str]:
+    return {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}

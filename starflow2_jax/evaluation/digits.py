@@ -23,7 +23,8 @@ AIMS = {
     "total_seconds": 720,
 }
 WRITE = SampleOptions(temperature=0, image_temperature=0.6, guidance=2.0, max_tokens=20)
-ANSWER = SampleOptions(temperature=0, image_temperature=0.3, max_tokens=24)
+ANSWER = SampleOptions(temperature=0, image_temperature=0.3, max_tokens=28)
+ADD = SampleOptions(temperature=0, image_temperature=0.4, guidance=1.0, max_tokens=28)
 COUNT = SampleOptions(temperature=0, image_temperature=0.5, guidance=1.0, max_tokens=108)
 
 
@@ -97,7 +98,7 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
         digits.add(labels[p], pixels[p], pixels[0] if t < 10 else None, i)
         for i, (p, t) in enumerate(zip(pairs, totals, strict=True))
     ]
-    found = answers(asked, ANSWER, "Adding")
+    found = answers(asked, ADD, "Adding")
     numbers["sum_text_accuracy"] = np.mean(
         [words_of(a)[-1:] == [digits.WORDS[t]] for a, t in zip(found, totals, strict=True)]
     )

@@ -1,11 +1,13 @@
 """Qwen2.5-VL's vision tower and its preprocessing of still images."""
 
+import math
 from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image as Pillow
 
 from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense
 from starflow2_jax.sequence import VisionInput
@@ -24,6 +26,8 @@ class VisionConfig:
     channels: int = 3
     window: int = 112  # side of an attention window, in pixels
     full_attention_layers: tuple[int, ...] = (7, 15, 23, 31)
+    min_pixels: int = 56 * 56  # of a resized image
+    max_pixels: int = 28 * 28 * 1280
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of pixels in 0..1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     rotary_theta: float = 1e4
@@ -66,23 +70,48 @@ class VisionTower(nn.Module):
         return dense(c.out_width, "merge_out", True, c.dtype)(x)
 
 
-def merged_grid(cfg: VisionConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Image size in pixels -> grid of merged tokens. Raises ValueError where the sides do not divide."""
-    side = cfg.patch * cfg.merge
-    if size[0] % side or size[1] % side:
+def resized(cfg: VisionConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Image size in pixels -> the size that the tower sees (Qwen2-VL's rule).
+
+    Sides become multiples of patch x merge, the area comes within min_pixels and max_pixels, the aspect about stays.
+    Raises ValueError for images more than 200 times as long as wide.
+    """
+    side, area = cfg.patch * cfg.merge, math.prod(size)
+    if max(size) > 200 * min(size):
         raise ValueError(
-            f"an image of {size[0]}x{size[1]} pixels was given; the vision tower takes sides that {side} divides"
+            f"an image of {size[0]}x{size[1]} pixels was given; the vision tower takes none that is over 200 times as long "
+            "as wide"
         )
-    return size[0] // side, size[1] // side
+    height, width = (round(s / side) * side for s in size)
+    if height * width > cfg.max_pixels:
+        shrink = math.sqrt(area / cfg.max_pixels)
+        height, width = (max(side, math.floor(s / shrink / side) * side) for s in size)
+    elif height * width < cfg.min_pixels:
+        grow = math.sqrt(cfg.min_pixels / area)
+        height, width = (math.ceil(s * grow / side) * side for s in size)
+    return height, width
+
+
+def merged_grid(cfg: VisionConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Image size in pixels, before resizing -> grid of merged tokens. Raises ValueError as `resized` does."""
+    height, width = resized(cfg, size)
+    return height // (cfg.patch * cfg.merge), width // (cfg.patch * cfg.merge)
 
 
 def preprocess(cfg: VisionConfig, pixels: np.ndarray) -> dict[str, np.ndarray]:
     """Pixels (height, width, C) in [-1, 1] -> patches (P, patch width), coordinates (P, 2), window (P,) from 0.
 
-    Gray images are repeated to the tower's channels. Patches come merge group by merge group, in raster order.
+    Gray images are repeated to the tower's channels. An image is resized, where it has to be, as 8-bit levels with a
+    bicubic filter. Patches come merge group by merge group, in raster order.
     """
-    h, w = merged_grid(cfg, pixels.shape[:2])
-    pixels = np.broadcast_to((pixels + 1) / 2, (*pixels.shape[:2], cfg.channels))
+    height, width = resized(cfg, pixels.shape[:2])
+    h, w = height // (cfg.patch * cfg.merge), width // (cfg.patch * cfg.merge)
+    if pixels.shape[:2] != (height, width):
+        levels = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+        planes = [Pillow.fromarray(levels[..., i]) for i in range(levels.shape[-1])]
+        planes = [plane.resize((width, height), Pillow.Resampling.BICUBIC) for plane in planes]
+        pixels = np.stack([np.asarray(plane, np.float32) for plane in planes], axis=-1) / 127.5 - 1
+    pixels = np.broadcast_to((pixels + 1) / 2, (height, width, cfg.channels))
     x = (pixels - np.asarray(cfg.mean)) / np.asarray(cfg.std)
     m, p = cfg.merge, cfg.patch
     x = x.reshape(h, m, p, w, m, p, cfg.channels).transpose(0, 3, 1, 4, 6, 2, 5)  # h w m m C p p
