@@ -18,8 +18,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "digits"  # or a JSONL file of documents
-    c.data.patch = 2  # side of a codec patch, pixels
     c.data.threads = 0  # that read ahead; for images that come from files, a few
+
+    c.codec = dict(kind="patch", patch=2, image_channels=1)  # patch: side of one, in pixels
 
     c.model = ConfigDict()
     c.model.grid = (4, 4)

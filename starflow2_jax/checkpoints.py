@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from starflow2_jax import sharding
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.codec import PatchCodec
+from starflow2_jax.models.codec import CODECS, Codec
 
 
 class CheckpointError(UserError):
@@ -46,10 +46,10 @@ class CheckpointDirectory:
     def exists(self) -> bool:
         return (self.folder / "config.json").is_file()
 
-    def create(self, config: ConfigDict, codec: PatchCodec, tokenizer) -> None:
+    def create(self, config: ConfigDict, codec: Codec, tokenizer) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(self.folder / "tokenizer"))
-        (self.folder / "codec.json").write_text(json.dumps({"kind": "patch", **asdict(codec)}, indent=1))
+        (self.folder / "codec.json").write_text(json.dumps({"kind": codec.kind, **asdict(codec)}, indent=1))
         (self.folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
 
     def config(self) -> ConfigDict:
@@ -58,12 +58,13 @@ class CheckpointDirectory:
             raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
         return ConfigDict(_tuples(values)).lock()
 
-    def codec(self) -> PatchCodec:
+    def codec(self) -> Codec:
         values = self._json("codec.json")
-        if not isinstance(values, dict) or values.pop("kind", None) != "patch":
+        kind = CODECS.get(values.pop("kind", None)) if isinstance(values, dict) else None
+        if kind is None:
             raise CheckpointError(f"{self.folder / 'codec.json'} is not a codec of this program")
         try:
-            return PatchCodec(**_tuples(values))
+            return kind(**_tuples(values))
         except TypeError as error:
             path = self.folder / "codec.json"
             raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None

@@ -96,8 +96,7 @@ def _sample(args, _) -> None:
         parts = []
         for k, part in enumerate(document):
             if isinstance(part, Image):
-                write_image(out / f"{i:03d}_{k}.png", part.pixels)
-                parts.append({"image": f"{i:03d}_{k}.png"})
+                parts.append({"image": write_image(out / f"{i:03d}_{k}", part.pixels).name})
             else:
                 parts.append({"text": part.text})
         listing.append(parts)

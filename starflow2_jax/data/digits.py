@@ -3,10 +3,9 @@
 from functools import cache
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from starflow2_jax.data import tokenizer
 from starflow2_jax.data.documents import Document, Image, Text
-from starflow2_jax.data.tokenizer import SPECIAL_TOKENS, wrap
 
 WORDS = (
     "zero one two three four five six seven eight nine ten "
@@ -74,35 +73,27 @@ def count(first: int, pixels: list[np.ndarray], wording: int) -> Document:
     return parts
 
 
-def show(document: Document) -> Document:
-    """The same document with its images shown through the vision tower, every word of it to be predicted."""
-    return [Text(p.text, True) if isinstance(p, Text) else Image(p.pixels, via="vit") for p in document]
-
-
 class DigitDocuments:
     """An endless, deterministic source: document i depends on (seed, i) alone. `weights`: kind -> share of documents.
 
-    `caption_drop`: share of captions left out; `vit`: show the images through the vision tower instead (stage 0).
+    `caption_drop`: share of captions left out.
     """
 
-    def __init__(
-        self, weights: dict[str, float], seed: int, caption_drop: float = 0.0, vit: bool = False, name="train"
-    ):
+    def __init__(self, weights: dict[str, float], seed: int, caption_drop: float = 0.0, name: str = "train"):
         if unknown := set(weights) - set(KINDS):
             raise ValueError(f"unknown kinds of documents {sorted(unknown)}; there are {', '.join(KINDS)}")
         self.pixels, self.labels = split(name)
         self.of_label = [np.flatnonzero(self.labels == digit) for digit in range(10)]
         self.kinds = list(weights)
         self.shares = np.array([weights[k] for k in self.kinds]) / sum(weights.values())
-        self.seed, self.caption_drop, self.vit = seed, caption_drop, vit
+        self.seed, self.caption_drop = seed, caption_drop
 
     def __len__(self) -> int:
         return 2**40
 
     def __getitem__(self, index: int) -> Document:
         rng = np.random.default_rng((self.seed, index))
-        document = getattr(self, "_" + self.kinds[rng.choice(len(self.kinds), p=self.shares)])(rng)
-        return show(document) if self.vit else document
+        return getattr(self, "_" + self.kinds[rng.choice(len(self.kinds), p=self.shares)])(rng)
 
     def _scan(self, rng, digit: int) -> np.ndarray:
         return self.pixels[rng.choice(self.of_label[digit])]
@@ -132,18 +123,10 @@ class DigitDocuments:
 
 
 def make_tokenizer():
-    """A byte-level BPE trained on the documents' wordings, with Qwen's special tokens; as any other in `transformers`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    """Trained on the documents' wordings."""
     corpus = [" " + word for word in WORDS] + [*READ, *MIRROR] + [part for parts in SUM for part in parts]
     corpus += [SUM_ANSWER.format(a=a, b=b, total=b) for a in WORDS for b in WORDS]
     for word in WORDS:
         corpus += [t.format(a=article, word=word) for t in CAPTIONS for article in ("a", "an")]
         corpus += [t.format(first=word, last=other) for t in COUNT for other in WORDS]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return wrap(tokenizer)
+    return tokenizer.train(corpus, 512)

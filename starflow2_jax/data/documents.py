@@ -19,7 +19,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    pixels: np.ndarray  # (height, width, C) fp32 in [-1, 1]
+    pixels: np.ndarray  # (height, width, C) fp32 in [-1, 1]; or the codec's latents (h, w, D), where it takes such
     generate: bool = False  # does it count as a prediction in training
     via: str = "flow"  # how the model sees it: "flow" tokens, or "vit" (the VLM's own vision tower, to understand only)
 
@@ -32,7 +32,12 @@ class DocumentError(UserError):
 
 
 def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
-    """An image file -> (height, width, C) fp32 in [-1, 1]; `channels` 1 (gray) or 3. `peak` is the value of white."""
+    """An image file -> (height, width, C) fp32 in [-1, 1]; `channels` 1 (gray) or 3. `peak` is the value of white.
+
+    A .npy file holds such an array, or latents (h, w, D), as it is to be.
+    """
+    if Path(path).suffix == ".npy":
+        return _read_array(Path(path))
     try:
         with Pillow.open(path) as image:
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
@@ -43,9 +48,29 @@ def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels) * (2 / peak) - 1
 
 
-def write_image(path: str | Path, pixels: np.ndarray) -> None:
-    """(height, width, C) in [-1, 1] -> a PNG file."""
-    as_pillow(pixels).save(path)
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DocumentError(f"the image {path} does not exist") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DocumentError(f"the image {path} cannot be read ({error}); give an array of numbers") from None
+    if array.ndim != 3 or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise DocumentError(
+            f"the image {path} must be an array (height, width, channels) of finite floating point numbers"
+        )
+    return array.astype(np.float32)
+
+
+def write_image(path: Path, pixels: np.ndarray) -> Path:
+    """(height, width, C) in [-1, 1] -> a PNG file; latents -> a .npy file. `path` has no suffix; returns it with one."""
+    if pixels.shape[-1] in (1, 3):
+        path = path.with_suffix(".png")
+        as_pillow(pixels).save(path)
+    else:
+        path = path.with_suffix(".npy")
+        np.save(path, pixels)
+    return path
 
 
 def as_pillow(pixels: np.ndarray) -> Pillow.Image:
@@ -104,6 +129,19 @@ class JsonlDocuments(Rows):
             return from_json(_parse(where, self.lines[index]), self.path.parent, self.channels)
         except DocumentError as error:
             raise DocumentError(f"{where}: {error}") from None
+
+
+class Shown(Rows):
+    """The documents of `source`, their images shown through the vision tower and every word of them to be predicted."""
+
+    def __init__(self, source: Rows[Document]):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Document:
+        return [Text(p.text, True) if isinstance(p, Text) else Image(p.pixels, via="vit") for p in self.source[index]]
 
 
 def _read_text(path: Path) -> str:

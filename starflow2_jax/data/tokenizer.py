@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
@@ -33,7 +33,18 @@ class TokenIds:
         return cls(*(vocabulary[n] for n in names))
 
 
-def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `size` tokens, with Qwen's special ones; as any other in `transformers`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",

@@ -32,6 +32,8 @@ class PatchCodec:
     mean: tuple[float, ...]  # (D,)
     std: tuple[float, ...]  # (D,)
 
+    kind = "patch"
+
     @classmethod
     def fit(cls, images: np.ndarray, patch: int) -> "PatchCodec":
         """images (n, height, width, C): the training images."""
@@ -66,3 +68,40 @@ class PatchCodec:
     def log_volume(self) -> float:
         """Log-determinant of `encode`, per dimension: subtract it from a latent's nats per dimension to get the image's."""
         return -float(np.mean(np.log(self.std)))
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """Images that come as latents already, of whatever encoder: arrays (h, w, D), shifted and scaled by two numbers."""
+
+    grid: tuple[int, int]
+    channels: int
+    shift: float = 0.0
+    scale: float = 1.0
+
+    kind = "latents"
+    image_channels = 3  # of a picture that only the vision tower sees
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return (self.scale,) * self.channels
+
+    def encode(self, images):
+        """(B, h, w, D) -> (B, h, w, D). Raises ValueError for another shape."""
+        if tuple(images.shape[1:]) != (*self.grid, self.channels):
+            given, want = ("x".join(map(str, shape)) for shape in (images.shape[1:], (*self.grid, self.channels)))
+            raise ValueError(f"an image of shape {given} was given, but the codec takes latents of {want}")
+        return (images - self.shift) / self.scale
+
+    def decode(self, latents):
+        """(B, h, w, D) -> (B, h, w, D)."""
+        return latents * self.scale + self.shift
+
+    @property
+    def log_volume(self) -> float:
+        """Log-determinant of `encode`, per dimension."""
+        return -float(np.log(self.scale))
+
+
+Codec = PatchCodec | LatentCodec
+CODECS = {codec.kind: codec for codec in (PatchCodec, LatentCodec)}

@@ -12,11 +12,9 @@ from tqdm import tqdm
 from starflow2_jax import config as configs
 from starflow2_jax import sharding
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract
-from starflow2_jax.data import digits
-from starflow2_jax.data.documents import JsonlDocuments
+from starflow2_jax.data import sources
 from starflow2_jax.data.pipeline import Encoder, Shape, batches
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.metrics import Metrics
@@ -40,10 +38,7 @@ class Trainer:
         if self.checkpoints.exists():
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
         else:
-            self.codec, self.tokenizer = (
-                PatchCodec.fit(digits.split("train")[0], config.data.patch),
-                digits.make_tokenizer(),
-            )
+            self.codec, self.tokenizer = sources.make_codec(config), sources.make_tokenizer(config)
         if len(self.tokenizer) > self.model.cfg.vlm.vocabulary:
             raise configs.ConfigError(
                 f"the tokenizer has {len(self.tokenizer)} tokens; raise model.vlm.vocabulary to that"
@@ -82,7 +77,8 @@ class Trainer:
         optimizer = make_optimizer(cfg.optimizer, cfg.steps)
         state, frozen, data_position = self._begin(stage, optimizer, latest)
         shape = Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)
-        data = iter(batches(self._source(stage), self.encoder(stage), shape, self.config.data.threads))
+        source = sources.documents(self.config, stage, self.codec.image_channels)
+        data = iter(batches(source, self.encoder(stage), shape, self.config.data.threads))
         if data_position is not None:
             data.set_state(data_position)
         step = self._compile(stage, optimizer)
@@ -111,14 +107,6 @@ class Trainer:
     def encoder(self, stage: Stage) -> Encoder:
         vision = self.model.cfg.vlm.vision if self.config.stages[stage.name].patches else None
         return Encoder(self.tokenizer, self.codec, vision)
-
-    def _source(self, stage: Stage):
-        cfg = self.config.stages[stage.name]
-        if self.config.data.source != "digits":
-            return JsonlDocuments(self.config.data.source, self.codec.image_channels)
-        seed = self.config.seed * len(STAGES) + list(STAGES).index(stage.name)
-        shares = {kind: share for kind, share in cfg.shares.items() if share}
-        return digits.DigitDocuments(shares, seed, cfg.caption_drop, vit=stage.name == "pretrain")
 
     def _begin(self, stage: Stage, optimizer, latest: int | None) -> tuple[TrainState, dict, object]:
         """State, frozen parameters and data position: from the last checkpoint what it has, fresh what it lacks."""

@@ -7,7 +7,7 @@ import tiny
 from sklearn.datasets import load_digits
 
 from starflow2_jax.data import digits, tokenizer
-from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.documents import Image, Shown, Text
 from starflow2_jax.data.pipeline import Encoder, Shape, batches
 from starflow2_jax.models.codec import PatchCodec
 
@@ -107,7 +107,8 @@ def test_shares_are_those_asked_for():
 def pipeline(vision: bool):
     codec = PatchCodec.fit(digits.split("train")[0], 4)
     encoder = Encoder(tiny.tokenizer(), codec, tiny.VISION if vision else None)
-    source = digits.DigitDocuments(SHARES, seed=2, vit=vision)
+    source = digits.DigitDocuments(SHARES, seed=2)
+    source = Shown(source) if vision else source
     return iter(batches(source, encoder, Shape(4, 72, 5, 80)))
 
 

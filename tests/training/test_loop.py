@@ -11,7 +11,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract, content_hash
+from starflow2_jax.data.documents import Text, read_image, write_image
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import init_params
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training.loop import NonFiniteLoss, Trainer
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -23,7 +26,7 @@ def tiny_config(**changes):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     c = module.get_config(runlocal=True).unlock()
-    c.data.patch, c.model.grid, c.model.channels = 4, (2, 2), 16
+    c.codec.patch, c.model.grid, c.model.channels = 4, (2, 2), 16
     c.mesh = dict(data=8, fsdp=1, tensor=1)
     small = dict(layers=1, width=32, heads=2, unroll=1)
     c.model.vlm.update(small, kv_heads=1, head_dim=16, mlp_hidden=32, rotary_sections=(2, 3, 3))
@@ -135,3 +138,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         Trainer(config, folder).run(progress=False)
     assert CheckpointDirectory(folder).latest() == 6
     assert len(lines(folder)) == 8  # and nothing of it was logged
+
+
+def own_documents(folder: Path, save, size: tuple[int, ...]) -> Path:
+    """A JSONL file of ten documents, each one image asked for in words, read once and written once."""
+    rng, lines = np.random.default_rng(0), []
+    for i in range(10):
+        save(folder / f"{i}", rng.uniform(-1, 1, size).astype(np.float32))
+        name = next(folder.glob(f"{i}.*")).name
+        read = [{"image": name}, {"text": f"which is it? number {i}", "predict": True}]
+        lines.append(json.dumps([{"text": f"number {i}"}, {"image": name, "generate": True}] if i % 2 else read))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder / "data.jsonl"
+
+
+def test_ones_own_pictures_train_every_stage(tmp_path):
+    """Color, not square: codec and tokenizer are fitted to them, and what is sampled has their size."""
+    config = tiny_config()
+    config.data.source = str(own_documents(tmp_path, write_image, (8, 12, 3)))
+    config.codec.image_channels, config.model.grid, config.model.channels = 3, (2, 3), 48
+    config.order = ("pretrain", "text_to_image", "image_to_text", "joint")
+    config.stages.pretrain.update(patches=160, length=96)
+    for name in config.order:
+        config.stages[name].steps = 2
+    Trainer(config, tmp_path / "run").run(progress=False)
+    sampler = Sampler.restore(tmp_path / "run")
+    assert sampler.tokenizer.encode("number") != sampler.tokenizer.encode("rebmun")
+    assert len(sampler.tokenizer.encode("number")) < len(sampler.tokenizer.encode("rebmun"))
+    [document] = sampler.generate([[Text("number 3")]], SampleOptions(max_tokens=7, image_first=True))
+    assert document[0].pixels.shape == (8, 12, 3)
+
+
+def test_ones_own_latents(tmp_path):
+    def save(path, array):
+        np.save(path, array)
+
+    config = tiny_config()
+    config.data.source = str(own_documents(tmp_path, save, (2, 2, 16)))
+    config.codec = dict(kind="latents", grid=(2, 2), channels=16, shift=0.25, scale=2.0)
+    config.order = ("pretrain", "text_to_image")
+    config.stages.pretrain.steps, config.stages.text_to_image.steps = 0, 1
+    trainer = Trainer(config, tmp_path / "run")
+    assert trainer.codec.encode(np.full((1, 2, 2, 16), 2.25))[0, 0, 0, 0] == 1.0
+    Trainer(config, tmp_path / "run").run(progress=False)
+    sampler = Sampler.restore(tmp_path / "run")
+    [document] = sampler.generate([[Text("number 3")]], SampleOptions(max_tokens=5, image_first=True))
+    assert document[0].pixels.shape == (2, 2, 16)
+    path = write_image(tmp_path / "sample", document[0].pixels)
+    assert np.array_equal(read_image(path, 3), document[0].pixels)
+
+
+@pytest.mark.parametrize("change, saying", (("size", "one size"), ("patch", "does not divide"), ("kind", "'patches'")))
+def test_a_codec_that_does_not_fit_ones_own_pictures(tmp_path, change, saying):
+    config = tiny_config()
+    config.data.source = str(own_documents(tmp_path, write_image, (8, 12, 3)))
+    config.codec.image_channels = 3
+    if change == "size":
+        write_image(tmp_path / "3", np.zeros((4, 4, 3)))
+    elif change == "patch":
+        config.codec.patch = 5
+    else:
+        config.codec.kind = "patches"
+    with pytest.raises(UserError, match=saying):
+        Trainer(config, tmp_path / "run")

@@ -1,0 +1,56 @@
+"""What a run reads: the documents that its config names, and the codec and tokenizer that fit them."""
+
+from itertools import islice
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from starflow2_jax import config as configs
+from starflow2_jax.data import digits, tokenizer
+from starflow2_jax.data.documents import DocumentError, Image, JsonlDocuments, Shown, Text
+from starflow2_jax.models.codec import Codec, LatentCodec, PatchCodec
+from starflow2_jax.stages import STAGES, Stage
+
+FITTED = 1000  # documents that a codec and a tokenizer are fitted to
+
+
+def documents(config: ConfigDict, stage: Stage, channels: int):
+    """The stage's source of documents: indexed, of known length. `channels`: of a picture, 1 or 3."""
+    if config.data.source != "digits":
+        source = JsonlDocuments(config.data.source, channels)
+    else:
+        cfg = config.stages[stage.name]
+        seed = config.seed * len(STAGES) + list(STAGES).index(stage.name)
+        shares = {kind: share for kind, share in cfg.shares.items() if share}
+        source = digits.DigitDocuments(shares, seed, cfg.caption_drop)
+    return Shown(source) if stage.name == "pretrain" else source
+
+
+def make_codec(config: ConfigDict) -> Codec:
+    """The codec that `config.codec` describes; patches are fitted to the source's images. Raises UserError."""
+    values = config.codec.to_dict()
+    kind = values.pop("kind")
+    if kind == "latents":
+        return configs.build(LatentCodec, values)
+    if kind != "patch":
+        raise configs.ConfigError(f"codec.kind is 'patch' or 'latents', not {kind!r}")
+    if config.data.source == "digits":
+        return PatchCodec.fit(digits.split("train")[0], config.codec.patch)
+    source = JsonlDocuments(config.data.source, config.codec.image_channels)
+    images = [p.pixels for d in islice(source, FITTED) for p in d if isinstance(p, Image) and p.via == "flow"]
+    if len(sizes := {i.shape for i in images}) != 1:
+        raise DocumentError(f"{config.data.source} has flow images of sizes {sorted(sizes)}; bring them to one size")
+    if sides := [s for s in images[0].shape[:2] if s % config.codec.patch]:
+        raise configs.ConfigError(
+            f"codec.patch={config.codec.patch} does not divide an image's side of {sides[0]} pixels"
+        )
+    return PatchCodec.fit(np.stack(images), config.codec.patch)
+
+
+def make_tokenizer(config: ConfigDict):
+    """A byte-level BPE trained on the source's words."""
+    if config.data.source == "digits":
+        return digits.make_tokenizer()
+    source = JsonlDocuments(config.data.source, config.codec.get("image_channels", 3))
+    words = [part.text for document in islice(source, FITTED) for part in document if isinstance(part, Text)]
+    return tokenizer.train(words, config.model.vlm.vocabulary)
