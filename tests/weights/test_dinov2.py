@@ -17,13 +17,14 @@ from starflow2_jax.weights.table import WeightError, _plan, expected
 PLAIN = {"num_hidden_layers": 2, "image_size": 24, "patch_size": 4, "layer_norm_eps": 1e-2}
 SMALL = PLAIN | {"hidden_size": 32, "num_attention_heads": 4}
 GATED = PLAIN | {"hidden_size": 40, "num_attention_heads": 2, "use_swiglu_ffn": True}  # hidden 106 -> 112
-MODELS = {
-    "plain": ("Dinov2", SMALL),
-    "gated": ("Dinov2", GATED),
-    "plain_registers": ("Dinov2WithRegisters", SMALL | {"num_register_tokens": 3, "qkv_bias": False, "mlp_ratio": 3}),
-    "gated_registers": ("Dinov2WithRegisters", GATED | {"num_register_tokens": 1}),
+SAME, AS_MANY, SMALLER, LARGER = (6, 6), (4, 9), (3, 5), (8, 11)  # grids of patches beside the position embedding's
+FEW = {"num_register_tokens": 3, "qkv_bias": False, "mlp_ratio": 3}
+MODELS = {  # each of the two classes sees each grid
+    "plain": ("Dinov2", SMALL, (SAME, AS_MANY)),
+    "gated": ("Dinov2", GATED, (SMALLER, LARGER)),
+    "plain_registers": ("Dinov2WithRegisters", SMALL | FEW, (SAME, LARGER)),
+    "gated_registers": ("Dinov2WithRegisters", GATED | {"num_register_tokens": 1}, (AS_MANY, SMALLER)),
 }
-GRIDS = [(6, 6), (4, 9), (3, 5), (8, 11)]  # the position embedding's; as many patches; smaller; larger
 TOLERANCE = 1e-4
 
 GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True}
@@ -40,36 +41,36 @@ def reference(kind: str, **options):
     return cls(getattr(transformers, f"{kind}Config")(**options)).eval()
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def pair(request, tmp_path_factory):
-    """A reference model with every parameter random, and what our importer makes of the files it saves."""
-    kind, options = MODELS[request.param]
+def randomised(kind: str, **options):
+    """A reference model with every parameter random."""
     model = reference(kind, **options)
     generator = torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
         noise = torch.randn(value.shape, generator=generator)
         scale = name.endswith(("lambda1", "norm1.weight", "norm2.weight", "layernorm.weight"))
         value.data = 1 + 0.3 * noise if scale else 0.3 * noise
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    return model, *load_dinov2(folder)
+    return model
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_features(pair, grid):
-    model, cfg, params = pair
-    h, w = grid
-    images = np.random.default_rng(1).standard_normal((2, 4 * h, 4 * w, 3)).astype(np.float32)
-    with torch.no_grad():
-        states = model(torch.from_numpy(images).permute(0, 3, 1, 2)).last_hidden_state.numpy()
-    ours = jax.jit(DinoEncoder(cfg).apply)({"params": params}, images)
-    leading = 1 + getattr(model.config, "num_register_tokens", 0)
-    patches = states[:, leading:].reshape(2, h, w, -1)
-    assert np.abs(patches).mean() > 0.3  # the tolerance is absolute
-    for name, want in {"class_token": states[:, 0], "registers": states[:, 1:leading], "patches": patches}.items():
-        got = getattr(ours, name)
-        assert got.shape == want.shape
-        assert np.abs(got - want).max(initial=0) <= TOLERANCE, name
+@pytest.mark.parametrize("name", MODELS)
+def test_features(name, tmp_path):
+    """The same numbers as the reference, whose own files our importer reads."""
+    kind, options, grids = MODELS[name]
+    model = randomised(kind, **options)
+    model.save_pretrained(tmp_path)
+    cfg, params = load_dinov2(tmp_path)
+    first = 1 + options.get("num_register_tokens", 0)
+    for h, w in grids:
+        images = np.random.default_rng(1).standard_normal((2, 4 * h, 4 * w, 3)).astype(np.float32)
+        with torch.no_grad():
+            states = model(torch.from_numpy(images).permute(0, 3, 1, 2)).last_hidden_state.numpy()
+        ours = jax.jit(DinoEncoder(cfg).apply)({"params": params}, images)
+        patches = states[:, first:].reshape(2, h, w, cfg.width)
+        assert np.abs(patches).mean() > 0.3  # the tolerance is absolute
+        for part, want in {"patches": patches, "class_token": states[:, 0], "registers": states[:, 1:first]}.items():
+            got = getattr(ours, part)
+            assert got.shape == want.shape
+            assert np.abs(got - want).max(initial=0) <= TOLERANCE, (part, h, w)
 
 
 def published(size: str):
