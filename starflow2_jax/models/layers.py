@@ -37,6 +37,7 @@ class TransformerConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of each head of q and k, before the rotation
     post_norm: bool = False  # RMS norm after attention and after the MLP
+    layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
     rotary: str = "interleaved"  # how channels pair up: "interleaved" or "half"
     dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
     remat: bool = False  # recompute a layer in the backward pass
@@ -127,10 +128,19 @@ class Layer(nn.Module):
         y, stored = Attention(c, name="attention")(
             Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, stored, start, temperature
         )
-        x = x + (Norm("rms_zero", name="attention_post_norm")(y) if c.post_norm else y)
+        x = x + self.branch("attention", y)
         y = MLP(c, name="mlp")(Norm(c.norm, c.norm_eps, name="mlp_norm")(x))
-        x = x + (Norm("rms_zero", name="mlp_post_norm")(y) if c.post_norm else y)
+        x = x + self.branch("mlp", y)
         return constrain(x, "batch", "sequence", "embed"), stored
+
+    def branch(self, name: str, y: jax.Array) -> jax.Array:
+        """What attention or the MLP adds to the residual stream, from its output (B, S, E)."""
+        c = self.cfg
+        if c.post_norm:
+            y = Norm("rms_zero", name=f"{name}_post_norm")(y)
+        if c.layer_scale:
+            y = y * self.param(f"{name}_layer_scale", nn.initializers.ones, (c.width,)).astype(y.dtype)
+        return y
 
 
 class Transformer(nn.Module):

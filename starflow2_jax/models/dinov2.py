@@ -1,0 +1,134 @@
+"""DINOv2: the frozen image encoder whose patch features the FAE codec compresses (Oquab et al. 2023, arXiv 2304.07193)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.models.codec import patchify
+from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
+
+
+@dataclass(frozen=True)
+class DinoConfig:
+    layers: int
+    width: int  # E
+    heads: int
+    mlp_hidden: int
+    grid: int  # side of the learned position embedding, in patches
+    patch: int = 14
+    channels: int = 3
+    gated_mlp: bool = False  # silu(gate) * up, as in giant; else exact GELU
+    registers: int = 0  # R
+    antialias: bool = False  # how the position embedding is resized, see `resize_matrix`
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    dtype: str = "float32"
+    remat: bool = False
+    unroll: int = 1
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        return TransformerConfig(
+            layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, norm="layer",
+            norm_eps=self.norm_eps, activation="silu" if self.gated_mlp else "gelu", gated_mlp=self.gated_mlp,
+            qkv_bias=self.qkv_bias, out_bias=True, mlp_bias=True, layer_scale=True, dtype=self.dtype,
+            remat=self.remat, unroll=self.unroll,
+        )  # fmt: skip
+
+
+class DinoFeatures(NamedTuple):
+    """What the encoder says of each image, after its final LayerNorm."""
+
+    patches: jax.Array  # (B, h, w, E)
+    class_token: jax.Array  # (B, E)
+    registers: jax.Array  # (B, R, E)
+
+
+class DinoEncoder(nn.Module):
+    cfg: DinoConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> DinoFeatures:
+        """Normalised images (B, h patch, w patch, C), see `preprocess` -> features of h x w patches.
+
+        Raises ValueError where the patch does not divide the sides.
+        """
+        c = self.cfg
+        B, height, width, C = images.shape
+        if C != c.channels:
+            raise ValueError(f"images of {C} channels were given; the encoder takes {c.channels}")
+        h, w = patch_grid(c, (height, width))
+        fresh = nn.initializers.normal(0.02)
+        positions = self.param("position_embedding", fresh, (1 + c.grid**2, c.width))
+        x = dense(c.width, "patch_embedding", True, c.dtype)(patchify(images, c.patch)).reshape(B, h * w, c.width)
+        x = x + resize_positions(positions[1:], (h, w), c.antialias).reshape(h * w, c.width).astype(x.dtype)
+        leading = [(self.param("class_token", fresh, (c.width,)) + positions[0])[None]]
+        if c.registers:  # they have no position
+            leading.append(self.param("registers", fresh, (c.registers, c.width)))
+        leading = jnp.concatenate(leading).astype(x.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(leading, (B, *leading.shape)), x], axis=1)
+        everything = jnp.ones((1, 1, 1), bool)  # every token sees every other
+        x, _ = Transformer(c.transformer, name="stack")(x, None, everything)
+        x = Norm("layer", c.norm_eps, name="norm")(x)
+        first = 1 + c.registers
+        return DinoFeatures(x[:, first:].reshape(B, h, w, c.width), x[:, 0], x[:, 1:first])
+
+
+def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Image size in pixels -> grid of patches. Raises ValueError where the patch does not divide the sides."""
+    if size[0] % cfg.patch or size[1] % cfg.patch or not min(size):
+        raise ValueError(
+            f"an image of {size[0]}x{size[1]} pixels was given; the encoder takes sides that {cfg.patch} divides"
+        )
+    return size[0] // cfg.patch, size[1] // cfg.patch
+
+
+def preprocess(cfg: DinoConfig, pixels):
+    """Pixels (..., height, width, C) in [-1, 1] -> what the encoder takes: ImageNet's mean and deviation removed.
+
+    The sides must be multiples of the patch (ValueError); nothing is resized here. Gray images, C = 1, are repeated
+    to the encoder's channels. Works on NumPy and JAX arrays alike.
+    """
+    patch_grid(cfg, pixels.shape[-3:-1])
+    return ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)
+
+
+def resize_positions(table: jax.Array, size: tuple[int, int], antialias: bool) -> jax.Array:
+    """Position embedding (grid^2, E) of a square grid -> (h, w, E), bicubic, in fp32."""
+    grid = round(table.shape[0] ** 0.5)
+    table = table.astype(jnp.float32).reshape(grid, grid, -1)
+    if size == (grid, grid):
+        return table
+    rows, columns = (resize_matrix(grid, new, antialias) for new in size)
+    return jnp.einsum("hi,wj,ije->hwe", rows, columns, table, precision="highest")
+
+
+def resize_matrix(size: int, new: int, antialias: bool) -> np.ndarray:
+    """The matrix (new, size) of PyTorch's bicubic resizing along one axis, align_corners=False.
+
+    Without `antialias`: Keys' kernel of a = -0.75 at its own width, the edge repeated (Dinov2Model of `transformers`).
+    With it: a = -0.5, widened where the axis shrinks, cut off at the edge (Dinov2WithRegistersModel).
+    """
+    scale = size / new
+    centers = (np.arange(new)[:, None] + 0.5) * scale - 0.5
+    if antialias:
+        weights = _keys((np.arange(size) - centers) / max(scale, 1), -0.5)
+        weights = weights / weights.sum(1, keepdims=True)
+    else:
+        taps = np.floor(centers).astype(int) + np.arange(-1, 3)
+        weights = np.zeros((new, size))
+        np.add.at(weights, (np.arange(new)[:, None], taps.clip(0, size - 1)), _keys(taps - centers, -0.75))
+    return weights.astype(np.float32)
+
+
+def _keys(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution kernel (IEEE Trans. ASSP 29, 1981) at the distances x."""
+    x = np.abs(x)
+    near, far = ((a + 2) * x - (a + 3)) * x**2 + 1, ((x - 5) * x + 8) * x * a - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))

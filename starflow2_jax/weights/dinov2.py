@@ -1,0 +1,120 @@
+"""DINOv2's checkpoints, as `transformers` publishes them, as our encoder: config.json -> DinoConfig, tensors -> parameters."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.models.dinov2 import DinoConfig, DinoEncoder
+from starflow2_jax.weights.table import Ignore, Rule, Table, WeightError, import_tensors, read_tensors
+
+LAYER, STACK = "encoder.layer.{layer}.", "stack/layers/"
+
+
+def _linear(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out"), Rule(f"{source}.bias", f"{target}/bias")
+
+
+def _norm(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
+
+
+def _heads(name: str) -> tuple[Rule, ...]:
+    source, target = f"{LAYER}attention.attention.{name}", f"{STACK}attention/{name}"
+    return (
+        Rule(f"{source}.weight", f"{target}/kernel", "(h k) e -> e h k"),
+        Rule(f"{source}.bias", f"{target}/bias", "(h k) -> h k"),
+    )
+
+
+ENCODER = (
+    Rule("embeddings.cls_token", "class_token", "1 1 e -> e"),
+    Rule("embeddings.register_tokens", "registers", "1 r e -> r e"),
+    Rule("embeddings.position_embeddings", "position_embedding", "1 n e -> n e"),
+    Rule("embeddings.patch_embeddings.projection.weight", "patch_embedding/kernel", "e c p q -> (c p q) e"),
+    Rule("embeddings.patch_embeddings.projection.bias", "patch_embedding/bias"),
+    *_norm(LAYER + "norm1", STACK + "attention_norm"),
+    *(rule for name in ("query", "key", "value") for rule in _heads(name)),
+    Rule(LAYER + "attention.output.dense.weight", STACK + "attention/out/kernel", "e (h k) -> h k e"),
+    Rule(LAYER + "attention.output.dense.bias", STACK + "attention/out/bias"),
+    Rule(LAYER + "layer_scale1.lambda1", STACK + "attention_layer_scale"),
+    *_norm(LAYER + "norm2", STACK + "mlp_norm"),
+    Rule(LAYER + "layer_scale2.lambda1", STACK + "mlp_layer_scale"),
+    *_norm("layernorm", "norm"),
+    Ignore(r"embeddings\.mask_token"),  # stands for hidden patches in DINOv2's own training
+)
+PLAIN_MLP = (*_linear(LAYER + "mlp.fc1", STACK + "mlp/up"), *_linear(LAYER + "mlp.fc2", STACK + "mlp/down"))
+JOINED = tuple(f"{STACK}mlp/{name}/" for name in ("gate", "up"))
+GATED_MLP = (
+    Rule(LAYER + "mlp.weights_in.weight", tuple(f"{path}kernel" for path in JOINED), "out in -> in out"),
+    Rule(LAYER + "mlp.weights_in.bias", tuple(f"{path}bias" for path in JOINED)),
+    *_linear(LAYER + "mlp.weights_out", STACK + "mlp/down"),
+)
+
+REGISTERS = {"dinov2": False, "dinov2_with_registers": True}  # model_type
+COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+REQUIRED = (*COUNTS, "mlp_ratio", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn", "hidden_act", "num_channels")
+
+
+def dinov2_config(config: Mapping) -> DinoConfig:
+    """A config.json of `transformers` -> our config. Raises WeightError with all that is missing or not supported."""
+    model = config.get("model_type")
+    if model not in REGISTERS:
+        raise WeightError(f"config.json names the model_type {model!r}; known are {' and '.join(REGISTERS)}")
+    counts = (*COUNTS, "num_register_tokens") if REGISTERS[model] else COUNTS
+    faults = [f"{name} is missing" for name in dict.fromkeys((*REQUIRED, *counts)) if config.get(name) is None]
+    allowed = {name: isinstance(config.get(name), int) and config[name] > 0 for name in counts}
+    allowed |= {
+        "hidden_act": config.get("hidden_act") == "gelu",
+        "num_channels": config.get("num_channels") == 3,
+        "head_dim": False,
+    }
+    faults += [
+        f"{n} = {config[n]!r} is not supported" for n, ok in allowed.items() if config.get(n) is not None and not ok
+    ]
+    if not faults and config["hidden_size"] % config["num_attention_heads"]:
+        faults.append("num_attention_heads does not divide hidden_size")
+    if faults:
+        raise WeightError(f"DINOv2's config.json does not fit: {'; '.join(faults)}")
+    width, gated = config["hidden_size"], config["use_swiglu_ffn"]
+    hidden = int(width * config["mlp_ratio"])
+    return DinoConfig(
+        layers=config["num_hidden_layers"], width=width, heads=config["num_attention_heads"],
+        mlp_hidden=-(-int(hidden * 2 / 3) // 8) * 8 if gated else hidden,  # two thirds, up to a multiple of 8
+        grid=config["image_size"] // config["patch_size"], patch=config["patch_size"], gated_mlp=gated,
+        registers=config["num_register_tokens"] if REGISTERS[model] else 0, antialias=REGISTERS[model],
+        qkv_bias=config["qkv_bias"], norm_eps=config["layer_norm_eps"],
+    )  # fmt: skip
+
+
+def table(cfg: DinoConfig) -> Table:
+    return ENCODER + (GATED_MLP if cfg.gated_mlp else PLAIN_MLP)
+
+
+def abstract_params(cfg: DinoConfig) -> dict:
+    """Shapes and types of the parameters of DinoEncoder(cfg)."""
+    init = partial(DinoEncoder(cfg).init, images=jnp.zeros((1, cfg.patch, cfg.patch, cfg.channels)))
+    return jax.eval_shape(init, jax.random.key(0))["params"]
+
+
+def import_dinov2(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[DinoConfig, dict]:
+    """The tensors and config.json of Dinov2Model or Dinov2WithRegistersModel -> our config and the parameters of
+    DinoEncoder, NumPy arrays. Raises WeightError with every fault where they do not fit."""
+    cfg = dinov2_config(config)
+    return cfg, import_tensors(table(cfg), tensors, abstract_params(cfg))
+
+
+def load_dinov2(folder: str | Path) -> tuple[DinoConfig, dict]:
+    """`import_dinov2` of a folder with config.json and model.safetensors. Raises WeightError."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise WeightError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from e
+    if not isinstance(config, dict):
+        raise WeightError(f"{path} does not hold a JSON object")
+    return import_dinov2(read_tensors(Path(folder) / "model.safetensors"), config)
