@@ -1,5 +1,6 @@
 """Qwen2.5-VL's checkpoints as our VLM: its options -> QwenConfig, its tensors <-> our parameters."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,8 +95,6 @@ def _refuse_unsupported(path: Path, text, vision) -> None:
 
 def write_config(path: Path, cfg: QwenConfig) -> None:
     """Our config as JSON, every field."""
-    import dataclasses
-
     path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
 
 
