@@ -7,18 +7,17 @@ frozen/         the frozen weights (orbax), frozen.json: their content hash
 steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from starflow2_jax import sharding
+from starflow2_jax.content import content_hash
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import CODECS, Codec
@@ -90,20 +89,27 @@ class CheckpointDirectory:
     def save_frozen(self, frozen: dict) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.folder / "frozen", frozen, force=True)
-        (self.folder / "frozen.json").write_text(json.dumps({"sha256": content_hash(frozen)}))
+        (self.folder / "frozen.json").write_text(json.dumps({"content_hash": content_hash(frozen)}))
 
     def restore_frozen(self, abstract: dict) -> dict:
-        """`abstract`: shapes and shardings. The content hash is checked."""
-        hashes = self._json("frozen.json")
-        if not isinstance(hashes, dict):
+        """`abstract`: shapes, types and shardings. The content hash is checked, of the types that were saved."""
+        wanted = self._json("frozen.json")
+        wanted = wanted.get("content_hash") if isinstance(wanted, dict) else None
+        if not isinstance(wanted, str):
             raise CheckpointError(f"{self.folder / 'frozen.json'} holds no content hash; restore it from a copy")
         with ocp.StandardCheckpointer() as checkpointer:
-            frozen = self._read(lambda: checkpointer.restore(self.folder / "frozen", abstract), "frozen weights")
-        if content_hash(frozen) != hashes.get("sha256"):
+
+            def read():
+                saved = checkpointer.metadata(self.folder / "frozen").item_metadata.tree
+                typed = jax.tree.map(lambda x, s: x.update(dtype=s.dtype), abstract, saved)
+                return checkpointer.restore(self.folder / "frozen", typed)
+
+            frozen = self._read(read, "frozen weights")
+        if content_hash(frozen) != wanted:
             raise CheckpointError(
                 f"the frozen weights in {self.folder} are not those it was trained on (content hash differs)"
             )
-        return frozen
+        return jax.tree.map(lambda x, a: x.astype(a.dtype), frozen, abstract)
 
     # The steps.
 
@@ -157,16 +163,6 @@ def abstract(tree, mesh: jax.sharding.Mesh):
         tree,
         sharding.tree_shardings(tree, mesh),
     )
-
-
-def content_hash(tree: dict) -> str:
-    """SHA-256 over names, types, shapes and bytes of all arrays, whatever their layout on devices."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(((sharding.path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree))):
-        array = np.asarray(leaf)
-        digest.update(f"{path} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def _tuples(values):

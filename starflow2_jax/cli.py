@@ -1,4 +1,4 @@
-"""`starflow2 train | sample | eval | quickstart`: plumbing from the command line to the library."""
+"""`starflow2 train | sample | eval | convert | quickstart`: plumbing from the command line to the library."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it need not tell that there is no PyTorch
     parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_sample, _add_eval, _add_quickstart):
+    for add in (_add_train, _add_sample, _add_eval, _add_convert, _add_quickstart):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.")]
@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"starflow2: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("starflow2: interrupted; the last checkpoint stands", file=sys.stderr)
+        stands = "nothing was written" if args.command == "convert" else "the last checkpoint stands"
+        print(f"starflow2: interrupted; {stands}", file=sys.stderr)
         return 130
     return 0
 
@@ -117,6 +118,28 @@ def _eval(args, _) -> None:
 
     numbers, _ = evaluate(Sampler.restore(args.checkpoint), args.limit)
     print(json.dumps(numbers, indent=1))
+
+
+def _add_convert(commands) -> None:
+    p = commands.add_parser("convert", help="other people's weights <-> a checkpoint", allow_abbrev=False)
+    p.add_argument("model", choices=("qwen2_5_vl",))
+    p.add_argument("--from", dest="source", required=True, help="folder of the reference; with --to-hf a checkpoint")
+    to = p.add_mutually_exclusive_group(required=True)
+    to.add_argument("--to", help="new checkpoint of the frozen VLM")
+    to.add_argument("--to-hf", help="new folder of safetensors files, as the reference library saves it")
+    p.add_argument("--shard-gb", type=float, default=4.0, help="size of a safetensors file at most (with --to-hf)")
+    p.set_defaults(run=_convert)
+
+
+def _convert(args, _) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it is all reading and writing
+    from starflow2_jax.weights import convert
+
+    if args.to:
+        convert.to_checkpoint(args.source, args.to)
+    else:
+        convert.to_reference(args.source, args.to_hf, int(args.shard_gb * 10**9))
+    print(f"written: {args.to or args.to_hf}")
 
 
 def _add_quickstart(commands) -> None:

@@ -7,7 +7,7 @@ and shape; importing compares that list with what is given. The other direction 
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -32,11 +32,13 @@ class Rule:
         source has (one at most) counts along the target's leading axis: the layers of a scan.
     axes: the axes of source and target (less the leading one), as in "(h k) e -> e h k"; "1" is an axis of size 1 that
         the target lacks. None: the same.
+    sizes: of axes that neither side shows alone, {"p": 14}; without them they are taken from the tensor that is given.
     """
 
     source: str
     target: str | tuple[str, ...]
     axes: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -94,18 +96,11 @@ def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mappin
     finite; otherwise WeightError lists all that is wrong.
     """
     wanted, faults = expected(table, tree)
-    ignored = [re.compile(rule.pattern) for rule in table if isinstance(rule, Ignore)]
-    for name in tensors:
-        ignores = any(pattern.fullmatch(name) for pattern in ignored)
-        if name in wanted and ignores:
-            faults.append(f"tensor {name} belongs to a rule and is to be ignored")
-        elif name not in wanted and not ignores:
-            faults.append(f"unexpected tensor {name} {tuple(np.shape(tensors[name]))}")
+    faults += name_faults(table, wanted, {name: tuple(np.shape(value)) for name, value in tensors.items()})
     abstract = traverse_util.flatten_dict(tree, sep="/")
     out = {path: np.empty(x.shape, x.dtype) for path, x in abstract.items()}
     for name, (rule, parts) in wanted.items():
         if name not in tensors:
-            faults.append(f"missing tensor {name}, of {', '.join(part.path for part in parts)}")
             continue
         value = np.asarray(tensors[name])
         if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -113,12 +108,35 @@ def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mappin
             continue
         if not np.isfinite(value).all():
             faults.append(f"tensor {name} has {np.count_nonzero(~np.isfinite(value))} numbers that are not finite")
-        views = [out[p.path] if p.layer is None else out[p.path][p.layer] for p in parts]
-        if fault := _scatter(rule.axes, value, views):
+        if fault := shape_fault(rule, parts, value.shape):
             faults.append(f"tensor {name} {fault}")
+            continue
+        for part, piece in zip(parts, cut(rule, parts, value), strict=True):
+            out[part.path][() if part.layer is None else part.layer] = piece
+    refuse(faults)
+    return traverse_util.unflatten_dict(out, sep="/")
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises WeightError with all of them, if there are any."""
     if faults:
         raise WeightError(f"the weights do not fit ({len(faults)} faults):\n" + "\n".join(f"- {f}" for f in faults))
-    return traverse_util.unflatten_dict(out, sep="/")
+
+
+def name_faults(table: Table, wanted: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the names of `shapes` (tensors and their shapes), by the table and what it `expected`."""
+    faults = []
+    ignored = [re.compile(rule.pattern) for rule in table if isinstance(rule, Ignore)]
+    for name, shape in shapes.items():
+        ignores = any(pattern.fullmatch(name) for pattern in ignored)
+        if name in wanted and ignores:
+            faults.append(f"tensor {name} belongs to a rule and is to be ignored")
+        elif name not in wanted and not ignores:
+            faults.append(f"unexpected tensor {name} {shape}")
+    for name, (_, parts) in wanted.items():
+        if name not in shapes:
+            faults.append(f"missing tensor {name}, of {', '.join(part.path for part in parts)}")
+    return faults
 
 
 def _compile(template: str) -> re.Pattern:
@@ -132,32 +150,51 @@ def _groups(side: str) -> list[list[str]]:
     return [(group or name).split() for group, name in re.findall(r"\(([^)]*)\)|(\S+)", side)]
 
 
-def _scatter(axes: str | None, value: np.ndarray, outs: Sequence[np.ndarray]) -> str:
-    """Write `value`, cut along its first axis, into `outs` by `axes`. Returns what does not fit, or nothing."""
-    plans = [_plan(axes, value.shape, out.shape) for out in outs]
-    want = plans[0][0] if len(outs) == 1 else (sum(shape[0] for shape, _, _ in plans), *plans[0][0][1:])
-    same_size = value.size == sum(out.size for out in outs)
-    if value.shape != want or not same_size or any(shape[1:] != want[1:] for shape, _, _ in plans):
-        return f"has shape {value.shape} where {want} is expected"
-    start = 0
-    for (shape, split, order), out in zip(plans, outs, strict=True):
-        piece = value[start : start + shape[0]] if len(outs) > 1 else value
-        out[...] = piece.reshape(split).transpose(order).reshape(out.shape)
+def source_shape(rule: Rule, parts: Sequence[Part], given: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The shape of the source tensor that fills `parts`; of axes that nothing else fixes, the sizes in `given`."""
+    shapes = [_plan(rule, given, part.shape)[0] for part in parts]
+    return shapes[0] if len(parts) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def shape_fault(rule: Rule, parts: Sequence[Part], shape: tuple[int, ...]) -> str:
+    """What is wrong with a source tensor's shape, or nothing."""
+    want = source_shape(rule, parts, shape)
+    same_size = math.prod(shape) == sum(math.prod(part.shape) for part in parts)
+    same_rest = all(_plan(rule, shape, part.shape)[0][1:] == want[1:] for part in parts)
+    return "" if shape == want and same_size and same_rest else f"has shape {shape} where {want} is expected"
+
+
+def cut(rule: Rule, parts: Sequence[Part], value: np.ndarray) -> list[np.ndarray]:
+    """The source tensor, of the right shape, as the pieces that `parts` name (views where that is possible)."""
+    pieces, start = [], 0
+    for part in parts:
+        shape, split, order = _plan(rule, value.shape, part.shape)
+        piece = value[start : start + shape[0]] if len(parts) > 1 else value
+        pieces.append(piece.reshape(split).transpose(order).reshape(part.shape))
         start += shape[0] if shape else 0
-    return ""
+    return pieces
 
 
-def _plan(axes: str | None, source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple, list, list]:
+def join(rule: Rule, parts: Sequence[Part], pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse of `cut`: the pieces of `parts` -> the source tensor."""
+    whole = []
+    for part, piece in zip(parts, pieces, strict=True):
+        shape, split, order = _plan(rule, (), part.shape)
+        whole.append(piece.reshape([split[i] for i in order]).transpose(np.argsort(order)).reshape(shape))
+    return whole[0] if len(whole) == 1 else np.concatenate(whole)
+
+
+def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple, list, list]:
     """The source shape that fits `target`, that shape with its groups split, and the order that permutes it.
 
-    Sizes come from the target; those that only a group of it holds come from `source`.
+    Sizes come from the target; those that only a group of it holds come from the rule or from `source`.
     """
-    if axes is None:
+    if rule.axes is None:
         return target, list(target), list(range(len(target)))
-    left, right = (_groups(side) for side in axes.split("->"))
+    left, right = (_groups(side) for side in rule.axes.split("->"))
     if len(right) != len(target):
-        raise ValueError(f"axes {axes!r} do not describe a parameter of shape {target}")
-    sizes = {"1": 1} | {g[0]: n for g, n in zip(right, target, strict=True) if len(g) == 1}
+        raise ValueError(f"axes {rule.axes!r} do not describe a parameter of shape {target}")
+    sizes = {"1": 1, **rule.sizes} | {g[0]: n for g, n in zip(right, target, strict=True) if len(g) == 1}
     for group, size in zip(left, source, strict=False):
         if len(group) == 1:
             sizes.setdefault(group[0], size)

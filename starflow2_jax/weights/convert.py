@@ -1,0 +1,181 @@
+"""Qwen2.5-VL's folder -> our checkpoint of the frozen VLM, and back; one tensor in memory at a time.
+
+frozen/                 the parameters {"vlm": ...} (orbax), of the source's types; frozen.json: their content hash
+vlm.json                QwenConfig
+reference_config.json   the source's config.json
+tokenizer/              the source's tokenizer, chat template and processor files
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from starflow2_jax.weights import qwen
+from starflow2_jax.weights.folder import TYPES, Entry, read_entries, read_tensor, same_bits, write_folder
+from starflow2_jax.weights.store import CHUNK, ArrayStore
+from starflow2_jax.weights.table import (
+    Part,
+    Rule,
+    WeightError,
+    cut,
+    expected,
+    join,
+    name_faults,
+    refuse,
+    shape_fault,
+    source_shape,
+)
+
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json", "generation_config.json",
+)  # fmt: skip
+EMBEDDING, HEAD = "vlm/token_embedding/embedding", "lm_head.weight"
+
+Wanted = dict[str, tuple[Rule, tuple[Part, ...]]]
+
+
+def to_checkpoint(source: str | Path, target: str | Path) -> None:
+    """The reference's folder `source` -> a new checkpoint `target`. Raises WeightError; then nothing is left behind.
+
+    Names, shapes and types are checked before anything is written, numbers while they are.
+    """
+    source, target = Path(source).resolve(), Path(target).resolve()
+    _require_new(target)
+    entries = read_entries(source)
+    cfg = qwen.read_config(source / "config.json", _compute_type(entries))
+    tree = qwen.abstract_params(cfg)
+    wanted, faults = expected(qwen.table(cfg, qwen.generation(entries)), tree)
+    tied = entries.pop(HEAD, None) if cfg.tied_head else None
+    refuse(faults + _faults(entries, wanted))
+    if tied and not same_bits(tied, entries[next(n for n, (r, _) in wanted.items() if r.target == EMBEDDING)]):
+        raise WeightError(f"{HEAD} differs from the token embeddings, though config.json says that they are tied")
+    with _new_folder(target, sum(entry.nbytes for entry in entries.values())) as folder:
+        store = ArrayStore(folder / "frozen", _typed(tree, entries, wanted), create=True)
+        for name, entry in entries.items():
+            _import(store, name, entry, *wanted[name])
+        (folder / "frozen.json").write_text(json.dumps({"content_hash": store.content_hash()}))
+        qwen.write_config(folder / "vlm.json", cfg)
+        _copy(source, folder / "tokenizer")
+        shutil.copyfile(source / "config.json", folder / "reference_config.json")
+
+
+def to_reference(checkpoint: str | Path, target: str | Path, shard_bytes: int = 4 * 10**9) -> None:
+    """A checkpoint that `to_checkpoint` made -> a new folder `target` as the reference library saves it, bit for bit.
+
+    Weight files have at most `shard_bytes` (or one tensor). Raises WeightError; then nothing is left behind.
+    """
+    checkpoint, target = Path(checkpoint).resolve(), Path(target).resolve()
+    _require_new(target)
+    if not checkpoint.is_dir():
+        raise WeightError(f"there is no checkpoint {checkpoint}")
+    cfg = qwen.load_config(checkpoint / "vlm.json")
+    tree = qwen.abstract_params(cfg)
+    wanted, faults = expected(qwen.table(cfg), tree)
+    refuse(faults)
+    try:
+        saved_hash = json.loads((checkpoint / "frozen.json").read_text())["content_hash"]
+        config = (checkpoint / "reference_config.json").read_bytes()
+        store = ArrayStore(checkpoint / "frozen", tree, create=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightError(f"{checkpoint} is incomplete or damaged ({reason}); convert again") from None
+    shapes = {name: source_shape(*wanted[name]) for name in sorted(wanted, key=_natural)}
+    dtypes = {name: store.dtype(wanted[name][1][0].path) for name in shapes}
+    with _new_folder(target, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())) as folder:
+        write_folder(folder, shapes, dtypes, lambda name: _export(store, *wanted[name]), shard_bytes)
+        if store.content_hash() != saved_hash:
+            raise WeightError(f"the weights in {checkpoint} are damaged (content hash differs); convert again")
+        _copy(checkpoint / "tokenizer", folder)
+        (folder / "config.json").write_bytes(config)
+
+
+def _require_new(target: Path) -> None:
+    if target.exists():
+        raise WeightError(f"{target} exists already; name a new folder or remove it")
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder for `size` bytes that becomes `target` when all went well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < size:
+        raise WeightError(f"{target.parent} has {free / 1e9:.1f} GB of free space; {size / 1e9:.1f} GB are needed")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _compute_type(entries: dict[str, Entry]) -> str:
+    """The type that most numbers have."""
+    sizes = {}
+    for entry in entries.values():
+        sizes[entry.kind] = sizes.get(entry.kind, 0) + math.prod(entry.shape)
+    most = max(sizes, key=sizes.get, default=None)
+    return TYPES[most].name if most in TYPES else "float32"
+
+
+def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
+    """What is wrong with names, shapes and types."""
+    faults = name_faults((), wanted, {name: entry.shape for name, entry in entries.items()})
+    kinds = {}
+    for name, (rule, parts) in wanted.items():
+        if (entry := entries.get(name)) is None:
+            continue
+        if fault := shape_fault(rule, parts, entry.shape):
+            faults.append(f"tensor {name} {fault}")
+        if entry.kind not in TYPES:
+            faults.append(f"tensor {name} is of type {entry.kind}; there are {', '.join(TYPES)}")
+        for part in parts:
+            other, kind = kinds.setdefault(part.path, (name, entry.kind))
+            if kind != entry.kind:
+                faults.append(f"tensor {name} is of type {entry.kind}, {other} of {kind}; they are layers of one array")
+    return faults
+
+
+def _typed(tree: dict, entries: dict[str, Entry], wanted: Wanted) -> dict:
+    """The tree's shapes with the types of the tensors that fill it."""
+    types = {part.path: entries[name].dtype for name, (_, parts) in wanted.items() for part in parts}
+    leaves = traverse_util.flatten_dict(tree, sep="/")
+    typed = {path: jax.ShapeDtypeStruct(x.shape, types[path]) for path, x in leaves.items()}
+    return traverse_util.unflatten_dict(typed, sep="/")
+
+
+def _import(store: ArrayStore, name: str, entry: Entry, rule: Rule, parts: tuple[Part, ...]) -> None:
+    value = read_tensor(entry)
+    flat, step = value.reshape(-1), CHUNK // value.itemsize
+    if bad := sum(np.count_nonzero(~np.isfinite(flat[i : i + step])) for i in range(0, flat.size, step)):
+        raise WeightError(f"tensor {name} in {entry.file} has {bad} numbers that are not finite")
+    for part, piece in zip(parts, cut(rule, parts, value), strict=True):
+        store.write(part.path, part.layer, piece)
+
+
+def _export(store: ArrayStore, rule: Rule, parts: tuple[Part, ...]) -> np.ndarray:
+    return join(rule, parts, [store.read(part.path, part.layer) for part in parts])
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The tokenizer's and processor's files that there are, verbatim."""
+    for file in filter(Path.is_file, (source / name for name in COMPANIONS)):
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.name)
+
+
+def _natural(name: str) -> list:
+    """A key that sorts layer 10 behind layer 9."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]

@@ -1,0 +1,159 @@
+"""A folder of safetensors files, one or several with an index: read and written one tensor at a time."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from starflow2_jax.weights.table import WeightError, refuse
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    file: Path
+    offset: int  # bytes from the file's beginning
+    shape: tuple[int, ...]
+    kind: str  # as safetensors names types
+
+    @property
+    def dtype(self) -> np.dtype:
+        return TYPES[self.kind]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the folder, in the order of the files' bytes. Reads headers only. Raises WeightError."""
+    if not folder.is_dir():
+        raise WeightError(f"there is no folder {folder}")
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise WeightError(f"{folder} holds both {SINGLE} and {INDEX}; remove one of them")
+    if single.is_file():
+        return _read_header(single)
+    if not index.is_file():
+        raise WeightError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    where = _read_index(index)
+    entries, faults = {}, []
+    for file in sorted(set(where.values())):
+        named = {name for name, f in where.items() if f == file}
+        if not (folder / file).is_file():
+            faults.append(f"{folder / file} is missing; {INDEX} names it for {len(named)} tensors")
+            continue
+        try:
+            held = _read_header(folder / file)
+        except WeightError as error:
+            faults.append(str(error))
+            continue
+        faults += [f"{INDEX} says that {file} holds {name}, but it does not" for name in sorted(named - set(held))]
+        faults += [f"{file} holds {name}, but {INDEX} does not say so" for name in sorted(set(held) - named)]
+        entries |= {name: entry for name, entry in held.items() if name in named}
+    refuse(faults)
+    return entries
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        strange = [f for f in where.values() if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightError(f"{index} cannot be read as an index of tensors: {type(error).__name__} {error}") from None
+    if strange:
+        raise WeightError(f"{index} names {strange[0]!r}, which is no file name within its folder")
+    if outside := [f for f in sorted(set(where.values())) if not f.endswith(".safetensors")]:
+        raise WeightError(f"{index} names {outside[0]!r}, which is no .safetensors file")
+    return where
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one file; the library checks that header and size are sound."""
+    try:
+        with safetensors.safe_open(file, "np"):
+            pass
+        with file.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}; fetch it again") from None
+    header.pop("__metadata__", None)
+    header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    return {n: Entry(file, 8 + size + h["data_offsets"][0], tuple(h["shape"]), h["dtype"]) for n, h in header.items()}
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """The tensor, copied: a map into the file would count as memory until it is closed. Raises WeightError."""
+    value = next(_read(entry, math.prod(entry.shape)), np.empty(0, entry.dtype))
+    return value.reshape(entry.shape)
+
+
+def same_bits(a: Entry, b: Entry, numbers: int = 2**22) -> bool:
+    """Whether two tensors are equal bit for bit, without holding either."""
+    if (a.shape, a.kind) != (b.shape, b.kind):
+        return False
+    return all(x.tobytes() == y.tobytes() for x, y in zip(_read(a, numbers), _read(b, numbers), strict=True))
+
+
+def _read(entry: Entry, numbers: int) -> Iterator[np.ndarray]:
+    """The tensor's numbers, flat, that many at a time."""
+    total = math.prod(entry.shape)
+    for start in range(0, total, max(numbers, 1)):
+        count = min(numbers, total - start)
+        offset = entry.offset + start * entry.dtype.itemsize
+        piece = np.fromfile(entry.file, entry.dtype, count, offset=offset)
+        if piece.size != count:
+            raise WeightError(f"{entry.file} ends too early; fetch it again")
+        yield piece
+
+
+def write_folder(folder: Path, shapes: Mapping[str, tuple], dtypes: Mapping[str, np.dtype], get: Callable, limit: int):
+    """Write tensors `get(name)` in the order of `shapes`, in files of at most `limit` bytes (or one tensor), and the index.
+
+    One tensor is in memory at a time. A single file has no index, as with the reference library.
+    """
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards, room = [], -1
+    for name, size in sizes.items():
+        if size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    where = {}
+    for i, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, {n: shapes[n] for n in names}, dtypes, get)
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        metadata = {"total_parameters": numbers, "total_size": sum(sizes.values())}
+        (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": where}, indent=2) + "\n")
+
+
+def _write_file(file: Path, shapes: Mapping[str, tuple], dtypes: Mapping[str, np.dtype], get: Callable) -> None:
+    kinds = {dtype: kind for kind, dtype in TYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": kinds[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            value = np.ascontiguousarray(get(name))
+            if (value.shape, value.dtype) != (tuple(shape), dtypes[name]):
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, not {dtypes[name]} {tuple(shape)}")
+            f.write(value.reshape(-1).view(np.uint8))
+            del value

@@ -1,0 +1,184 @@
+"""Qwen2.5-VL's checkpoints as our VLM: its options -> QwenConfig, its tensors <-> our parameters."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax import config as configs
+from starflow2_jax.models.qwen import Qwen, QwenConfig
+from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.sequence import VisionInput
+from starflow2_jax.weights.table import Rule, WeightError
+
+
+def _published(vision_hidden: int = 3420, **text) -> QwenConfig:
+    vision = VisionConfig(
+        layers=32, width=1280, heads=16, mlp_hidden=vision_hidden, out_width=text["width"], dtype="bfloat16"
+    )
+    return QwenConfig(head_dim=128, vision=vision, dtype="bfloat16", **text)
+
+
+QWEN2_5_VL = {
+    "3b": _published(
+        vocabulary=151936, layers=36, width=2048, heads=16, kv_heads=2, mlp_hidden=11008, tied_head=True
+    ),
+    "7b": _published(vocabulary=152064, layers=28, width=3584, heads=28, kv_heads=4, mlp_hidden=18944),
+    "32b": _published(
+        vocabulary=152064, layers=64, width=5120, heads=40, kv_heads=8, mlp_hidden=27648, vision_hidden=3456
+    ),
+}  # fmt: skip
+OLDER, NEWER = ("model.", "visual."), ("model.language_model.", "model.visual.")  # how names of text and vision begin
+STACK = "stack/layers/"
+
+
+def read_config(path: Path, dtype: str) -> QwenConfig:
+    """The reference's config.json -> ours, computing in `dtype`; what the file leaves out is the reference's default.
+
+    Raises WeightError where the file is unreadable or asks for what we do not have.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Qwen2_5_VLConfig
+
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict) or values.get("model_type") != "qwen2_5_vl":
+            raise WeightError(f"{path} describes no Qwen2.5-VL: its model_type is not qwen2_5_vl")
+        reference = Qwen2_5_VLConfig.from_dict(values)
+        text, vision = reference.text_config, reference.vision_config
+        _refuse_unsupported(path, text, vision)
+        tower = VisionConfig(
+            layers=vision.depth, width=vision.hidden_size, heads=vision.num_heads, mlp_hidden=vision.intermediate_size,
+            out_width=vision.out_hidden_size, patch=vision.patch_size, merge=vision.spatial_merge_size,
+            temporal_patch=vision.temporal_patch_size, channels=vision.in_channels, window=vision.window_size,
+            full_attention_layers=tuple(vision.fullatt_block_indexes),
+            rotary_theta=float(vision.rope_parameters["rope_theta"]), dtype=dtype,
+        )  # fmt: skip
+        return QwenConfig(
+            vocabulary=text.vocab_size, layers=text.num_hidden_layers, width=text.hidden_size,
+            heads=text.num_attention_heads, kv_heads=text.num_key_value_heads,
+            head_dim=text.hidden_size // text.num_attention_heads, mlp_hidden=text.intermediate_size,
+            rotary_theta=float(text.rope_parameters["rope_theta"]),
+            rotary_sections=tuple(text.rope_parameters["mrope_section"]), norm_eps=text.rms_norm_eps,
+            tied_head=reference.tie_word_embeddings, embedding_std=text.initializer_range, vision=tower, dtype=dtype,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise WeightError(f"{path.parent} holds no config.json") from None
+    except KeyError as error:
+        raise WeightError(f"{path} lacks the option {error.args[0]}") from None
+    except (OSError, TypeError, AttributeError, ValueError, StrictDataclassError) as error:
+        if isinstance(error, WeightError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise WeightError(f"{path} cannot be read as Qwen2.5-VL's options: {reason}") from None
+
+
+def _refuse_unsupported(path: Path, text, vision) -> None:
+    rotary = text.rope_parameters.get("rope_type", "default")
+    found = {
+        "text hidden_act": (text.hidden_act, "silu"),
+        "vision hidden_act": (vision.hidden_act, "silu"),
+        "text rope_type": (rotary, "default"),
+        "text layer_types": (sorted(set(text.layer_types)), ["full_attention"]),
+        "vision out_hidden_size": (vision.out_hidden_size, text.hidden_size),
+        "text mrope_section's sum": (
+            2 * sum(text.rope_parameters["mrope_section"]),
+            text.hidden_size // text.num_attention_heads,
+        ),
+    }
+    if faults := [f"{name} = {have!r}" for name, (have, want) in found.items() if have != want]:
+        raise WeightError(f"{path} asks for what is not supported: {', '.join(faults)}")
+
+
+def write_config(path: Path, cfg: QwenConfig) -> None:
+    """Our config as JSON, every field."""
+    path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+
+
+def load_config(path: Path) -> QwenConfig:
+    """What `write_config` wrote. Raises WeightError."""
+    try:
+        return configs.build(QwenConfig, json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise WeightError(f"{path.parent} is no converted VLM: it has no {path.name}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); convert again") from None
+
+
+def abstract_params(cfg: QwenConfig) -> dict:
+    """Shapes and types of Pretzel's group `vlm`: {"vlm": {...}}."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    v = cfg.vision
+    patches = jnp.zeros((1, v.merge**2, v.patch_width)) if v else None
+    index = jnp.zeros((1, v.merge**2), jnp.int32) if v else None
+
+    def every_part(m: Qwen):
+        if v:
+            m.see(VisionInput(patches, jnp.stack([index, index], -1), index, index))
+        return m.logits(m(m.embed(ids), jnp.zeros((1, 1, 3), jnp.int32), jnp.ones((1, 1, 1), bool))[0])
+
+    return {"vlm": jax.eval_shape(lambda: Qwen(cfg).init(jax.random.key(0), method=every_part))["params"]}
+
+
+def table(cfg: QwenConfig, names: tuple[str, str] = OLDER) -> tuple[Rule, ...]:
+    """The rules for `abstract_params(cfg)`; `names`: OLDER (what the reference library saves) or NEWER."""
+    text, vision = names
+    rules = (
+        Rule(text + "embed_tokens.weight", "vlm/token_embedding/embedding"),
+        Rule(text + "norm.weight", "vlm/norm/scale"),
+        *_layer(text + "layers.{layer}.", "vlm/" + STACK, ("input_layernorm", "post_attention_layernorm")),
+        *_split_attention(text + "layers.{layer}.self_attn.", "vlm/" + STACK + "attention/"),
+    )
+    if not cfg.tied_head:
+        rules += (Rule("lm_head.weight", "vlm/lm_head/embedding"),)
+    return rules + (_vision(cfg.vision, vision) if cfg.vision else ())
+
+
+def _linear(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
+    kernel = Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out")
+    return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
+
+
+def _layer(source: str, target: str, norms: tuple[str, str], bias: bool = False) -> tuple[Rule, ...]:
+    """Norms and gated MLP of a layer."""
+    return (
+        Rule(f"{source}{norms[0]}.weight", f"{target}attention_norm/scale"),
+        Rule(f"{source}{norms[1]}.weight", f"{target}mlp_norm/scale"),
+        *(r for m in ("gate", "up", "down") for r in _linear(f"{source}mlp.{m}_proj", f"{target}mlp/{m}", bias)),
+    )
+
+
+def _split_attention(source: str, target: str) -> tuple[Rule, ...]:
+    rules = [Rule(source + "o_proj.weight", target + "out/kernel", "e (h k) -> h k e")]
+    for name in ("query", "key", "value"):
+        rules.append(Rule(f"{source}{name[0]}_proj.weight", f"{target}{name}/kernel", "(h k) e -> e h k"))
+        rules.append(Rule(f"{source}{name[0]}_proj.bias", f"{target}{name}/bias", "(h k) -> h k"))
+    return tuple(rules)
+
+
+def _vision(v: VisionConfig, source: str) -> tuple[Rule, ...]:
+    target, block, stack = "vlm/vision/", source + "blocks.{layer}.", "vlm/vision/" + STACK
+    qkv = tuple(f"{stack}attention/{name}/" for name in ("query", "key", "value"))
+    sizes = {"c": v.channels, "t": v.temporal_patch, "p": v.patch, "q": v.patch}
+    patches = Rule(
+        source + "patch_embed.proj.weight", target + "patch_embedding/kernel", "e c t p q -> (c t p q) e", sizes
+    )
+    return (
+        patches,
+        *_layer(block, stack, ("norm1", "norm2"), bias=True),
+        Rule(block + "attn.qkv.weight", tuple(path + "kernel" for path in qkv), "(h k) e -> e h k"),
+        Rule(block + "attn.qkv.bias", tuple(path + "bias" for path in qkv), "(h k) -> h k"),
+        Rule(block + "attn.proj.weight", stack + "attention/out/kernel", "e (h k) -> h k e"),
+        Rule(block + "attn.proj.bias", stack + "attention/out/bias"),
+        Rule(source + "merger.ln_q.weight", target + "merge_norm/scale"),
+        *_linear(source + "merger.mlp.0", target + "merge_in"),
+        *_linear(source + "merger.mlp.2", target + "merge_out"),
+    )
+
+
+def generation(names: Mapping[str, object]) -> tuple[str, str]:
+    """OLDER or NEWER: how these tensors are named."""
+    return NEWER if any(name.startswith(NEWER) for name in names) else OLDER

@@ -1,0 +1,97 @@
+"""The arrays of an orbax checkpoint, written and read slice by slice, so that none need ever be whole in memory.
+
+Orbax keeps each array in a zarr folder of its own (its layout without OCDBT) beside a description of the tree. Orbax
+writes that description here, of placeholders; TensorStore then puts the arrays of the right shapes in their places.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax import traverse_util
+
+from starflow2_jax.content import combine, sums
+from starflow2_jax.weights.table import WeightError
+
+CHUNK = 2**24  # bytes of a chunk at most: what is read, hashed and written at a time
+
+
+class ArrayStore:
+    """Arrays by path ("vlm/norm/scale"); `content_hash` is that of what has been written or read, which must be all."""
+
+    def __init__(self, folder: Path, tree: dict, create: bool):
+        """`tree`: shapes and types. Those of an existing checkpoint must be the same; otherwise ValueError."""
+        leaves = traverse_util.flatten_dict(tree, sep="/")
+        if create:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+                checkpointer.save(folder, jax.tree.map(lambda x: np.zeros((), x.dtype), tree))
+        self._arrays = {path: _open(folder, path, x, create) for path, x in leaves.items()}
+        self._sums = {path: np.zeros(2, np.uint32) for path in leaves}
+
+    def write(self, path: str, layer: int | None, value: np.ndarray) -> None:
+        """The array, or its slice `layer`, chunk by chunk."""
+        array = self._arrays[path] if layer is None else self._arrays[path][layer]
+        for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
+            piece = np.ascontiguousarray(value[index])
+            done = array[index].write(piece, can_reference_source_data_indefinitely=True)
+            self._count(path, layer, index, piece)
+            done.result()
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """The array, or its slice `layer`. Raises WeightError where its files are damaged."""
+        array = self._arrays[path] if layer is None else self._arrays[path][layer]
+        value = np.empty(array.shape, array.dtype.numpy_dtype)
+        for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
+            try:
+                piece = array[index].read().result()
+            except ValueError as error:
+                raise WeightError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+            value[index] = piece
+            self._count(path, layer, index, piece)
+        return value
+
+    def dtype(self, path: str) -> np.dtype:
+        return self._arrays[path].dtype.numpy_dtype
+
+    def content_hash(self) -> str:
+        arrays = self._arrays.items()
+        return combine((path, a.dtype.numpy_dtype, a.shape, self._sums[path]) for path, a in arrays)
+
+    def _count(self, path: str, layer: int | None, index: tuple[slice, ...], piece: np.ndarray) -> None:
+        start = tuple(i.start for i in index)
+        if layer is not None:
+            start, piece = (layer, *start), piece[None]
+        self._sums[path] += np.asarray(sums(piece, start))
+
+
+def _open(folder: Path, path: str, x: jax.ShapeDtypeStruct, create: bool) -> ts.TensorStore:
+    name = path.replace("/", ".")  # as orbax names it
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / name}/"}}
+    if not create:
+        return ts.open(spec, open=True, read=True, shape=x.shape).result()
+    layered = "/layers/" in path
+    chunks = _chunk(x.shape[layered:], x.dtype.itemsize)
+    spec |= {
+        "metadata": {"compressor": None, "chunks": [1, *chunks] if layered else list(chunks)},
+        "store_data_equal_to_fill_value": True,  # orbax takes a chunk that is not there for a loss
+    }
+    return ts.open(spec, dtype=x.dtype, shape=x.shape, create=True, delete_existing=True).result()
+
+
+def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The largest sides are halved until a chunk is small enough."""
+    chunk = list(shape)
+    while math.prod(chunk) * itemsize > CHUNK:
+        longest = chunk.index(max(chunk))
+        chunk[longest] = -(-chunk[longest] // 2)
+    return tuple(chunk)
+
+
+def _blocks(shape: tuple[int, ...], chunk: tuple[int, ...]):
+    ranges = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
+    for starts in itertools.product(*ranges):
+        yield tuple(slice(a, min(a + c, n)) for a, c, n in zip(starts, chunk, shape, strict=True))
