@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging
 from flax import traverse_util
 
 from starflow2_jax.content import combine, sums
@@ -27,8 +28,7 @@ class ArrayStore:
         """`tree`: shapes and types. Those of an existing checkpoint must be the same; otherwise ValueError."""
         leaves = traverse_util.flatten_dict(tree, sep="/")
         if create:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-                checkpointer.save(folder, jax.tree.map(lambda x: np.zeros((), x.dtype), tree))
+            _describe(folder, tree)
         self._arrays = {path: _open(folder, path, x, create) for path, x in leaves.items()}
         self._sums = {path: np.zeros(2, np.uint32) for path in leaves}
 
@@ -36,8 +36,8 @@ class ArrayStore:
         """The array, or its slice `layer`, chunk by chunk."""
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
-            piece = np.ascontiguousarray(value[index])
-            done = array[index].write(piece, can_reference_source_data_indefinitely=True)
+            piece = np.array(value[index], order="C")  # a copy: JAX lets go of it late, and must not hold `value`
+            done = array[index].write(piece)
             self._count(path, layer, index, piece)
             done.result()
 
@@ -66,6 +66,17 @@ class ArrayStore:
         if layer is not None:
             start, piece = (layer, *start), piece[None]
         self._sums[path] += np.asarray(sums(piece, start))
+
+
+def _describe(folder: Path, tree: dict) -> None:
+    """A checkpoint of that tree, with a single number for each array."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # orbax warns that a checkpoint without OCDBT has no OCDBT files to merge
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            checkpointer.save(folder, jax.tree.map(lambda x: np.zeros((), x.dtype), tree))
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _open(folder: Path, path: str, x: jax.ShapeDtypeStruct, create: bool) -> ts.TensorStore:
