@@ -3,11 +3,12 @@
 config.json     the experiment's config
 codec.json      the codec
 tokenizer/      as `transformers` saves it
-frozen/         the frozen weights (orbax), frozen.json: their content hash
+frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
 steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,18 @@ class CheckpointDirectory:
     def create(self, config: ConfigDict, codec: Codec, tokenizer) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(self.folder / "tokenizer"))
+        self._create(config, codec)
+
+    def create_on(self, vlm: Path, config: ConfigDict, codec: Codec) -> None:
+        """A run on a converted VLM: its weights, tokenizer and processor files are copied as they are."""
+        shutil.copytree(vlm, self.folder)
+        self._create(config, codec)
+
+    def _create(self, config: ConfigDict, codec: Codec) -> None:
         (self.folder / "codec.json").write_text(json.dumps({"kind": codec.kind, **asdict(codec)}, indent=1))
+        self.write_config(config)
+
+    def write_config(self, config: ConfigDict) -> None:
         (self.folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
 
     def config(self) -> ConfigDict:
@@ -92,7 +104,7 @@ class CheckpointDirectory:
         (self.folder / "frozen.json").write_text(json.dumps({"content_hash": content_hash(frozen)}))
 
     def restore_frozen(self, abstract: dict) -> dict:
-        """`abstract`: shapes, types and shardings. The content hash is checked, of the types that were saved."""
+        """`abstract`: shapes and shardings; types stay as they were saved. The content hash is checked."""
         wanted = self._json("frozen.json")
         wanted = wanted.get("content_hash") if isinstance(wanted, dict) else None
         if not isinstance(wanted, str):
@@ -109,7 +121,7 @@ class CheckpointDirectory:
             raise CheckpointError(
                 f"the frozen weights in {self.folder} are not those it was trained on (content hash differs)"
             )
-        return jax.tree.map(lambda x, a: x.astype(a.dtype), frozen, abstract)
+        return frozen
 
     # The steps.
 

@@ -1,4 +1,4 @@
-"""`starflow2 train | sample | eval | convert | quickstart`: plumbing from the command line to the library."""
+"""`starflow2 train | init | sample | eval | convert | quickstart`: plumbing from the command line to the library."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it need not tell that there is no PyTorch
     parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_sample, _add_eval, _add_convert, _add_quickstart):
+    for add in (_add_train, _add_init, _add_sample, _add_eval, _add_convert, _add_quickstart):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.")]
@@ -62,12 +62,34 @@ def _devices(cpu_devices: int) -> None:
     jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
+def _add_init(commands) -> None:
+    p = commands.add_parser("init", help="begin a run on a converted VLM", allow_abbrev=False)
+    p.add_argument("--vlm", required=True, help="checkpoint that `starflow2 convert` made")
+    p.add_argument("--config", required=True, help="experiment file; --config.key=value overrides a key")
+    p.add_argument("--out", required=True, help="new checkpoint directory")
+    p.set_defaults(run=_init)
+
+
+def _init(args, overrides) -> None:
+    from starflow2_jax import config as configs
+
+    config = configs.load(args.config, overrides)
+    _devices(config.cpu_devices)
+    from starflow2_jax.training.loop import Trainer
+
+    Trainer.begin(config, args.out, args.vlm)
+    print(f"ready: starflow2 train --config {args.config} --out {args.out}")
+
+
 def _add_sample(commands) -> None:
     p = commands.add_parser("sample", help="continue a prompt with text and images", allow_abbrev=False)
     p.add_argument("--checkpoint", required=True)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text")
     what.add_argument("--document", help='JSON file: a list of {"text": ...} and {"image": path} parts')
+    p.add_argument(
+        "--chat", action="store_true", help="it is what a user says; the tokenizer's chat template goes round it"
+    )
     p.add_argument("--num", type=int, default=1, help="samples of it")
     p.add_argument("--guidance", type=float, default=1.0, help="0: none")
     p.add_argument("--temperature", type=float, default=0.9, help="of the images; text is the most likely one")
@@ -81,6 +103,7 @@ def _add_sample(commands) -> None:
 
 def _sample(args, _) -> None:
     from starflow2_jax.data.documents import DocumentError, Image, Text, read_document, write_image
+    from starflow2_jax.data.tokenizer import chat
     from starflow2_jax.sampling.engine import SampleOptions, Sampler
 
     if args.num < 1 or args.max_tokens < 1 or args.guidance < 0 or args.temperature < 0 or args.text_temperature < 0:
@@ -88,6 +111,8 @@ def _sample(args, _) -> None:
     sampler = Sampler.restore(args.checkpoint)
     channels = sampler.codec.image_channels
     prompt = [Text(args.prompt)] if args.prompt is not None else read_document(args.document, channels)
+    if args.chat:
+        prompt = chat(sampler.tokenizer, [("user", prompt)])
     options = SampleOptions(args.text_temperature, args.temperature, args.guidance, args.max_tokens, args.image_first)
     documents = sampler.generate([prompt] * args.num, options, args.seed)
     out = Path(args.out)

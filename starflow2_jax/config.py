@@ -12,19 +12,25 @@ from ml_collections import ConfigDict
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import PretzelConfig
 
+# Fields that say how a model is computed, begun and fed, not what it is.
+COMPUTED = ("dtype", "remat", "unroll", "embedding_std", "min_pixels", "max_pixels")
+
 
 class ConfigError(UserError):
     """A config that cannot be used; the message is one sentence for its author."""
 
 
-def load(path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False) -> ConfigDict:
-    """Run `get_config(runlocal)` of an experiment file, apply "key.sub=value" overrides, lock it. Raises ConfigError."""
+def load(path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, **arguments) -> ConfigDict:
+    """Run `get_config(runlocal, **arguments)` of an experiment file, apply "key.sub=value" overrides, lock it.
+
+    Raises ConfigError.
+    """
     spec = importlib.util.spec_from_file_location("experiment", path)
     if spec is None or not Path(path).is_file():
         raise ConfigError(f"there is no experiment file {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config(runlocal).lock()
+    config = module.get_config(runlocal, **arguments).lock()
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -92,3 +98,15 @@ def build(cls: type, values: ConfigDict | dict):
 
 def pretzel(config: ConfigDict) -> PretzelConfig:
     return build(PretzelConfig, config.model)
+
+
+def differences(there, here, prefix: str = "") -> list[str]:
+    """In which fields two configs of one class describe other parameters, as "deep.layers is 6, not 8"."""
+    found = []
+    for field in dataclasses.fields(there):
+        a, b = getattr(there, field.name), getattr(here, field.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            found += differences(a, b, f"{prefix}{field.name}.")
+        elif a != b and field.name not in COMPUTED:
+            found.append(f"{prefix}{field.name} is {a}, not {b}")
+    return found

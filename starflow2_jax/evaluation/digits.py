@@ -65,10 +65,10 @@ def split_answer(document: Document) -> tuple[Document, Document]:
     return document[:first], document[first:]
 
 
-def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[str, float], dict]:
+def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[str, float | None], dict]:
     """All numbers of the report but the times, and samples to show: {"grid": (10, n, 8, 8, 1), "examples": [...]}.
 
-    `limit`: documents a task at most.
+    `limit`: documents a task at most; a number that no document speaks to is None.
     """
     pixels, labels = digits.split("held_out")
     rng = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
         [words_of(a)[-1:] == [digits.WORDS[t]] for a, t in zip(found, totals, strict=True)]
     )
     drawn = [(images_of(a), t) for a, t in zip(found, totals, strict=True) if t < 10]
-    numbers["sum_image_accuracy"] = np.mean([_shows(images, [t]) for images, t in drawn])
+    numbers["sum_image_accuracy"] = np.mean([_shows(images, [t]) for images, t in drawn]) if drawn else ()
 
     found = answers([digits.mirror(pixels[i], i) for i in range(n)], ANSWER, "Mirroring")
     pairs = [(first_image(a), pixels[i, :, ::-1]) for i, a in enumerate(found)]
@@ -119,7 +119,7 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
         for x, (a, b) in zip(found, spans, strict=True)
     ]
     numbers["count_accuracy"] = np.mean(right)
-    return {name: float(value) for name, value in numbers.items()}, {"grid": grid, "examples": examples}
+    return {name: float(v) if np.size(v) else None for name, v in numbers.items()}, {"grid": grid, "examples": examples}
 
 
 def _shows(images: list[np.ndarray], wanted) -> bool:

@@ -90,7 +90,7 @@ def contact_sheet(grid: np.ndarray) -> np.ndarray:
 
 
 def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """metrics.jsonl -> (stage, loss) -> {step: value}. Steps that were run twice count as the last time."""
+    """metrics.jsonl -> (stage, loss) -> {step: value}."""
     curves: dict[tuple[str, str], dict[int, float]] = {}
     if not Path(path).is_file():
         return curves

@@ -19,6 +19,7 @@ from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.step import TrainState, finish, make_optimizer, make_step, new_state
+from starflow2_jax.weights.qwen import load_config
 
 
 class NonFiniteLoss(UserError):
@@ -36,6 +37,8 @@ class Trainer:
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
         if self.checkpoints.exists():
+            if other := configs.differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
+                raise configs.ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
         else:
             self.codec, self.tokenizer = sources.make_codec(config), sources.make_tokenizer(config)
@@ -50,10 +53,13 @@ class Trainer:
 
     def run(self, progress: bool = True, stop_at: int | None = None) -> None:
         """Train all stages; `stop_at`: save and return after that many steps of the whole run."""
-        if not self.checkpoints.exists():
+        if self.checkpoints.exists():
+            self.checkpoints.write_config(self.config)
+        else:
             self.checkpoints.create(self.config, self.codec, self.tokenizer)
         total = sum(self.config.stages[name].steps for name in self.config.order)
-        with jax.set_mesh(self.mesh), Metrics(self.checkpoints.folder / "metrics") as metrics:
+        done = self.checkpoints.latest() or 0
+        with jax.set_mesh(self.mesh), Metrics(self.checkpoints.folder / "metrics", done) as metrics:
             with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
                 first = 0
                 for name in self.config.order:
@@ -61,6 +67,27 @@ class Trainer:
                         break
                     first += self.config.stages[name].steps
             self.checkpoints.wait()
+
+    @classmethod
+    def begin(cls, config: ConfigDict, folder: str | Path, vlm: str | Path) -> "Trainer":
+        """A new directory `folder` for a run on the converted VLM in `vlm`, with untrained flows saved as step 0.
+
+        Raises UserError where the config describes another VLM.
+        """
+        vlm, checkpoints = Path(vlm), CheckpointDirectory(folder)
+        if checkpoints.folder.exists():
+            raise configs.ConfigError(f"{folder} exists already; name a new directory")
+        if "pretrain" in config.order:
+            raise configs.ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
+        if other := configs.differences(load_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
+            raise configs.ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
+        checkpoints.create_on(vlm, config, sources.make_codec(config))
+        trainer = cls(config, folder)
+        meta = {"stage": config.order[0], "stage_step": 0, "key": [], "data": None}
+        with jax.set_mesh(trainer.mesh):
+            trainer.checkpoints.save(0, {"params": trainer._fresh("trainable")}, meta)
+        trainer.checkpoints.wait()
+        return trainer
 
     def _run_stage(self, stage: Stage, first: int, stop_at: int | None, metrics: Metrics, bar: tqdm) -> bool:
         """Run one stage from where it stands; `first`: steps of the run before it. Returns whether to go on."""

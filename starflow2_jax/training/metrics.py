@@ -7,10 +7,15 @@ from tensorboardX import SummaryWriter
 
 
 class Metrics:
-    def __init__(self, folder: str | Path):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._lines = open(Path(folder) / "metrics.jsonl", "a", buffering=1)
-        self._board = SummaryWriter(str(folder), flush_secs=30)
+    """`done`: the step that the run goes on from; what a killed run wrote of later steps is dropped."""
+
+    def __init__(self, folder: str | Path, done: int = 0):
+        path = Path(folder) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= done] if path.is_file() else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self._lines = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder), flush_secs=30, purge_step=done + 1)
 
     def write(self, step: int, stage: str, values: dict[str, float]) -> None:
         self._lines.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
@@ -26,3 +31,11 @@ class Metrics:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _step(line: str) -> float:
+    """The step that a line tells of; of one that was cut off, none."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")

@@ -7,6 +7,7 @@ tokenizer/              the source's tokenizer, chat template and processor file
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -54,6 +55,7 @@ def to_checkpoint(source: str | Path, target: str | Path) -> None:
     _require_new(target)
     entries = read_entries(source)
     cfg = qwen.read_config(source / "config.json", _compute_type(entries))
+    cfg = dataclasses.replace(cfg, vision=qwen.read_processor(source / "preprocessor_config.json", cfg.vision))
     tree = qwen.abstract_params(cfg)
     wanted, faults = expected(qwen.table(cfg, qwen.generation(entries)), tree)
     tied = entries.pop(HEAD, None) if cfg.tied_head else None

@@ -76,6 +76,31 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
         raise WeightError(f"{path} cannot be read as Qwen2.5-VL's options: {reason}") from None
 
 
+def read_processor(path: Path, vision: VisionConfig) -> VisionConfig:
+    """`vision` with the sizes and normalisation of the reference's preprocessor_config.json, where there is one."""
+    if not path.is_file():
+        return vision
+    try:
+        values = json.loads(path.read_text())
+        size = values.get("size") or {}
+        for name, have in (("patch_size", vision.patch), ("merge_size", vision.merge)):
+            if values.get(name, have) != have:
+                raise WeightError(f"{path} has {name} {values[name]} where config.json has {have}")
+        return dataclasses.replace(
+            vision,
+            min_pixels=int(values.get("min_pixels") or size.get("shortest_edge") or vision.min_pixels),
+            max_pixels=int(values.get("max_pixels") or size.get("longest_edge") or vision.max_pixels),
+            mean=tuple(map(float, values.get("image_mean") or vision.mean)),
+            std=tuple(map(float, values.get("image_std") or vision.std)),
+        )
+    except (OSError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, WeightError):
+            raise
+        raise WeightError(
+            f"{path} cannot be read as a processor's options: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
 def _refuse_unsupported(path: Path, text, vision) -> None:
     rotary = text.rope_parameters.get("rope_type", "default")
     found = {

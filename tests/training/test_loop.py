@@ -123,7 +123,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(undisturbed, tmp_path):
     assert up.sharding.mesh.shape == mesh and up.addressable_shards[0].data.shape == (1, 16, 16)
     assert content_hash(spread) == content_hash(params_at(undisturbed, 6))
     Trainer(tiny_config(mesh=mesh), folder).run(progress=False)
-    again, before = lines(folder)[8:], lines(folder)[6:8]
+    again, before = lines(folder)[6:], lines(undisturbed)[6:]  # what the copy had of them is dropped
     assert [line["step"] for line in again] == [7, 8]
     for a, b in zip(again, before, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(NonFiniteLoss, match=r"step 7 \(joint\).*last good checkpoint is step 6"):
         Trainer(config, folder).run(progress=False)
     assert CheckpointDirectory(folder).latest() == 6
-    assert len(lines(folder)) == 8  # and nothing of it was logged
+    assert [line["step"] for line in lines(folder)] == list(range(1, 7))  # and nothing of it was logged
 
 
 def own_documents(folder: Path, save, size: tuple[int, ...]) -> Path:
