@@ -22,5 +22,6 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         for name, steps in STEPS.items():
             c.stages[name].steps = steps
             c.stages[name].ema = 0.9995
-            c.stages[name].optimizer.weight_decay = 5e-2  # 1,500 scans are seen hundreds of times
+            c.stages[name].optimizer.weight_decay = 1e-1
+        c.model.shallow.dropout = c.model.deep.dropout = 0.1  # each of the 1,500 scans is seen over a hundred times
     return c

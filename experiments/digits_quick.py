@@ -35,10 +35,26 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     )  # fmt: skip
     c.model.shallow_blocks = 2
     c.model.shallow = dict(
-        layers=2, width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm=True, unroll=2
+        layers=2,
+        width=128,
+        heads=2,
+        mlp_hidden=512,
+        norm="rms_zero",
+        activation="relu2",
+        qk_norm=True,
+        dropout=0.0,
+        unroll=2,
     )
     c.model.deep = dict(
-        layers=6, width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm=True, unroll=6
+        layers=6,
+        width=128,
+        heads=2,
+        mlp_hidden=512,
+        norm="rms_zero",
+        activation="relu2",
+        qk_norm=True,
+        dropout=0.0,
+        unroll=6,
     )
     c.model.deep_rotary_sections = (8, 12, 12)
     c.model.adapter_hidden = 256

@@ -37,6 +37,7 @@ class TransformerConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of each head of q and k, before the rotation
     post_norm: bool = False  # RMS norm after attention and after the MLP
+    dropout: float = 0.0  # of what a branch adds to the stream; only where a "dropout" key is given: in training
     layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
     rotary: str = "interleaved"  # how channels pair up: "interleaved" or "half"
     dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
@@ -140,6 +141,8 @@ class Layer(nn.Module):
             y = Norm("rms_zero", name=f"{name}_post_norm")(y)
         if c.layer_scale:
             y = y * self.param(f"{name}_layer_scale", nn.initializers.ones, (c.width,)).astype(y.dtype)
+        if c.dropout and self.has_rng("dropout"):
+            y = nn.Dropout(c.dropout, deterministic=False)(y)
         return y
 
 
@@ -171,7 +174,7 @@ class Transformer(nn.Module):
         scan = nn.scan(
             layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.cfg.layers,
             unroll=1 if self.is_initializing() else self.cfg.unroll,  # the same parameters, compiled faster

@@ -42,9 +42,14 @@ def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformatio
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, moving), optimizer.init(moving), key)
 
 
-def loss_sums(model: Pretzel, params: dict, stage: Stage, batch: Sequence, text_chunk: int) -> dict[str, jax.Array]:
-    """Sums of the stage's losses over a batch: "image" in nats over dimensions, "text" in nats over tokens."""
-    output = model.apply({"params": params}, batch, skips=stage.skips, deep=stage.deep)
+def loss_sums(
+    model: Pretzel, params: dict, stage: Stage, batch: Sequence, text_chunk: int, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums of the stage's losses over a batch: "image" in nats over dimensions, "text" in nats over tokens.
+
+    `key`: of the dropout.
+    """
+    output = model.apply({"params": params}, batch, skips=stage.skips, deep=stage.deep, rngs={"dropout": key})
     sums = {}
     if stage.image_loss:
         sums["image"] = jnp.sum(batch.image_weight * losses.image_nll(output, batch))
@@ -71,8 +76,8 @@ def make_step(
     micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut changes nothing.
     """
 
-    def loss_fn(moving, rest, batch, weights):
-        sums = loss_sums(model, rest | moving, stage, batch, text_chunk)
+    def loss_fn(moving, rest, batch, weights, key):
+        sums = loss_sums(model, rest | moving, stage, batch, text_chunk, key)
         return sum(weights[name] * value for name, value in sums.items()), sums
 
     def step(state: TrainState, frozen: dict, batch: Sequence):
@@ -84,16 +89,19 @@ def make_step(
         rest = frozen | {k: v for k, v in state.params.items() if k not in moving}
         gradient = jax.grad(loss_fn, has_aux=True)
 
-        def micro(carry, part):
-            return jax.tree.map(jnp.add, carry, gradient(moving, rest, part, weights)), None
+        keys = jax.random.split(jax.random.fold_in(key, 1), accumulate)  # of the dropout
+
+        def micro(carry, part_and_key):
+            part, key = part_and_key
+            return jax.tree.map(jnp.add, carry, gradient(moving, rest, part, weights, key)), None
 
         if accumulate == 1:
-            grads, sums = gradient(moving, rest, batch, weights)
+            grads, sums = gradient(moving, rest, batch, weights, keys[0])
         else:
             cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            shapes = jax.eval_shape(gradient, moving, rest, jax.tree.map(lambda x: x[0], cut), weights)
+            shapes = jax.eval_shape(gradient, moving, rest, jax.tree.map(lambda x: x[0], cut), weights, keys[0])
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, sums), _ = jax.lax.scan(micro, zero, cut)
+            (grads, sums), _ = jax.lax.scan(micro, zero, (cut, keys))
 
         updates, optimizer_state = optimizer.update(grads, state.optimizer, moving)
         moving = optax.apply_updates(moving, updates)

@@ -1,5 +1,6 @@
 """The whole model: causality, packed documents, closed skips, and decoding through the caches."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -199,3 +200,27 @@ def test_decode_inverts_encode(batch):
     x = jax.jit(lambda u: tiny.MODEL.apply(bound, u, method=Pretzel.decode))(u[:, 0])
     np.testing.assert_allclose(x, batch.latents[:, 0], atol=1e-4)
     assert np.abs(np.asarray(u[:, 0]) - batch.latents[:, 0]).max() > 0.1
+
+
+def test_dropout_acts_where_a_key_is_given_only(batch, full):
+    """On both flows, never on the frozen VLM, and without bias: the mean over keys comes back to the undisturbed u."""
+    flow = replace(tiny.FLOW, dropout=0.1)
+    model = Pretzel(replace(tiny.CONFIG, shallow=flow, deep=flow))
+
+    @jax.jit
+    def under(key):
+        return model.apply({"params": tiny.params()}, batch, skips=False, rngs={"dropout": key})
+
+    still = jax.jit(lambda: model.apply({"params": tiny.params()}, batch))()
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(still), jax.tree.leaves(full), strict=True))
+    drawn = [under(jax.random.key(i)) for i in range(30)]
+    assert np.array_equal(drawn[0].text, drawn[1].text)
+    for name in ("mean", "u"):
+        values = np.stack([getattr(d, name) for d in drawn])
+        assert np.array_equal(values[0], getattr(under(jax.random.key(0)), name))
+        spread = values.std(0).mean()
+        assert spread > 0.01 and np.abs(values[0] - values[1]).max() > 0.05
+    assert (
+        np.abs(np.stack([d.u for d in drawn]).mean(0) - full.u).mean()
+        < 0.5 * np.stack([d.u for d in drawn]).std(0).mean()
+    )
