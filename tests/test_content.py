@@ -33,7 +33,7 @@ def test_what_counts():
     signs[2, 3], signs[5, 7] = -signs[2, 3], -signs[5, 7]
     trees = [
         {"a": zeros}, {"b": zeros}, {"a": {"a": zeros}}, {"a": zeros.astype(jnp.bfloat16)}, {"a": zeros.reshape(3, 4)},
-        {"a": zeros.T}, {"a": -zeros}, {"a": zeros.astype(np.int32)}, {"a": zeros, "b": zeros}, {"a": zeros[:, :0]},
+        {"a": zeros.T}, {"a": -zeros}, {"a": zeros.astype(np.int32)}, {"a": zeros, "b": zeros}, {"a": zeros[:, :0]}, {"a": zeros[:0]},
         {"a": KERNEL}, {"a": KERNEL[[1, 0, 2]]}, {"a": KERNEL[:, ::-1]}, {"a": KERNEL[0]}, {"a": signs},
         {"a": KERNEL[0], "b": KERNEL[1]}, {"a": KERNEL[1], "b": KERNEL[0]},
     ]  # fmt: skip
