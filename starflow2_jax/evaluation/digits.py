@@ -24,6 +24,7 @@ AIMS = {
 }
 WRITE = SampleOptions(temperature=0, image_temperature=0.6, guidance=2.0, max_tokens=20)
 ANSWER = SampleOptions(temperature=0, image_temperature=0.3, max_tokens=28)
+MIRROR = SampleOptions(temperature=0, image_temperature=0.0, max_tokens=28)
 ADD = SampleOptions(temperature=0, image_temperature=0.4, guidance=1.0, max_tokens=28)
 COUNT = SampleOptions(temperature=0, image_temperature=0.5, guidance=1.0, max_tokens=108)
 
@@ -105,7 +106,7 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
     drawn = [(images_of(a), t) for a, t in zip(found, totals, strict=True) if t < 10]
     numbers["sum_image_accuracy"] = np.mean([_shows(images, [t]) for images, t in drawn]) if drawn else ()
 
-    found = answers([digits.mirror(pixels[i], i) for i in range(n)], ANSWER, "Mirroring")
+    found = answers([digits.mirror(pixels[i], i) for i in range(n)], MIRROR, "Mirroring")
     pairs = [(first_image(a), pixels[i, :, ::-1]) for i, a in enumerate(found)]
     numbers["mirror_correlation"] = np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs])
 
