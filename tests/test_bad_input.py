@@ -87,7 +87,7 @@ def test_a_config_that_describes_nothing(tmp_path):
     [
         (dict(order=("pretrain", "jiont")), ("jiont", "joint")),
         (dict(mesh=dict(data=3, fsdp=1, tensor=1)), ("data=3", "8 devices")),
-        (dict(data=dict(source="digits", patch=4)), ("model.grid", "(2, 2)")),
+        (dict(codec=dict(kind="patch", patch=4, image_channels=1)), ("model.grid", "(2, 2)")),
         (dict(model=dict(vlm=dict(vocabulary=10))), ("model.vlm.vocabulary",)),
     ],
 )

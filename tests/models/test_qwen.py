@@ -71,6 +71,10 @@ def reference(case: str):
     for name, p in model.named_parameters():
         center, spread = (1.0, 0.2) if "norm" in name or "ln_q" in name else (0.0, 0.15)
         p.data = center + spread * torch.randn(p.shape, generator=generator)
+        if "lm_head" in name or "embed_tokens" in name:
+            p.data[[IDS.vision_start, IDS.end]] = (
+                0  # a logit of 0, never the highest: no image is begun, no answer ends
+            )
     model.tie_weights()
     return model
 
@@ -234,7 +238,7 @@ def test_greedy_generation(case):
     sampler = Sampler(pretzel, params, tiny.tokenizer(), tiny.CODEC, skips=True)
     prompts = [*([Text(t)] for t in TEXTS), *documents(case)]
     tokens, _ = sampler.write(prompts, SampleOptions(temperature=0, max_tokens=64))
-    never = [IDS.image, IDS.vision_end, IDS.pad]
+    never, seen = [IDS.image, IDS.vision_end, IDS.pad], set()
     for prompt, row in zip(prompts, tokens, strict=True):
         inputs = reference_inputs(case, prompt, sampler.encoder(prompt, closed=False))
         written = reference(case).generate(
@@ -246,8 +250,9 @@ def test_greedy_generation(case):
             suppress_tokens=never,
         )
         written = written[0, inputs["input_ids"].shape[1] :].tolist()
-        assert IDS.vision_start not in written  # there we would begin an image
-        assert row[row >= 0].tolist() == [t for t in written if t != IDS.end] and -1 not in row
+        assert row.tolist() == written
+        seen |= set(written)
+    assert len(seen) > 20
 
 
 @pytest.mark.parametrize("case", CASES)
