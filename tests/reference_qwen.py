@@ -17,6 +17,9 @@ TEXT = dict(vocab_size=160, hidden_size=48, intermediate_size=72, num_hidden_lay
             num_key_value_heads=1, rms_norm_eps=1e-6, max_position_embeddings=64,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]))  # fmt: skip
 
+PROCESSOR = dict(patch_size=VISION["patch_size"], merge_size=2, min_pixels=64, max_pixels=4096, image_mean=[0.5, 0.4, 0.3],
+                 image_std=[0.3, 0.2, 0.1])  # fmt: skip
+
 
 def make(folder: Path, dtype=torch.bfloat16, tied=False, vision_dtype=None, shard="60KB", **text) -> Path:
     """A random model in the reference's own format, as its library saves it; tokenizer's files are stand-ins."""
@@ -29,8 +32,9 @@ def make(folder: Path, dtype=torch.bfloat16, tied=False, vision_dtype=None, shar
         for parameter in model.parameters():
             parameter.normal_()
     model.save_pretrained(folder, max_shard_size=shard)
-    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         (folder / name).write_bytes(COMPANION + name.encode())
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=3))
     return folder
 
 

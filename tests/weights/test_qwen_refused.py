@@ -48,6 +48,12 @@ def test_a_config_that_cannot_be_used(copy, capsys, change, saying):
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize("content, saying", [(b"{", "cannot be read"), (b'{"patch_size": 14}', "patch_size 14 where")])
+def test_a_processor_that_cannot_be_used(copy, capsys, content, saying):
+    (copy / "preprocessor_config.json").write_bytes(content)
+    refused(capsys, copy, "preprocessor_config.json", saying)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"model_type": ', b"\xff\xfe"])
 def test_a_damaged_config(copy, capsys, content):
     (copy / "config.json").write_bytes(content)
