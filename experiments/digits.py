@@ -1,4 +1,4 @@
-"""STARFlow2 on scikit-learn's digits: the longer recipe, meant for an hour on two CPU cores; not measured yet.
+"""STARFlow2 on scikit-learn's digits: the longer recipe, meant for an hour on two CPU cores; see docs/benchmarks/digits.md.
 
     starflow2 train --config experiments/digits.py --out runs/digits
 
