@@ -16,6 +16,9 @@ STAGES = {"t2i": "text_to_image", "adapter": "image_to_text", "joint": "joint"}
 FROZEN = {"7b": 8.292, "3b": 3.755}  # billions of parameters of the published VLMs, tied head once
 
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
 def count(tree) -> float:
     return sum(np.prod(x.shape, dtype=float) for x in jax.tree.leaves(tree)) / 1e9
 
