@@ -134,7 +134,7 @@ def _compute_type(entries: dict[str, Entry]) -> str:
 
 def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
     """What is wrong with names, shapes and types."""
-    faults = name_faults((), wanted, {name: entry.shape for name, entry in entries.items()})
+    faults = name_faults((), wanted, entries, lambda name: entries[name].shape)
     kinds = {}
     for name, (rule, parts) in wanted.items():
         if (entry := entries.get(name)) is None:

@@ -10,25 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.models.dinov2 import DinoConfig, DinoEncoder
-from starflow2_jax.weights.table import Ignore, Rule, Table, WeightError, import_tensors, read_tensors
+from starflow2_jax.weights.folder import FolderTensors
+from starflow2_jax.weights.table import (
+    Ignore,
+    Rule,
+    Table,
+    WeightError,
+    from_heads,
+    import_tensors,
+    linear,
+    norm,
+    to_heads,
+)
 
 LAYER, STACK = "encoder.layer.{layer}.", "stack/layers/"
-
-
-def _linear(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out"), Rule(f"{source}.bias", f"{target}/bias")
-
-
-def _norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
-
-
-def _heads(name: str) -> tuple[Rule, ...]:
-    source, target = f"{LAYER}attention.attention.{name}", f"{STACK}attention/{name}"
-    return (
-        Rule(f"{source}.weight", f"{target}/kernel", "(h k) e -> e h k"),
-        Rule(f"{source}.bias", f"{target}/bias", "(h k) -> h k"),
-    )
 
 
 ENCODER = (
@@ -37,22 +32,25 @@ ENCODER = (
     Rule("embeddings.position_embeddings", "position_embedding", "1 n e -> n e"),
     Rule("embeddings.patch_embeddings.projection.weight", "patch_embedding/kernel", "e c p q -> (c p q) e"),
     Rule("embeddings.patch_embeddings.projection.bias", "patch_embedding/bias"),
-    *_norm(LAYER + "norm1", STACK + "attention_norm"),
-    *(rule for name in ("query", "key", "value") for rule in _heads(name)),
-    Rule(LAYER + "attention.output.dense.weight", STACK + "attention/out/kernel", "e (h k) -> h k e"),
-    Rule(LAYER + "attention.output.dense.bias", STACK + "attention/out/bias"),
+    *norm(LAYER + "norm1", STACK + "attention_norm"),
+    *(
+        r
+        for n in ("query", "key", "value")
+        for r in to_heads(f"{LAYER}attention.attention.{n}", f"{STACK}attention/{n}")
+    ),
+    *from_heads(LAYER + "attention.output.dense", STACK + "attention/out"),
     Rule(LAYER + "layer_scale1.lambda1", STACK + "attention_layer_scale"),
-    *_norm(LAYER + "norm2", STACK + "mlp_norm"),
+    *norm(LAYER + "norm2", STACK + "mlp_norm"),
     Rule(LAYER + "layer_scale2.lambda1", STACK + "mlp_layer_scale"),
-    *_norm("layernorm", "norm"),
+    *norm("layernorm", "norm"),
     Ignore(r"embeddings\.mask_token"),  # stands for hidden patches in DINOv2's own training
 )
-PLAIN_MLP = (*_linear(LAYER + "mlp.fc1", STACK + "mlp/up"), *_linear(LAYER + "mlp.fc2", STACK + "mlp/down"))
+PLAIN_MLP = (*linear(LAYER + "mlp.fc1", STACK + "mlp/up"), *linear(LAYER + "mlp.fc2", STACK + "mlp/down"))
 JOINED = tuple(f"{STACK}mlp/{name}/" for name in ("gate", "up"))
 GATED_MLP = (
     Rule(LAYER + "mlp.weights_in.weight", tuple(f"{path}kernel" for path in JOINED), "out in -> in out"),
     Rule(LAYER + "mlp.weights_in.bias", tuple(f"{path}bias" for path in JOINED)),
-    *_linear(LAYER + "mlp.weights_out", STACK + "mlp/down"),
+    *linear(LAYER + "mlp.weights_out", STACK + "mlp/down"),
 )
 
 REGISTERS = {"dinov2": False, "dinov2_with_registers": True}  # model_type
@@ -109,7 +107,7 @@ def import_dinov2(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[D
 
 
 def load_dinov2(folder: str | Path) -> tuple[DinoConfig, dict]:
-    """`import_dinov2` of a folder with config.json and model.safetensors. Raises WeightError."""
+    """`import_dinov2` of a folder with config.json and safetensors, one file or several. Raises WeightError."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -117,4 +115,4 @@ def load_dinov2(folder: str | Path) -> tuple[DinoConfig, dict]:
         raise WeightError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from e
     if not isinstance(config, dict):
         raise WeightError(f"{path} does not hold a JSON object")
-    return import_dinov2(read_tensors(Path(folder) / "model.safetensors"), config)
+    return import_dinov2(FolderTensors(Path(folder)), config)

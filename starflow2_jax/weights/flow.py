@@ -10,33 +10,22 @@ import numpy as np
 
 from starflow2_jax.models.flow import Context, Flow, FlowBlockConfig, alternating
 from starflow2_jax.models.layers import TransformerConfig
-from starflow2_jax.weights.table import Ignore, Rule, WeightError, import_tensors
+from starflow2_jax.weights.table import Ignore, Rule, WeightError, from_heads, import_tensors, linear, norm, to_heads
 
 LAYER, STACK = "blocks.{block}.attn_blocks.{layer}.", "block_{block}/stack/layers/"
-QKV = tuple(f"{STACK}attention/{name}/" for name in ("query", "key", "value"))
-
-
-def _linear(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out"), Rule(f"{source}.bias", f"{target}/bias")
-
-
-def _norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
-
+QKV = tuple(f"{STACK}attention/{name}" for name in ("query", "key", "value"))
 
 BLOCK = (
-    *_linear("blocks.{block}.proj_in", "block_{block}/proj_in"),
-    *_linear("blocks.{block}.proj_out", "block_{block}/proj_out"),
+    *linear("blocks.{block}.proj_in", "block_{block}/proj_in"),
+    *linear("blocks.{block}.proj_out", "block_{block}/proj_out"),
     Rule("blocks.{block}.pos_embed", "block_{block}/position_embedding"),
-    *_norm(LAYER + "attention.norm", STACK + "attention_norm"),
-    Rule(LAYER + "attention.qkv.weight", tuple(f"{path}kernel" for path in QKV), "(h k) e -> e h k"),
-    Rule(LAYER + "attention.qkv.bias", tuple(f"{path}bias" for path in QKV), "(h k) -> h k"),
-    Rule(LAYER + "attention.proj.weight", STACK + "attention/out/kernel", "e (h k) -> h k e"),
-    Rule(LAYER + "attention.proj.bias", STACK + "attention/out/bias"),
-    *_norm(LAYER + "mlp.norm", STACK + "mlp_norm"),
+    *norm(LAYER + "attention.norm", STACK + "attention_norm"),
+    *to_heads(LAYER + "attention.qkv", QKV),
+    *from_heads(LAYER + "attention.proj", STACK + "attention/out"),
+    *norm(LAYER + "mlp.norm", STACK + "mlp_norm"),
 )
-PLAIN_MLP = (*_linear(LAYER + "mlp.main.0", STACK + "mlp/up"), *_linear(LAYER + "mlp.main.2", STACK + "mlp/down"))
-GATED_MLP = tuple(r for m in ("gate", "up", "down") for r in _linear(f"{LAYER}mlp.{m}_proj", f"{STACK}mlp/{m}"))
+PLAIN_MLP = (*linear(LAYER + "mlp.main.0", STACK + "mlp/up"), *linear(LAYER + "mlp.main.2", STACK + "mlp/down"))
+GATED_MLP = tuple(r for m in ("gate", "up", "down") for r in linear(f"{LAYER}mlp.{m}_proj", f"{STACK}mlp/{m}"))
 
 TARFLOW = (
     *BLOCK,
@@ -47,12 +36,12 @@ TARFLOW = (
 STARFLOW = (
     *BLOCK,
     Rule("blocks.{block}.sos_embed", "block_{block}/start_token", "1 1 d -> d"),
-    *_linear("blocks.{block}.proj_txt", "block_{block}/proj_prefix"),
-    *_norm("blocks.{block}.final_norm", "block_{block}/norm"),
-    *_norm(LAYER + "attention.query_norm", STACK + "attention/query_norm"),
-    *_norm(LAYER + "attention.key_norm", STACK + "attention/key_norm"),
-    *_norm(LAYER + "attention.post_norm", STACK + "attention_post_norm"),
-    *_norm(LAYER + "mlp.post_norm", STACK + "mlp_post_norm"),
+    *linear("blocks.{block}.proj_txt", "block_{block}/proj_prefix"),
+    *norm("blocks.{block}.final_norm", "block_{block}/norm"),
+    *norm(LAYER + "attention.query_norm", STACK + "attention/query_norm"),
+    *norm(LAYER + "attention.key_norm", STACK + "attention/key_norm"),
+    *norm(LAYER + "attention.post_norm", STACK + "attention_post_norm"),
+    *norm(LAYER + "mlp.post_norm", STACK + "mlp_post_norm"),
     Ignore(r"var|blocks\.\d+\.attn_mask|feat_rope\.freqs_(cos|sin)"),
 )
 TABLES = {  # model, gated MLP

@@ -98,6 +98,22 @@ def read_tensor(entry: Entry) -> np.ndarray:
     return value.reshape(entry.shape)
 
 
+class FolderTensors(Mapping):
+    """The folder's tensors by name, each read when it is asked for. Raises WeightError as `read_entries` does."""
+
+    def __init__(self, folder: Path):
+        self.entries = read_entries(folder)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return read_tensor(self.entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
 def same_bits(a: Entry, b: Entry, numbers: int = 2**22) -> bool:
     """Whether two tensors are equal bit for bit, without holding either."""
     if (a.shape, a.kind) != (b.shape, b.kind):

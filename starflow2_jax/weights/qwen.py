@@ -12,7 +12,7 @@ from starflow2_jax import config as configs
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.sequence import VisionInput
-from starflow2_jax.weights.table import Rule, WeightError
+from starflow2_jax.weights.table import Rule, WeightError, from_heads, linear, norm, to_heads
 
 
 def _published(vision_hidden: int = 3420, **text) -> QwenConfig:
@@ -32,7 +32,7 @@ QWEN2_5_VL = {
     ),
 }  # fmt: skip
 OLDER, NEWER = ("model.", "visual."), ("model.language_model.", "model.visual.")  # how names of text and vision begin
-STACK = "stack/layers/"
+STACK, HEADS = "stack/layers/", ("query", "key", "value")
 
 
 def read_config(path: Path, dtype: str) -> QwenConfig:
@@ -155,38 +155,29 @@ def table(cfg: QwenConfig, names: tuple[str, str] = OLDER) -> tuple[Rule, ...]:
         Rule(text + "embed_tokens.weight", "vlm/token_embedding/embedding"),
         Rule(text + "norm.weight", "vlm/norm/scale"),
         *_layer(text + "layers.{layer}.", "vlm/" + STACK, ("input_layernorm", "post_attention_layernorm")),
-        *_split_attention(text + "layers.{layer}.self_attn.", "vlm/" + STACK + "attention/"),
+        *(
+            r
+            for n in HEADS
+            for r in to_heads(f"{text}layers.{{layer}}.self_attn.{n[0]}_proj", f"vlm/{STACK}attention/{n}")
+        ),
+        *from_heads(text + "layers.{layer}.self_attn.o_proj", f"vlm/{STACK}attention/out", bias=False),
     )
     if not cfg.tied_head:
         rules += (Rule("lm_head.weight", "vlm/lm_head/embedding"),)
     return rules + (_vision(cfg.vision, vision) if cfg.vision else ())
 
 
-def _linear(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
-    kernel = Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out")
-    return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
-
-
 def _layer(source: str, target: str, norms: tuple[str, str], bias: bool = False) -> tuple[Rule, ...]:
     """Norms and gated MLP of a layer."""
     return (
-        Rule(f"{source}{norms[0]}.weight", f"{target}attention_norm/scale"),
-        Rule(f"{source}{norms[1]}.weight", f"{target}mlp_norm/scale"),
-        *(r for m in ("gate", "up", "down") for r in _linear(f"{source}mlp.{m}_proj", f"{target}mlp/{m}", bias)),
+        *norm(source + norms[0], target + "attention_norm", bias=False),
+        *norm(source + norms[1], target + "mlp_norm", bias=False),
+        *(r for m in ("gate", "up", "down") for r in linear(f"{source}mlp.{m}_proj", f"{target}mlp/{m}", bias)),
     )
-
-
-def _split_attention(source: str, target: str) -> tuple[Rule, ...]:
-    rules = [Rule(source + "o_proj.weight", target + "out/kernel", "e (h k) -> h k e")]
-    for name in ("query", "key", "value"):
-        rules.append(Rule(f"{source}{name[0]}_proj.weight", f"{target}{name}/kernel", "(h k) e -> e h k"))
-        rules.append(Rule(f"{source}{name[0]}_proj.bias", f"{target}{name}/bias", "(h k) -> h k"))
-    return tuple(rules)
 
 
 def _vision(v: VisionConfig, source: str) -> tuple[Rule, ...]:
     target, block, stack = "vlm/vision/", source + "blocks.{layer}.", "vlm/vision/" + STACK
-    qkv = tuple(f"{stack}attention/{name}/" for name in ("query", "key", "value"))
     sizes = {"c": v.channels, "t": v.temporal_patch, "p": v.patch, "q": v.patch}
     patches = Rule(
         source + "patch_embed.proj.weight", target + "patch_embedding/kernel", "e c t p q -> (c t p q) e", sizes
@@ -194,13 +185,11 @@ def _vision(v: VisionConfig, source: str) -> tuple[Rule, ...]:
     return (
         patches,
         *_layer(block, stack, ("norm1", "norm2"), bias=True),
-        Rule(block + "attn.qkv.weight", tuple(path + "kernel" for path in qkv), "(h k) e -> e h k"),
-        Rule(block + "attn.qkv.bias", tuple(path + "bias" for path in qkv), "(h k) -> h k"),
-        Rule(block + "attn.proj.weight", stack + "attention/out/kernel", "e (h k) -> h k e"),
-        Rule(block + "attn.proj.bias", stack + "attention/out/bias"),
+        *to_heads(block + "attn.qkv", tuple(f"{stack}attention/{name}" for name in HEADS)),
+        *from_heads(block + "attn.proj", stack + "attention/out"),
         Rule(source + "merger.ln_q.weight", target + "merge_norm/scale"),
-        *_linear(source + "merger.mlp.0", target + "merge_in"),
-        *_linear(source + "merger.mlp.2", target + "merge_out"),
+        *linear(source + "merger.mlp.0", target + "merge_in"),
+        *linear(source + "merger.mlp.2", target + "merge_out"),
     )
 
 

@@ -6,7 +6,7 @@ and shape; importing compares that list with what is given. The other direction 
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,30 @@ class Part:
 Table = Sequence[Rule | Ignore]
 
 
+def linear(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
+    """A linear map, PyTorch's (out, in) -> ours (in, out)."""
+    kernel = Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out")
+    return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
+
+
+def norm(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
+    scale = Rule(f"{source}.weight", f"{target}/scale")
+    return (scale, Rule(f"{source}.bias", f"{target}/bias")) if bias else (scale,)
+
+
+def to_heads(source: str, target: str | tuple[str, ...]) -> tuple[Rule, ...]:
+    """A query, key or value map, or those that the source joins, (H K, E) -> (E, H, K), and its bias."""
+    targets = (target,) if isinstance(target, str) else target
+    kernels, biases = (tuple(f"{t}/{leaf}" for t in targets) for leaf in ("kernel", "bias"))
+    return Rule(f"{source}.weight", kernels, "(h k) e -> e h k"), Rule(f"{source}.bias", biases, "(h k) -> h k")
+
+
+def from_heads(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
+    """The map behind the heads, (E, H K) -> (H, K, E)."""
+    kernel = Rule(f"{source}.weight", f"{target}/kernel", "e (h k) -> h k e")
+    return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
+
+
 def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[Part, ...]]], list[str]]:
     """Every source tensor that fills `tree` (nested dicts of arrays or shapes), and the faults of the table itself."""
     shapes = {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
@@ -96,7 +120,7 @@ def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mappin
     finite; otherwise WeightError lists all that is wrong.
     """
     wanted, faults = expected(table, tree)
-    faults += name_faults(table, wanted, {name: tuple(np.shape(value)) for name, value in tensors.items()})
+    faults += name_faults(table, wanted, tensors, lambda name: np.shape(tensors[name]))
     abstract = traverse_util.flatten_dict(tree, sep="/")
     out = {path: np.empty(x.shape, x.dtype) for path, x in abstract.items()}
     for name, (rule, parts) in wanted.items():
@@ -123,18 +147,18 @@ def refuse(faults: Sequence[str]) -> None:
         raise WeightError(f"the weights do not fit ({len(faults)} faults):\n" + "\n".join(f"- {f}" for f in faults))
 
 
-def name_faults(table: Table, wanted: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with the names of `shapes` (tensors and their shapes), by the table and what it `expected`."""
+def name_faults(table: Table, wanted: Mapping, names: Collection[str], shape_of: Callable) -> list[str]:
+    """What is wrong with the tensors' names, by the table and what it `expected`; `shape_of` a name, to tell of it."""
     faults = []
     ignored = [re.compile(rule.pattern) for rule in table if isinstance(rule, Ignore)]
-    for name, shape in shapes.items():
+    for name in names:
         ignores = any(pattern.fullmatch(name) for pattern in ignored)
         if name in wanted and ignores:
             faults.append(f"tensor {name} belongs to a rule and is to be ignored")
         elif name not in wanted and not ignores:
-            faults.append(f"unexpected tensor {name} {shape}")
+            faults.append(f"unexpected tensor {name} {tuple(shape_of(name))}")
     for name, (_, parts) in wanted.items():
-        if name not in shapes:
+        if name not in names:
             faults.append(f"missing tensor {name}, of {', '.join(part.path for part in parts)}")
     return faults
 
