@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import config as configs
 
-STEPS = dict(pretrain=400, text_to_image=1200, image_to_text=60, joint=3000)
+STEPS = dict(pretrain=200, text_to_image=500, image_to_text=30, joint=1400)
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
@@ -21,7 +21,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     if not runlocal:
         for name, steps in STEPS.items():
             c.stages[name].steps = steps
-            c.stages[name].ema = 0.9995
-            c.stages[name].optimizer.weight_decay = 1e-1
+            c.stages[name].ema = 0.999
+            c.stages[name].optimizer.weight_decay = 0.3
         c.model.shallow.dropout = c.model.deep.dropout = 0.1  # each of the 1,500 scans is seen over a hundred times
     return c

@@ -33,29 +33,12 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         layers=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=2, window=8, full_attention_layers=(), min_pixels=64,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), unroll=2,
     )  # fmt: skip
+    flow = dict(
+        width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm=True, dropout=0.0
+    )  # fmt: skip
     c.model.shallow_blocks = 2
-    c.model.shallow = dict(
-        layers=2,
-        width=128,
-        heads=2,
-        mlp_hidden=512,
-        norm="rms_zero",
-        activation="relu2",
-        qk_norm=True,
-        dropout=0.0,
-        unroll=2,
-    )
-    c.model.deep = dict(
-        layers=6,
-        width=128,
-        heads=2,
-        mlp_hidden=512,
-        norm="rms_zero",
-        activation="relu2",
-        qk_norm=True,
-        dropout=0.0,
-        unroll=6,
-    )
+    c.model.shallow = dict(layers=2, unroll=2, **flow)
+    c.model.deep = dict(layers=6, unroll=6, **flow)
     c.model.deep_rotary_sections = (8, 12, 12)
     c.model.adapter_hidden = 256
 
@@ -69,7 +52,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     base.ema = 0.998
     base.caption_drop = 0.1
     base.optimizer = dict(
-        learning_rate=2e-3, final_fraction=0.02, warmup=50, b1=0.9, b2=0.95, weight_decay=1e-2, clip=1.0
+        name="muon", learning_rate=2e-3, final_fraction=0.02, warmup=50, b1=0.9, b2=0.95, weight_decay=1e-2, clip=1.0
     )
     c.order = ("pretrain", "text_to_image", "image_to_text", "joint")  # the stages to run; rows of stages.py
     c.stages = ConfigDict()
@@ -81,9 +64,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         )
 
     stage("pretrain", 130, (1.0, 1.0, 4.0, 0.5, 1.0), images=1, patches=160)
-    stage("text_to_image", 280, (3.0, 0.0, 0.0, 1.0, 0.0), images=6)
+    stage("text_to_image", 240, (3.0, 0.0, 0.0, 1.0, 0.0), images=6)
     stage("image_to_text", 20, (0.0, 2.0, 1.0, 0.0, 0.0))
-    stage("joint", 740, (5.0, 1.0, 3.0, 2.5, 1.5))
+    stage("joint", 640, (5.0, 1.0, 3.0, 2.5, 1.5))
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
 
     c.log_every = 10  # steps

@@ -54,7 +54,7 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     base.caption_drop = 0.1
     base.shares = {}
     base.optimizer = dict(
-        learning_rate=1e-4, final_fraction=0.1, warmup=2000, b1=0.9, b2=0.95, weight_decay=1e-4, clip=1.0
+        name="adamw", learning_rate=1e-4, final_fraction=0.1, warmup=2000, b1=0.9, b2=0.95, weight_decay=1e-4, clip=1.0
     )
     c.stages = dict(text_to_image=base.copy_and_resolve_references())
     c.stages.text_to_image.steps = 200_000

@@ -18,7 +18,8 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.metrics import Metrics
-from starflow2_jax.training.step import TrainState, finish, make_optimizer, make_step, new_state
+from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.step import TrainState, finish, make_step, new_state
 from starflow2_jax.weights.qwen import load_config
 
 

@@ -22,21 +22,6 @@ class TrainState:
     key: jax.Array
 
 
-def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and clipping. Matrices and embeddings decay, norms and biases do not."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, cfg.learning_rate, min(cfg.warmup, steps // 2), max(steps, 1), cfg.learning_rate * cfg.final_fraction
-    )
-
-    def decays(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip),
-        optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=decays),
-    )
-
-
 def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     moving = {name: params[name] for name in stage.trains}
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, moving), optimizer.init(moving), key)

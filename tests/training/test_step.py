@@ -17,10 +17,14 @@ from starflow2_jax.models.layers import Transformer, TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, split
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training import losses
-from starflow2_jax.training.step import TrainState, finish, make_optimizer, make_step, new_state
+from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.step import TrainState, finish, make_step, new_state
 
 OPTIMIZER = make_optimizer(
-    SimpleNamespace(learning_rate=1e-2, final_fraction=0.1, warmup=1, b1=0.9, b2=0.95, weight_decay=0.1, clip=1e9), 10
+    SimpleNamespace(
+        name="adamw", learning_rate=1e-2, final_fraction=0.1, warmup=1, b1=0.9, b2=0.95, weight_decay=0.1, clip=1e9
+    ),
+    10,
 )
 TEXT_WEIGHT, EMA, NOISE = 0.3, 0.999, 0.1
 
