@@ -54,7 +54,7 @@ class CheckpointDirectory:
 
     def create_on(self, vlm: Path, config: ConfigDict, codec: Codec) -> None:
         """A run on a converted VLM: its weights, tokenizer and processor files are copied as they are."""
-        shutil.copytree(vlm, self.folder)
+        shutil.copytree(vlm, self.folder, dirs_exist_ok=True)
         self._create(config, codec)
 
     def _create(self, config: ConfigDict, codec: Codec) -> None:
@@ -133,6 +133,11 @@ class CheckpointDirectory:
 
     def wait(self) -> None:
         self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the files, and let go of the directory."""
+        self.manager.close()
+        self._manager = None
 
     def latest(self) -> int | None:
         return self.manager.latest_step() if (self.folder / "steps").is_dir() else None

@@ -18,18 +18,17 @@ def main(argv: list[str] | None = None) -> int:
     for add in (_add_train, _add_init, _add_sample, _add_eval, _add_convert, _add_quickstart):
         add(commands)
     args, rest = parser.parse_known_args(argv)
-    overrides = [r.removeprefix("--config.") for r in rest if r.startswith("--config.")]
-    if len(overrides) < len(rest) or (overrides and args.command != "train"):
-        parser.error(
-            f"unknown argument {next(r for r in rest if args.command != 'train' or not r.startswith('--config.'))!r}"
-        )
+    overridden = [r for r in rest if r.startswith("--config.")]
+    overrides = [r.removeprefix("--config.") for r in overridden]
+    if unknown := [r for r in rest if r not in overridden or not hasattr(args, "config")]:
+        parser.error(f"unknown argument {unknown[0]!r}")
     try:
         args.run(args, overrides)
     except UserError as error:
         print(f"starflow2: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        stands = "nothing was written" if args.command == "convert" else "the last checkpoint stands"
+        stands = "the last checkpoint stands" if args.command in ("train", "quickstart") else "nothing was written"
         print(f"starflow2: interrupted; {stands}", file=sys.stderr)
         return 130
     return 0

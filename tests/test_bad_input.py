@@ -235,6 +235,7 @@ def test_images_survive_their_files(tmp_path):
         ([], ("non-empty list",)),
         (["draw"], ("part 0", "neither")),
         ([{"text": "a"}, {"txet": "b"}], ("part 1", "neither")),
+        ([{"text": "a"}, {"video": "film.mp4"}], ("part 1", "a video", "frames as images")),
         ([{"text": 3}], ("part 0", "'text'")),
         ([{"text": "a", "predict": "yes"}], ("part 0", "'predict'")),
         ([{"text": "a", "generate": True}], ("part 0", "'generate'", "text part")),

@@ -91,6 +91,10 @@ def from_json(parts: object, folder: Path, channels: int) -> Document:
 def _part(i: int, part: object, folder: Path, channels: int) -> Text | Image:
     kinds = {"text": {"text": str, "predict": bool}, "image": {"image": str, "generate": bool, "via": str}}
     kind = next((k for k in kinds if isinstance(part, dict) and k in part), None)
+    if isinstance(part, dict) and "video" in part:
+        raise DocumentError(
+            f"part {i} of the document is a video, which this model does not take; give frames as images"
+        )
     if kind is None:
         raise DocumentError(f'part {i} of the document is neither {{"text": ...}} nor {{"image": ...}}')
     for key, value in part.items():

@@ -36,11 +36,15 @@ def make_codec(config: ConfigDict) -> Codec:
         raise configs.ConfigError(f"codec.kind is 'patch' or 'latents', not {kind!r}")
     if config.data.source == "digits":
         return PatchCodec.fit(digits.split("train")[0], config.codec.patch)
-    source = JsonlDocuments(config.data.source, config.codec.image_channels)
-    images = [p.pixels for d in islice(source, FITTED) for p in d if isinstance(p, Image) and p.via == "flow"]
-    if len(sizes := {i.shape for i in images}) != 1:
-        raise DocumentError(f"{config.data.source} has flow images of sizes {sorted(sizes)}; bring them to one size")
-    if sides := [s for s in images[0].shape[:2] if s % config.codec.patch]:
+    images = [p.pixels for p in _parts(config) if isinstance(p, Image) and p.via == "flow"]
+    sizes = sorted({i.shape[:2] for i in images})
+    if not sizes:
+        raise DocumentError(
+            f'{config.data.source} has no image via "flow" among its first {FITTED} documents; add some'
+        )
+    if len(sizes) > 1:
+        raise DocumentError(f"{config.data.source} has flow images of sizes {sizes}; bring them to one size")
+    if sides := [s for s in sizes[0] if s % config.codec.patch]:
         raise configs.ConfigError(
             f"codec.patch={config.codec.patch} does not divide an image's side of {sides[0]} pixels"
         )
@@ -51,6 +55,10 @@ def make_tokenizer(config: ConfigDict):
     """A byte-level BPE trained on the source's words."""
     if config.data.source == "digits":
         return digits.make_tokenizer()
-    source = JsonlDocuments(config.data.source, config.codec.get("image_channels", 3))
-    words = [part.text for document in islice(source, FITTED) for part in document if isinstance(part, Text)]
-    return tokenizer.train(words, config.model.vlm.vocabulary)
+    return tokenizer.train([p.text for p in _parts(config) if isinstance(p, Text)], config.model.vlm.vocabulary)
+
+
+def _parts(config: ConfigDict) -> list[Text | Image]:
+    """Of the documents of a JSONL source that a codec and a tokenizer are fitted to."""
+    source = JsonlDocuments(config.data.source, config.codec.get("image_channels", LatentCodec.image_channels))
+    return [part for document in islice(source, FITTED) for part in document]

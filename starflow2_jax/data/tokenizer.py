@@ -11,7 +11,7 @@ from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # as a chat template writes it
+IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # as a chat template writes it
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,10 @@ def chat(tokenizer, turns: list[tuple[str, Document]]) -> Document:
     if not tokenizer.chat_template:
         raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
     images = [part for _, said in turns for part in said if isinstance(part, Image)]
-    messages = [
-        {"role": role, "content": [_content(part) for part in said]} for role, said in turns
-    ]  # what Qwen2.5-VL's template reads
-    texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(IMAGE)
+    messages = [{"role": role, "content": [_content(part) for part in said]} for role, said in turns]
+    texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(IMAGE_MARK)
     if len(texts) != len(images) + 1:
-        raise DocumentError(f"the chat template must place each image once, as {IMAGE}, and no text may hold that")
+        raise DocumentError(f"the chat template must place each image once, as {IMAGE_MARK}, and no text may hold that")
     parts: Document = [Text(texts[0])]
     for image, text in zip(images, texts[1:], strict=True):
         parts += [image, Text(text)]

@@ -104,7 +104,7 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
         [words_of(a)[-1:] == [digits.WORDS[t]] for a, t in zip(found, totals, strict=True)]
     )
     drawn = [(images_of(a), t) for a, t in zip(found, totals, strict=True) if t < 10]
-    numbers["sum_image_accuracy"] = np.mean([_shows(images, [t]) for images, t in drawn]) if drawn else ()
+    numbers["sum_image_accuracy"] = np.mean([_shows(images, [t]) for images, t in drawn]) if drawn else None
 
     found = answers([digits.mirror(pixels[i], i) for i in range(n)], MIRROR, "Mirroring")
     pairs = [(first_image(a), pixels[i, :, ::-1]) for i, a in enumerate(found)]
@@ -120,7 +120,8 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
         for x, (a, b) in zip(found, spans, strict=True)
     ]
     numbers["count_accuracy"] = np.mean(right)
-    return {name: float(v) if np.size(v) else None for name, v in numbers.items()}, {"grid": grid, "examples": examples}
+    numbers = {name: None if value is None else float(value) for name, value in numbers.items()}
+    return numbers, {"grid": grid, "examples": examples}
 
 
 def _shows(images: list[np.ndarray], wanted) -> bool:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LEAST_STD = 1e-2  # of a patch's channel, about one level of an 8-bit pixel
+
 
 def patchify(images, patch: int):
     """Images (B, h p, w p, C) -> (B, h, w, D = C p p), channels ordered (channel, row, column)."""
@@ -36,11 +38,10 @@ class PatchCodec:
 
     @classmethod
     def fit(cls, images: np.ndarray, patch: int) -> "PatchCodec":
-        """images (n, height, width, C): the training images."""
+        """images (n, height, width, C): the training images. A channel that hardly varies is scaled by 1/LEAST_STD."""
         latents = patchify(images, patch).reshape(-1, images.shape[-1] * patch * patch)
-        return cls(
-            images.shape[1:3], images.shape[-1], patch, tuple(latents.mean(0).tolist()), tuple(latents.std(0).tolist())
-        )
+        mean, std = latents.mean(0), np.maximum(latents.std(0), LEAST_STD)
+        return cls(images.shape[1:3], images.shape[-1], patch, tuple(mean.tolist()), tuple(std.tolist()))
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from starflow2_jax.checkpoints import CheckpointDirectory, abstract
 from starflow2_jax.data import sources
 from starflow2_jax.data.pipeline import Encoder, Shape, batches
 from starflow2_jax.errors import UserError
+from starflow2_jax.files import new_folder, require_new
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.metrics import Metrics
@@ -70,25 +71,25 @@ class Trainer:
             self.checkpoints.wait()
 
     @classmethod
-    def begin(cls, config: ConfigDict, folder: str | Path, vlm: str | Path) -> "Trainer":
+    def begin(cls, config: ConfigDict, folder: str | Path, vlm: str | Path) -> None:
         """A new directory `folder` for a run on the converted VLM in `vlm`, with untrained flows saved as step 0.
 
-        Raises UserError where the config describes another VLM.
+        Raises UserError where the config describes another VLM; then nothing is left behind.
         """
-        vlm, checkpoints = Path(vlm), CheckpointDirectory(folder)
-        if checkpoints.folder.exists():
-            raise configs.ConfigError(f"{folder} exists already; name a new directory")
+        vlm, folder = Path(vlm), Path(folder).resolve()
+        require_new(folder)
         if "pretrain" in config.order:
             raise configs.ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
         if other := configs.differences(load_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
             raise configs.ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
-        checkpoints.create_on(vlm, config, sources.make_codec(config))
-        trainer = cls(config, folder)
-        meta = {"stage": config.order[0], "stage_step": 0, "key": [], "data": None}
-        with jax.set_mesh(trainer.mesh):
-            trainer.checkpoints.save(0, {"params": trainer._fresh("trainable")}, meta)
-        trainer.checkpoints.wait()
-        return trainer
+        codec = sources.make_codec(config)
+        with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:
+            CheckpointDirectory(partial).create_on(vlm, config, codec)
+            trainer = cls(config, partial)
+            meta = {"stage": config.order[0], "stage_step": 0, "key": [], "data": None}
+            with jax.set_mesh(trainer.mesh):
+                trainer.checkpoints.save(0, {"params": trainer._fresh("trainable")}, meta)
+            trainer.checkpoints.close()
 
     def _run_stage(self, stage: Stage, first: int, stop_at: int | None, metrics: Metrics, bar: tqdm) -> bool:
         """Run one stage from where it stands; `first`: steps of the run before it. Returns whether to go on."""

@@ -94,7 +94,7 @@ def make_step(
         ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, moving)
         metrics = {f"{name}_loss": value / totals[name] for name, value in sums.items()}
         metrics["loss"] = sum(weights[name] * value for name, value in sums.items())
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return state.replace(
             step=state.step + 1, params=state.params | moving, ema=ema, optimizer=optimizer_state
         ), metrics

@@ -6,20 +6,18 @@ reference_config.json   the source's config.json
 tokenizer/              the source's tokenizer, chat template and processor files
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from starflow2_jax.files import new_folder, require_new
 from starflow2_jax.weights import qwen
 from starflow2_jax.weights.folder import TYPES, Entry, read_entries, read_tensor, same_bits, write_folder
 from starflow2_jax.weights.store import CHUNK, ArrayStore
@@ -47,12 +45,12 @@ Wanted = dict[str, tuple[Rule, tuple[Part, ...]]]
 
 
 def to_checkpoint(source: str | Path, target: str | Path) -> None:
-    """The reference's folder `source` -> a new checkpoint `target`. Raises WeightError; then nothing is left behind.
+    """The reference's folder `source` -> a new checkpoint `target`. Raises UserError; then nothing is left behind.
 
     Names, shapes and types are checked before anything is written, numbers while they are.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
-    _require_new(target)
+    require_new(target)
     entries = read_entries(source)
     cfg = qwen.read_config(source / "config.json", _compute_type(entries))
     cfg = dataclasses.replace(cfg, vision=qwen.read_processor(source / "preprocessor_config.json", cfg.vision))
@@ -62,7 +60,7 @@ def to_checkpoint(source: str | Path, target: str | Path) -> None:
     refuse(faults + _faults(entries, wanted))
     if tied and not same_bits(tied, entries[next(n for n, (r, _) in wanted.items() if r.target == EMBEDDING)]):
         raise WeightError(f"{HEAD} differs from the token embeddings, though config.json says that they are tied")
-    with _new_folder(target, sum(entry.nbytes for entry in entries.values())) as folder:
+    with new_folder(target, sum(entry.nbytes for entry in entries.values())) as folder:
         store = ArrayStore(folder / "frozen", _typed(tree, entries, wanted), create=True)
         for name, entry in entries.items():
             _import(store, name, entry, *wanted[name])
@@ -75,10 +73,10 @@ def to_checkpoint(source: str | Path, target: str | Path) -> None:
 def to_reference(checkpoint: str | Path, target: str | Path, shard_bytes: int = 4 * 10**9) -> None:
     """A checkpoint that `to_checkpoint` made -> a new folder `target` as the reference library saves it, bit for bit.
 
-    Weight files have at most `shard_bytes` (or one tensor). Raises WeightError; then nothing is left behind.
+    Weight files have at most `shard_bytes` (or one tensor). Raises UserError; then nothing is left behind.
     """
     checkpoint, target = Path(checkpoint).resolve(), Path(target).resolve()
-    _require_new(target)
+    require_new(target)
     if not checkpoint.is_dir():
         raise WeightError(f"there is no checkpoint {checkpoint}")
     cfg = qwen.load_config(checkpoint / "vlm.json")
@@ -94,33 +92,12 @@ def to_reference(checkpoint: str | Path, target: str | Path, shard_bytes: int = 
         raise WeightError(f"{checkpoint} is incomplete or damaged ({reason}); convert again") from None
     shapes = {name: source_shape(*wanted[name]) for name in sorted(wanted, key=_natural)}
     dtypes = {name: store.dtype(wanted[name][1][0].path) for name in shapes}
-    with _new_folder(target, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())) as folder:
+    with new_folder(target, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())) as folder:
         write_folder(folder, shapes, dtypes, lambda name: _export(store, *wanted[name]), shard_bytes)
         if store.content_hash() != saved_hash:
             raise WeightError(f"the weights in {checkpoint} are damaged (content hash differs); convert again")
         _copy(checkpoint / "tokenizer", folder)
         (folder / "config.json").write_bytes(config)
-
-
-def _require_new(target: Path) -> None:
-    if target.exists():
-        raise WeightError(f"{target} exists already; name a new folder or remove it")
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder for `size` bytes that becomes `target` when all went well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target.parent).free) < size:
-        raise WeightError(f"{target.parent} has {free / 1e9:.1f} GB of free space; {size / 1e9:.1f} GB are needed")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _compute_type(entries: dict[str, Entry]) -> str:
