@@ -152,13 +152,9 @@ def logits_of(case: str, batch, dtype: str = "float32") -> np.ndarray:
     return np.asarray(run(params, batch))
 
 
-def shape_of(features, rows: int | None = None) -> Shape:
-    return Shape(
-        rows or len(features),
-        max(len(f["tokens"]) for f in features),
-        1,
-        max(len(f["patches"]) for f in features),
-    )
+def shape_of(features) -> Shape:
+    tokens, patches = (max(len(f[name]) for f in features) for name in ("tokens", "patches"))
+    return Shape(len(features), tokens, 1, patches)
 
 
 TEXTS = ("count from three to six", "draw a nine", "what number is shown? one and two")

@@ -13,17 +13,6 @@ from starflow2_jax.weights import convert
 from starflow2_jax.weights.store import ArrayStore
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
-    return make(tmp_path_factory.mktemp("reference") / "hf")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(reference) -> Path:
-    run("--from", reference, "--to", reference.parent / "checkpoint")
-    return reference.parent / "checkpoint"
-
-
 @pytest.fixture
 def copy(reference, tmp_path) -> Path:
     return Path(shutil.copytree(reference, tmp_path / "hf"))

@@ -27,17 +27,6 @@ from starflow2_jax.weights.table import expected, source_shape
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
-    return make(tmp_path_factory.mktemp("reference") / "hf")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(reference) -> Path:
-    run("--from", reference, "--to", reference.parent / "checkpoint")
-    return reference.parent / "checkpoint"
-
-
 MODELS = {
     "bfloat16": {},
     "tied, float32": dict(tied=True, dtype=torch.float32, num_hidden_layers=3, num_attention_heads=3),
