@@ -29,6 +29,7 @@ CORE = (
     "tqdm>=4.66",
     "tensorboardX>=2.6",
     "scikit-learn>=1.6",
+    "scipy>=1.13",
     "matplotlib>=3.10",
 )
 TORCH = "torch>=2.9,<3"  # only to read .pt and .pth files, and as a reference in tests

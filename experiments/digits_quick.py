@@ -18,6 +18,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "digits"  # or a JSONL file of documents
+    c.data.warp = 0.0  # share of the digits' scans that are turned and shifted a little
     c.data.threads = 0  # that read ahead; for images that come from files, a few
 
     c.codec = dict(kind="patch", patch=2, image_channels=1)  # patch: side of one, in pixels

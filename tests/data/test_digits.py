@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from starflow2_jax.data import digits, tokenizer
 from starflow2_jax.data.documents import Image, Shown, Text
 from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.evaluation.digits import classify
 from starflow2_jax.models.codec import PatchCodec
 
 SHARES = dict.fromkeys(digits.KINDS, 1.0)
@@ -151,3 +152,16 @@ def test_the_tokenizer_survives_its_files(tmp_path):
     assert read.encode("<|vision_start|>", add_special_tokens=False) == [tokenizer.TokenIds.of(read).vision_start]
     with pytest.raises(ValueError, match="no readable tokenizer"):
         tokenizer.load(tmp_path)
+
+
+def test_warped_scans_stay_near_and_readable():
+    """Every document differs, no scan moves far, and an independent classifier still reads most of them."""
+    plain, bent = (digits.DigitDocuments({"caption": 1.0}, seed=0, warp=w) for w in (0.0, 1.0))
+    pairs = [(plain[i][-1].pixels, bent[i][-1].pixels) for i in range(200)]
+    correlations = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]
+    assert 0.8 < np.mean(correlations) < 0.99 and all(b.min() >= -1 and b.max() <= 1 for _, b in pairs)
+    read = [classify([p[k] for p in pairs]) for k in (0, 1)]
+    assert np.mean(read[0] == read[1]) > 0.8
+    half = digits.DigitDocuments({"caption": 1.0}, seed=0, warp=0.5)
+    scans = {p.tobytes() for p in digits.split("train")[0]}
+    assert 0.4 < np.mean([half[i][-1].pixels.tobytes() in scans for i in range(200)]) < 0.6
