@@ -1,4 +1,4 @@
-"""`starflow2 train | init | sample | eval | convert | quickstart`: plumbing from the command line to the library."""
+"""`starflow2 train | init | sample | score | rank | invert | eval | convert | quickstart`: plumbing from the command line to the library."""
 
 import argparse
 import json
@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it need not tell that there is no PyTorch
     parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_init, _add_sample, _add_eval, _add_convert, _add_quickstart):
+    for add in (
+        _add_train, _add_init, _add_sample, _add_score, _add_rank, _add_invert, _add_eval, _add_convert, _add_quickstart,
+    ):  # fmt: skip
         add(commands)
     args, rest = parser.parse_known_args(argv)
     overridden = [r for r in rest if r.startswith("--config.")]
@@ -127,6 +129,75 @@ def _sample(args, _) -> None:
         listing.append(parts)
         print(f"{i:03d}", *(p.get("text") or f"[{out / p['image']}]" for p in parts))
     (out / "samples.json").write_text(json.dumps(listing, indent=1))
+
+
+def _add_score(commands) -> None:
+    p = commands.add_parser("score", help="log-likelihood of each part that counts", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--document", required=True, help='JSON, or JSONL of many: parts with "predict" or "generate" count')
+    p.add_argument("--out", help="JSONL file, one part a line (default: printed)")
+    p.set_defaults(run=_score)
+
+
+def _score(args, _) -> None:
+    from starflow2_jax.data.documents import JsonlDocuments, read_document
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sampling.scoring import score
+
+    sampler = Sampler.restore(args.checkpoint)
+    read = JsonlDocuments if args.document.endswith(".jsonl") else lambda *a: [read_document(*a)]
+    scores = score(sampler, list(read(args.document, sampler.codec.image_channels)))
+    lines = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text("\n".join(lines) + "\n")
+        print(f"written: {args.out}")
+    else:
+        print("\n".join(lines))
+
+
+def _add_rank(commands) -> None:
+    p = commands.add_parser("rank", help="captions by how well they explain an image", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--image", required=True)
+    p.add_argument("--captions", required=True, help="text file, one a line")
+    p.add_argument("--by", choices=("image", "text"), default="image", help="p(image | caption), or p(caption | image)")
+    p.set_defaults(run=_rank)
+
+
+def _rank(args, _) -> None:
+    from starflow2_jax.data.documents import read_image, read_text
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sampling.scoring import describe, illustrate, rank
+
+    captions = [line for line in read_text(Path(args.captions)).splitlines() if line.strip()]
+    sampler = Sampler.restore(args.checkpoint)
+    image = read_image(args.image, sampler.codec.image_channels)
+    by_image = args.by == "image"
+    for caption, nats in rank(sampler, image, captions, by_image, illustrate if by_image else describe):
+        print(json.dumps({"caption": caption, "nats": nats}))
+
+
+def _add_invert(commands) -> None:
+    p = commands.add_parser("invert", help="an image's noise under one prompt as another's image", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--prompt", required=True, help="what the image is")
+    p.add_argument("--image", required=True)
+    p.add_argument("--as-prompt", required=True, help="what it is to be")
+    p.add_argument("--out", required=True, help="image file; its suffix becomes that of what is written")
+    p.set_defaults(run=_invert)
+
+
+def _invert(args, _) -> None:
+    from starflow2_jax.data.documents import Text, read_image, write_image
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sampling.exact import decode, encode
+
+    sampler = Sampler.restore(args.checkpoint)
+    z = encode(sampler, [[Text(args.prompt)]], [read_image(args.image, sampler.codec.image_channels)])
+    [image] = decode(sampler, [[Text(args.as_prompt)]], z)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    print(f"written: {write_image(Path(args.out), image)}")
 
 
 def _add_eval(commands) -> None:
