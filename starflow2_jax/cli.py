@@ -1,4 +1,4 @@
-"""`starflow2 train | init | sample | eval | convert | quickstart`: plumbing from the command line to the library."""
+"""`starflow2 train | init | sample | calibrate | eval | convert | quickstart`: plumbing from the command line to the library."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it need not tell that there is no PyTorch
     parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_init, _add_sample, _add_eval, _add_convert, _add_quickstart):
+    for add in (_add_train, _add_init, _add_sample, _add_calibrate, _add_eval, _add_convert, _add_quickstart):
         add(commands)
     args, rest = parser.parse_known_args(argv)
     overridden = [r for r in rest if r.startswith("--config.")]
@@ -127,6 +127,23 @@ def _sample(args, _) -> None:
         listing.append(parts)
         print(f"{i:03d}", *(p.get("text") or f"[{out / p['image']}]" for p in parts))
     (out / "samples.json").write_text(json.dumps(listing, indent=1))
+
+
+def _add_calibrate(commands) -> None:
+    p = commands.add_parser("calibrate", help="measure the fastest inverse of the shallow flow", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True, help="it gets inversion.json, and samples by it from then on")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="relative squared error of a block's output at most")
+    p.add_argument("--batch", type=int, default=16, help="images decoded at a time")
+    p.set_defaults(run=_calibrate)
+
+
+def _calibrate(args, _) -> None:
+    from starflow2_jax.sampling.inversion import calibrate_checkpoint, table
+
+    if args.batch < 1 or not args.tolerance >= 0:
+        raise UserError("--batch is at least 1, --tolerance at least 0")
+    print(table(calibrate_checkpoint(args.checkpoint, args.tolerance, args.batch)))
+    print(f"written: {Path(args.checkpoint) / 'inversion.json'}")
 
 
 def _add_eval(commands) -> None:

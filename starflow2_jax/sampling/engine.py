@@ -19,6 +19,7 @@ from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abst
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import Encoder, Shape, collate
 from starflow2_jax.data.tokenizer import TokenIds
+from starflow2_jax.models.inversion import Schedule
 from starflow2_jax.models.pretzel import Caches, Output, Pretzel, init_params, split
 from starflow2_jax.sampling.guidance import mix_gaussians
 from starflow2_jax.sequence import Step
@@ -52,6 +53,8 @@ class _Rows:
 class Sampler:
     """A model, its parameters, tokenizer and codec. `skips`: whether the stage that made the parameters opened them."""
 
+    schedule: Schedule | None = None  # how the shallow flow is inverted; None: token by token
+
     def __init__(
         self, model: Pretzel, params: dict, tokenizer, codec, skips: bool = True, max_positions: int = 4096, mesh=None
     ):
@@ -77,7 +80,11 @@ class Sampler:
         moving = {name: trainable[name] for name in stage.trains}
         if checkpoints.has(number, "ema"):
             params |= checkpoints.restore(number, {"ema": moving})["ema"]
-        return cls(model, params, checkpoints.tokenizer(), checkpoints.codec(), stage.skips, config.max_positions, mesh)
+        sampler = cls(
+            model, params, checkpoints.tokenizer(), checkpoints.codec(), stage.skips, config.max_positions, mesh
+        )
+        sampler.schedule = checkpoints.inversion(model.cfg.shallow_blocks)
+        return sampler
 
     def generate(
         self, prompts: list[Document], options: SampleOptions = SampleOptions(), seed: int = 0
@@ -154,7 +161,7 @@ class Sampler:
 
     def decode(self, u: jax.Array) -> np.ndarray:
         """u (n, N, D) -> pixels (n, height, width, C), not clipped."""
-        latents = _decode(self.model, self.params, u)
+        latents = _decode(self.model, self.schedule, self.params, u)
         h, w = self.model.cfg.grid
         return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
 
@@ -171,9 +178,9 @@ def _open_image(features: dict[str, np.ndarray], vision_start: int) -> dict[str,
     return features | {name: np.concatenate([features[name], more]) for name, more in extra.items()}
 
 
-@partial(jax.jit, static_argnums=0)
-def _decode(model: Pretzel, params, u):
-    return model.apply({"params": params}, u, method=Pretzel.decode)
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(model: Pretzel, schedule: Schedule | None, params, u):
+    return model.apply({"params": params}, u, schedule, method=Pretzel.decode)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
