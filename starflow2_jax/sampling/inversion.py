@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from starflow2_jax.checkpoints import CheckpointDirectory
@@ -78,8 +78,9 @@ def fastest(measured: list[Measurement], tolerance: float) -> Measurement:
 
 def relative_error(h: jax.Array, exact: jax.Array) -> float:
     """The worst row's mean((h - exact)^2) / mean(exact^2)."""
-    error = jnp.mean((h - exact) ** 2, (1, 2)) / jnp.maximum(jnp.mean(exact**2, (1, 2)), jnp.finfo(h.dtype).tiny)
-    return float(jnp.max(error))
+    h, exact = np.asarray(h), np.asarray(exact)
+    error = np.mean((h - exact) ** 2, (1, 2)) / np.maximum(np.mean(exact**2, (1, 2)), np.finfo(h.dtype).tiny)
+    return float(np.max(error))
 
 
 def _measure(flow: Flow, params: dict, z, conditions: Conditions, schedule: Schedule):
@@ -89,7 +90,7 @@ def _measure(flow: Flow, params: dict, z, conditions: Conditions, schedule: Sche
         begin = time.perf_counter()
         h, sown = jax.block_until_ready(_invert(flow, schedule, params, z, conditions))
         times.append(time.perf_counter() - begin)
-    passes = [int(jnp.sum(jnp.max(sown[f"block_{i}"]["passes"], axis=0))) for i in range(len(flow.blocks))]
+    passes = [int(np.max(sown[f"block_{i}"]["passes"], axis=0).sum()) for i in range(len(flow.blocks))]
     return h, passes, statistics.median(times[1:])
 
 
