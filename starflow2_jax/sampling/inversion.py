@@ -90,7 +90,7 @@ def _measure(flow: Flow, params: dict, z, conditions: Conditions, schedule: Sche
         begin = time.perf_counter()
         h, sown = jax.block_until_ready(_invert(flow, schedule, params, z, conditions))
         times.append(time.perf_counter() - begin)
-    passes = [int(np.max(sown[f"block_{i}"]["passes"], axis=0).sum()) for i in range(len(flow.blocks))]
+    passes = [int(np.asarray(sown[f"block_{i}"]["passes"]).max(0).sum()) for i in range(len(flow.blocks))]
     return h, passes, statistics.median(times[1:])
 
 
