@@ -1,4 +1,4 @@
-"""`starflow2 train | init | sample | score | rank | invert | eval | convert | quickstart`: plumbing from the command line to the library."""
+"""`starflow2`: plumbing from the command line to the library."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
-        _add_train, _add_init, _add_sample, _add_score, _add_rank, _add_invert, _add_eval, _add_convert, _add_quickstart,
+        _add_train, _add_init, _add_sample, _add_score, _add_rank, _add_invert, _add_calibrate, _add_eval, _add_convert, _add_quickstart,
     ):  # fmt: skip
         add(commands)
     args, rest = parser.parse_known_args(argv)
@@ -198,6 +198,23 @@ def _invert(args, _) -> None:
     [image] = decode(sampler, [[Text(args.as_prompt)]], z)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     print(f"written: {write_image(Path(args.out), image)}")
+
+
+def _add_calibrate(commands) -> None:
+    p = commands.add_parser("calibrate", help="measure the fastest inverse of the shallow flow", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True, help="it gets inversion.json, and samples by it from then on")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="relative squared error of a block's output at most")
+    p.add_argument("--batch", type=int, default=16, help="images decoded at a time")
+    p.set_defaults(run=_calibrate)
+
+
+def _calibrate(args, _) -> None:
+    from starflow2_jax.sampling.inversion import calibrate_checkpoint, table
+
+    if args.batch < 1 or not args.tolerance >= 0:
+        raise UserError("--batch is at least 1, --tolerance at least 0")
+    print(table(calibrate_checkpoint(args.checkpoint, args.tolerance, args.batch)))
+    print(f"written: {Path(args.checkpoint) / 'inversion.json'}")
 
 
 def _add_eval(commands) -> None:

@@ -22,6 +22,7 @@ from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abst
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import Encoder, Shape, collate
 from starflow2_jax.data.tokenizer import TokenIds
+from starflow2_jax.models.inversion import Schedule
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params, split
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 class Sampler:
     """A model, its parameters, tokenizer and codec. `skips`: whether the stage that made the parameters opened them."""
+
+    schedule: Schedule | None = None  # how the shallow flow is inverted; None: token by token
+    noise: float = 0.0  # deviation of the noise that images had in training, in their units
 
     def __init__(
         self, model: Pretzel, params: dict, tokenizer, codec, skips: bool = True, max_positions: int = 4096, mesh=None
@@ -69,7 +73,11 @@ class Sampler:
             params |= checkpoints.restore(number, {"ema": moving})["ema"]
         if dtype:
             params = jax.tree_util.tree_map_with_path(partial(_matrix_in_type, dtype), params)
-        return cls(model, params, checkpoints.tokenizer(), checkpoints.codec(), stage.skips, config.max_positions, mesh)
+        codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
+        sampler = cls(model, params, tokenizer, codec, stage.skips, config.max_positions, mesh)
+        sampler.schedule = checkpoints.inversion(model.cfg.shallow_blocks)
+        sampler.noise = config.noise
+        return sampler
 
     def place(self, tree):
         """Rows on the mesh: over its data and fsdp axes, the caches' heads over tensor."""
@@ -101,14 +109,14 @@ class Sampler:
 
     def decode(self, u: jax.Array) -> np.ndarray:
         """u (n, N, D) -> pixels (n, height, width, C), not clipped."""
-        latents = _decode(self.model, self.params, u)
+        latents = _decode(self.model, self.schedule, self.params, u)
         h, w = self.model.cfg.grid
         return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
 
 
-@partial(jax.jit, static_argnums=0)
-def _decode(model: Pretzel, params, u):
-    return model.apply({"params": params}, u, method=Pretzel.decode)
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(model: Pretzel, schedule: Schedule | None, params, u):
+    return model.apply({"params": params}, u, schedule, method=Pretzel.decode)
 
 
 class Session:

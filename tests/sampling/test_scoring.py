@@ -187,8 +187,8 @@ def test_an_image_becomes_noise_and_itself_again(sampler):
 def test_the_samplers_noise_is_found_again(sampler):
     options = SampleOptions(temperature=0, image_temperature=1.0, max_tokens=N + 1, image_first=True)
     images = [next(p.pixels for p in d if isinstance(p, Image)) for d in sampler.generate(PROMPTS, options, seed=3)]
-    keys = [jax.random.fold_in(jax.random.key(3), row) for row in range(3)]
-    drawn = [[jax.random.normal(jax.random.fold_in(key, i), (D,)) for i in range(N)] for key in keys]
+    keys = [jax.random.key(3 + row) for row in range(3)]  # draw 0 is <|vision_start|>
+    drawn = [[jax.random.normal(jax.random.fold_in(key, 1 + i), (D,)) for i in range(N)] for key in keys]
     np.testing.assert_allclose(encode(sampler, PROMPTS, images), np.array(drawn), atol=2e-3)
     np.testing.assert_allclose(decode(sampler, PROMPTS, np.array(drawn)), images, atol=2e-3)
 
