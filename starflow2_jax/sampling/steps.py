@@ -291,5 +291,6 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
     ordered = jnp.where(jnp.arange(V) < jnp.where(top_k > 0, top_k, V)[:, None], ordered, -jnp.inf)
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    least = jnp.min(jnp.where((before < top_p[:, None]) & (probability > 0), ordered, jnp.inf), axis=-1)
+    within = (before < top_p[:, None]) & (probability > 0) | (jnp.arange(V) == 0)
+    least = jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1)
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)

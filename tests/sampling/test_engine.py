@@ -89,15 +89,13 @@ def noise_of(seed: int, first: int, count: int) -> np.ndarray:
 
 GUIDED = {
     "none": {},
-    "mixing": dict(guidance=1.5),
     "annealed": dict(guidance=1.5, annealed=True),
     "linear": dict(guidance=0.7, linear=True),
     "two weights": dict(guidance=1.5, image_guidance=0.8),
 }
 
 
-@pytest.mark.parametrize("jacobi", [1, 4])
-@pytest.mark.parametrize("kind", GUIDED)
+@pytest.mark.parametrize("kind, jacobi", [*((kind, 1) for kind in GUIDED), ("two weights", 4)])
 def test_writes_what_one_full_pass_says(sampler, kind, jacobi):
     guided = GUIDED[kind]
     options = SampleOptions(
@@ -185,7 +183,7 @@ def test_jacobi_is_the_sequential_answer(sampler):
 
     tokens, u, passes = run()
     assert (tokens == -1).any() and len({tuple(t == -1) for t in tokens}) > 1
-    for chunk, tolerance, near in ((2, 0, 1e-4), (4, 0, 1e-4), (N, 0, 1e-4), (N, 1e-2, 0.3)):
+    for chunk, tolerance, near in ((4, 0, 1e-4), (N, 0, 1e-4), (N, 1e-3, 0.3)):
         same, solved, turns = run(jacobi=chunk, tolerance=tolerance)
         if tolerance == 0:
             assert (same == tokens).all() and (turns >= passes).all()
@@ -305,7 +303,7 @@ def test_bfloat16_weights_and_caches():
 
 
 @pytest.mark.parametrize(
-    "top_k, top_p, kept", [(0, 1.0, 5), (2, 1.0, 2), (0, 0.6, 2), (3, 0.9, 2), (1, 1.0, 1), (0, 0.0, 1)]
+    "top_k, top_p, kept", [(0, 1.0, 5), (2, 1.0, 2), (0, 0.6, 2), (3, 0.8, 2), (1, 1.0, 1), (0, 0.0, 1)]
 )
 def test_likely_tokens(top_k, top_p, kept):
     logits = jnp.log(jnp.array([[0.1, 0.45, 0.05, 0.3, 0.1001]]))
