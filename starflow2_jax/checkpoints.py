@@ -5,6 +5,7 @@ codec.json      the codec
 tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
 steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position
+inversion.json  where `starflow2 calibrate` was run: how the shallow flow is inverted fastest
 """
 
 import json
@@ -23,6 +24,7 @@ from starflow2_jax.content import content_hash
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import CODECS, Codec
+from starflow2_jax.models.inversion import Jacobi, Schedule
 
 
 class CheckpointError(UserError):
@@ -86,6 +88,25 @@ class CheckpointDirectory:
             return tokenizers.load(self.folder / "tokenizer")
         except ValueError as error:
             raise CheckpointError(str(error)) from None
+
+    def write_inversion(self, report: dict) -> None:
+        (self.folder / "inversion.json").write_text(json.dumps(report, indent=1))
+
+    def inversion(self, blocks: int) -> Schedule | None:
+        """How the shallow flow, of `blocks` blocks, is inverted: the solvers of inversion.json, or None without one."""
+        path = self.folder / "inversion.json"
+        if not path.exists():
+            return None
+        values = self._json(path.name)
+        try:
+            schedule = tuple(Jacobi(**block["solver"]) for block in values["blocks"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error!r}); remove it and calibrate again") from None
+        if len(schedule) != blocks:
+            raise CheckpointError(
+                f"{path} is of a shallow flow of {len(schedule)} blocks, not {blocks}; remove it and calibrate again"
+            )
+        return schedule
 
     def _json(self, name: str):
         if not self.folder.is_dir():

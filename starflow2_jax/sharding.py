@@ -83,5 +83,22 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def spread(mesh: jax.sharding.Mesh) -> int:
+    """Over how many places rows are spread."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def row_shardings(tree, mesh: jax.sharding.Mesh):
+    """NamedShardings of arrays that lead with rows, and of KVCache's keys and values (L, B, C, J, K)."""
+
+    def leaf(path, x):
+        rows = (("data", "fsdp"),)
+        axes = (None, *rows, None, "tensor", None) if path_name(path).endswith(("/keys", "/values")) else rows
+        axes += (None,) * (x.ndim - len(axes))
+        return NamedSharding(mesh, _fitting(axes, x.shape, mesh.shape))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image as Pillow
+
+from starflow2_jax import cli
 
 ROOT = Path(__file__).parent.parent
 SHRINK = [
@@ -49,6 +52,24 @@ def test_samples_from_a_document(checkpoint, tmp_path):
     for parts in listing:
         with Pillow.open(tmp_path / "answers" / parts[0]["image"]) as image:
             assert image.size == (8, 8)
+
+
+def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ask.jsonl").write_text("".join(f'[{{"text": "draw a {w}"}}]\n' for w in ("two", "six", "nine")))
+    command = ["sample", "--checkpoint", str(checkpoint), "--documents", "ask.jsonl", "--image-first", "--num", "2"]
+    command += ["--max-tokens", "18", "--batch", "2", "--denoise", "--top-p", "0.9", "--text-temperature", "1"]
+    assert cli.main([*command, "--out", "whole"]) == 0
+    lines = (tmp_path / "whole/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["document"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/samples.jsonl").write_text("\n".join(lines[:5])[:-4])  # killed within the third document
+    assert cli.main([*command, "--out", "cut"]) == 0
+    assert (tmp_path / "cut/samples.jsonl").read_text().splitlines() == lines
+    assert {p.name for p in (tmp_path / "cut").glob("*.png")} == {"004_0.png", "005_0.png"}
+    for name in ("004_0.png", "005_0.png"):
+        a, b = (np.asarray(Pillow.open(tmp_path / run / name), int) for run in ("whole", "cut"))
+        assert np.abs(a - b).max() <= 1 and a.std() > 0
 
 
 @pytest.mark.parametrize(

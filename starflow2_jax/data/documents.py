@@ -112,7 +112,7 @@ def _part(i: int, part: object, folder: Path, channels: int) -> Text | Image:
 def read_document(path: str | Path, channels: int) -> Document:
     """A JSON file of one document -> Document."""
     path = Path(path)
-    return from_json(_parse(path, _read_text(path)), path.parent, channels)
+    return from_json(_parse(path, read_text(path)), path.parent, channels)
 
 
 class JsonlDocuments(Rows):
@@ -120,7 +120,7 @@ class JsonlDocuments(Rows):
 
     def __init__(self, path: str | Path, channels: int):
         self.path, self.channels = Path(path), channels
-        self.lines = [line for line in _read_text(self.path).split("\n") if line.strip()]
+        self.lines = [line for line in read_text(self.path).split("\n") if line.strip()]
         if not self.lines:
             raise DocumentError(f"{path} has no documents")
 
@@ -148,7 +148,8 @@ class Shown(Rows):
         return [Text(p.text, True) if isinstance(p, Text) else Image(p.pixels, via="vit") for p in self.source[index]]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises DocumentError."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -32,23 +32,28 @@ class Encoder:
         self.tokenize = lru_cache(100_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
     def __call__(self, document: Document, closed: bool = True) -> dict[str, np.ndarray]:
-        """Features with leading axes s (positions), m (flow images) and p (patches).
+        """Features with leading axes s (positions), m (flow images) and p (patches). "part": index of a
+        position's part (of the closing token: the last one).
 
         `closed`: end with <|im_end|>, counted as a prediction where the part before it is; else open for more.
         """
-        runs, images, seen = [], [], []
+        runs, images, seen, owners = [], [], [], []
         predicted = False
-        for part in document:
+        for i, part in enumerate(document):
+            before = len(runs)
             predicted = part.generate if isinstance(part, Image) else part.predict
             if isinstance(part, Image):
                 runs += self._image(part, images, seen)
             else:
                 runs.append((self.tokenize(part.text), sequence.TEXT, float(predicted), None))
+            owners += [i] * sum(len(ids) for ids, *_ in runs[before:])
         if closed:
             runs.append(([self.ids.end], sequence.TEXT, float(predicted), None))
+            owners.append(len(document) - 1)
         h, w = self.codec.grid
         return {
             **_lay_out(runs),
+            "part": np.array(owners, np.int32),
             "latents": np.stack([self._latents(i) for i in images])
             if images
             else np.zeros((0, h * w, self.codec.channels), np.float32),

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.models import attention
+from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule, solve
 from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
 
 SOFTPLUS_ONE = 0.541324854612918  # softplus of this is 1
 TEXT_PAIRS = 8  # rotary pairs that a model which takes text gives to the text axis
 
-# (mean, scale) conditional, (mean, scale) unconditional, index of the prediction -> (mean, scale)
+# (mean, scale) conditional, (mean, scale) unconditional, each (B, c, D); indices of the predictions (c, 1) -> (mean, scale)
 Guide = Callable[[tuple, tuple, jax.Array], tuple]
 
 
@@ -143,34 +144,40 @@ class FlowBlock(nn.Module):
         unconditional: Context | None = None,
         guide: Guide | None = None,
         temperature: float = 1.0,
+        solver: Jacobi = SEQUENTIAL,
     ) -> jax.Array:
-        """z (B, N, D) -> h (B, N, D), token by token through a key/value cache.
+        """z (B, N, D) -> h (B, N, D), chunk by chunk through a key/value cache, as `solver` says.
 
         With `guide`, a second pass under `unconditional`, its attention logits divided by `temperature`, is mixed in.
+        The number of passes over each chunk, (B, chunks), is sown as "passes" into the collection "inversion".
         """
         z = self._order(z.astype(jnp.float32))
         B, N, D = z.shape
-        passes = [(context, 1.0)] + ([(unconditional, temperature)] if guide else [])
-        caches = [self._prefill(c, B) for c, _ in passes]
+        conditions = [(context, 1.0)] + ([(unconditional, temperature)] if guide else [])
         first = N - self.slots
         begin = jnp.broadcast_to(self.start_token, (B, D)) if self.cfg.start == "token" else z[:, 0]
+        block, variables = self.unbind()  # Flax modules do not mix with jax.lax loops
 
-        def step(block, carry, slot_and_z):
-            previous, caches = carry
-            slot, z_slot = slot_and_z
-            outputs, grown = [], []
-            for (ctx, heat), cache in zip(passes, caches, strict=True):
-                x, angles = block._embed(previous[:, None], slot[None], ctx)
-                x, cache = block.stack(x, angles, cache=cache, temperature=heat)
-                outputs.append(tuple(o[:, 0] for o in block._head(x)))
-                grown.append(cache)
-            mean, scale = guide(*outputs, slot) if guide else outputs[0]
-            h = mean + scale * z_slot
-            return (h, grown), h
+        def predict(seen, start, caches):
+            return block.apply(variables, seen, start, caches, conditions, guide, method=FlowBlock._predict)
 
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=0, out_axes=1)
-        _, h = scan(self, (begin, caches), (jnp.arange(self.slots), jnp.moveaxis(z[:, first:], 1, 0)))
+        h, passes = solve(predict, z[:, first:], begin, [self._prefill(c, B) for c, _ in conditions], solver)
+        self.sow("inversion", "passes", passes, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         return self._order(jnp.concatenate([z[:, :first], h], axis=1))
+
+    def _predict(self, seen, start, caches, conditions, guide: Guide | None):
+        """The Gaussians (B, c, D) at slots start .. start + c - 1, fed with `seen` (B, c, D), and the caches grown so far."""
+        slots = start + jnp.arange(seen.shape[1])
+        outputs, grown = [], []
+        for (context, temperature), cache in zip(conditions, caches, strict=True):
+            x, angles = self._embed(seen, slots, context)
+            prefix = 0 if context.prefix is None else context.prefix.shape[1]
+            cache = cache.replace(length=jnp.full_like(cache.length, prefix + start))
+            x, cache = self.stack(x, angles, cache=cache, temperature=temperature)
+            outputs.append(self._head(x))
+            grown.append(cache)
+        mean, scale = guide(*outputs, slots[:, None]) if guide else outputs[0]
+        return mean, scale, grown
 
     def _order(self, x: jax.Array) -> jax.Array:
         return x[:, ::-1] if self.cfg.flip else x
@@ -239,14 +246,20 @@ class Flow(nn.Module):
         unconditional: Context | None = None,
         guide: Guide | None = None,
         temperature: float = 1.0,
+        schedule: Schedule | None = None,
     ) -> jax.Array:
-        """z (B, N, D) -> h (B, N, D); arguments as FlowBlock's. Guidance acts in the blocks that take a condition."""
-        for block in reversed(self.chain):
+        """z (B, N, D) -> h (B, N, D); arguments as FlowBlock's. Guidance acts in the blocks that take a condition.
+
+        `schedule` has a solver for each block; without one all go token by token. Raises ValueError for too many or too few.
+        """
+        solvers = (SEQUENTIAL,) * len(self.chain) if schedule is None else schedule
+        for block, solver in reversed(list(zip(self.chain, solvers, strict=True))):
+            here = self._context(block, context)
             if guide and (block.cfg.classes or block.cfg.prefix_channels):
                 other = self._context(block, unconditional or NO_CONTEXT)
-                z = block.inverse(z, self._context(block, context), other, guide, temperature)
+                z = block.inverse(z, here, other, guide, temperature, solver)
             else:
-                z = block.inverse(z, self._context(block, context))
+                z = block.inverse(z, here, solver=solver)
         return z
 
     @staticmethod

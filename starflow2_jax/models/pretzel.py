@@ -11,6 +11,7 @@ from starflow2_jax import sequence
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
+from starflow2_jax.models.inversion import Schedule
 from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.sequence import Sequence, Step
@@ -145,9 +146,9 @@ class Pretzel(nn.Module):
         u, logdet = self.shallow.forward(latents.reshape(B * M, N, D))
         return u.reshape(B, M, N, D), logdet.reshape(B, M, N, D)
 
-    def decode(self, u: jax.Array) -> jax.Array:
-        """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D)."""
-        return self.shallow.inverse(u)
+    def decode(self, u: jax.Array, schedule: Schedule | None = None) -> jax.Array:
+        """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D), as `schedule` says (None: token by token)."""
+        return self.shallow.inverse(u, schedule=schedule)
 
     def text_logits(self, text: jax.Array) -> jax.Array:
         """Hidden states (B, S, E_vlm) -> logits (B, S, V) fp32."""

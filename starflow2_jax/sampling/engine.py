@@ -1,56 +1,45 @@
 """Generation: documents in, documents out. What the model writes enters both streams' caches and is never run again.
 
-A batch of rows steps together; each row is in its own mode (writing text, writing an image, done). A row starts an image
-when <|vision_start|> comes and returns to text after the image's last token.
+A `Session` is a batch of conversations: it reads documents, writes answers, reads on, forks. Its rows step together, each
+in its own mode (writing text, writing an image, done). A row starts an image when <|vision_start|> comes and returns to
+text after the image's last token.
 """
 
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from starflow2_jax import config as configs
-from starflow2_jax import sequence, sharding
+from starflow2_jax import sharding
 from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abstract
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import Encoder, Shape, collate
 from starflow2_jax.data.tokenizer import TokenIds
-from starflow2_jax.models.pretzel import Caches, Output, Pretzel, init_params, split
-from starflow2_jax.sampling.guidance import mix_gaussians
-from starflow2_jax.sequence import Step
+from starflow2_jax.models.inversion import Schedule
+from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params, split
+from starflow2_jax.sampling import rows as row
+from starflow2_jax.sampling import steps
+from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions
+from starflow2_jax.sampling.steps import Program
 from starflow2_jax.stages import STAGES
 
-BUCKET = 32  # prompt lengths are rounded up to a multiple, so that few shapes are compiled
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    temperature: float = 1.0  # of text; 0: the most likely token
-    image_temperature: float = 1.0  # tau in u = mu + tau sigma z
-    guidance: float = 0.0  # w >= 0 of the Gaussian mixing, against the image without any context
-    max_tokens: int = 128  # positions to generate, image tokens included
-    image_first: bool = False  # begin with an image
-
-
-@struct.dataclass
-class _Rows:
-    """What one step needs to know of each row."""
-
-    token: jax.Array  # (B,) the position about to be fed
-    u: jax.Array  # (B, D)
-    in_image: jax.Array  # (B,) which image token is fed, -1: none
-    position: jax.Array  # (B,) rotary offset of the next text position, or of the image being written
-    done: jax.Array  # (B,) bool
-    caches: Caches
-    bare: Caches | None  # of the images alone, without any context: what guidance compares with
+BUCKET = 32  # prompts and caches are as long as this times a power of two, so that few shapes are compiled
+AS_TRAINED = SampleOptions()
+log = logging.getLogger(__name__)
 
 
 class Sampler:
     """A model, its parameters, tokenizer and codec. `skips`: whether the stage that made the parameters opened them."""
+
+    schedule: Schedule | None = None  # how the shallow flow is inverted; None: token by token
+    noise: float = 0.0  # deviation of the noise that images had in training, in their units
 
     def __init__(
         self, model: Pretzel, params: dict, tokenizer, codec, skips: bool = True, max_positions: int = 4096, mesh=None
@@ -62,12 +51,17 @@ class Sampler:
         self.ids = TokenIds.of(tokenizer)
 
     @classmethod
-    def restore(cls, folder: str | Path) -> "Sampler":
-        """From a checkpoint directory alone, its latest step, rows spread over all devices. Raises CheckpointError."""
+    def restore(cls, folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> "Sampler":
+        """From a checkpoint directory alone, its latest step. Raises CheckpointError.
+
+        `mesh`: rows and parameters lie on it as in training; None: rows spread over all devices. `dtype`: of matrices and
+        caches, "float32" or "bfloat16"; None: as in the config.
+        """
         checkpoints = CheckpointDirectory(folder)
         config, number = checkpoints.config(), checkpoints.require_latest()
-        model = Pretzel(configs.pretzel(config))
-        mesh = sharding.make_mesh(fsdp=1, tensor=1)
+        cfg = configs.pretzel(config)
+        model = Pretzel(in_type(cfg, dtype) if dtype else cfg)
+        mesh = mesh or sharding.make_mesh(fsdp=1, tensor=1)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         frozen, trainable = (abstract(tree, mesh) for tree in split(shapes))
         stage = STAGES[checkpoints.meta(number)["stage"]]
@@ -77,206 +71,243 @@ class Sampler:
         moving = {name: trainable[name] for name in stage.trains}
         if checkpoints.has(number, "ema"):
             params |= checkpoints.restore(number, {"ema": moving})["ema"]
-        return cls(model, params, checkpoints.tokenizer(), checkpoints.codec(), stage.skips, config.max_positions, mesh)
+        if dtype:
+            params = jax.tree_util.tree_map_with_path(partial(_matrix_in_type, dtype), params)
+        codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
+        sampler = cls(model, params, tokenizer, codec, stage.skips, config.max_positions, mesh)
+        sampler.schedule = checkpoints.inversion(model.cfg.shallow_blocks)
+        sampler.noise = config.noise
+        return sampler
+
+    def place(self, tree):
+        """Rows on the mesh: over its data and fsdp axes, the caches' heads over tensor."""
+        return jax.device_put(tree, sharding.row_shardings(tree, self.mesh))
+
+    def session(self, options: SampleOptions | Many[SampleOptions], seeds: Many[int]) -> "Session":
+        """One empty conversation a seed."""
+        return Session(self, options, seeds)
 
     def generate(
-        self, prompts: list[Document], options: SampleOptions = SampleOptions(), seed: int = 0
+        self,
+        prompts: list[Document],
+        options: SampleOptions | Many[SampleOptions] = AS_TRAINED,
+        seed: int = 0,
+        samples: int = 1,
     ) -> list[Document]:
-        """Continue each prompt until it ends itself or `max_tokens` are written. Returns what was written, prompts left out.
+        """Continue each prompt `samples` times, until the answer ends itself or `max_tokens` are written.
 
-        Row i is a function of its prompt and of (seed, i): of nothing else in the batch. Raises DocumentError for a prompt
-        that does not fit the model.
+        Returns what was written, prompts left out, the samples of a prompt side by side. Answer i is drawn with
+        seed + i: the same alone, in any batch, on any mesh. A prompt is read once for all of its samples. Raises
+        DocumentError for a prompt that does not fit the model.
         """
-        return self._documents(*self.write(prompts, options, seed))
+        seeds = seed + np.arange(len(prompts) * samples)
+        session = self.session(options, seeds[::samples])
+        session.read(prompts, room=session.longest)
+        if samples > 1:
+            session = session.fork(np.repeat(np.arange(len(prompts)), samples), seeds)
+        return session.write()
 
-    def write(
-        self, prompts: list[Document], options: SampleOptions = SampleOptions(), seed: int = 0
-    ) -> tuple[np.ndarray, jax.Array]:
-        """What `generate` writes, raw: tokens (B, max_tokens), -1 for an image token, -2 after the end; u (B, max_tokens, D)."""
-        features = [self.encoder(prompt, closed=False) for prompt in prompts]
-        if options.image_first:
-            features = [_open_image(f, self.ids.vision_start) for f in features]
-        if not all(len(f["tokens"]) for f in features):
-            raise DocumentError("a prompt is empty; give some text or an image")
-        longest = max(len(f["tokens"]) for f in features)
-        if longest + options.max_tokens > self.max_positions:
-            raise DocumentError(
-                f"a prompt of {longest} positions and {options.max_tokens} to generate exceed the {self.max_positions} that the "
-                "model was made for; shorten the prompt or generate less"
-            )
-        room = -(-longest // BUCKET) * BUCKET
-        spare = -len(features) % self.mesh.size  # rows that only fill up the mesh
-        features += features[-1:] * spare
-        shape = Shape(
-            len(features),
-            room,
-            max(1, max(len(f["latents"]) for f in features)),
-            max(len(f.get("patches", ())) for f in features),
-        )
-        ends = np.array([f["positions"].max() + 1 for f in features], np.int32)
+    def decode(self, u: jax.Array) -> np.ndarray:
+        """u (n, N, D) -> pixels (n, height, width, C), not clipped."""
+        latents = _decode(self.model, self.schedule, self.params, u)
+        h, w = self.model.cfg.grid
+        return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(model: Pretzel, schedule: Schedule | None, params, u):
+    return model.apply({"params": params}, u, schedule, method=Pretzel.decode)
+
+
+class Session:
+    """A batch of conversations with one sampler. What was read or written stays in the caches of both streams.
+
+    `options`: of all rows, or one of each; rows of one session share `stop`, `jacobi`, `tolerance` and which guidance
+    there is. Row i is a function of what it reads and of seeds[i], and of nothing else in the batch.
+    """
+
+    def __init__(self, sampler: Sampler, options: SampleOptions | Many[SampleOptions], seeds: Many[int]):
+        self.sampler, self.size = sampler, len(seeds)
+        self.options = [options] * self.size if isinstance(options, SampleOptions) else list(options)
+        one = self.options[0]
+        shared = [(o.branches, o.stop, o.jacobi, o.tolerance) for o in self.options]
+        if any(s != shared[0] for s in shared):
+            raise ValueError("the rows of a session share stop, jacobi, tolerance and the kinds of guidance")
+        filtered = any(o.top_k or o.top_p < 1 for o in self.options)
+        jacobi = min(one.jacobi, sampler.model.cfg.tokens)
+        self.program = Program(
+            sampler.model, sampler.ids, sampler.skips, one.branches, filtered, jacobi, one.tolerance
+        )  # fmt: skip
+        spare = -self.size % sharding.spread(sampler.mesh)  # rows that only fill up the mesh
+        self.options += self.options[-1:] * spare
+        seeds = np.array([*seeds, *[0] * spare], np.uint32)
+        self.rows = sampler.place(row.empty_rows(sampler.model, sampler.params, seeds, one.branches, 0))
+
+    @property
+    def longest(self) -> int:
+        """Positions that any row may yet write."""
+        return max(o.max_tokens for o in self.options)
+
+    @property
+    def computed(self) -> np.ndarray:
+        """(rows,): positions that were ever run for each row, in either stream; its branches for guidance not counted."""
+        return np.asarray(self.program.first(self.rows.computed))[: self.size]
+
+    def read(self, documents: list[Document | None], room: int = 0) -> None:
+        """Read on, a document a row (None or empty: nothing). `room`: positions to keep free behind it.
+
+        Raises DocumentError for a document that does not fit the model; then nothing has been read.
+        """
+        documents = [d or [] for d in documents] + [[]] * (len(self.options) - self.size)
+        lanes = {
+            "context": documents,
+            "images": [[p for p in d if isinstance(p, Image)] for d in documents],
+            "bare": [],
+        }
+        encoded = [
+            [self.sampler.encoder(d or [Text("")], closed=False) for d in lanes[kind]]
+            for kind in ("context", *self.program.branches)
+        ]
+        self._make_room(max(len(f["tokens"]) for f in encoded[0]), room)
+        for lane, features in enumerate(encoded):
+            if any(len(f["tokens"]) for f in features):
+                self._read(lane, features)
+
+    def _read(self, lane: int, features: list[dict]) -> None:
         lengths = np.array([len(f["tokens"]) for f in features], np.int32)
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(len(features)))
-        rows = jax.device_put((collate(features, shape), lengths, ends, keys), sharding.batch_sharding(self.mesh))
-        static = replace(options, guidance=float(options.guidance > 0))  # how much of it needs no new program
-        tokens, u = _generate(self.model, self.ids, self.skips, static, self.params, *rows, options.guidance)
-        return np.asarray(tokens)[: len(prompts)], u[: len(prompts)]
+        ends = np.array([f["positions"].max(initial=-1) + 1 for f in features], np.int32)
+        images, patches = (max(len(f.get(name, ())) for f in features) for name in ("latents", "patches"))
+        shape = Shape(len(features), _bucket(lengths.max()), max(images, 1), patches)
+        given = self.sampler.place((collate(features, shape), lengths, ends))
+        self.rows = self._call(steps.read, self.rows, given[0], lane, *given[1:])
 
-    def _documents(self, tokens: np.ndarray, u: jax.Array) -> list[Document]:
-        N = self.model.cfg.tokens
-        runs = [np.flatnonzero(row == -1) for row in tokens]
-        whole = [run[: len(run) // N * N : N] for run in runs]  # an image cut off by max_tokens is left out
-        places = [(i, c) for i, starts in enumerate(whole) for c in starts]
+    def write(self, options: SampleOptions | None = None) -> list[Document]:
+        """Each row's answer, until it ends itself or its `max_tokens` are written. `options`: of this turn."""
+        for _ in self.stream(options, every=None):
+            pass
+        return self.written()
+
+    def stream(self, options: SampleOptions | None = None, every: int | None = 8) -> Iterator[np.ndarray]:
+        """`write`, stopping every so many steps: yields how many positions each row has written, (rows,)."""
+        self._begin(options)
+        return self.go_on(every)
+
+    def go_on(self, every: int | None = 8) -> Iterator[np.ndarray]:
+        """The rest of this turn."""
+        stop = self.options[0].stop
+        while not np.asarray(self.rows.done)[: self.size].all():
+            self.rows = self._call(steps.write, self.rows, jnp.int32(1 if stop else (every or self.longest)))
+            if stop:
+                self._stop(stop)
+            yield np.asarray(self.rows.count)[: self.size]
+
+    def _begin(self, options: SampleOptions | None) -> None:
+        if options is not None:
+            if (options.branches, options.stop) != (self.options[0].branches, self.options[0].stop):
+                raise ValueError("a session keeps its kinds of guidance and its stop strings")
+            self.options = [options] * len(self.options)
+        asked = np.asarray(self.program.first(self.rows.computed)) > 0
+        if not all(some or o.image_first for some, o in zip(asked[: self.size], self.options, strict=False)):
+            raise DocumentError("a prompt is empty; give some text or an image")
+        self._make_room(0, self.longest)
+        T, B = _bucket(self.longest), len(self.options)
+        idle = np.arange(B) >= self.size
+        controls = Controls.of(self.options, self.program.branches)
+        fresh = np.full((B, T), -2, np.int32), np.zeros((B, T, self.sampler.codec.channels), np.float32)
+        controls, tokens, u, done, count = self.sampler.place((controls, *fresh, idle, np.zeros(B, np.int32)))
+        self.rows = self.rows.replace(controls=controls, tokens=tokens, u=u, done=done, count=count)
+
+    def _stop(self, strings: tuple[str, ...]) -> None:
+        """End the rows whose text holds one of the strings."""
+        tokens = np.asarray(self.rows.tokens)
+        texts = [self.sampler.tokenizer.decode(t[t >= 0], skip_special_tokens=True) for t in tokens]
+        found = np.array([any(s in text for s in strings) for text in texts])
+        self.rows = self.rows.replace(done=self.rows.done | self.sampler.place(found))
+
+    def fork(self, indices: Many[int], seeds: Many[int]) -> "Session":
+        """A session whose row i goes on from this one's row indices[i], with a seed of its own; nothing is run again."""
+        forked = Session(self.sampler, [self.options[i] for i in indices], seeds)
+        spare = [indices[-1]] * (len(forked.options) - len(indices))
+        seeds = np.array([*seeds, *[0] * len(spare)], np.uint32)
+        forked.rows = self.sampler.place(row.take(self.rows, np.array([*indices, *spare]), seeds))
+        return forked
+
+    def written(self) -> list[Document]:
+        """What each row has written in this turn; an image that is not whole is left out."""
+        tokens, u = np.asarray(self.rows.tokens)[: self.size], self.rows.u
+        N = self.sampler.model.cfg.tokens
+        runs = [np.flatnonzero(r == -1) for r in tokens]
+        places = [(i, c) for i, run in enumerate(runs) for c in run[: len(run) // N * N : N]]
         images: list[dict[int, np.ndarray]] = [{} for _ in tokens]
         if places:
-            rows, columns = np.array(places).T
-            pixels = self.decode(u[rows[:, None], columns[:, None] + np.arange(N)])
+            at, columns = np.array(places).T
+            pixels = self.sampler.decode(u[at[:, None], columns[:, None] + np.arange(N)])
             for (i, c), image in zip(places, pixels, strict=True):
                 images[i][c] = image
-        return [self._document(row, found) for row, found in zip(tokens, images, strict=True)]
+        return [self._document(r, found) for r, found in zip(tokens, images, strict=True)]
 
-    def _document(self, row: np.ndarray, images: dict[int, np.ndarray]) -> Document:
+    def _document(self, tokens: np.ndarray, images: dict[int, np.ndarray]) -> Document:
         parts: Document = []
         text: list[int] = []
 
         def flush():
-            if words := self.tokenizer.decode(text, skip_special_tokens=True):
+            if words := self.sampler.tokenizer.decode(text, skip_special_tokens=True):
                 parts.append(Text(words, predict=True))
             text.clear()
 
-        for column, token in enumerate(row):
+        for column, token in enumerate(tokens):
             if token >= 0:
                 text.append(int(token))
             elif column in images:
                 flush()
                 parts.append(Image(images[column], generate=True))
         flush()
-        return parts
+        return _before(parts, self.options[0].stop)
 
-    def decode(self, u: jax.Array) -> np.ndarray:
-        """u (n, N, D) -> pixels (n, height, width, C), not clipped."""
-        latents = _decode(self.model, self.params, u)
-        h, w = self.model.cfg.grid
-        return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
+    def _make_room(self, reading: int, writing: int) -> None:
+        """Caches for `reading` more positions and `writing` behind them. Raises DocumentError where they are too many."""
+        used, most = int(np.asarray(self.rows.caches.length).max()), self.sampler.max_positions
+        if used + reading + writing > most:
+            raise DocumentError(
+                f"a prompt of {used + reading} positions and {writing} to generate exceed the {most} that the model was "
+                "made for; shorten the prompt or generate less"
+            )
+        slots = _bucket(used + max(_bucket(reading), reading + writing + self.program.jacobi))
+        if slots > self.rows.caches.vlm.keys.shape[2]:
+            self.rows = self.sampler.place(row.with_room(self.rows, slots))
 
-
-def _open_image(features: dict[str, np.ndarray], vision_start: int) -> dict[str, np.ndarray]:
-    """The same prompt with <|vision_start|> behind it."""
-    end = features["positions"].max() + 1 if len(features["tokens"]) else 0
-    extra = {
-        "tokens": np.array([vision_start], np.int32),
-        "modality": np.array([sequence.TEXT], np.int32),
-        "text_weight": np.zeros(1, np.float32),
-        "positions": sequence.text_positions(end, 1).astype(np.int32),
-    }
-    return features | {name: np.concatenate([features[name], more]) for name, more in extra.items()}
-
-
-@partial(jax.jit, static_argnums=0)
-def _decode(model: Pretzel, params, u):
-    return model.apply({"params": params}, u, method=Pretzel.decode)
+    def _call(self, compiled, rows: Rows, *arguments) -> Rows:
+        before = compiled._cache_size()
+        rows = compiled(self.program, self.sampler.params, rows, *arguments)
+        if compiled._cache_size() > before:
+            log.info(
+                "compiled %s for %d rows, %d slots", compiled.__name__, len(rows.done), rows.caches.vlm.keys.shape[2]
+            )
+        return rows
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
-    model: Pretzel, ids: TokenIds, skips: bool, options: SampleOptions, params, batch, lengths, ends, keys, weight
-):
-    """Prefill, then step until all rows are done. `options.guidance` only says whether there is any; `weight` how much.
-
-    Returns tokens (B, T) (-1: an image token, -2: nothing) and u (B, T, D).
-    """
-    cfg = model.cfg
-    B, S = batch.tokens.shape
-    T, N, D = options.max_tokens, cfg.tokens, cfg.channels
-
-    def apply(inputs, caches) -> Output:
-        return model.apply({"params": params}, inputs, caches, skips=skips)
-
-    def empty(slots) -> Caches:
-        return model.apply({"params": params}, B, slots, method=Pretzel.empty_caches)
-
-    # Everything of the prompt but its last position is prefilled; the last one is the first step's input.
-    caches = apply(batch, empty(S + T + 1)).caches
-    last = lengths - 1
-    at = jnp.arange(B), last
-    rows = _Rows(
-        token=batch.tokens[at],
-        u=jnp.zeros((B, D)),
-        in_image=jnp.full(B, -1),
-        position=ends - 1,
-        done=jnp.zeros(B, bool),
-        caches=caches.rewind(last),
-        bare=empty(N + 1) if options.guidance else None,
-    )
-    written = jnp.full((B, T), -2, jnp.int32), jnp.zeros((B, T, D))
-
-    def unfinished(carry):
-        index, rows, _ = carry
-        return (index < T) & ~jnp.all(rows.done)
-
-    def body(carry):
-        index, rows, (tokens, us) = carry
-        rows, token, u = _step(model, ids, options, apply, params, rows, keys, index, weight)
-        return index + 1, rows, (tokens.at[:, index].set(token), us.at[:, index].set(u))
-
-    _, _, written = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), rows, written))
-    return written
+def _bucket(length: int) -> int:
+    """BUCKET times the least power of two that holds `length`."""
+    return BUCKET * 2 ** max(0, int(np.ceil(np.log2(max(length, 1) / BUCKET))))
 
 
-def _step(model, ids, options, apply, params, rows: _Rows, keys, index, weight):
-    """Feed each row's position, draw its next one. Returns the new rows and what was drawn: token (B,), u (B, D)."""
-    cfg = model.cfg
-    N, (h, w) = cfg.tokens, cfg.grid
-    image_in = rows.in_image >= 0
-    slot = jnp.maximum(rows.in_image, 0)
-    place = jnp.where(image_in[:, None], jnp.stack([0 * slot, slot // w, slot % w], -1), 0)
-    feed = Step(
-        tokens=jnp.where(image_in, ids.image, rows.token)[:, None],
-        modality=jnp.where(image_in, sequence.FLOW, sequence.TEXT)[:, None],
-        positions=(rows.position[:, None] + place)[:, None],
-        u=rows.u[:, None],
-    )
-    output = apply(feed, rows.caches)
-    caches = output.caches.rewind(jnp.where(rows.done, rows.caches.length, output.caches.length))
-    gaussian = output.mean[:, 0], output.scale[:, 0]
-
-    starts = ~image_in & (rows.token == ids.vision_start)  # the position fed was <|vision_start|>: an image follows
-    bare = rows.bare
-    if options.guidance:
-        # The same positions with nothing before <|vision_start|>, counted from 0; rewound at each image's start.
-        bare = bare.rewind(jnp.where(image_in, bare.length, 0))
-        alone = feed.replace(positions=(jnp.where(image_in, 1, 0)[:, None] + place)[:, None])
-        alone_out = apply(alone, bare)
-        bare = alone_out.caches
-        gaussian = mix_gaussians(gaussian, (alone_out.mean[:, 0], alone_out.scale[:, 0]), weight)
-
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    noise = jax.vmap(lambda k: jax.random.normal(k, (cfg.channels,)))(keys)
-    u = gaussian[0] + options.image_temperature * gaussian[1] * noise
-    logits = model.apply({"params": params}, output.text[:, 0], method=Pretzel.text_logits)
-    logits = logits.at[:, jnp.array([ids.image, ids.vision_end, ids.pad])].set(-jnp.inf)  # never drawn as text
-    token = _draw(logits, options.temperature, keys)
-
-    image_out = starts | (image_in & (rows.in_image < N - 1))
-    ends_image = image_in & (rows.in_image == N - 1)
-    token = jnp.where(ends_image, ids.vision_end, token)
-    stop = ~image_out & (token == ids.end)
-    position = jnp.where(starts | ~image_in, rows.position + 1, rows.position)
-    position = jnp.where(ends_image, rows.position + max(h, w), position)
-    done = rows.done | stop
-    new = _Rows(
-        token=token,
-        u=u,
-        in_image=jnp.where(image_out, jnp.where(starts, 0, rows.in_image + 1), -1),
-        position=position,
-        done=done,
-        caches=caches,
-        bare=bare,
-    )
-    return new, jnp.where(done, -2, jnp.where(image_out, -1, token)), u
+def _before(parts: Document, stop: tuple[str, ...]) -> Document:
+    """The parts up to the first of the stop strings."""
+    for i, part in enumerate(parts):
+        cuts = [part.text.index(s) for s in stop if isinstance(part, Text) and s in part.text]
+        if cuts:
+            return parts[:i] + ([Text(part.text[: min(cuts)], predict=True)] if min(cuts) else [])
+    return parts
 
 
-def _draw(logits: jax.Array, temperature: float, keys: jax.Array) -> jax.Array:
-    """(B, V) -> (B,) token ids."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    return jax.vmap(jax.random.categorical)(keys, logits / temperature)
+def in_type(cfg: PretzelConfig, dtype: str) -> PretzelConfig:
+    """The same model with its matrix products and caches in another type."""
+    vision = cfg.vlm.vision and replace(cfg.vlm.vision, dtype=dtype)
+    vlm = replace(cfg.vlm, dtype=dtype, vision=vision)
+    return replace(cfg, vlm=vlm, shallow=replace(cfg.shallow, dtype=dtype), deep=replace(cfg.deep, dtype=dtype))
+
+
+def _matrix_in_type(dtype: str, path, x: jax.Array) -> jax.Array:
+    """Stacks and embeddings in `dtype`; norms and what makes the Gaussians stay as they are."""
+    name = sharding.path_name(path)
+    return x.astype(dtype) if "/layers/" in name and x.ndim > 2 or name.endswith("embedding") else x

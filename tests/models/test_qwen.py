@@ -233,7 +233,10 @@ def test_greedy_generation(case):
     pretzel, params = ours(case)
     sampler = Sampler(pretzel, params, tiny.tokenizer(), tiny.CODEC, skips=True)
     prompts = [*([Text(t)] for t in TEXTS), *documents(case)]
-    tokens, _ = sampler.write(prompts, SampleOptions(temperature=0, max_tokens=64))
+    session = sampler.session(SampleOptions(temperature=0, max_tokens=64), range(len(prompts)))
+    session.read(prompts)
+    session.write()
+    tokens = np.asarray(session.rows.tokens)
     never, seen = [IDS.image, IDS.vision_end, IDS.pad], set()
     for prompt, row in zip(prompts, tokens, strict=True):
         inputs = reference_inputs(case, prompt, sampler.encoder(prompt, closed=False))

@@ -1,0 +1,208 @@
+"""sample, score, rank, invert, calibrate."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from starflow2_jax.errors import UserError
+
+
+def add(commands) -> None:
+    for command in (_add_sample, _add_score, _add_rank, _add_invert, _add_calibrate):
+        command(commands)
+
+
+def _add_sample(commands) -> None:
+    p = commands.add_parser("sample", help="continue prompts with text and images", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text")
+    what.add_argument("--document", help='JSON file: a list of {"text": ...} and {"image": path} parts')
+    what.add_argument("--documents", help="JSONL file, such a list a line; what is in --out already is not done again")
+    p.add_argument(
+        "--chat", action="store_true", help="it is what a user says; the tokenizer's chat template goes round it"
+    )
+    p.add_argument("--num", type=int, default=1, help="samples of each")
+    p.add_argument("--batch", type=int, default=16, help="prompts of --documents at a time")
+    p.add_argument("--guidance", type=float, default=1.0, help="of images; 0: none")
+    p.add_argument(
+        "--image-guidance", type=float, help="given: --guidance is of the text alone, this of the images before"
+    )
+    p.add_argument("--linear", action="store_true", help="guidance by extrapolation instead of Gaussian mixing")
+    p.add_argument("--annealed", action="store_true", help="guidance grows over an image's tokens")
+    p.add_argument("--temperature", type=float, default=0.9, help="of the images")
+    p.add_argument("--text-temperature", type=float, default=0.0, help="0: the most likely token")
+    p.add_argument("--top-k", type=int, default=0, help="draw text from the k most likely tokens; 0: from all")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw text from the fewest tokens of this probability")
+    p.add_argument("--max-tokens", type=int, default=128, help="positions to write, image tokens included")
+    p.add_argument("--max-images", type=int, help="of an answer; 0: text only")
+    p.add_argument("--image-first", action="store_true", help="begin the answer with an image")
+    p.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be given several times")
+    p.add_argument("--jacobi", type=int, default=1, help="image tokens solved for at once; 1: one after another")
+    p.add_argument("--denoise", action="store_true", help="remove the training noise from the images, by the score")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="samples")
+    p.set_defaults(run=_sample, kept="the samples that are finished stand in --out")
+
+
+def _sample(args, _) -> None:
+    from starflow2_jax.data.documents import JsonlDocuments, Text, read_document
+    from starflow2_jax.data.tokenizer import chat
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sampling.exact import denoise
+
+    options = _options(args)
+    sampler, out = Sampler.restore(args.checkpoint), Path(args.out)
+    channels = sampler.codec.image_channels
+    if args.documents:
+        prompts = JsonlDocuments(args.documents, channels)
+    else:
+        prompts = [[Text(args.prompt)] if args.prompt is not None else read_document(args.document, channels)]
+    out.mkdir(parents=True, exist_ok=True)
+    lines = out / "samples.jsonl"
+    done = _samples_in(lines, args.num) if args.documents else 0
+    with (
+        lines.open("a" if done else "w") as file,
+        tqdm(total=len(prompts), initial=done, disable=not args.documents) as bar,
+    ):
+        for start in range(done, len(prompts), args.batch):
+            several = [prompts[i] for i in range(start, min(start + args.batch, len(prompts)))]
+            if args.chat:
+                several = [chat(sampler.tokenizer, [("user", prompt)]) for prompt in several]
+            first = args.seed + start * args.num
+            answers = sampler.generate(several, options, first, args.num)
+            if args.denoise:
+                answers = denoise(sampler, [p for p in several for _ in range(args.num)], answers, sampler.noise)
+            for i, answer in enumerate(answers):
+                parts = _write_parts(answer, out, f"{start * args.num + i:03d}")
+                line = {"document": start + i // args.num, "seed": first + i, "parts": parts}
+                file.write(json.dumps(line) + "\n")
+                if not args.documents:
+                    print(f"{i:03d}", *(p.get("text") or f"[{out / p['image']}]" for p in parts))
+            file.flush()
+            bar.update(len(several))
+    listing = [json.loads(line)["parts"] for line in lines.read_text().splitlines()]
+    (out / "samples.json").write_text(json.dumps(listing, indent=1))
+
+
+def _options(args):
+    """The command line as SampleOptions. Raises UserError for numbers that mean nothing."""
+    from starflow2_jax.sampling.rows import SampleOptions
+
+    least = dict(num=1, batch=1, max_tokens=1, jacobi=1, guidance=0, image_guidance=0, temperature=0, text_temperature=0,
+                 top_k=0, top_p=0, max_images=0)  # fmt: skip
+    if wrong := [n for n, low in least.items() if getattr(args, n) is not None and not getattr(args, n) >= low]:
+        raise UserError(f"--{wrong[0].replace('_', '-')} is at least {least[wrong[0]]}")
+    return SampleOptions(
+        args.text_temperature, args.temperature, args.guidance, args.max_tokens, args.image_first, args.top_k, args.top_p,
+        args.image_guidance, args.linear, args.annealed, args.max_images, tuple(args.stop), args.jacobi,
+    )  # fmt: skip
+
+
+def _samples_in(lines: Path, num: int) -> int:
+    """How many documents an earlier run has finished, `num` samples each; a line that was cut off is dropped."""
+    if not lines.is_file():
+        return 0
+    whole = [line for line in lines.read_text().split("\n")[:-1] if line]
+    keep = len(whole) // num
+    lines.write_text("".join(line + "\n" for line in whole[: keep * num]))
+    return keep
+
+
+def _write_parts(document, out: Path, name: str) -> list[dict]:
+    """The document's parts as JSON, its images as files of `out`."""
+    from starflow2_jax.data.documents import Image, write_image
+
+    return [
+        {"image": write_image(out / f"{name}_{k}", part.pixels).name}
+        if isinstance(part, Image)
+        else {"text": part.text}
+        for k, part in enumerate(document)
+    ]
+
+
+def _add_score(commands) -> None:
+    p = commands.add_parser("score", help="log-likelihood of each part that counts", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--document", required=True, help='JSON, or JSONL of many: parts with "predict" or "generate" count')
+    p.add_argument("--out", help="JSONL file, one part a line (default: printed)")
+    p.set_defaults(run=_score)
+
+
+def _score(args, _) -> None:
+    from starflow2_jax.data.documents import JsonlDocuments, read_document
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sampling.scoring import score
+
+    sampler = Sampler.restore(args.checkpoint)
+    read = JsonlDocuments if args.document.endswith(".jsonl") else lambda *a: [read_document(*a)]
+    scores = score(sampler, list(read(args.document, sampler.codec.image_channels)))
+    lines = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text("\n".join(lines) + "\n")
+        print(f"written: {args.out}")
+    else:
+        print("\n".join(lines))
+
+
+def _add_rank(commands) -> None:
+    p = commands.add_parser("rank", help="captions by how well they explain an image", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--image", required=True)
+    p.add_argument("--captions", required=True, help="text file, one a line")
+    p.add_argument("--by", choices=("image", "text"), default="image", help="p(image | caption), or p(caption | image)")
+    p.set_defaults(run=_rank)
+
+
+def _rank(args, _) -> None:
+    from starflow2_jax.data.documents import read_image, read_text
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sampling.scoring import describe, illustrate, rank
+
+    captions = [line for line in read_text(Path(args.captions)).splitlines() if line.strip()]
+    sampler = Sampler.restore(args.checkpoint)
+    image = read_image(args.image, sampler.codec.image_channels)
+    by_image = args.by == "image"
+    for caption, nats in rank(sampler, image, captions, by_image, illustrate if by_image else describe):
+        print(json.dumps({"caption": caption, "nats": nats}))
+
+
+def _add_invert(commands) -> None:
+    p = commands.add_parser("invert", help="an image's noise under one prompt as another's image", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--prompt", required=True, help="what the image is")
+    p.add_argument("--image", required=True)
+    p.add_argument("--as-prompt", required=True, help="what it is to be")
+    p.add_argument("--out", required=True, help="image file; its suffix becomes that of what is written")
+    p.set_defaults(run=_invert)
+
+
+def _invert(args, _) -> None:
+    from starflow2_jax.data.documents import Text, read_image, write_image
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sampling.exact import decode, encode
+
+    sampler = Sampler.restore(args.checkpoint)
+    z = encode(sampler, [[Text(args.prompt)]], [read_image(args.image, sampler.codec.image_channels)])
+    [image] = decode(sampler, [[Text(args.as_prompt)]], z)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    print(f"written: {write_image(Path(args.out), image)}")
+
+
+def _add_calibrate(commands) -> None:
+    p = commands.add_parser("calibrate", help="measure the fastest inverse of the shallow flow", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True, help="it gets inversion.json, and samples by it from then on")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="relative squared error of a block's output at most")
+    p.add_argument("--batch", type=int, default=16, help="images decoded at a time")
+    p.set_defaults(run=_calibrate)
+
+
+def _calibrate(args, _) -> None:
+    from starflow2_jax.sampling.inversion import calibrate_checkpoint, table
+
+    if args.batch < 1 or not args.tolerance >= 0:
+        raise UserError("--batch is at least 1, --tolerance at least 0")
+    print(table(calibrate_checkpoint(args.checkpoint, args.tolerance, args.batch)))
+    print(f"written: {Path(args.checkpoint) / 'inversion.json'}")

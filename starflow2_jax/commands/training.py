@@ -1,0 +1,102 @@
+"""train, init, eval, quickstart."""
+
+import json
+import time
+from pathlib import Path
+
+
+def add(commands) -> None:
+    for command in (_add_train, _add_init, _add_eval, _add_quickstart):
+        command(commands)
+
+
+def _add_train(commands) -> None:
+    p = commands.add_parser("train", help="run an experiment's stages, or go on with them", allow_abbrev=False)
+    p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
+    p.add_argument("--out", default=None, help="checkpoint directory (default: runs/NAME of the experiment)")
+    p.add_argument("--runlocal", action="store_true", help="shrink it to a few steps")
+    p.set_defaults(run=_train, kept="the last checkpoint stands")
+
+
+def _train(args, overrides) -> None:
+    from starflow2_jax import config as configs
+
+    config = configs.load(args.config, overrides, args.runlocal)
+    out = args.out or f"runs/{Path(args.config).stem}"
+    _devices(config.cpu_devices)
+    from starflow2_jax.training.loop import Trainer
+
+    Trainer(config, out).run()
+    print(f"checkpoint: {out}")
+
+
+def _devices(cpu_devices: int) -> None:
+    """Before JAX starts: that many CPU devices, where there is no accelerator."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def _add_init(commands) -> None:
+    p = commands.add_parser("init", help="begin a run on a converted VLM", allow_abbrev=False)
+    p.add_argument("--vlm", required=True, help="checkpoint that `starflow2 convert` made")
+    p.add_argument("--config", required=True, help="experiment file; --config.key=value overrides a key")
+    p.add_argument("--out", required=True, help="new checkpoint directory")
+    p.set_defaults(run=_init)
+
+
+def _init(args, overrides) -> None:
+    from starflow2_jax import config as configs
+
+    config = configs.load(args.config, overrides)
+    _devices(config.cpu_devices)
+    from starflow2_jax.training.loop import Trainer
+
+    Trainer.begin(config, args.out, args.vlm)
+    print(f"ready: starflow2 train --config {args.config} --out {args.out}")
+
+
+def _add_eval(commands) -> None:
+    p = commands.add_parser("eval", help="the digits report's numbers of a checkpoint", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--limit", type=int, default=300, help="documents a task at most")
+    p.set_defaults(run=_eval)
+
+
+def _eval(args, _) -> None:
+    from starflow2_jax.evaluation.digits import evaluate
+    from starflow2_jax.sampling.engine import Sampler
+
+    numbers, _ = evaluate(Sampler.restore(args.checkpoint), args.limit)
+    print(json.dumps(numbers, indent=1))
+
+
+def _add_quickstart(commands) -> None:
+    p = commands.add_parser("quickstart", help="train, sample and evaluate on real digits", allow_abbrev=False)
+    p.add_argument("--out", default="quickstart")
+    p.add_argument("--smoke", action="store_true", help="the same path, a few steps of each stage")
+    p.set_defaults(run=_quickstart, kept="the last checkpoint stands")
+
+
+def _quickstart(args, _) -> None:
+    from starflow2_jax import config as configs
+
+    begin = time.time()
+    experiment = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
+    config = configs.load(experiment, runlocal=args.smoke)
+    _devices(config.cpu_devices)
+    from starflow2_jax.evaluation.digits import AIMS, evaluate
+    from starflow2_jax.evaluation.report import write_report
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.training.loop import Trainer
+
+    out = Path(args.out)
+    Trainer(config, out / "checkpoint").run()
+    trained = time.time()
+    print("sampling and evaluating ...")
+    numbers, samples = evaluate(Sampler.restore(out / "checkpoint"), limit=20 if args.smoke else 300)
+    times = {"train_seconds": trained - begin, "total_seconds": time.time() - begin}
+    report = {**numbers, **{k: round(v, 1) for k, v in times.items()}, "smoke": args.smoke, "aims": AIMS}
+    write_report(out, report, samples, out / "checkpoint" / "metrics" / "metrics.jsonl")
+    print(json.dumps({k: v for k, v in report.items() if k != "aims"}, indent=1))
+    print(f"open {out / 'index.html'}")

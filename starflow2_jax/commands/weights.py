@@ -1,0 +1,30 @@
+"""convert."""
+
+import os
+
+
+def add(commands) -> None:
+    for command in (_add_convert,):
+        command(commands)
+
+
+def _add_convert(commands) -> None:
+    p = commands.add_parser("convert", help="other people's weights <-> a checkpoint", allow_abbrev=False)
+    p.add_argument("model", choices=("qwen2_5_vl",))
+    p.add_argument("--from", dest="source", required=True, help="folder of the reference; with --to-hf a checkpoint")
+    to = p.add_mutually_exclusive_group(required=True)
+    to.add_argument("--to", help="new checkpoint of the frozen VLM")
+    to.add_argument("--to-hf", help="new folder of safetensors files, as the reference library saves it")
+    p.add_argument("--shard-gb", type=float, default=4.0, help="size of a safetensors file at most (with --to-hf)")
+    p.set_defaults(run=_convert)
+
+
+def _convert(args, _) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it is all reading and writing
+    from starflow2_jax.weights import convert
+
+    if args.to:
+        convert.to_checkpoint(args.source, args.to)
+    else:
+        convert.to_reference(args.source, args.to_hf, int(args.shard_gb * 10**9))
+    print(f"written: {args.to or args.to_hf}")

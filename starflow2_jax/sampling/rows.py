@@ -1,0 +1,160 @@
+"""The state of a batch that is being read and written: caches, what the last position said, and each row's own options."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from starflow2_jax.models.pretzel import Caches, Pretzel
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How to write. All but `stop`, `jacobi`, `tolerance` and which guidance there is may differ from row to row for free."""
+
+    temperature: float = 1.0  # of text; 0: the most likely token
+    image_temperature: float = 1.0  # tau in u = mu + tau sigma z
+    guidance: float = 0.0  # w >= 0 of the images; 0: none
+    max_tokens: int = 128  # positions to write, image tokens included
+    image_first: bool = False  # begin with an image
+    top_k: int = 0  # draw text from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # draw text from the fewest tokens of at least this probability
+    image_guidance: float | None = None  # given: `guidance` leaves out the text only, this one the images before, too
+    linear: bool = False  # guidance by extrapolation (TarFlow) instead of Gaussian mixing (STARFlow)
+    annealed: bool = False  # guidance grows over the image, w (i + 1) / (N - 1)
+    max_images: int | None = None  # 0: text only; None: as many as it likes
+    stop: tuple[str, ...] = ()  # strings that end the answer, and are left out of it
+    jacobi: int = 1  # image tokens that are solved for at once; 1: one after another
+    tolerance: float = 1e-3  # of a Jacobi pass's mean squared change, relative to the mean square
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What guidance compares with: the same without its text ("images"), and nothing before the image ("bare")."""
+        if self.image_guidance is not None:
+            return ("images", "bare")
+        return ("bare",) if self.guidance else ()
+
+
+@struct.dataclass
+class Controls:
+    """SampleOptions of each row, (B,) or as noted."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    image_temperature: jax.Array
+    weights: jax.Array  # (B, branches)
+    linear: jax.Array
+    annealed: jax.Array
+    max_tokens: jax.Array
+    images_left: jax.Array  # negative: any number
+    image_next: jax.Array  # bool: what is drawn next is <|vision_start|>
+
+    @classmethod
+    def of(cls, options: list[SampleOptions], branches: tuple[str, ...]) -> "Controls":
+        def every(name, dtype=np.float32):
+            return np.array([getattr(o, name) for o in options], dtype)
+
+        weight = {"images": [o.guidance for o in options], "bare": [_bare_weight(o) for o in options]}
+        return cls(
+            every("temperature"),
+            every("top_k", np.int32),
+            every("top_p"),
+            every("image_temperature"),
+            np.array([weight[b] for b in branches], np.float32).reshape(len(branches), len(options)).T,
+            every("linear", bool),
+            every("annealed", bool),
+            every("max_tokens", np.int32),
+            np.array([-1 if o.max_images is None else o.max_images for o in options], np.int32),
+            every("image_first", bool),
+        )
+
+
+def _bare_weight(options: SampleOptions) -> float:
+    return options.guidance if options.image_guidance is None else options.image_guidance
+
+
+@struct.dataclass
+class Rows:
+    """B rows of G = 1 + branches cache rows each, side by side: row b's own is cache row b G, its branches follow."""
+
+    caches: Caches  # of (B G) rows
+    text: jax.Array  # (B, E): hidden state of the last position read, for the text head
+    mean: jax.Array  # (B G, D): what it says of an image token that may follow
+    scale: jax.Array  # (B G, D)
+    offset: jax.Array  # (B G,) rotary offset of the next text position, or of the image being written
+    token: jax.Array  # (B,) the last token read
+    in_image: jax.Array  # (B,) which image token was read last; -1: none
+    drawn: jax.Array  # (B,) draws so far: with the row's key, where its randomness stands
+    computed: jax.Array  # (B G,) positions that either stream ever ran, Jacobi's repeated passes left out
+    passes: jax.Array  # (B,) runs of the model that this row took part in
+    done: jax.Array  # (B,) bool
+    key: jax.Array  # (B,)
+    controls: Controls
+    tokens: jax.Array  # (B, T) written in this turn; -1 an image token, -2 nothing
+    u: jax.Array  # (B, T, D)
+    count: jax.Array  # (B,) of them written
+
+
+def empty_rows(model: Pretzel, params: dict, seeds: np.ndarray, branches: tuple[str, ...], slots: int) -> Rows:
+    """Rows that have read nothing, one a seed, with room for `slots` positions."""
+    B, G, cfg = len(seeds), 1 + len(branches), model.cfg
+
+    def number(value: int) -> jax.Array:
+        return jnp.full((B,), value, jnp.int32)  # each its own buffer: rows are donated
+
+    return Rows(
+        caches=model.apply({"params": params}, B * G, slots, method=Pretzel.empty_caches),
+        text=jnp.zeros((B, cfg.vlm.width), cfg.vlm.dtype),
+        mean=jnp.zeros((B * G, cfg.channels)),
+        scale=jnp.ones((B * G, cfg.channels)),
+        offset=jnp.zeros((B * G,), jnp.int32),
+        token=number(-1),
+        in_image=number(-1),
+        drawn=number(0),
+        computed=jnp.zeros((B * G,), jnp.int32),
+        passes=number(0),
+        done=jnp.zeros((B,), bool),
+        key=jax.vmap(jax.random.key)(seeds),
+        controls=Controls.of([SampleOptions()] * B, branches),
+        tokens=jnp.zeros((B, 0), jnp.int32),
+        u=jnp.zeros((B, 0, cfg.channels)),
+        count=number(0),
+    )
+
+
+def take(rows: Rows, indices: np.ndarray, seeds: np.ndarray) -> Rows:
+    """Copies of the given rows, each with a seed of its own: continuations that share what was read."""
+    B = len(rows.done)
+    inner = (indices[:, None] * (len(rows.offset) // B) + np.arange(len(rows.offset) // B)).reshape(-1)
+
+    def pick(x, axis=0):
+        return jnp.take(x, indices if x.shape[axis] == B else inner, axis)
+
+    caches = jax.tree.map(lambda x: jnp.take(x, inner, int(x.ndim > 1)), rows.caches)
+    rest = jax.tree.map(pick, rows.replace(caches=None, key=None))
+    return rest.replace(caches=caches, key=jax.vmap(jax.random.key)(seeds))
+
+
+def put(rows: Rows, index: jax.Array, one: Rows) -> Rows:
+    """`one` (of a single row) in place of row `index`; both with the same room."""
+    B = len(rows.done)
+
+    def write(x, y, axis=0):
+        return jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), index * (x.shape[axis] // B), axis)
+
+    caches = jax.tree.map(lambda x, y: write(x, y, int(x.ndim > 1)), rows.caches, one.caches)
+    rest = jax.tree.map(write, rows.replace(caches=None, key=None), one.replace(caches=None, key=None))
+    return rest.replace(caches=caches, key=rows.key.at[index].set(one.key[0]))
+
+
+def with_room(rows: Rows, slots: int) -> Rows:
+    """The same with caches of at least `slots` positions; what was read is not run again."""
+
+    def grow(x):
+        more = max(slots - x.shape[2], 0) if x.ndim > 1 else 0
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))) if more else x
+
+    return rows.replace(caches=jax.tree.map(grow, rows.caches))

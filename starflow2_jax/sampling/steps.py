@@ -1,0 +1,296 @@
+"""The compiled parts of generation: read what is given, then draw and read what was drawn, until all rows are done.
+
+Every position is read exactly once by both streams: what is drawn is read at once, so a row's caches and its last
+position's outputs are all that going on needs.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax import sequence
+from starflow2_jax.data.tokenizer import TokenIds
+from starflow2_jax.models.pretzel import Caches, Output, Pretzel
+from starflow2_jax.sampling.guidance import extrapolate, mix_gaussians
+from starflow2_jax.sampling.rows import Rows
+from starflow2_jax.sequence import Sequence, Step
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a compiled program is specialised to."""
+
+    model: Pretzel
+    ids: TokenIds
+    skips: bool
+    branches: tuple[str, ...] = ()  # see SampleOptions.branches
+    filtered: bool = False  # whether any row draws its text from a part of the vocabulary
+    jacobi: int = 1
+    tolerance: float = 1e-3
+
+    @property
+    def lanes(self) -> int:
+        """G: cache rows of a row."""
+        return 1 + len(self.branches)
+
+    def apply(self, params, inputs: Sequence | Step, caches: Caches) -> Output:
+        return self.model.apply({"params": params}, inputs, caches, skips=self.skips)
+
+    def first(self, x: jax.Array) -> jax.Array:
+        """(B G, ...) -> (B, ...): the rows' own."""
+        return x[:: self.lanes]
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """(B, ...) -> (B G, ...)."""
+        return jnp.repeat(x, self.lanes, axis=0)
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def read(program: Program, params, rows: Rows, batch: Sequence, lane: int, lengths, ends) -> Rows:
+    """Read more of a prompt in one go: batch (B, S), right padded to `lengths` (B,), which ends at rotary offset `ends`
+    (B,), into cache rows `lane` of each row (0: its own). A row of length 0 stays as it is."""
+    G = program.lanes
+    caches = jax.tree.map(lambda x: x[:, lane::G] if x.ndim > 1 else x[lane::G], rows.caches)
+    begin, offset = caches.length, rows.offset[lane::G]
+    output = program.apply(params, batch.replace(positions=batch.positions + offset[:, None, None]), caches)
+    grown = output.caches.rewind(begin + lengths)
+    last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
+    some = lengths > 0
+
+    def put(old, new):
+        return old.at[:, lane::G].set(new) if old.ndim > 1 else old.at[lane::G].set(new)
+
+    def keep(old, new):
+        return old.at[lane::G].set(jnp.where(some.reshape(-1, *[1] * (new.ndim - 1)), new, old[lane::G]))
+
+    rows = rows.replace(
+        caches=jax.tree.map(put, rows.caches, grown),
+        mean=keep(rows.mean, output.mean[last]),
+        scale=keep(rows.scale, output.scale[last]),
+        offset=keep(rows.offset, offset + ends),
+        computed=rows.computed.at[lane::G].add(lengths),
+    )
+    if lane:
+        return rows
+    return rows.replace(
+        text=jnp.where(some[:, None], output.text[last], rows.text),
+        token=jnp.where(some, batch.tokens[last], rows.token),
+        in_image=jnp.where(some, -1, rows.in_image),
+        passes=rows.passes + some,
+    )
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def write(program: Program, params, rows: Rows, steps: jax.Array) -> Rows:
+    """Go on until every row is done, `steps` times at most. A step is a position, or with Jacobi a chunk of an image."""
+
+    def unfinished(carry):
+        step, rows = carry
+        return (step < steps) & ~jnp.all(rows.done)
+
+    def step(carry):
+        step, rows = carry
+        if program.jacobi == 1:
+            return step + 1, _one_position(program, params, rows, ~rows.done)
+        slot = _next_image_token(program, rows)
+        drawing = (slot >= 0) & ~rows.done
+        text = ~drawing & ~rows.done
+        rows = jax.lax.cond(
+            jnp.any(text),
+            lambda r: _one_position(program, params, r, text),
+            lambda r: _image_chunk(program, params, r, drawing),
+            rows,
+        )
+        return step + 1, rows
+
+    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), rows))[1]
+
+
+def _next_image_token(program: Program, rows: Rows) -> jax.Array:
+    """(B,): which image token comes next, -1: none."""
+    opened = (rows.in_image < 0) & (rows.token == program.ids.vision_start)
+    inside = (rows.in_image >= 0) & (rows.in_image < program.model.cfg.tokens - 1)
+    return jnp.where(opened, 0, jnp.where(inside, rows.in_image + 1, -1))
+
+
+def _one_position(program: Program, params, rows: Rows, active) -> Rows:
+    """Draw the next position of the active rows and read it."""
+    ids, slot = program.ids, _next_image_token(program, rows)
+    token = _draw_token(program, params, rows, active & (slot < 0))
+    token = jnp.where(slot >= 0, ids.image, token)
+    u = _draw_u(program, rows, (rows.mean, rows.scale), slot, _noise(rows, 1)[:, 0])[:, None]
+    if program.branches:  # the bare lane, the last, begins anew with each image
+        fresh = program.spread(active & (token == ids.vision_start)) & (_lane(program, rows) == program.lanes - 1)
+        caches = rows.caches.rewind(jnp.where(fresh, 0, rows.caches.length))
+        rows = rows.replace(caches=caches, offset=jnp.where(fresh, 0, rows.offset))
+    output = _run(program, params, rows, token[:, None], slot[:, None], u)
+    return _accept(program, rows, output, token, slot[:, None], u, active.astype(jnp.int32))
+
+
+def _image_chunk(program: Program, params, rows: Rows, active) -> Rows:
+    """Solve for the next image tokens of the active rows by fixed-point passes over `jacobi` of them at once.
+
+    u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (flow.md, "Jacobi"). After as many passes as tokens it is exact: token i is
+    right from pass i on. A row stops changing once a pass would move it by less than the tolerance, so what becomes of
+    it does not hang on the others.
+    """
+    c, N = program.jacobi, program.model.cfg.tokens
+    begin = _next_image_token(program, rows)
+    left = jnp.minimum(N - begin, rows.controls.max_tokens - rows.count)
+    count = jnp.where(active, jnp.minimum(left, c), 0)
+    slots = jnp.clip(begin[:, None] + jnp.arange(c), 0, N - 1)
+    tokens, noise = jnp.full(slots.shape, program.ids.image), _noise(rows, c)
+    valid = (jnp.arange(c) < count[:, None])[..., None]
+    length = rows.caches.length
+
+    def draw(gaussian, i):
+        return _draw_u(program, rows, gaussian, slots[:, i], noise[:, i])
+
+    guess = jnp.stack([draw((rows.mean, rows.scale), i) for i in range(c)], axis=1)  # its first token is right
+
+    def turn(carry):
+        number, u, settled, passes, output = carry
+        output = _run(program, params, rows.replace(caches=output.caches), tokens, slots, u)
+        output = output.replace(caches=output.caches.rewind(length))
+        later = [draw((output.mean[:, i], output.scale[:, i]), i + 1) for i in range(c - 1)]
+        new = jnp.stack([guess[:, 0], *later], axis=1)
+        change, size = (jnp.sum(jnp.where(valid, x**2, 0), (1, 2)) for x in (new - u, new))
+        passes = passes + ~settled
+        settled = settled | (change <= program.tolerance * size) | (number + 1 == c)
+        return number + 1, jnp.where(settled[:, None, None], u, new), settled, passes, output
+
+    B, G, D = len(begin), program.lanes, program.model.cfg.channels
+    nothing = Output(
+        jnp.zeros((B * G, c, rows.text.shape[-1]), rows.text.dtype), jnp.zeros((B * G, c, D)), jnp.ones((B * G, c, D)), rows.caches
+    )  # fmt: skip
+    carry = jnp.zeros((), jnp.int32), guess, ~active, rows.passes, nothing
+    _, u, _, passes, output = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), turn, carry)
+    rows = rows.replace(caches=output.caches, passes=passes - (count > 0))  # `_accept` counts one
+    return _accept(program, rows, output, tokens[:, 0], slots, u, count)
+
+
+def _lane(program: Program, rows: Rows) -> jax.Array:
+    """(B G,): 0 for a row's own cache row, 1, 2 for its branches."""
+    return jnp.arange(len(rows.offset)) % program.lanes
+
+
+def _run(program: Program, params, rows: Rows, tokens, slots, u) -> Output:
+    """Run positions (B, c) in every lane after what it holds: image tokens `u` (B, c, D) where `slots` >= 0, else text."""
+    w = program.model.cfg.grid[1]
+    image, slot = slots >= 0, jnp.maximum(slots, 0)
+    place = jnp.stack([0 * slot, slot // w, slot % w], -1)
+    step = Step(
+        tokens=program.spread(tokens),
+        modality=program.spread(jnp.where(image, sequence.FLOW, sequence.TEXT)),
+        positions=rows.offset[:, None, None] + program.spread(place),
+        u=program.spread(u),
+    )
+    return program.apply(params, step, rows.caches)
+
+
+def _accept(program: Program, rows: Rows, output: Output, token, slots, u, count) -> Rows:
+    """Keep the first `count` (B,) of the positions that were run: image tokens at `slots` (B, c), or one text token."""
+    ids, (h, w), c = program.ids, program.model.cfg.grid, slots.shape[1]
+    some, last = count > 0, jnp.maximum(count - 1, 0)
+    image, slot = slots[:, 0] >= 0, jnp.take_along_axis(slots, last[:, None], 1)[:, 0]
+    of_image = image | (token == ids.vision_start) | (token == ids.vision_end)
+    lanes = jnp.where(
+        (_lane(program, rows) == 0) | program.spread(of_image), program.spread(count), 0
+    )  # positions kept
+    ahead = jnp.where(image, jnp.where(slot == h * w - 1, max(h, w), 0), 1)  # how far the rotary offset goes
+
+    def pick(old, new, kept, at):
+        new = jnp.take_along_axis(new, at[:, None, None], axis=1)[:, 0]
+        return jnp.where((kept > 0)[:, None], new, old)
+
+    at = (
+        jnp.arange(len(count))[:, None],
+        jnp.where(jnp.arange(c) < count[:, None], rows.count[:, None] + jnp.arange(c), -1),
+    )
+    room = rows.tokens.shape[1]
+    at = at[0], jnp.where(at[1] < 0, room, at[1])  # out of bounds is dropped
+    written = jnp.broadcast_to(jnp.where(image, -1, token)[:, None], slots.shape)
+    controls, total = rows.controls, rows.count + count
+    opens = some & (token == ids.vision_start)
+    ends = some & ~image & (token == ids.end)
+    return rows.replace(
+        caches=output.caches.rewind(rows.caches.length + lanes),
+        text=pick(rows.text, program.first(output.text), count, last),
+        mean=pick(rows.mean, output.mean, lanes, program.spread(last)),
+        scale=pick(rows.scale, output.scale, lanes, program.spread(last)),
+        offset=rows.offset + jnp.where(lanes > 0, program.spread(ahead), 0),
+        token=jnp.where(some, token, rows.token),
+        in_image=jnp.where(some, jnp.where(image, slot, -1), rows.in_image),
+        drawn=rows.drawn + count,
+        computed=rows.computed + lanes,
+        passes=rows.passes + some,
+        done=rows.done | ends | (total >= controls.max_tokens),
+        controls=controls.replace(
+            images_left=controls.images_left - (opens & (controls.images_left > 0)),
+            image_next=controls.image_next & ~some,
+        ),
+        tokens=rows.tokens.at[at].set(written, mode="drop"),
+        u=rows.u.at[at].set(u, mode="drop"),
+        count=total,
+    )
+
+
+def _noise(rows: Rows, count: int) -> jax.Array:
+    """(B, count, D): the standard normals of each row's next draws; draw i of a row hangs on its key and i alone."""
+    D = rows.u.shape[-1]
+
+    def one(key, index):
+        return jax.random.normal(jax.random.fold_in(key, index), (D,))
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(rows.key, rows.drawn[:, None] + jnp.arange(count))
+
+
+def _draw_u(program: Program, rows: Rows, gaussians: tuple, slot, noise) -> jax.Array:
+    """What a row's lanes say of its image token `slot` (B,), mean and scale (B G, D), and noise (B, D) -> u (B, D)."""
+    controls, lanes = rows.controls, program.lanes
+    mean, scale = program.first(gaussians[0]), program.first(gaussians[1])
+    grown = (slot + 1) / max(program.model.cfg.tokens - 1, 1)
+    for lane in range(1, lanes):
+        weight = controls.weights[:, lane - 1] * jnp.where(controls.annealed, grown, 1)
+        other = gaussians[0][lane::lanes], gaussians[1][lane::lanes]
+        mixed, straight = (rule((mean, scale), other, weight[:, None]) for rule in (mix_gaussians, extrapolate))
+        mean, scale = (jnp.where(controls.linear[:, None], b, a) for a, b in zip(mixed, straight, strict=True))
+    return mean + controls.image_temperature[:, None] * scale * noise
+
+
+def _draw_token(program: Program, params, rows: Rows, needed) -> jax.Array:
+    """(B,): the next token of the rows that need one; the head is left out where none does."""
+    ids, controls = program.ids, rows.controls
+    vocabulary = program.model.cfg.vlm.vocabulary
+
+    def drawn():
+        logits = program.model.apply({"params": params}, rows.text, method=Pretzel.text_logits)
+        logits = logits.at[:, jnp.array([ids.image, ids.vision_end, ids.pad])].set(-jnp.inf)  # never drawn as text
+        no_more = jnp.where(controls.images_left == 0, -jnp.inf, logits[:, ids.vision_start])
+        logits = logits.at[:, ids.vision_start].set(no_more)
+        warm = logits / jnp.where(controls.temperature > 0, controls.temperature, 1)[:, None]
+        if program.filtered:
+            warm = keep_likely(warm, controls.top_k, controls.top_p)
+        keys = jax.vmap(jax.random.fold_in)(rows.key, rows.drawn)
+        random = jax.vmap(jax.random.categorical)(keys, warm)
+        return jnp.where(controls.temperature > 0, random, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+    free = needed & ~controls.image_next & (rows.in_image < 0)
+    token = jax.lax.cond(jnp.any(free), drawn, lambda: jnp.full(needed.shape, vocabulary - 1, jnp.int32))
+    token = jnp.where(rows.in_image == program.model.cfg.tokens - 1, ids.vision_end, token)
+    return jnp.where(controls.image_next, ids.vision_start, token)
+
+
+def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """logits (B, V) with -inf outside the `top_k` (B,) likeliest tokens (0: all) and, of these, outside the fewest that
+    together have probability `top_p` (B,) (nucleus sampling, arXiv 1904.09751)."""
+    V = logits.shape[-1]
+    ordered = -jnp.sort(-logits, axis=-1)
+    ordered = jnp.where(jnp.arange(V) < jnp.where(top_k > 0, top_k, V)[:, None], ordered, -jnp.inf)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    within = (before < top_p[:, None]) & (probability > 0) | (jnp.arange(V) == 0)
+    least = jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1)
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
