@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import config as configs
 
-STEPS = dict(pretrain=200, text_to_image=800, image_to_text=30, joint=3000)
+STEPS = dict(pretrain=200, text_to_image=800, image_to_text=30, joint=1800)
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:

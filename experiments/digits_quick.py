@@ -65,9 +65,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         )
 
     stage("pretrain", 130, (1.0, 1.0, 4.0, 0.5, 1.0), images=1, patches=160)
-    stage("text_to_image", 240, (3.0, 0.0, 0.0, 1.0, 0.0), images=6)
+    stage("text_to_image", 220, (3.0, 0.0, 0.0, 1.0, 0.0), images=6)
     stage("image_to_text", 20, (0.0, 2.0, 1.0, 0.0, 0.0))
-    stage("joint", 640, (5.0, 1.0, 3.0, 2.5, 1.5))
+    stage("joint", 580, (5.0, 1.0, 3.0, 2.5, 1.5))
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
 
     c.log_every = 10  # steps
