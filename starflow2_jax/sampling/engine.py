@@ -49,6 +49,7 @@ class Sampler:
         self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
         self.encoder = Encoder(tokenizer, codec, model.cfg.vlm.vision)
         self.ids = TokenIds.of(tokenizer)
+        self.programs: set[tuple] = set()  # what was compiled so far, by program and shapes
 
     @classmethod
     def restore(cls, folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> "Sampler":
@@ -100,6 +101,8 @@ class Sampler:
         seed + i: the same alone, in any batch, on any mesh. A prompt is read once for all of its samples. Raises
         DocumentError for a prompt that does not fit the model.
         """
+        if not prompts:
+            return []
         seeds = seed + np.arange(len(prompts) * samples)
         session = self.session(options, seeds[::samples])
         session.read(prompts, room=session.longest)
@@ -129,19 +132,20 @@ class Session:
     def __init__(self, sampler: Sampler, options: SampleOptions | Many[SampleOptions], seeds: Many[int]):
         self.sampler, self.size = sampler, len(seeds)
         self.options = [options] * self.size if isinstance(options, SampleOptions) else list(options)
-        one = self.options[0]
+        spare = -self.size % sharding.spread(sampler.mesh)  # rows that only fill up the mesh
+        self.options += self.options[-1:] * spare
+        self.program = self._program()
+        branches = self.program.branches
+        self.rows = sampler.place(row.empty_rows(sampler.model, sampler.params, _seeds(seeds, spare), branches, 0))
+
+    def _program(self) -> Program:
+        one, sampler = self.options[0], self.sampler
         shared = [(o.branches, o.stop, o.jacobi, o.tolerance) for o in self.options]
         if any(s != shared[0] for s in shared):
             raise ValueError("the rows of a session share stop, jacobi, tolerance and the kinds of guidance")
         filtered = any(o.top_k or o.top_p < 1 for o in self.options)
         jacobi = min(one.jacobi, sampler.model.cfg.tokens)
-        self.program = Program(
-            sampler.model, sampler.ids, sampler.skips, one.branches, filtered, jacobi, one.tolerance
-        )  # fmt: skip
-        spare = -self.size % sharding.spread(sampler.mesh)  # rows that only fill up the mesh
-        self.options += self.options[-1:] * spare
-        seeds = np.array([*seeds, *[0] * spare], np.uint32)
-        self.rows = sampler.place(row.empty_rows(sampler.model, sampler.params, seeds, one.branches, 0))
+        return Program(sampler.model, sampler.ids, sampler.skips, one.branches, filtered, jacobi, one.tolerance)
 
     @property
     def longest(self) -> int:
@@ -203,9 +207,10 @@ class Session:
 
     def _begin(self, options: SampleOptions | None) -> None:
         if options is not None:
-            if (options.branches, options.stop) != (self.options[0].branches, self.options[0].stop):
-                raise ValueError("a session keeps its kinds of guidance and its stop strings")
+            if options.branches != self.program.branches:
+                raise ValueError("a session keeps its kinds of guidance: what they compare with has read along")
             self.options = [options] * len(self.options)
+            self.program = self._program()
         asked = np.asarray(self.program.first(self.rows.computed)) > 0
         if not all(some or o.image_first for some, o in zip(asked[: self.size], self.options, strict=False)):
             raise DocumentError("a prompt is empty; give some text or an image")
@@ -228,7 +233,7 @@ class Session:
         """A session whose row i goes on from this one's row indices[i], with a seed of its own; nothing is run again."""
         forked = Session(self.sampler, [self.options[i] for i in indices], seeds)
         spare = [indices[-1]] * (len(forked.options) - len(indices))
-        seeds = np.array([*seeds, *[0] * len(spare)], np.uint32)
+        seeds = _seeds(seeds, len(spare))
         forked.rows = self.sampler.place(row.take(self.rows, np.array([*indices, *spare]), seeds))
         return forked
 
@@ -277,13 +282,17 @@ class Session:
             self.rows = self.sampler.place(row.with_room(self.rows, slots))
 
     def _call(self, compiled, rows: Rows, *arguments) -> Rows:
-        before = compiled._cache_size()
-        rows = compiled(self.program, self.sampler.params, rows, *arguments)
-        if compiled._cache_size() > before:
-            log.info(
-                "compiled %s for %d rows, %d slots", compiled.__name__, len(rows.done), rows.caches.vlm.keys.shape[2]
-            )
-        return rows
+        shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))
+        if (key := (compiled.__name__, self.program, shapes)) not in self.sampler.programs:
+            self.sampler.programs.add(key)
+            slots = rows.caches.vlm.keys.shape[2]
+            log.info("compiling %s for %d rows with room for %d positions", compiled.__name__, len(rows.done), slots)
+        return compiled(self.program, self.sampler.params, rows, *arguments)
+
+
+def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
+    """Any integers as 32 bits, and zeros for the spare rows."""
+    return np.array([*seeds, *[0] * spare], np.int64).astype(np.uint32)
 
 
 def _bucket(length: int) -> int:

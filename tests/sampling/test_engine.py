@@ -294,6 +294,16 @@ def test_a_row_is_put_beside_others(sampler):
         np.testing.assert_allclose(np.asarray(both.rows.u)[row, : 2 * N], u[0], atol=1e-4)
 
 
+def test_lengths_share_programs():
+    """Prompts of many lengths, temperatures and limits are compiled for a few shapes only."""
+    fresh = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC)
+    for length in (1, 3, 5, 7):
+        options = SampleOptions(temperature=length / 10, max_tokens=length, max_images=0)
+        assert fresh.generate([[Text("draw " * length)]], options, seed=-length)
+    assert len(fresh.programs) == 2  # one reads, one writes
+    assert fresh.generate([]) == []
+
+
 def test_bfloat16_weights_and_caches():
     model = Pretzel(in_type(tiny.CONFIG, "bfloat16"))
     small = Sampler(model, tiny.params(), tiny.tokenizer(), tiny.CODEC)
