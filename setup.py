@@ -52,7 +52,7 @@ setup(
         "gpu": [CUDA],
         "cuda": [CUDA],
         "cuda13": ["jax[cuda13]>=0.10.2"],
-        "test": ["pytest>=8", "ruff>=0.14", TORCH],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", TORCH],
     },
     entry_points={"console_scripts": ["starflow2 = starflow2_jax.cli:main"]},
 )

@@ -2,6 +2,7 @@
 # Run the tests.
 #
 #   launch/test.sh [pytest arguments]          paths are relative to the repository; default: all of tests/
+#   launch/test.sh --numprocesses 0 --pdb      in one process; else one a core, four at most
 #   JAX_PLATFORMS=cuda,cpu launch/test.sh      on something else than the CPU
 #
 # Makes .venv at the first call; see setup_env.sh for VENV and PYTHON.
@@ -11,4 +12,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 use_env test
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 cd "$REPOSITORY"
-exec python -m pytest -q "$@"
+exec python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

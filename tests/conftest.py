@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":  # nearly all of the time goes into compiling
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`
 
@@ -14,6 +16,13 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_what_was_compiled():
+    """Thousands of compiled programs in one process exhaust its memory maps, and XLA crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

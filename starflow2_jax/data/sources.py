@@ -22,7 +22,7 @@ def documents(config: ConfigDict, stage: Stage, channels: int):
         cfg = config.stages[stage.name]
         seed = config.seed * len(STAGES) + list(STAGES).index(stage.name)
         shares = {kind: share for kind, share in cfg.shares.items() if share}
-        source = digits.DigitDocuments(shares, seed, cfg.caption_drop, config.data.warp)
+        source = digits.DigitDocuments(shares, seed, cfg.caption_drop, config.data.get("warp", 0.0))
     return Shown(source) if stage.name == "pretrain" else source
 
 
