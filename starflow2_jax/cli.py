@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from starflow2_jax.commands import chat, serve
 from starflow2_jax.errors import UserError
 
 
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
         _add_train, _add_init, _add_sample, _add_score, _add_rank, _add_invert, _add_calibrate, _add_eval, _add_convert, _add_quickstart,
+        chat.add, serve.add,
     ):  # fmt: skip
         add(commands)
     args, rest = parser.parse_known_args(argv)
