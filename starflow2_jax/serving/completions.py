@@ -8,6 +8,8 @@ written, `delta.image_progress` {"index", "fraction"}.
 import json
 from collections.abc import AsyncIterator
 
+from starlette.requests import ClientDisconnect
+
 from starflow2_jax.serving.answers import End, Event, Picture, Progress, Started, Words
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.images import to_url
@@ -66,6 +68,8 @@ async def stream(story: AsyncIterator[Event], first: Started, frame: dict, inclu
         if include_usage:
             yield _line(frame | {"usage": _usage(first, ends)}, [])
         yield "data: [DONE]\n\n"
+    except ClientDisconnect:
+        return
     except ApiError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
     finally:
