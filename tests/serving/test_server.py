@@ -14,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from conftest import KEY, LIMITS, served
+from live import KEY, LIMITS, served
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow
