@@ -23,9 +23,11 @@ class Budget:
     def take(self, size: tuple[int, int], param: str) -> None:
         self.left -= size[0] * size[1]
         if self.left < 0:
-            raise ApiError(
-                413, f"the images of a request may have {self.most} pixels together; send smaller ones", "too_large", param
-            )  # fmt: skip
+            raise self.refusal(param)
+
+    def refusal(self, param: str) -> ApiError:
+        message = f"the images of a request may have {self.most} pixels together; send smaller ones"
+        return ApiError(413, message, "too_large", param)
 
 
 def from_url(url: object, channels: int, size: tuple[int, int] | None, budget: Budget, param: str) -> np.ndarray:
@@ -50,7 +52,9 @@ def from_url(url: object, channels: int, size: tuple[int, int] | None, budget: B
             if size is not None and image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1], Pillow.Resampling.LANCZOS)
             pixels = np.asarray(image, np.float32)
-    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError):
+    except Pillow.DecompressionBombError:  # Pillow's own limit, from the header, too
+        raise budget.refusal(param) from None
+    except (OSError, SyntaxError, ValueError):
         raise bad("the image cannot be read; send a whole PNG or JPEG file", param) from None
     return pixels.reshape(*pixels.shape[:2], channels) / 127.5 - 1
 

@@ -265,25 +265,31 @@ def test_full_queue(client, running):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_row(address, running, client, stream):
-    worker = running[0].worker
-    body = {"model": "tiny", "messages": ASK, "max_tokens": 200, "seed": 1, "stream": stream, "stop": "never"}
+def test_a_client_that_leaves_frees_its_row(address, running, client, stream, monkeypatch):
+    """The batch stands still after the first chunk, until the server knows that the client is gone."""
+    worker, go_on, begun = running[0].worker, threading.Event(), []
+    report = worker._report
+
+    def stand():
+        begun.extend(w for w in worker.writing if w)
+        report()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(worker, "_report", stand)
+    body = {"model": "tiny", "messages": ASK, "max_tokens": 60, "seed": 1, "stream": stream, "image_first": True}
     with httpx.Client(base_url=address, trust_env=False, timeout=60) as http:
-        leave = held(worker)
         if stream:
-            with ThreadPoolExecutor(1) as pool:
-                opened = pool.submit(
-                    lambda: http.send(http.build_request("POST", "/v1/chat/completions", json=body), stream=True)
-                )
-                wait_until(lambda: len(worker.waiting) == 1)
-                leave.set()
-                opened.result().close()
+            request = http.build_request("POST", "/v1/chat/completions", json=body)
+            http.send(request, stream=True).close()
         else:
             with pytest.raises(httpx.ReadTimeout):
-                http.post("/v1/chat/completions", json=body, timeout=0.3)
-            wait_until(lambda: worker.waiting[0].cancelled)
-            leave.set()
+                http.post("/v1/chat/completions", json=body, timeout=1)
+        wait_until(lambda: begun and begun[0][0].cancelled)
+    go_on.set()
     wait_until(lambda: not worker.running and not worker.waiting)
+    [(_, answer)] = begun
+    assert answer.ended is None
+    monkeypatch.undo()
     assert ask(client, max_tokens=2).choices
 
 
