@@ -66,7 +66,7 @@ class Service:
 
     def check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+        if self.key is not None and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "this server wants its API key: Authorization: Bearer KEY", "invalid_api_key")
 
 

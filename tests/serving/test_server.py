@@ -323,7 +323,7 @@ def test_a_fault_leaves_the_others_alone(client, running, monkeypatch):
 def test_key(sampler):
     with served(sampler, key=KEY) as (_, address), httpx.Client(base_url=address, trust_env=False) as http:
         right = {"Authorization": f"Bearer {KEY}".encode()}
-        wrong = [{}, {"Authorization": "Bearer sesame"}, {"Authorization": "Bearer "}]
+        wrong = [{}, {"Authorization": "Bearer sesame"}, {"Authorization": "Bearer x"}]
         for url, method in (("/v1/models", "GET"), ("/v1/chat/completions", "POST"), ("/v1/rank", "POST")):
             answers = [http.request(method, url, headers=h) for h in wrong]
             assert [a.status_code for a in answers] == [401] * 3
