@@ -1,8 +1,11 @@
 """The page in a headless Chromium: a script types, clicks and looks. Needs chromium and chromedriver on PATH."""
 
+import shutil
+
 import pytest
 import tiny
 from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -24,7 +27,10 @@ def page(running):
     ):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options)
+    programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    assert all(programs.values()), f"the page's tests need {' and '.join(programs)} on PATH"
+    options.binary_location = programs["chromium"]  # with both given, selenium looks for no downloads
+    driver = webdriver.Chrome(options=options, service=Service(programs["chromedriver"]))
     driver.get(running[1])
     yield driver
     wrong = [
