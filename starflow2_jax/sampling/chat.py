@@ -1,5 +1,7 @@
 """One conversation, turn by turn: what was read or written stays in the caches, generated images included."""
 
+import jax
+
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
@@ -72,10 +74,8 @@ class Chat:
         if inside == self.sampler.model.cfg.tokens - 1 or (inside < 0 and self._last != self.sampler.ids.vision_start):
             return
         back = inside + 2  # its tokens and <|vision_start|>
-        length = rows.caches.length - back
-        self.session.rows = rows.replace(
-            caches=rows.caches.rewind(length), offset=rows.offset - 1, in_image=rows.in_image * 0 - 1
-        )
+        caches = jax.tree.map(lambda x: x if x.ndim > 1 else x - back, rows.caches)
+        self.session.rows = rows.replace(caches=caches, offset=rows.offset - 1, in_image=rows.in_image * 0 - 1)
 
 
 def flat(document: Document) -> tuple[str, list[Image]]:
