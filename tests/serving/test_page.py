@@ -61,7 +61,7 @@ def put(page, css: str, value: str) -> None:
 def send(page, panel: str) -> None:
     """Click, and wait until the answer is whole."""
     find(page, f"#{panel} .go").click()
-    WebDriverWait(page, 60).until(lambda p: find(p, f"#{panel} .go").is_enabled())
+    WebDriverWait(page, 300).until(lambda p: find(p, f"#{panel} .go").is_enabled())
 
 
 def sizes(page, css: str) -> list:
@@ -70,7 +70,7 @@ def sizes(page, css: str) -> list:
 
 
 def test_draws(page):
-    WebDriverWait(page, 20).until(lambda p: find(p, "#model").text == "tiny")
+    WebDriverWait(page, 60).until(lambda p: find(p, "#model").text == "tiny")
     find(page, "#settings summary").click()
     for name, value in (("max_tokens", "30"), ("seed", "5")):
         put(page, f"#{name}", value)
