@@ -13,7 +13,7 @@ from openai import OpenAI
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.server import Limits, Server
 
-LIMITS = Limits(rows=3, max_queue=4, max_tokens=200, max_pixels=10_000, max_body=200_000, grace=30.0)
+LIMITS = Limits(rows=3, max_queue=6, max_tokens=200, max_pixels=10_000, max_body=200_000, grace=30.0)
 KEY = "sésame"
 
 

@@ -255,10 +255,10 @@ def held(worker):
 def test_full_queue(client, running):
     worker = running[0].worker
     leave = held(worker)
-    with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(ask, client, max_tokens=2, seed=i) for i in range(4)]
-        wait_until(lambda: len(worker.waiting) == 4)
-        with pytest.raises(openai.RateLimitError, match="4 requests are waiting"):
+    with ThreadPoolExecutor(LIMITS.max_queue) as pool:
+        asked = [pool.submit(ask, client, max_tokens=2, seed=i) for i in range(LIMITS.max_queue)]
+        wait_until(lambda: len(worker.waiting) == LIMITS.max_queue)
+        with pytest.raises(openai.RateLimitError, match="6 requests are waiting"):
             ask(client)
         leave.set()
         assert all(a.result().choices for a in asked)
