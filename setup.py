@@ -33,6 +33,7 @@ CORE = (
     "matplotlib>=3.10",
 )
 TORCH = "torch>=2.9,<3"  # only to read .pt and .pth files, and as a reference in tests
+SERVE = ("starlette>=1.0,<2", "uvicorn>=0.40,<1")
 CUDA = "jax[cuda12]>=0.10.2"
 
 setup(
@@ -45,6 +46,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["starflow2_jax*"]),
+    package_data={"starflow2_jax.serving": ["page.html"]},
     install_requires=CORE,
     extras_require={
         "torch": [TORCH],
@@ -52,7 +54,17 @@ setup(
         "gpu": [CUDA],
         "cuda": [CUDA],
         "cuda13": ["jax[cuda13]>=0.10.2"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", TORCH],
+        "serve": SERVE,
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "openai>=2,<4",
+            "httpx>=0.28",
+            "selenium>=4.30",
+            *SERVE,
+            TORCH,
+        ],
     },
     entry_points={"console_scripts": ["starflow2 = starflow2_jax.cli:main"]},
 )

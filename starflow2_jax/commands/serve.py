@@ -1,0 +1,52 @@
+"""`starflow2 serve`: the HTTP server, from the command line."""
+
+import os
+from pathlib import Path
+
+from starflow2_jax.errors import UserError
+
+
+def add(commands) -> None:
+    p = commands.add_parser("serve", help="an HTTP server with OpenAI's interface, and a page", allow_abbrev=False)
+    p.add_argument("--checkpoint", required=True)
+    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine; then give a key")
+    p.add_argument("--port", type=int, default=8000)
+    p.add_argument("--name", help="of the model (default: the checkpoint's folder)")
+    p.add_argument("--rows", type=int, default=8, help="answers written at once")
+    p.add_argument("--max-queue", type=int, default=32, help="requests that may wait")
+    p.add_argument("--max-tokens", type=int, default=512, help="positions of an answer at most, image tokens included")
+    p.add_argument("--max-pixels", type=int, default=16_000_000, help="of a request's images together")
+    p.add_argument("--max-body", type=int, default=32_000_000, help="bytes of a request")
+    p.add_argument("--grace", type=float, default=20.0, help="seconds that running requests have at the end")
+    p.add_argument("--jacobi", type=int, default=1, help="image tokens solved for at once")
+    p.add_argument("--tensor", type=int, default=1, help="devices that the model is cut over")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrices and caches (default: the config's)")
+    p.add_argument("--api-key", default=os.environ.get("STARFLOW2_API_KEY"), help="(default: $STARFLOW2_API_KEY)")
+    p.set_defaults(run=run)
+
+
+def run(args, _) -> None:
+    names = ("rows", "max_queue", "max_tokens", "max_pixels", "max_body", "jacobi", "tensor")
+    if wrong := [n for n in names if getattr(args, n) < 1]:
+        raise UserError(f"--{wrong[0].replace('_', '-')} is at least 1")
+    if not 0 <= args.grace <= 3600 or not 0 <= args.port < 65536 or args.api_key == "":
+        raise UserError("--grace is from 0 to 3600, --port from 0 to 65535, and a key is not empty")
+    try:
+        from starflow2_jax.serving.server import Limits, Server, end_quietly
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is missing; pip install 'starflow2_jax[serve]'") from None
+    import jax
+
+    from starflow2_jax.sampling.engine import Sampler
+    from starflow2_jax.sharding import make_mesh
+
+    mesh = make_mesh(data=1, tensor=args.tensor, devices=jax.devices()[: args.tensor])
+    sampler = Sampler.restore(args.checkpoint, mesh, args.dtype)
+    limits = Limits(
+        args.rows, args.max_queue, args.max_tokens, args.max_pixels, args.max_body, args.grace, args.jacobi
+    )  # fmt: skip
+    name = args.name or Path(args.checkpoint).resolve().name
+    end_quietly()
+    print(f"serving {name} on http://{args.host}:{args.port}", flush=True)
+    Server(sampler, name, limits, args.host, args.port, args.api_key).run()
+    print("the server has ended")

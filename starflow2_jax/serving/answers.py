@@ -1,0 +1,111 @@
+"""What one row writes, told piece by piece while it is written."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from starflow2_jax.serving.errors import ApiError
+
+
+@dataclass(frozen=True)
+class Started:
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Words:
+    """More text."""
+
+    choice: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of image number `image` is written."""
+
+    choice: int
+    image: int
+    fraction: float
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    choice: int
+    image: int
+    pixels: np.ndarray  # (height, width, C) in [-1, 1]
+
+
+@dataclass(frozen=True)
+class End:
+    choice: int
+    reason: str  # "stop": it ended itself or met a stop string; "length": max_tokens
+    tokens: int  # positions written, those of images included
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Nothing more comes of this request."""
+
+    error: ApiError
+
+
+Event = Started | Words | Progress | Picture | End | Fault
+
+
+class Answer:
+    """Reads a row's positions as they come. Text is held back as long as it may be cut: half a character, or what may
+    become a stop string."""
+
+    def __init__(self, choice: int, tokenizer, tokens_of_image: int, end: int, stop: tuple[str, ...]):
+        self.choice, self.tokenizer, self.N, self.end, self.stop = choice, tokenizer, tokens_of_image, end, stop
+        self.at = self.images = 0
+        self.run: list[int] = []  # tokens of the text since the last image
+        self.told = 0  # characters of it
+        self.ended: End | None = None
+
+    def read(self, tokens: np.ndarray, done: bool, decode: Callable[[int], np.ndarray]) -> Iterator[Event]:
+        """tokens (count,): all that the row has written so far, -1 an image token. `decode`: pixels of the image that
+        begins at a position."""
+        while self.at < len(tokens) and self.ended is None:
+            if tokens[self.at] >= 0:
+                self.run.append(int(tokens[self.at]))
+                self.at += 1
+                if self.stop:
+                    yield from self._text(False)
+                continue
+            inside = int((tokens[self.at : self.at + self.N] == -1).sum())
+            if inside < self.N:
+                if not done:
+                    yield Progress(self.choice, self.images, inside / self.N)
+                    return
+                break
+            yield from self._text(True)
+            if self.ended:
+                return
+            yield Picture(self.choice, self.images, decode(self.at))
+            self.at, self.images, self.run, self.told = self.at + self.N, self.images + 1, [], 0
+        if self.ended is None:
+            yield from self._text(done)
+        if done and self.ended is None:
+            self.ended = End(self.choice, "stop" if len(tokens) and tokens[-1] == self.end else "length", len(tokens))
+            yield self.ended
+
+    def _text(self, whole: bool) -> Iterator[Event]:
+        text = self.tokenizer.decode(self.run, skip_special_tokens=True)
+        cuts = [text.index(s) for s in self.stop if s in text]
+        if cuts:
+            text, whole = text[: min(cuts)], True
+        safe = len(text) if whole else self._safe(text)
+        if safe > self.told:
+            yield Words(self.choice, text[self.told : safe])
+            self.told = safe
+        if cuts:
+            self.ended = End(self.choice, "stop", self.at)
+            yield self.ended
+
+    def _safe(self, text: str) -> int:
+        length = len(text.rstrip("\ufffd"))
+        starts = [k for s in self.stop for k in range(1, len(s)) if text.endswith(s[:k])]
+        return min(length, len(text) - max(starts, default=0))

@@ -1,0 +1,180 @@
+"""The HTTP side: OpenAI's chat completions with pictures in and out, ranking, and the page."""
+
+import asyncio
+import functools
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from starflow2_jax.sampling.scoring import describe, illustrate, rank
+from starflow2_jax.serving import completions
+from starflow2_jax.serving.answers import End, Event, Fault
+from starflow2_jax.serving.errors import ApiError, bad
+from starflow2_jax.serving.requests import Intake, chat_request, check_model, rank_request
+from starflow2_jax.serving.worker import Job, Task, Worker
+
+PAGE = Path(__file__).with_name("page.html")
+BODY_SECONDS = 60  # in which a request must have come in
+SAFETY = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints share."""
+
+    worker: Worker
+    name: str  # of the model
+    intake: Intake
+    key: str | None
+    max_body: int  # bytes
+
+    async def body(self, request: Request) -> object:
+        """The JSON of a request. Raises ApiError."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise bad("the body is JSON; send it with Content-Type: application/json")
+        data = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    data += piece
+                    if len(data) > self.max_body:
+                        raise ApiError(413, f"a request may have {self.max_body} bytes", "too_large")
+        except TimeoutError:
+            raise ApiError(408, f"the request did not come in within {BODY_SECONDS} seconds", "timeout") from None
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            raise bad("the body is not valid JSON") from None
+        check_model(body, self.name)
+        return body
+
+    def check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.key is not None and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+            raise ApiError(401, "this server wants its API key: Authorization: Bearer KEY", "invalid_api_key")
+
+
+def make_app(service: Service) -> Starlette:
+    page = PAGE.read_text()
+
+    async def index(request: Request) -> Response:
+        return HTMLResponse(page, headers=SAFETY)
+
+    async def health(request: Request) -> Response:
+        worker = service.worker
+        well = worker.is_alive() and worker.closing is None
+        state = {"status": "ok" if well else "closing", "running": worker.running, "waiting": len(worker.waiting)}
+        return JSONResponse(state, 200 if well else 503)
+
+    async def models(request: Request) -> Response:
+        model = {"id": service.name, "object": "model", "created": 0, "owned_by": "starflow2"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    def guarded(endpoint: Callable[[Request], Awaitable[Response]]):
+        @functools.wraps(endpoint)
+        async def checked(request: Request) -> Response:
+            service.check_key(request)
+            return await endpoint(request)
+
+        return checked
+
+    return Starlette(
+        routes=[
+            Route("/", index),
+            Route("/health", health),
+            Route("/v1/models", guarded(models)),
+            Route("/v1/chat/completions", guarded(functools.partial(_chat, service)), methods=["POST"]),
+            Route("/v1/rank", guarded(functools.partial(_rank, service)), methods=["POST"]),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _gone,
+            Exception: _fault,
+        },
+    )
+
+
+async def _chat(service: Service, request: Request) -> Response:
+    wanted = await run_in_threadpool(chat_request, await service.body(request), service.intake)
+    loop, events = asyncio.get_running_loop(), asyncio.Queue()
+    job = Job(wanted, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+    service.worker.submit(job)
+    frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+    gone = asyncio.ensure_future(_disconnected(request))
+    story = _events(service.worker, job, events, gone)
+    first = await anext(story)  # an error of the prompt has its own status, streamed or not
+    if wanted.stream:
+        lines = completions.stream(story, first, frame, wanted.include_usage)
+        return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return JSONResponse(await completions.whole(story, first, frame, len(wanted.seeds)))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future) -> AsyncIterator[Event]:
+    """What becomes of a job until all of its choices have ended. A client that goes away frees its rows."""
+    open_choices = len(job.request.seeds)
+    try:
+        while open_choices:
+            coming = asyncio.ensure_future(events.get())
+            await asyncio.wait((coming, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                coming.cancel()
+                raise ClientDisconnect
+            event = coming.result()
+            if isinstance(event, Fault):
+                raise event.error
+            open_choices -= isinstance(event, End)
+            yield event
+    finally:
+        gone.cancel()
+        if open_choices:
+            worker.cancel(job)
+
+
+async def _rank(service: Service, request: Request) -> Response:
+    image, captions, by_image = await run_in_threadpool(rank_request, await service.body(request), service.intake)
+    sampler, template = service.worker.sampler, illustrate if by_image else describe
+    task = Task(lambda: rank(sampler, image, captions, by_image, template))
+    service.worker.submit(task)
+    pairs = await asyncio.wrap_future(task.result)
+    data = [{"caption": caption, "nats": nats} for caption, nats in pairs]
+    return JSONResponse({"object": "list", "model": service.name, "by": "image" if by_image else "text", "data": data})
+
+
+async def _api_error(request: Request, error: ApiError) -> Response:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
+    return JSONResponse(error.body(), error.status, headers.get(error.status))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return JSONResponse(ApiError(500, "the server failed; its log says why").body(), 500)

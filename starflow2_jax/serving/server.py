@@ -1,0 +1,65 @@
+"""A sampler, its worker and uvicorn together; SIGTERM and SIGINT end them in order."""
+
+import signal
+from dataclasses import dataclass
+
+import uvicorn
+
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.codec import PatchCodec
+from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.serving.app import Service, make_app
+from starflow2_jax.serving.requests import Intake
+from starflow2_jax.serving.worker import Worker
+
+
+@dataclass(frozen=True)
+class Limits:
+    rows: int = 8  # answers that are written at once
+    max_queue: int = 32  # requests that may wait
+    max_tokens: int = 512  # positions of an answer, image tokens included
+    max_pixels: int = 16_000_000  # of the images of a request together
+    max_body: int = 32_000_000  # bytes of a request
+    grace: float = 20.0  # seconds that running requests have when the server is told to end
+    jacobi: int = 1  # image tokens solved for at once
+
+
+class Server(uvicorn.Server):
+    """`run()` serves until it is told to end: running requests finish within the grace time, the others get 503."""
+
+    def __init__(self, sampler: Sampler, name: str, limits: Limits, host: str, port: int, key: str | None = None):
+        if not isinstance(sampler.codec, PatchCodec):
+            raise UserError(
+                "this checkpoint writes latents, not pixels, so there is nothing to show; serve one with pixels"
+            )
+        self.limits = limits
+        self.worker = Worker(sampler, limits.rows, limits.max_tokens, limits.max_queue, jacobi=limits.jacobi)
+        vision = sampler.model.cfg.vlm.vision is not None
+        intake = Intake(
+            sampler.codec.image_channels, tuple(sampler.codec.image_size), vision, limits.max_pixels,
+            self.worker.max_tokens, limits.rows,
+        )  # fmt: skip
+        app = make_app(Service(self.worker, name, intake, key, limits.max_body))
+        config = uvicorn.Config(
+            app, host, port, log_level="warning", server_header=False, lifespan="off", ws="none",
+            timeout_graceful_shutdown=int(limits.grace) + 5,
+        )  # fmt: skip
+        super().__init__(config)
+
+    def handle_exit(self, sig, frame) -> None:
+        self.worker.close(self.limits.grace)
+        super().handle_exit(sig, frame)
+
+    def run(self, sockets=None) -> None:
+        self.worker.start()
+        try:
+            super().run(sockets)
+        finally:
+            self.worker.close(0)
+            self.worker.join()
+
+
+def end_quietly() -> None:
+    """uvicorn raises the signal that ended it once more; here that is the end of a normal run. Main thread only."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)

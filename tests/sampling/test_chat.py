@@ -1,0 +1,105 @@
+"""A conversation that goes on from its caches against one that is read anew."""
+
+import builtins
+import copy
+
+import numpy as np
+import pytest
+import tiny
+
+from starflow2_jax.commands.chat import converse, parse
+from starflow2_jax.data import tokenizer as tokenizers
+from starflow2_jax.data.documents import DocumentError, Image, Text, as_pillow
+from starflow2_jax.sampling.chat import Chat, flat, unflat
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
+
+N = tiny.CONFIG.tokens
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def sampler(template: str | None = None) -> Sampler:
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = template
+    return Sampler(tiny.MODEL, tiny.params(), tokenizer, tiny.CODEC, max_positions=256)
+
+
+def lengths(sampler: Sampler, document) -> int:
+    return len(sampler.encoder(document, closed=False)["tokens"])
+
+
+def state(session) -> np.ndarray:
+    return np.asarray(session.rows.mean[0])
+
+
+def test_a_turn_reads_only_what_is_new():
+    """With a template: two turns, the first one's answer with an image, against reading the whole conversation."""
+    model = sampler(TEMPLATE)
+    options = SampleOptions(max_tokens=N + 2, image_first=True)
+    chat = Chat(model, options, seed=3)
+    asked = [Image(tiny.pixels(1)), Text("mirror it")]
+    answer = chat.say(asked)
+    assert any(isinstance(part, Image) for part in answer)
+    computed = int(chat.session.computed[0])
+    more = chat._added([*chat.turns, ("user", [Text("and now?")])])
+    text, images = flat(more)
+    assert images == [] and text == "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
+    chat.session.read([more])
+    assert chat.session.computed[0] == computed + lengths(model, more)
+    turns = [("user", asked), ("assistant", answer), ("user", [Text("and now?")])]
+    anew = model.session(options, [3])
+    anew.read([tokenizers.chat(model.tokenizer, turns)])
+    assert anew.computed == chat.session.computed
+    np.testing.assert_allclose(state(chat.session), state(anew), atol=1e-4)
+
+
+@pytest.mark.parametrize("written", [1, 3, N + 1])
+def test_an_image_that_was_cut_off(written):
+    """Of an image cut off by max_tokens nothing is left in the caches; one that lacks only its end gets it."""
+    model = sampler()
+    chat = Chat(model, SampleOptions(max_tokens=written, image_first=True, guidance=1.0), seed=1)
+    answer = chat.say([Text("draw an eight")])
+    assert len(answer) == (written == N + 1)
+    chat.say([Text(" and now?")], SampleOptions(max_tokens=1, guidance=1.0, max_images=0, temperature=0))
+    anew = model.session(SampleOptions(max_tokens=1, guidance=1.0, max_images=0, temperature=0), [1])
+    anew.read([[Text("draw an eight"), *answer, Text(" and now?")]])
+    anew.write()
+    assert (np.asarray(anew.rows.caches.length)[0] == np.asarray(chat.session.rows.caches.length)[0]).all()
+    assert anew.rows.token == chat.session.rows.token
+    np.testing.assert_allclose(state(chat.session), state(anew), atol=1e-4)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="stop strings"):
+        Chat(sampler(), SampleOptions(stop=("a",)))
+    with pytest.raises(DocumentError, match="nothing was said"):
+        Chat(sampler()).say([])
+    chat = Chat(sampler(TEMPLATE.replace("{{ m.role }}", "{{ messages | length }}")), SampleOptions(max_tokens=2))
+    chat.say([Text("draw")])
+    with pytest.raises(DocumentError, match="changes earlier turns"):
+        chat.say([Text("draw")])
+    document = [Text("a"), Image(tiny.pixels(1)), Image(tiny.pixels(2)), Text("b")]
+    assert unflat(*flat(document)) == document
+
+
+def test_terminal(tmp_path, monkeypatch, capsys):
+    as_pillow(tiny.pixels(1)).save(tmp_path / "a.png")
+    a = str(tmp_path / "a.png")
+    assert [type(p) for p in parse(f"add {a} and /image {a}", 1)] == [Text, Image, Text, Image]
+    assert parse("draw a.png", 1) == [Text("draw a.png")]
+    lines = iter(["", "/image missing.png", f"{a} mirror it", KeyboardInterrupt])
+
+    def given(prompt):
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(builtins, "input", given)
+    converse(Chat(sampler(), SampleOptions(max_tokens=N + 2, image_first=True)), tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert "! the image missing.png does not exist" in shown and f"[{tmp_path / 'out' / '000.png'}]" in shown
+    assert (tmp_path / "out" / "000.png").is_file()

@@ -1,0 +1,117 @@
+"""The page in a headless Chromium: a script types, clicks and looks. Needs chromium and chromedriver on PATH."""
+
+import shutil
+
+import pytest
+import tiny
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from starflow2_jax.data.documents import as_pillow
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def page(running):
+    options = webdriver.ChromeOptions()
+    for argument in (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "disable-gpu",
+        "window-size=900,1000",
+        "no-proxy-server",
+    ):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    assert all(programs.values()), f"the page's tests need {' and '.join(programs)} on PATH"
+    options.binary_location = programs["chromium"]  # with both given, selenium looks for no downloads
+    driver = webdriver.Chrome(options=options, service=Service(programs["chromedriver"]))
+    driver.get(running[1])
+    yield driver
+    wrong = [
+        entry
+        for entry in driver.get_log("browser")
+        if entry["level"] == "SEVERE" and "400 (Bad" not in entry["message"]
+    ]
+    driver.quit()
+    assert not wrong
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    as_pillow(tiny.pixels(3)).resize((60, 40)).save(tmp_path / "scan.png")
+    return str(tmp_path / "scan.png")
+
+
+def find(page, css: str):
+    return page.find_element(By.CSS_SELECTOR, css)
+
+
+def put(page, css: str, value: str) -> None:
+    field = find(page, css)
+    field.clear()
+    field.send_keys(value)
+
+
+def send(page, panel: str) -> None:
+    """Click, and wait until the answer is whole."""
+    find(page, f"#{panel} .go").click()
+    WebDriverWait(page, 300).until(lambda p: find(p, f"#{panel} .go").is_enabled())
+
+
+def sizes(page, css: str) -> list:
+    """Widths of the pictures that are shown; 0: broken."""
+    return page.execute_script("return [...document.querySelectorAll(arguments[0])].map(i => i.naturalWidth)", css)
+
+
+def test_draws(page):
+    WebDriverWait(page, 60).until(lambda p: find(p, "#model").text == "tiny")
+    find(page, "#settings summary").click()
+    for name, value in (("max_tokens", "30"), ("seed", "5")):
+        put(page, f"#{name}", value)
+    put(page, "#draw [name=text]", "draw an eight")
+    send(page, "draw")
+    assert sizes(page, "#draw .out img") == [6] and find(page, "#wrong").text == ""
+    assert not page.find_elements(By.CSS_SELECTOR, "progress, [aria-busy]")
+
+
+def test_chats_with_pictures(page, picture):
+    find(page, "#tab-chat").click()
+    assert not find(page, "#draw").is_displayed()
+    find(page, "#chat [name=image]").send_keys(picture)
+    put(page, "#chat textarea", "read it")
+    send(page, "chat")
+    put(page, "#chat textarea", "<b>and</b> now?")
+    send(page, "chat")
+    said = [box.get_attribute("class") for box in page.find_elements(By.CSS_SELECTOR, "#chat .say")]
+    assert said == ["say user", "say assistant"] * 2
+    assert sizes(page, "#chat .say.user img") == [60] and 0 not in sizes(page, "#chat .say.assistant img")
+    assert "<b>and</b> now?" in find(page, "#chat .say.user:nth-of-type(3)").text
+    put(page, "#chat textarea", "draw " * 300)
+    send(page, "chat")
+    assert "shorten the prompt" in find(page, "#wrong").text
+    assert len(page.find_elements(By.CSS_SELECTOR, "#chat .say")) == 4
+    find(page, "#fresh").click()
+    assert not page.find_elements(By.CSS_SELECTOR, "#chat .say")
+
+
+def test_edits(page, picture):
+    find(page, "#tab-edit").click()
+    find(page, "#edit [name=image]").send_keys(picture)
+    put(page, "#edit [name=text]", "mirror it")
+    send(page, "edit")
+    assert sizes(page, "#edit .say.user img") == [60] and sizes(page, "#edit .say.assistant img") == [6]
+
+
+def test_ranks(page, picture):
+    find(page, "#tab-rank").click()
+    find(page, "#rank [name=image]").send_keys(picture)
+    put(page, "#rank textarea", "an eight\n\na seven")
+    send(page, "rank")
+    rows = [row.text.rsplit(" ", 1) for row in page.find_elements(By.CSS_SELECTOR, "#rank tbody tr")]
+    assert sorted(caption for caption, _ in rows) == ["a seven", "an eight"] and float(rows[0][1]) >= float(rows[1][1])

@@ -1,0 +1,365 @@
+"""The server as its clients have it: real HTTP, the openai package, the tiny random model."""
+
+import base64
+import io
+import json
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import tiny
+from live import KEY, LIMITS, served
+from PIL import Image as Pillow
+
+from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.sampling.engine import SampleOptions
+from starflow2_jax.sampling.scoring import rank
+
+N = tiny.CONFIG.tokens
+ASK = [{"role": "user", "content": "draw an eight"}]
+
+
+def data_url(image: Pillow.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def pixels_of(url: str) -> np.ndarray:
+    with Pillow.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
+        return np.asarray(image, np.float32)[..., None] / 127.5 - 1
+
+
+def image_part(url: str, **more) -> dict:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def ask(client, messages=ASK, **options):
+    known = {
+        k: options.pop(k)
+        for k in ("max_tokens", "seed", "temperature", "top_p", "stop", "n", "stream", "stream_options")
+        if k in options
+    }
+    return client.chat.completions.create(model="tiny", messages=messages, extra_body=options, **known)
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
+
+
+def the_same(parts: list[dict], document) -> None:
+    """An answer of the server and one of the sampler."""
+    assert [p["type"] for p in parts] == ["text" if isinstance(p, Text) else "image_url" for p in document]
+    for part, want in zip(parts, document, strict=True):
+        if isinstance(want, Text):
+            assert part["text"] == want.text
+        else:
+            np.testing.assert_allclose(pixels_of(part["image_url"]["url"]), np.clip(want.pixels, -1, 1), atol=0.01)
+
+
+def test_text_and_images_out_are_the_samplers(client, sampler):
+    answer = ask(
+        client,
+        max_tokens=30,
+        seed=5,
+        temperature=0.8,
+        image_first=True,
+        guidance=1.5,
+        max_images=1,
+        image_temperature=0.5,
+    )
+    options = SampleOptions(0.8, 0.5, 1.5, 30, image_first=True, max_images=1)
+    [want] = sampler.generate([[Text("draw an eight")]], options, seed=5)
+    message = answer.choices[0].message
+    the_same(message.parts, want)
+    assert message.images == [p for p in message.parts if p["type"] == "image_url"] and len(message.images) == 1
+    assert answer.usage.prompt_tokens == len(sampler.tokenizer.encode("draw an eight"))
+    assert answer.usage.completion_tokens == 30 and answer.choices[0].finish_reason == "length"
+    assert client.models.list().data[0].id == "tiny"
+
+
+def test_image_in(client, sampler):
+    scan = as_pillow(tiny.pixels(3))
+    messages = [{"role": "user", "content": [image_part(data_url(scan)), {"type": "text", "text": "mirror it"}]}]
+    answer = ask(client, messages, max_tokens=N + 6, seed=2, image_first=True)
+    given = Image(np.asarray(scan, np.float32)[..., None] / 127.5 - 1)
+    options = SampleOptions(max_tokens=N + 6, image_first=True)
+    [want] = sampler.generate([[given, Text("mirror it")]], options, seed=2)
+    the_same(answer.choices[0].message.parts, want)
+    other = [{"role": "user", "content": [image_part(data_url(as_pillow(-tiny.pixels(3)))), messages[0]["content"][1]]}]
+    assert (
+        ask(client, other, max_tokens=N + 6, seed=2, image_first=True).choices[0].message.images
+        != answer.choices[0].message.images
+    )
+    large = scan.resize((60, 40)), scan.resize((40, 60))
+    for image, via in zip(large, ("flow", "vit"), strict=True):  # of any size: scaled, or seen by the vision tower
+        seen = [{"role": "user", "content": [image_part(data_url(image), via=via), {"type": "text", "text": "read"}]}]
+        assert ask(client, seen, max_tokens=3, max_images=0).usage.completion_tokens >= 1
+    back = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "and now?"}]
+    assert ask(client, back, max_tokens=2).usage.prompt_tokens > answer.usage.prompt_tokens + N
+
+
+def test_stream_tells_the_same(client):
+    options = dict(max_tokens=40, seed=7, image_first=True, max_images=1)
+    whole = ask(client, **options)
+    text, images, fractions, reasons, usage = "", [], [], [], None
+    for chunk in ask(client, stream=True, stream_options={"include_usage": True}, **options):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            images += getattr(choice.delta, "images", [])
+            fractions += [p["fraction"] for p in [getattr(choice.delta, "image_progress", None)] if p]
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+    message = whole.choices[0].message
+    assert text == (message.content or "") and images == message.images and usage == whole.usage
+    assert fractions == [3 / N] and reasons == ["length"]  # a chunk is four positions, <|vision_start|> is the first
+
+
+def test_choices(client):
+    three = ask(client, max_tokens=12, n=3, seed=4, max_images=0)
+    alone = [ask(client, max_tokens=12, seed=4 + i, max_images=0) for i in range(3)]
+    texts = [c.message.content for c in three.choices]
+    assert texts == [a.choices[0].message.content for a in alone] and len(set(texts)) == 3
+    assert three.usage.completion_tokens == sum(a.usage.completion_tokens for a in alone)
+    greedy = [ask(client, max_tokens=6, temperature=0, seed=s, max_images=0).choices[0].message.content for s in (1, 2)]
+    narrow = ask(client, max_tokens=6, top_p=0, seed=3, max_images=0).choices[0].message.content
+    assert greedy[0] == greedy[1] == narrow
+
+
+def test_stop(client):
+    options = dict(max_tokens=30, seed=3, max_images=0)
+    full = ask(client, **options)
+    text = full.choices[0].message.content
+    cut = ask(client, stop=["@@@", text[8:10]], **options)
+    assert cut.choices[0].message.content == text[: text.index(text[8:10])] and cut.choices[0].finish_reason == "stop"
+    assert 0 < cut.usage.completion_tokens < full.usage.completion_tokens
+    chunks = ask(client, stop=text[8:10], stream=True, **options)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == cut.choices[0].message.content
+
+
+def test_alone_and_in_company(client, running):
+    """More requests than rows, of every kind, all at once: each answer as if alone."""
+    kinds = [
+        dict(max_tokens=5 + 9 * i, seed=i, temperature=[0, 0.7, 1.3][i % 3], image_first=i % 2 == 0, guidance=i % 3, top_p=1 - 0.1 * i)
+        for i in range(6)
+    ]  # fmt: skip
+    prompts = [[{"role": "user", "content": "draw " * (1 + 7 * i)}] for i in range(6)]
+    alone = [ask(client, p, **k).choices[0].message.parts for p, k in zip(prompts, kinds, strict=True)]
+    with ThreadPoolExecutor(6) as pool:
+        company = list(
+            pool.map(lambda pk: ask(client, pk[0], **pk[1]).choices[0].message.parts, zip(prompts, kinds, strict=True))
+        )
+    for one, many in zip(alone, company, strict=True):
+        assert [p.get("text") for p in one] == [p.get("text") for p in many]
+        for a, b in zip(one, many, strict=True):
+            if a["type"] == "image_url":
+                np.testing.assert_allclose(
+                    pixels_of(a["image_url"]["url"]), pixels_of(b["image_url"]["url"]), atol=0.02
+                )
+
+
+BAD = [
+    ({"messages": []}, 400, "at least one message"),
+    ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "role"),
+    ({"messages": [{"role": "user", "content": ""}]}, 400, "empty"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "a part is"),
+    ({"messages": [{"role": "user", "content": [image_part("https://example.com/a.png")]}]}, 400, "fetches no addresses"),
+    ({"messages": [{"role": "user", "content": [image_part("data:image/png;base64,!!")]}]}, 400, "not base64"),
+    ({"messages": [{"role": "user", "content": [image_part("data:image/png;base64,AAAA")]}]}, 400, "cannot be read"),
+    ({"messages": [{"role": "user", "content": [image_part("data:image/gif;base64,AAAA")]}]}, 400, "base64 data URL"),
+    ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, "last message"),
+    ({"messages": [{"role": "user", "content": "draw " * 300}]}, 400, "exceed the 256"),
+    ({"messages": [{"role": "user", "content": "draw " * 100}], "max_tokens": 200}, 400, "exceed the 256"),
+    ({"temperature": "hot"}, 400, "temperature is a number"),
+    ({"temperature": -1}, 400, "temperature is from"),
+    ({"guidance": float("nan")}, 400, "guidance is a number"),
+    ({"max_tokens": 1.5}, 400, "without fraction"),
+    ({"max_tokens": 201}, 400, "at most on this server"),
+    ({"n": 4}, 400, "n may be 3"),
+    ({"stop": [1]}, 400, "stop is"),
+    ({"stream": "yes"}, 400, "wrong type"),
+    ({"image_first": True, "max_images": 0}, 400, "max_images is 0"),
+    ({"tools": [{"type": "function"}]}, 400, "'tools' is not supported"),
+    ({"model": "huge"}, 404, "no model 'huge'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, status, message", BAD)
+def test_bad_requests(address, change, status, message):
+    body = json.dumps({"model": "tiny", "messages": ASK, "max_tokens": 4, **change})
+    answer = httpx.post(
+        f"{address}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}, trust_env=False
+    )
+    error = answer.json()["error"]
+    assert answer.status_code == status and message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_bad_http(address):
+    with httpx.Client(base_url=address, trust_env=False) as http:
+        url = "/v1/chat/completions"
+        found = [
+            http.post(url, content=b"{", headers={"Content-Type": "application/json"}),
+            http.post(url, content=b"[" * 100_000, headers={"Content-Type": "application/json"}),
+            http.post(url, content=b"{}", headers={"Content-Type": "text/plain"}),
+            http.post(url, content=b" " * 300_000, headers={"Content-Type": "application/json"}),
+            http.get(url),
+            http.get("/v1/nothing"),
+        ]
+        assert [f.status_code for f in found] == [400, 400, 400, 413, 405, 404]
+        assert all(f.json()["error"]["message"] for f in found)
+        assert http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+        assert "default-src 'none'" in http.get("/").headers["content-security-policy"]
+
+
+def test_oversized_images(client):
+    """Refused by its header: a picture of 400 million pixels is never decoded."""
+    for image in (Pillow.new("1", (20_000, 20_000)), Pillow.new("L", (101, 100))):
+        with pytest.raises(openai.APIStatusError, match="10000 pixels together") as refused:
+            ask(client, [{"role": "user", "content": [image_part(data_url(image))]}])
+        assert refused.value.status_code == 413
+    small = image_part(data_url(Pillow.new("L", (90, 90))))
+    with pytest.raises(openai.APIStatusError, match="together"):
+        ask(client, [{"role": "user", "content": [small, small]}])
+
+
+def test_rank(address, sampler):
+    scan = as_pillow(tiny.pixels(3))
+    body = {"image": data_url(scan), "captions": ["draw an eight", "a seven"]}
+    with httpx.Client(base_url=address, trust_env=False, timeout=60) as http:
+        answer = http.post("/v1/rank", json=body).json()["data"]
+        assert http.post("/v1/rank", json=body | {"captions": []}).status_code == 400
+    want = rank(sampler, np.asarray(scan, np.float32)[..., None] / 127.5 - 1, body["captions"])
+    assert [a["caption"] for a in answer] == [caption for caption, _ in want]
+    np.testing.assert_allclose([a["nats"] for a in answer], [nats for _, nats in want], rtol=1e-3)
+
+
+def held(worker):
+    """The device's thread stands still in a task until the event is set."""
+    from starflow2_jax.serving.worker import Task
+
+    entered, leave = threading.Event(), threading.Event()
+    worker.submit(Task(lambda: (entered.set(), leave.wait(60))))
+    assert entered.wait(60)
+    return leave
+
+
+def test_full_queue(client, running):
+    worker = running[0].worker
+    leave = held(worker)
+    with ThreadPoolExecutor(LIMITS.max_queue) as pool:
+        asked = [pool.submit(ask, client, max_tokens=2, seed=i) for i in range(LIMITS.max_queue)]
+        wait_until(lambda: len(worker.waiting) == LIMITS.max_queue)
+        with pytest.raises(openai.RateLimitError, match="6 requests are waiting"):
+            ask(client)
+        leave.set()
+        assert all(a.result().choices for a in asked)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(address, running, client, stream, monkeypatch):
+    """The batch stands still after the first chunk, until the server knows that the client is gone."""
+    worker, go_on, begun = running[0].worker, threading.Event(), []
+    report = worker._report
+
+    def stand():
+        begun.extend(w for w in worker.writing if w)
+        report()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(worker, "_report", stand)
+    body = {"model": "tiny", "messages": ASK, "max_tokens": 60, "seed": 1, "stream": stream, "image_first": True}
+    with httpx.Client(base_url=address, trust_env=False, timeout=60) as http:
+        if stream:
+            request = http.build_request("POST", "/v1/chat/completions", json=body)
+            http.send(request, stream=True).close()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/chat/completions", json=body, timeout=1)
+        wait_until(lambda: begun and begun[0][0].cancelled)
+    go_on.set()
+    wait_until(lambda: not worker.running and not worker.waiting)
+    [(_, answer)] = begun
+    assert answer.ended is None
+    monkeypatch.undo()
+    assert ask(client, max_tokens=2).choices
+
+
+def test_a_fault_leaves_the_others_alone(client, running, monkeypatch):
+    """A request that fails in reading, and one that fails in its answer, beside one that does not."""
+    worker = running[0].worker
+    want = ask(client, max_tokens=30, seed=1, image_first=True).choices[0].message.parts
+    read, pixels = worker._read, worker._pixels
+
+    def broken(job):
+        if job.request.seeds == [666]:
+            raise RuntimeError("broken")
+        return read(job)
+
+    monkeypatch.setattr(worker, "_read", broken)
+    monkeypatch.setattr(
+        worker, "_pixels", lambda i, at: pixels(i, at) * (np.nan if worker.writing[i][0].request.seeds == [667] else 1)
+    )
+    leave = held(worker)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(ask, client, max_tokens=30, seed=s, image_first=True) for s in (666, 667, 1)]
+        wait_until(lambda: len(worker.waiting) == 3)
+        leave.set()
+        for failed, message in zip(asked, ("inside the server", "no image"), strict=False):
+            with pytest.raises(openai.InternalServerError, match=message):
+                failed.result()
+        assert asked[2].result().choices[0].message.parts == want
+    wait_until(lambda: not worker.running)
+
+
+def test_key(sampler):
+    with served(sampler, key=KEY) as (_, address), httpx.Client(base_url=address, trust_env=False) as http:
+        right = {"Authorization": f"Bearer {KEY}".encode()}
+        wrong = [{}, {"Authorization": "Bearer sesame"}, {"Authorization": "Bearer x"}]
+        for url, method in (("/v1/models", "GET"), ("/v1/chat/completions", "POST"), ("/v1/rank", "POST")):
+            answers = [http.request(method, url, headers=h) for h in wrong]
+            assert [a.status_code for a in answers] == [401] * 3
+            assert answers[0].json()["error"]["code"] == "invalid_api_key"
+        assert http.get("/v1/models", headers=right).status_code == 200 == http.get("/health").status_code
+
+
+@pytest.mark.parametrize("grace, finished", [(60.0, True), (0.0, False)])
+def test_shutdown(sampler, grace, finished):
+    """On SIGTERM what runs is finished, or gets 503 when the time is up; what waits gets 503."""
+    limits = replace(LIMITS, rows=1, grace=grace)
+    with served(sampler, limits) as (server, address):
+        client = openai.OpenAI(
+            base_url=f"{address}/v1", api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)
+        )
+        leave = held(server.worker)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(ask, client, max_tokens=60, seed=1, max_images=0, stop="never")
+            wait_until(lambda: len(server.worker.waiting) == 1)
+            second = pool.submit(ask, client, max_tokens=60, seed=2)
+            wait_until(lambda: len(server.worker.waiting) == 2)
+            chunks = iter(range(2))
+            turn = server.worker._report
+
+            def report():
+                turn()
+                if next(chunks, 1) == 0:
+                    server.handle_exit(signal.SIGTERM, None)
+
+            server.worker._report = report
+            leave.set()
+            with pytest.raises(openai.InternalServerError, match="closing") as refused:
+                second.result()
+            assert refused.value.status_code == 503
+            if finished:
+                assert first.result().usage.completion_tokens > 4
+            else:
+                with pytest.raises(openai.InternalServerError, match="closing"):
+                    first.result()
