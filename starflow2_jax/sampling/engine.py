@@ -181,7 +181,7 @@ class Session:
         lengths = np.array([len(f["tokens"]) for f in features], np.int32)
         ends = np.array([f["positions"].max(initial=-1) + 1 for f in features], np.int32)
         images, patches = (max(len(f.get(name, ())) for f in features) for name in ("latents", "patches"))
-        shape = Shape(len(features), _bucket(lengths.max()), max(images, 1), patches)
+        shape = Shape(len(features), bucket(lengths.max()), max(images, 1), patches)
         given = self.sampler.place((collate(features, shape), lengths, ends))
         self.rows = self._call(steps.read, self.rows, given[0], lane, *given[1:])
 
@@ -215,7 +215,7 @@ class Session:
         if not all(some or o.image_first for some, o in zip(asked[: self.size], self.options, strict=False)):
             raise DocumentError("a prompt is empty; give some text or an image")
         self._make_room(0, self.longest)
-        T, B = _bucket(self.longest), len(self.options)
+        T, B = bucket(self.longest), len(self.options)
         idle = np.arange(B) >= self.size
         controls = Controls.of(self.options, self.program.branches)
         fresh = np.full((B, T), -2, np.int32), np.zeros((B, T, self.sampler.codec.channels), np.float32)
@@ -277,7 +277,7 @@ class Session:
                 f"a prompt of {used + reading} positions and {writing} to generate exceed the {most} that the model was "
                 "made for; shorten the prompt or generate less"
             )
-        slots = _bucket(used + max(_bucket(reading), reading + writing + self.program.jacobi))
+        slots = bucket(used + max(bucket(reading), reading + writing + self.program.jacobi))
         if slots > self.rows.caches.vlm.keys.shape[2]:
             self.rows = self.sampler.place(row.with_room(self.rows, slots))
 
@@ -295,7 +295,7 @@ def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
     return np.array([*seeds, *[0] * spare], np.int64).astype(np.uint32)
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
     """BUCKET times the least power of two that holds `length`."""
     return BUCKET * 2 ** max(0, int(np.ceil(np.log2(max(length, 1) / BUCKET))))
 

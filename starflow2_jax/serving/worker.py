@@ -16,7 +16,7 @@ from starflow2_jax.data.documents import Document, DocumentError, Text
 from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
-from starflow2_jax.sampling.engine import BUCKET, Sampler, Session
+from starflow2_jax.sampling.engine import Sampler, Session, bucket
 from starflow2_jax.sampling.rows import Rows, SampleOptions
 from starflow2_jax.serving.answers import Answer, Event, Fault, Picture, Started
 from starflow2_jax.serving.errors import ApiError
@@ -67,7 +67,7 @@ class Worker(threading.Thread):
         self.max_tokens = min(max_tokens, sampler.max_positions - 1)
         self.positions = sampler.max_positions
         self.widest = replace(WIDEST, jacobi=jacobi)
-        self.slots, self.written = _power(self.positions + jacobi), _power(self.max_tokens)
+        self.slots, self.written = bucket(self.positions + jacobi), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
         self.news = threading.Condition()
         self.closing: float | None = None  # when the running requests are given up
@@ -249,10 +249,6 @@ def _widened(rows: Rows, length: int) -> Rows:
     B, T, D = rows.u.shape
     tokens = jnp.full((B, length), -2, jnp.int32).at[:, :T].set(rows.tokens)
     return rows.replace(tokens=tokens, u=jnp.zeros((B, length, D)).at[:, :T].set(rows.u))
-
-
-def _power(length: int) -> int:
-    return BUCKET * 2 ** max(0, (-(-length // BUCKET) - 1).bit_length())
 
 
 def _finish(task: Task) -> None:
