@@ -27,7 +27,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.model.grid = (4, 4)
     c.model.channels = 4
     c.model.vlm = dict(
-        vocabulary=400, layers=3, width=128, heads=2, kv_heads=1, head_dim=64, mlp_hidden=384,
+        vocabulary=416, layers=3, width=128, heads=2, kv_heads=1, head_dim=64, mlp_hidden=384,
         rotary_sections=(8, 12, 12), rotary_theta=1e4, embedding_std=1.0, unroll=3,
     )  # fmt: skip
     c.model.vlm.vision = dict(

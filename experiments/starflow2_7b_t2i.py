@@ -77,7 +77,7 @@ def small(c: ConfigDict) -> ConfigDict:
     c.codec = dict(kind="patch", patch=2, image_channels=1)
     c.model.update(grid=(4, 4), channels=4, adapter_hidden=32, deep_rotary_sections=(2, 3, 3))
     c.model.vlm.update(
-        vocabulary=400, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, mlp_hidden=48, rotary_sections=(2, 3, 3)
+        vocabulary=416, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, mlp_hidden=48, rotary_sections=(2, 3, 3)
     )
     c.model.vlm.vision.update(
         layers=2, width=32, heads=2, mlp_hidden=48, out_width=32, patch=2, window=4, full_attention_layers=(1,),

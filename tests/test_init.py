@@ -27,7 +27,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vlm")
-    reference_qwen.make(folder / "hf", vocab_size=400)
+    reference_qwen.make(folder / "hf", vocab_size=416)
     for name in ("tokenizer.json", "chat_template.jinja"):
         (folder / "hf" / name).unlink()
     tokenizer = tiny.tokenizer()

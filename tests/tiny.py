@@ -27,7 +27,7 @@ FLOW = TransformerConfig(
 )  # fmt: skip
 CONFIG = PretzelConfig(
     vlm=QwenConfig(
-        vocabulary=400, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, mlp_hidden=48,
+        vocabulary=416, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, mlp_hidden=48,
         rotary_sections=(2, 3, 3), rotary_theta=1e4, vision=VISION,
     ),
     grid=GRID, channels=CHANNELS, shallow=FLOW, shallow_blocks=2, deep=FLOW, adapter_hidden=24,

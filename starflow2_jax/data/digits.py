@@ -18,6 +18,7 @@ LONGEST_COUNT = 5
 CAPTIONS = (
     "{a} {word}", "draw {a} {word}", "draw the digit {word}", "write {a} {word}", "a picture of {a} {word}", "show the number {word}",
 )  # fmt: skip
+ASKEW = ", askew"  # of a warped scan: so that a plain caption asks for handwriting as it was
 READ = ("which digit is this?", "what number is shown?", "read the digit", "name this number")
 SUM = (("", " plus", " is what?"), ("add", " and", ""), ("what is the sum of", " and", "?"))
 SUM_ANSWER = " {a} plus {b} is {total}"
@@ -42,9 +43,9 @@ def split(name: str) -> tuple[np.ndarray, np.ndarray]:
     return pixels[part], labels[part]
 
 
-def caption(label: int, pixels: np.ndarray, wording: int) -> Document:
+def caption(label: int, pixels: np.ndarray, wording: int, askew: bool = False) -> Document:
     text = CAPTIONS[wording % len(CAPTIONS)].format(a="an" if label == 8 else "a", word=WORDS[label])
-    return [Text(text), Image(pixels, generate=True)]
+    return [Text(text + ASKEW * askew), Image(pixels, generate=True)]
 
 
 def read(label: int, pixels: np.ndarray, wording: int, via: str = "flow") -> Document:
@@ -114,11 +115,16 @@ class DigitDocuments:
         return self._warped(rng, rng.choice(self.of_label[digit]))
 
     def _warped(self, rng, index: int) -> np.ndarray:
-        return warped(self.pixels[index], rng) if self.warp and rng.random() < self.warp else self.pixels[index]
+        return warped(self.pixels[index], rng) if self._askew(rng) else self.pixels[index]
+
+    def _askew(self, rng) -> bool:
+        return self.warp > 0 and rng.random() < self.warp
 
     def _caption(self, rng) -> Document:
         i, wording = rng.integers(len(self.labels)), rng.integers(len(CAPTIONS))
-        document = caption(self.labels[i], self._warped(rng, i), wording)
+        askew = self._askew(rng)
+        pixels = warped(self.pixels[i], rng) if askew else self.pixels[i]
+        document = caption(self.labels[i], pixels, wording, askew)
         return document[1:] if rng.random() < self.caption_drop else document
 
     def _read(self, rng) -> Document:
@@ -142,7 +148,7 @@ class DigitDocuments:
 
 def make_tokenizer():
     """Trained on the documents' wordings."""
-    corpus = [" " + word for word in WORDS] + [*READ, *MIRROR] + [part for parts in SUM for part in parts]
+    corpus = [" " + word for word in WORDS] + [*READ, *MIRROR, ASKEW] + [part for parts in SUM for part in parts]
     corpus += [SUM_ANSWER.format(a=a, b=b, total=b) for a in WORDS for b in WORDS]
     for word in WORDS:
         corpus += [t.format(a=article, word=word) for t in CAPTIONS for article in ("a", "an")]

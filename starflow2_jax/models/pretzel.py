@@ -119,7 +119,8 @@ class Pretzel(nn.Module):
         is_flow = (inputs.modality == sequence.FLOW)[..., None]
         slot = self._slot_in_image(inputs)
 
-        x = jnp.where(is_flow, self.adapter(u_here, slot), self.vlm.embed(inputs.tokens))
+        seen = u_here if skips else jax.lax.stop_gradient(u_here)  # closed: the flow learns nothing through the VLM
+        x = jnp.where(is_flow, self.adapter(seen, slot), self.vlm.embed(inputs.tokens))
         if isinstance(inputs, Sequence) and inputs.vision is not None:
             seen = _read(self.vlm.see(inputs.vision), inputs.slot)
             x = jnp.where((inputs.modality == sequence.VIT)[..., None], seen.astype(x.dtype), x)
