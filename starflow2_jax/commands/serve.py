@@ -46,7 +46,10 @@ def run(args, _) -> None:
         args.rows, args.max_queue, args.max_tokens, args.max_pixels, args.max_body, args.grace, args.jacobi
     )  # fmt: skip
     name = args.name or Path(args.checkpoint).resolve().name
+    server = Server(sampler, name, limits, args.host, args.port, args.api_key)
+    print("compiling ...", flush=True)
+    server.worker.warm()
     end_quietly()
     print(f"serving {name} on http://{args.host}:{args.port}", flush=True)
-    Server(sampler, name, limits, args.host, args.port, args.api_key).run()
+    server.run()
     print("the server has ended")

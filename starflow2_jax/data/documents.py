@@ -25,10 +25,17 @@ class Image:
 
 
 Document = list[Text | Image]
+Said = str | np.ndarray | list[str | np.ndarray | Text | Image]
 
 
 class DocumentError(UserError):
     """A document that cannot be read or does not fit; the message is one sentence for its author."""
+
+
+def compose(said: Said) -> Document:
+    """A text, an image (an array as Image has it), or a list of such and of parts, as a document."""
+    parts = said if isinstance(said, list) else [said]
+    return [Text(p) if isinstance(p, str) else Image(p) if isinstance(p, np.ndarray) else p for p in parts]
 
 
 def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:

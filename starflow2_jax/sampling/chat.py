@@ -3,7 +3,7 @@
 import jax
 
 from starflow2_jax.data import tokenizer as tokenizers
-from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+from starflow2_jax.data.documents import Document, DocumentError, Image, Said, Text, compose
 from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
 
 
@@ -21,14 +21,14 @@ class Chat:
         self.session = sampler.session(options, [seed])
         self.turns: list[tuple[str, Document]] = []
 
-    def say(self, document: Document, options: SampleOptions | None = None) -> Document:
+    def say(self, said: Said, options: SampleOptions | None = None) -> Document:
         """Read on, and write an answer. `options`: of this turn, with the same guidance branches as the first ones.
 
         Raises DocumentError for what does not fit the model; then the conversation stands as before.
         """
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
             raise ValueError("a conversation keeps its kinds of guidance, and takes no stop strings")
-        options = options or self.options
+        options, document = options or self.options, compose(said)
         turns = [*self.turns, ("user", document)]
         more = self._added(turns) if self.sampler.tokenizer.chat_template else document
         if not more and not self.turns and not options.image_first:

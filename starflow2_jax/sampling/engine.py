@@ -181,7 +181,7 @@ class Session:
         lengths = np.array([len(f["tokens"]) for f in features], np.int32)
         ends = np.array([f["positions"].max(initial=-1) + 1 for f in features], np.int32)
         images, patches = (max(len(f.get(name, ())) for f in features) for name in ("latents", "patches"))
-        shape = Shape(len(features), bucket(lengths.max()), max(images, 1), patches)
+        shape = Shape(len(features), bucket(lengths.max()), power(images), bucket(patches) if patches else 0)
         given = self.sampler.place((collate(features, shape), lengths, ends))
         self.rows = self._call(steps.read, self.rows, given[0], lane, *given[1:])
 
@@ -297,7 +297,12 @@ def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
 
 def bucket(length: int) -> int:
     """BUCKET times the least power of two that holds `length`."""
-    return BUCKET * 2 ** max(0, int(np.ceil(np.log2(max(length, 1) / BUCKET))))
+    return BUCKET * power(-(-length // BUCKET))
+
+
+def power(count: int) -> int:
+    """The least power of two that is not below `count`, at least 1."""
+    return 1 << max(int(count) - 1, 0).bit_length()
 
 
 def _before(parts: Document, stop: tuple[str, ...]) -> Document:

@@ -15,7 +15,7 @@ from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.likelihood import image_noise, text_nll
 from starflow2_jax.models.pretzel import Pretzel
-from starflow2_jax.sampling.engine import BUCKET, Sampler
+from starflow2_jax.sampling.engine import Sampler, bucket, power
 from starflow2_jax.sequence import Sequence
 
 BATCH = 16  # documents that are read at once
@@ -154,12 +154,14 @@ def batches(sampler: Sampler, features: list[dict], size: int = BATCH) -> Iterat
     order = sorted(range(len(features)), key=lambda i: len(features[i]["tokens"]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        given = [features[i] for i in rows + rows[-1:] * (-len(rows) % sampler.mesh.size)]
+        count = power(len(rows))  # few shapes are compiled, as in sampling
+        given = [features[i] for i in rows + rows[-1:] * (count + -count % sampler.mesh.size - len(rows))]
+        patches = max(len(f.get("patches", ())) for f in given)
         shape = Shape(
             len(given),
-            -(-max(len(f["tokens"]) for f in given) // BUCKET) * BUCKET,
-            max(1, max(len(f["latents"]) for f in given)),
-            max(len(f.get("patches", ())) for f in given),
+            bucket(max(len(f["tokens"]) for f in given)),
+            power(max(len(f["latents"]) for f in given)),
+            bucket(patches) if patches else 0,
         )
         yield rows, jax.device_put(collate(given, shape), sharding.batch_sharding(sampler.mesh))
 

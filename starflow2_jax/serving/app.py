@@ -17,12 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from starflow2_jax.sampling.events import End, Event
 from starflow2_jax.sampling.scoring import describe, illustrate, rank
 from starflow2_jax.serving import completions
-from starflow2_jax.serving.answers import End, Event, Fault
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.requests import Intake, chat_request, check_model, rank_request
-from starflow2_jax.serving.worker import Job, Task, Worker
+from starflow2_jax.serving.worker import Fault, Job, Started, Task, Worker
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS = 60  # in which a request must have come in
@@ -131,7 +131,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future) -> AsyncIterator[Event]:
+async def _events(
+    worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future
+) -> AsyncIterator[Started | Event]:
     """What becomes of a job until all of its choices have ended. A client that goes away frees its rows."""
     open_choices = len(job.request.seeds)
     try:

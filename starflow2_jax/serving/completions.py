@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import ClientDisconnect
 
-from starflow2_jax.serving.answers import End, Event, Picture, Progress, Started, Words
+from starflow2_jax.sampling.events import End, Event, Picture, Progress, Words
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.images import to_url
+from starflow2_jax.serving.worker import Started
 
 
 async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choices: int) -> dict:

@@ -17,8 +17,8 @@ from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler, Session, bucket
+from starflow2_jax.sampling.events import Answer, Event, Picture
 from starflow2_jax.sampling.rows import Rows, SampleOptions
-from starflow2_jax.serving.answers import Answer, Event, Fault, Picture, Started
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.requests import ChatRequest
 
@@ -30,12 +30,26 @@ _put = jax.jit(row.put, donate_argnums=0)
 _take = jax.jit(row.take)
 
 
+@dataclass(frozen=True)
+class Started:
+    """The prompt has been read."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Nothing more comes of this request."""
+
+    error: ApiError
+
+
 @dataclass(eq=False)
 class Job:
     """A chat request in the worker's hands. `tell` is called from the worker's thread."""
 
     request: ChatRequest
-    tell: Callable[[Event], None]
+    tell: Callable[[Started | Event | Fault], None]
     cancelled: bool = False
     read: Rows | None = None  # its prompt, of one row, once it has been read
     options: SampleOptions | None = None
@@ -73,6 +87,15 @@ class Worker(threading.Thread):
         self.closing: float | None = None  # when the running requests are given up
         self.batch = self._empty()
         self.writing: list[tuple[Job, Answer] | None] = [None] * rows
+
+    def warm(self) -> None:
+        """Before the thread starts: compile what every request needs, by answering one with an image."""
+        options = SampleOptions(image_first=True)
+        most = min(self.max_tokens, self.sampler.model.cfg.tokens + 2)
+        request = ChatRequest([("user", [Text("image")])], options, most, [0], stream=False, include_usage=False)
+        self.submit(Job(request, lambda event: None))
+        while self.waiting or self.running:
+            self._turn()
 
     def submit(self, work: Job | Task) -> None:
         """Raises ApiError 429 where too many wait, 503 where the server is closing."""

@@ -18,9 +18,13 @@ KEY = "sésame"
 
 
 @contextmanager
-def served(sampler: Sampler, limits: Limits = LIMITS, key: str | None = None) -> Iterator[tuple[Server, str]]:
+def served(
+    sampler: Sampler, limits: Limits = LIMITS, key: str | None = None, warm: bool = False
+) -> Iterator[tuple[Server, str]]:
     """The server and its address."""
     server = Server(sampler, "tiny", limits, "127.0.0.1", 0, key)
+    if warm:
+        server.worker.warm()
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -52,4 +56,8 @@ def address(running) -> str:
 
 @pytest.fixture
 def client(address) -> OpenAI:
+    return openai_client(address)
+
+
+def openai_client(address: str) -> OpenAI:
     return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False))

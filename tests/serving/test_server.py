@@ -1,6 +1,7 @@
 """The server as its clients have it: real HTTP, the openai package, the tiny random model."""
 
 import base64
+import copy
 import io
 import json
 import signal
@@ -14,11 +15,12 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from live import KEY, LIMITS, served
+from live import KEY, LIMITS, openai_client, served
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow
-from starflow2_jax.sampling.engine import SampleOptions
+from starflow2_jax.data.tokenizer import chat
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.scoring import rank
 
 N = tiny.CONFIG.tokens
@@ -106,6 +108,28 @@ def test_image_in(client, sampler):
         assert ask(client, seen, max_tokens=3, max_images=0).usage.completion_tokens >= 1
     back = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "and now?"}]
     assert ask(client, back, max_tokens=2).usage.prompt_tokens > answer.usage.prompt_tokens + N
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_template_and_jacobi_passes():
+    """A server that is warm, solves for three image tokens at once, and whose tokenizer has a chat template."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = TEMPLATE
+    model = Sampler(tiny.MODEL, tiny.params(), tokenizer, tiny.CODEC, max_positions=256)
+    with served(model, replace(LIMITS, rows=2, jacobi=3), warm=True) as (server, address):
+        programs = len(server.worker.sampler.programs)
+        answer = ask(openai_client(address), max_tokens=N + 4, seed=5, image_first=True)
+        assert len(server.worker.sampler.programs) == programs  # it had compiled all that this takes
+    document = chat(tokenizer, [("user", [Text("draw an eight")])])
+    [want] = model.generate([document], SampleOptions(max_tokens=N + 4, image_first=True, jacobi=3), seed=5)
+    the_same(answer.choices[0].message.parts, want)
+    assert answer.usage.prompt_tokens == len(model.encoder(document, closed=False)["tokens"])
 
 
 def test_stream_tells_the_same(client):
@@ -336,9 +360,7 @@ def test_shutdown(sampler, grace, finished):
     """On SIGTERM what runs is finished, or gets 503 when the time is up; what waits gets 503."""
     limits = replace(LIMITS, rows=1, grace=grace)
     with served(sampler, limits) as (server, address):
-        client = openai.OpenAI(
-            base_url=f"{address}/v1", api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)
-        )
+        client = openai_client(address)
         leave = held(server.worker)
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(ask, client, max_tokens=60, seed=1, max_images=0, stop="never")

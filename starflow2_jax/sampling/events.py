@@ -5,13 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from starflow2_jax.serving.errors import ApiError
-
-
-@dataclass(frozen=True)
-class Started:
-    prompt_tokens: int
-
 
 @dataclass(frozen=True)
 class Words:
@@ -44,14 +37,7 @@ class End:
     tokens: int  # positions written, those of images included
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Nothing more comes of this request."""
-
-    error: ApiError
-
-
-Event = Started | Words | Progress | Picture | End | Fault
+Event = Words | Progress | Picture | End
 
 
 class Answer:
