@@ -136,7 +136,7 @@ class Session:
         self.options += self.options[-1:] * spare
         self.program = self._program()
         branches = self.program.branches
-        self.rows = sampler.place(row.empty_rows(sampler.model, sampler.params, _seeds(seeds, spare), branches, 0))
+        self.rows = sampler.place(row.empty_rows(sampler.model, _seeds(seeds, spare), branches))
 
     def _program(self) -> Program:
         one, sampler = self.options[0], self.sampler

@@ -1,6 +1,7 @@
 """The state of a batch that is being read and written: caches, what the last position said, and each row's own options."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -98,15 +99,16 @@ class Rows:
     count: jax.Array  # (B,) of them written
 
 
-def empty_rows(model: Pretzel, params: dict, seeds: np.ndarray, branches: tuple[str, ...], slots: int) -> Rows:
-    """Rows that have read nothing, one a seed, with room for `slots` positions."""
+@partial(jax.jit, static_argnums=(0, 2))
+def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> Rows:
+    """Rows that have read nothing, one a seed, with no room yet."""
     B, G, cfg = len(seeds), 1 + len(branches), model.cfg
 
     def number(value: int) -> jax.Array:
-        return jnp.full((B,), value, jnp.int32)  # each its own buffer: rows are donated
+        return jnp.full((B,), value, jnp.int32)
 
     return Rows(
-        caches=model.apply({"params": params}, B * G, slots, method=Pretzel.empty_caches),
+        caches=model.apply({}, B * G, 0, method=Pretzel.empty_caches),
         text=jnp.zeros((B, cfg.vlm.width), cfg.vlm.dtype),
         mean=jnp.zeros((B * G, cfg.channels)),
         scale=jnp.ones((B * G, cfg.channels)),
@@ -125,6 +127,7 @@ def empty_rows(model: Pretzel, params: dict, seeds: np.ndarray, branches: tuple[
     )
 
 
+@jax.jit
 def take(rows: Rows, indices: np.ndarray, seeds: np.ndarray) -> Rows:
     """Copies of the given rows, each with a seed of its own: continuations that share what was read."""
     B = len(rows.done)
@@ -150,6 +153,7 @@ def put(rows: Rows, index: jax.Array, one: Rows) -> Rows:
     return rest.replace(caches=caches, key=rows.key.at[index].set(one.key[0]))
 
 
+@partial(jax.jit, static_argnums=1)
 def with_room(rows: Rows, slots: int) -> Rows:
     """The same with caches of at least `slots` positions; what was read is not run again."""
 

@@ -27,7 +27,6 @@ from starflow2_jax.serving.requests import ChatRequest
 WIDEST = SampleOptions(guidance=1.0, top_p=0.5)
 log = logging.getLogger(__name__)
 _put = jax.jit(row.put, donate_argnums=0)
-_take = jax.jit(row.take)
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Worker(threading.Thread):
             job.tell(Fault(_told(error)))
             return
         index, seed = self.writing.index(None), job.request.seeds[job.placed]
-        self.batch = _put(self.batch, index, _take(job.read, np.array([0]), np.array([seed], np.uint32)))
+        self.batch = _put(self.batch, index, row.take(job.read, np.array([0]), np.array([seed], np.uint32)))
         answer = Answer(
             job.placed, self.sampler.tokenizer, self.sampler.model.cfg.tokens, self.sampler.ids.end, job.options.stop
         )  # fmt: skip
