@@ -135,13 +135,12 @@ async def _events(
     worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future
 ) -> AsyncIterator[Started | Event]:
     """What becomes of a job until all of its choices have ended. A client that goes away frees its rows."""
-    open_choices = len(job.request.seeds)
+    open_choices, coming = len(job.request.seeds), gone
     try:
         while open_choices:
             coming = asyncio.ensure_future(events.get())
             await asyncio.wait((coming, gone), return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
-                coming.cancel()
                 raise ClientDisconnect
             event = coming.result()
             if isinstance(event, Fault):
@@ -150,6 +149,7 @@ async def _events(
             yield event
     finally:
         gone.cancel()
+        coming.cancel()
         if open_choices:
             worker.cancel(job)
 
