@@ -58,6 +58,9 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     )
     c.stages = dict(text_to_image=base.copy_and_resolve_references())
     c.stages.text_to_image.steps = 200_000
+    c.stages.text_to_image.vlm_length = (
+        512  # positions of a row that are no flow image: all that this stage's VLM runs over
+    )
     c.stages.image_to_text = base.copy_and_resolve_references()
     c.stages.image_to_text.update(steps=20_000, caption_drop=0.0)
     c.stages.joint = base.copy_and_resolve_references()
@@ -93,5 +96,6 @@ def small(c: ConfigDict) -> ConfigDict:
         ("joint", dict(caption=1.0, read=1.0, mirror=1.0)),
     ):
         c.stages[name].update(rows=8, length=64, images=4, steps=1, shares=shares)
-    c.stages.pretrain.patches = 96
+    c.stages.pretrain.update(patches=96, vlm_length=0)
+    c.stages.text_to_image.vlm_length = 40
     return c

@@ -105,7 +105,7 @@ class Trainer:
             )
         optimizer = make_optimizer(cfg.optimizer, cfg.steps)
         state, frozen, data_position = self._begin(stage, optimizer, latest)
-        shape = Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)
+        shape = Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.get("vlm_length", 0))
         source = sources.documents(self.config, stage, self.codec.image_channels)
         data = iter(batches(source, self.encoder(stage), shape, self.config.data.threads))
         if data_position is not None:
@@ -192,6 +192,7 @@ class Trainer:
             text_weight=cfg.text_weight,
             accumulate=cfg.accumulate,
             ema_decay=cfg.ema,
+            vlm_length=cfg.get("vlm_length", 0),
         )
         return jax.jit(step, donate_argnums=0)
 
