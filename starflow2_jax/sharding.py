@@ -1,5 +1,6 @@
 """The mesh, and which axis of which array lies on which axis of it. Sharding is data: ordered patterns, first match wins."""
 
+import math
 import re
 
 import jax
@@ -39,7 +40,8 @@ PARAMETER_RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequence: int = 1) -> Mesh:
     """A mesh over `devices` (all there are); one size may be -1: what is left. Raises UserError where the sizes do not fit.
 
-    Where the devices are of several slices, the data axis goes over the network between them and the others stay within one.
+    Where the devices are of several slices, the data axis goes over the network between them, where it is too short fsdp
+    too; the others stay within a slice.
     """
     devices = devices or jax.devices()
     sizes, count = [data, fsdp, sequence, tensor], len(devices)
@@ -53,10 +55,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequ
     kinds = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    if sizes[0] % slices:
-        raise UserError(f"mesh data={sizes[0]} must be a multiple of the {slices} slices that the devices are of")
-    within = (sizes[0] // slices, *sizes[1:])
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices), AXES, axis_types=kinds)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(*_between(sizes, slices), devices), AXES, axis_types=kinds)
+
+
+def _between(sizes: tuple[int, ...], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The mesh within a slice and the one between slices: their product is `sizes`."""
+    over_data = math.gcd(sizes[0], slices)
+    over_fsdp = slices // over_data
+    if sizes[1] % over_fsdp:
+        raise UserError(
+            f"the devices are of {slices} slices: data={sizes[0]} (or data and fsdp={sizes[1]} together) must be a multiple "
+            "of that, so that sequence and tensor stay within a slice"
+        )
+    return (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:]), (over_data, over_fsdp, 1, 1)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
