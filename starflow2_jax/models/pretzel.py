@@ -1,6 +1,6 @@
 """Pretzel: the frozen VLM stream and the trainable flow stream, stacked and tied by two residual skips (arXiv 2605.08029)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
@@ -126,7 +126,7 @@ class Pretzel(nn.Module):
         is_flow = (inputs.modality == sequence.FLOW)[..., None]
         slot = self._slot_in_image(inputs)
 
-        mask = attention.causal_mask(inputs.segments) if caches is None else None
+        segments = inputs.segments if caches is None else None
         if vlm_length:
             y_vlm, vlm_cache = self._vlm_off_images(inputs, vlm_length), None
         else:
@@ -134,7 +134,7 @@ class Pretzel(nn.Module):
             x = jnp.where(
                 is_flow, self.adapter(seen, slot), self._words(inputs, inputs.tokens, inputs.modality, inputs.slot)
             )
-            y_vlm, vlm_cache = self.vlm(x, inputs.positions, mask, caches.vlm if caches else None)
+            y_vlm, vlm_cache = self.vlm(x, inputs.positions, None, caches.vlm if caches else None, segments)
         if not deep:
             return Output(y_vlm, None, None, None, u, logdet)
 
@@ -143,7 +143,7 @@ class Pretzel(nn.Module):
         angles = attention.multimodal_angles(
             inputs.positions, self.cfg.deep.head, self.cfg.deep_rotary_theta, self.cfg.deep_rotary_sections
         )
-        y_d, deep_cache = self.deep(c, angles, mask, caches.deep if caches else None)
+        y_d, deep_cache = self.deep(c, angles, None, caches.deep if caches else None, segments=segments)
         y_d = self.deep_norm(y_d)
         mean, scale = gaussian(self.head(y_d), "softplus", self.cfg.soft_clip)
         text = y_vlm + self.w_d(y_d).astype(y_vlm.dtype) if skips else y_vlm
@@ -167,7 +167,7 @@ class Pretzel(nn.Module):
         )
         segments = jnp.where(jnp.take_along_axis(here, at, axis=1), segments, 0)
         x = self._words(inputs, tokens, modality, slot)
-        y, _ = self.vlm(x, _read(inputs.positions, at), attention.causal_mask(segments))
+        y, _ = self.vlm(x, _read(inputs.positions, at), segments=segments)
         return jnp.where(here[..., None], _read(y, jnp.cumsum(here, axis=1) - 1), 0)
 
     def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -200,6 +200,12 @@ class Pretzel(nn.Module):
 def _read(source: jax.Array, slot: jax.Array) -> jax.Array:
     """source (B, T, D), slot (B, S) -> (B, S, D)."""
     return jnp.take_along_axis(source, slot[..., None], axis=1, mode="clip")
+
+
+def portable(cfg: PretzelConfig) -> PretzelConfig:
+    """The same model, its attention computed by the kernel that runs everywhere: what a sampler takes of a training config."""
+    streams = {name: replace(getattr(cfg, name), kernel="xla") for name in ("vlm", "shallow", "deep")}
+    return replace(cfg, **streams)
 
 
 def split(params: dict) -> tuple[dict, dict]:

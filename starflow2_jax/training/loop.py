@@ -20,7 +20,7 @@ from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.step import TrainState, finish, make_step, new_state
+from starflow2_jax.training.step import TrainState, finish, make_step, new_state, state_shardings
 from starflow2_jax.weights.qwen import load_config
 
 
@@ -150,11 +150,17 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), list(STAGES).index(stage.name))
         make = partial(new_state, stage=stage, optimizer=optimizer, key=key)
         state_shapes = jax.eval_shape(make, shapes)
+        offload = self.config.stages[stage.name].optimizer.get("offload", False)
+        layout = state_shardings(state_shapes, self.mesh, offload)
         if meta is None or meta["stage"] != stage.name:
-            layout = sharding.tree_shardings(state_shapes, self.mesh)
             return jax.jit(make, out_shardings=layout)(params), frozen, None
         wanted = {"ema": state_shapes.ema, "optimizer": state_shapes.optimizer}
-        rest = self.checkpoints.restore(latest, abstract(wanted, self.mesh))
+        placed = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            wanted,
+            {"ema": layout.ema, "optimizer": layout.optimizer},
+        )
+        rest = self.checkpoints.restore(latest, placed)
         key = jax.random.wrap_key_data(np.array(meta["key"], np.uint32))
         return (
             TrainState(np.int32(meta["stage_step"]), params, rest["ema"], rest["optimizer"], key),

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from starflow2_jax import sharding
 from starflow2_jax.config import ConfigError
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import losses
+
+HOST = "pinned_host"  # JAX's name of the host's memory that a device reads and writes
 
 
 @struct.dataclass
@@ -26,6 +29,22 @@ class TrainState:
 def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     moving = {name: params[name] for name in stage.trains}
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, moving), optimizer.init(moving), key)
+
+
+def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool = False) -> TrainState:
+    """Where a state of such shapes lies: by PARAMETER_RULES, with `offload` what the optimizer keeps in the host's memory.
+
+    Raises ConfigError where the devices reach no such memory.
+    """
+    layout = sharding.tree_shardings(shapes, mesh)
+    if not offload:
+        return layout
+    device = mesh.devices.flat[0]
+    if HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise ConfigError(
+            f"optimizer.offload needs memory of the kind {HOST}, which {device.platform} does not have here"
+        )
+    return layout.replace(optimizer=sharding.tree_shardings(shapes.optimizer, mesh, HOST))
 
 
 def loss_sums(
