@@ -52,25 +52,24 @@ class _Term:
     needed: float = 1.0  # the share of `forward` that the mathematics needs
 
 
-def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int = 0, text_chunk: int = 256) -> Flops:
-    """FLOP of one training step over a batch of `shape` (rows, length, images, patches).
+def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int = 256) -> Flops:
+    """FLOP of one training step over a batch of `shape`; `text_chunk`: positions of a row that the text head takes at once.
 
-    `vlm_length`: positions of a row that the VLM runs (0: all); `text_chunk`: positions of a row that the text head takes
-    at once. What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
+    What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
     """
     model: dict[str, float] = {}
     hardware: dict[str, float] = {}
-    for term in _terms(cfg, stage, shape, vlm_length, text_chunk):
+    for term in _terms(cfg, stage, shape, text_chunk):
         model[term.part] = model.get(term.part, 0.0) + term.forward * term.needed * term.times
         hardware[term.part] = hardware.get(term.part, 0.0) + term.forward * (term.times + term.again)
     return Flops(model, hardware)
 
 
-def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int, text_chunk: int) -> Iterator[_Term]:
-    B, S, M, P = shape.rows, shape.length, shape.images, shape.patches
+def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> Iterator[_Term]:
+    B, S, M, P, T = shape.rows, shape.length, shape.images, shape.patches, shape.vlm_length
     trains = set(stage.trains)
     vlm_moves, flow_moves = "vlm" in trains, "deep" in trains
-    positions, vlm_positions = B * S, B * (vlm_length or S)
+    positions, vlm_positions = B * S, B * (T or S)
     through = vlm_moves or "adapter" in trains  # a gradient passes through the VLM's layers
     N, D, E, E_vlm = cfg.tokens, cfg.channels, cfg.deep.width, cfg.vlm.width
 
@@ -82,11 +81,11 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int, text
         yield linear("shallow flow", D * cfg.shallow.width, B * M * N, flow_moves, flow_moves and block > 0)
         yield linear("shallow flow", 2 * D * cfg.shallow.width, B * M * N, flow_moves, flow_moves)
 
-    if not vlm_length:  # else the VLM sees no image position
+    if not T:  # else the VLM sees no image position
         moves = "adapter" in trains
         yield linear("adapter", D * cfg.adapter_hidden, positions, moves, moves and flow_moves)
         yield linear("adapter", cfg.adapter_hidden * E_vlm, positions, moves, moves)
-    yield from _stack("VLM", cfg.vlm.transformer, B, vlm_length or S, vlm_moves, through)
+    yield from _stack("VLM", cfg.vlm.transformer, B, T or S, vlm_moves, through)
     if cfg.vlm.vision and P:
         yield from _vision(cfg.vlm.vision, B, P, vlm_moves)
     if stage.text_loss:

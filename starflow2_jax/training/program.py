@@ -13,7 +13,7 @@ from starflow2_jax.data.pipeline import Shape
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.sequence import Sequence, VisionInput
 from starflow2_jax.stages import Stage
-from starflow2_jax.training.step import make_step, new_state
+from starflow2_jax.training.step import make_step, new_state, state_shardings
 
 
 def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations):
@@ -30,6 +30,7 @@ def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, dev
         text_weight=cfg.text_weight,
         accumulate=cfg.accumulate,
         ema_decay=cfg.ema,
+        vlm_length=cfg.get("vlm_length", 0),
     )
     return jax.jit(step, donate_argnums=0)
 
@@ -45,7 +46,7 @@ def in_tree(group: str, tree: str) -> bool:
 
 def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
     cfg = config.stages[stage.name]
-    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)
+    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.get("vlm_length", 0))
 
 
 def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> tuple:
