@@ -37,7 +37,16 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     c.model.grid, c.model.channels = c.codec.grid, c.codec.channels
     c.model.vlm = asdict(QWEN2_5_VL[vlm]) | dict(remat="full", kernel="xla")
     c.model.shallow_blocks = 2
-    flow = dict(width=3072, heads=24, mlp_hidden=12288, norm="rms_zero", qk_norm=True, dtype="bfloat16", remat="full", kernel="xla")
+    flow = dict(
+        width=3072,
+        heads=24,
+        mlp_hidden=12288,
+        norm="rms_zero",
+        qk_norm=True,
+        dtype="bfloat16",
+        remat="full",
+        kernel="xla",
+    )
     c.model.shallow = dict(layers=4, **flow)
     c.model.deep = dict(layers=24, **flow)
     c.model.deep_rotary_sections = (16, 24, 24)

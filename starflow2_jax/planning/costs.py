@@ -72,7 +72,9 @@ class Analysis:
         for at in computation.values():
             base = at.opcode.removesuffix("-start").removesuffix("-done")
             inner = self._wrapped(at) if at.opcode == "async-start" else None
-            moved = inner if inner else (computation, at) if base in COLLECTIVES and at.opcode != base + "-done" else None
+            moved = (
+                inner if inner else (computation, at) if base in COLLECTIVES and at.opcode != base + "-done" else None
+            )
             if at.opcode == "while":
                 now += self._loop(computation, at, times)
             elif at.opcode in ("call", "conditional"):
@@ -109,7 +111,9 @@ class Analysis:
         if at.opcode == "call":
             return [self.module.called(at, "to_apply")]
         listed = at.attribute("branch_computations")
-        names = re.findall(r"[\w.\-]+", listed) if listed else [at.attribute(f"{b}_computation") for b in ("true", "false")]
+        names = (
+            re.findall(r"[\w.\-]+", listed) if listed else [at.attribute(f"{b}_computation") for b in ("true", "false")]
+        )
         branches = [self.module.computations[n] for n in names]
         return [max(branches, key=lambda c: (sum(self.module.flops(c, i) for i in c.values()), len(c)))]
 

@@ -8,7 +8,14 @@ from functools import cached_property
 import numpy as np
 
 ARRAY = re.compile(r"\b(pred|token|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
-BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}  # the others end their name with them, or begin: f8e4m3
+BITS = {
+    "pred": 8,
+    "token": 0,
+    "s4": 4,
+    "u4": 4,
+    "s2": 2,
+    "u2": 2,
+}  # the others end their name with them, or begin: f8e4m3
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,9 @@ class Module:
         return self._through(computation, computation.get(tupled.operands[index]))
 
     def _constant(self, at: Instruction | None) -> int | None:
-        return int(at.inside) if at is not None and at.opcode == "constant" and re.fullmatch(r"-?\d+", at.inside) else None
+        return (
+            int(at.inside) if at is not None and at.opcode == "constant" and re.fullmatch(r"-?\d+", at.inside) else None
+        )
 
     def _step(self, body: Computation, index: int) -> int | None:
         new = self._element(body, body.root, index)
@@ -143,7 +152,9 @@ class Module:
             new, body = self._through(inner, inner.root), inner
         if new is None or new.opcode != "add":
             return None
-        return next((c for o in new.operands if (c := self._constant(self._through(body, body.get(o)))) is not None), None)
+        return next(
+            (c for o in new.operands if (c := self._constant(self._through(body, body.get(o)))) is not None), None
+        )
 
     def flops(self, computation: Computation, instruction: Instruction) -> float:
         """FLOP of one product, of a fusion's products, or what a kernel's author says of a kernel."""

@@ -65,7 +65,13 @@ def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimiz
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), empty_batch(model.cfg, batch_shape(config, stage))
     )  # fmt: skip
-    return abstract(state, mesh), abstract(rest, mesh), batch
+    offload = config.stages[stage.name].optimizer.get("offload", False)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        state_shardings(state, mesh, offload),
+    )
+    return state, abstract(rest, mesh), batch
 
 
 def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:
