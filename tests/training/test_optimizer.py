@@ -74,5 +74,5 @@ def test_muon_on_eight_devices_is_muon_on_one():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ConfigError, match="optimizer.name is 'adamw' or 'muon', not 'sgd'"):
+    with pytest.raises(ConfigError, match="optimizer.name is 'adamw', 'adafactor' or 'muon', not 'sgd'"):
         optimizer("sgd")

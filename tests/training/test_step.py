@@ -31,7 +31,7 @@ TEXT_WEIGHT, EMA, NOISE = 0.3, 0.999, 0.1
 
 @cache
 def batch():
-    return tiny.packed(rows=4, length=48, images=3, patches=16)
+    return tiny.packed(rows=8, length=48, images=3, patches=16)
 
 
 @cache
@@ -116,16 +116,32 @@ def test_four_micro_batches_are_one_batch():
     assert len({float(c["text"]) for c in counts}) > 1  # of unequal weight: a mean of means would differ
 
 
-def test_eight_devices_equal_one():
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+def on_a_mesh(name: str, mesh, steps: int) -> tuple[TrainState, dict]:
+    """Take the first steps of a stage on `mesh`: losses and gradients are those of one device. Returns state and frozen."""
     with jax.set_mesh(mesh):
-        state, frozen = (jax.device_put(x, sharding.tree_shardings(x, mesh)) for x in start("joint"))
+        state, frozen = (jax.device_put(x, sharding.tree_shardings(x, mesh)) for x in start(name))
         spread = jax.device_put(batch(), sharding.batch_sharding(mesh))
-        step = jax.jit(compiled("joint").__wrapped__)  # its own cache: the constraints depend on the mesh
-        for one, metrics in after("joint"):
+        step = jax.jit(compiled(name).__wrapped__)  # its own cache: the constraints depend on the mesh
+        for one, metrics in after(name)[:steps]:
             state, values = step(state, frozen, spread)
             assert_trees_close(moments(state), moments(one))
             assert_trees_close(values, metrics, 1e-5)
+    return state, frozen
+
+
+MESHES = [(8, 1, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 2, 1)]  # data, fsdp, sequence, tensor
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("joint", sizes) for sizes in MESHES] + [(name, (1, 2, 2, 2)) for name in STAGES if name != "joint"],
+)
+def test_a_mesh_equals_one_device(name, sizes):
+    on_a_mesh(name, sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True))), steps=1)
+
+
+def test_eight_devices_equal_one():
+    state, frozen = on_a_mesh("joint", sharding.make_mesh(data=2, fsdp=2, tensor=2), steps=2)
     held = state.params["deep"]["layers"]
     for kernel, shape in (
         (held["mlp"]["up"]["kernel"], (2, 16, 32)),
@@ -174,9 +190,9 @@ def test_constraints_land_in_the_compiled_program():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="data=3 fsdp=1 tensor=1 does not fit 8 devices"):
+    with pytest.raises(ValueError, match="data=3 fsdp=1 sequence=1 tensor=1 does not fit 8 devices"):
         sharding.make_mesh(data=3)
-    assert dict(sharding.make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(sharding.make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
 
 
 def test_image_nll_is_the_jacobians():
