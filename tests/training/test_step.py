@@ -1,5 +1,6 @@
 """The losses against autodiff and float64, and the step against itself on another mesh and in another cut."""
 
+import re
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -242,6 +243,28 @@ def test_cross_entropy_in_chunks_is_the_plain_one(chunk):
         jax.grad(chunked, (0, 1))(hidden, head), jax.grad(plain, (0, 1))(hidden, head), strict=True
     ):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", (None, dict(data=1, fsdp=2, tensor=4), dict(data=2, sequence=4)))
+def test_no_array_of_all_logits_is_ever_made(mesh):
+    """Forward and backward, in the compiled program: words come with a chunk's positions at most; split words stay split."""
+    B, S, E, V, chunk = 4, 64, 16, 1024, 8
+    h, head = jnp.ones((B, S, E)), jnp.ones((V, E))
+    fixed = dict(targets=jnp.zeros((B, S), jnp.int32), weights=jnp.ones((B, S)), chunk=chunk)
+
+    def text():
+        return jax.jit(jax.grad(partial(losses.text_cross_entropy, **fixed), (0, 1))).lower(h, head).compile().as_text()
+
+    if mesh is None:
+        program, tensor = text(), 1
+    else:
+        mesh = sharding.make_mesh(**mesh)
+        with jax.set_mesh(mesh):
+            program, tensor = text(), mesh.shape["tensor"]
+    shapes = [tuple(map(int, dims.split(","))) for dims in set(re.findall(r"[a-z]+[0-9]+\[([0-9,]+)\]", program))]
+    logits = [s for s in shapes if V // tensor in s and E not in s and np.prod(s) > 2 * V]
+    assert logits and max(np.prod(s) for s in logits) <= B * chunk * V // tensor
+    assert not [s for s in shapes if V in s and E not in s and tensor > 1]
 
 
 def test_losses_are_means_over_what_counts():
