@@ -23,7 +23,7 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     c = ConfigDict()
     c.seed = 0
     c.cpu_devices = 1
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)  # -1: all that is left
+    c.mesh = dict(data=1, fsdp=-1, sequence=1, tensor=1)  # -1: all that is left
     c.noise = 0.0  # deviation of the noise added to latents
     c.max_positions = 8192  # of a prompt and its answer
     c.order = order
@@ -63,7 +63,16 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     base.caption_drop = 0.1
     base.shares = {}
     base.optimizer = dict(
-        name="adamw", learning_rate=1e-4, final_fraction=0.1, warmup=2000, b1=0.9, b2=0.95, weight_decay=1e-4, clip=1.0
+        name="adamw",
+        learning_rate=1e-4,
+        final_fraction=0.1,
+        warmup=2000,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=1e-4,
+        clip=1.0,
+        moments="float32",
+        offload=False,
     )
     c.stages = dict(text_to_image=base.copy_and_resolve_references())
     c.stages.text_to_image.steps = 200_000

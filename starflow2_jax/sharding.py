@@ -55,11 +55,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequ
     kinds = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(*_between(sizes, slices), devices), AXES, axis_types=kinds)
+    return Mesh(hybrid_devices(sizes, devices), AXES, axis_types=kinds)
 
 
-def _between(sizes: tuple[int, ...], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The mesh within a slice and the one between slices: their product is `sizes`."""
+def hybrid_devices(sizes: tuple[int, ...], devices) -> np.ndarray:
+    """Devices of several slices as an array of `sizes`, one size an axis. Raises UserError where sizes and slices do not fit."""
+    slices = len({device.slice_index for device in devices})
     over_data = math.gcd(sizes[0], slices)
     over_fsdp = slices // over_data
     if sizes[1] % over_fsdp:
@@ -67,7 +68,8 @@ def _between(sizes: tuple[int, ...], slices: int) -> tuple[tuple[int, ...], tupl
             f"the devices are of {slices} slices: data={sizes[0]} (or data and fsdp={sizes[1]} together) must be a multiple "
             "of that, so that sequence and tensor stay within a slice"
         )
-    return (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:]), (over_data, over_fsdp, 1, 1)
+    within = (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:])
+    return mesh_utils.create_hybrid_device_mesh(within, (over_data, over_fsdp, 1, 1), devices)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

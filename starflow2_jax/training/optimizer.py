@@ -70,10 +70,14 @@ def _moments(name: str, cfg) -> jnp.dtype:
 
 
 def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-    """`inner`, its fp32 state kept in `dtype` between updates."""
+    """`inner`, its fp32 moments kept in `dtype` between updates."""
 
     def cast(tree, source, target):
-        return jax.tree.map(lambda x: x.astype(target) if x.dtype == source else x, tree)
+        def leaf(path, x):
+            constant = "ns_coeffs" in sharding.path_name(path)  # of Muon's iteration: no moment
+            return x.astype(target) if x.dtype == source and not constant else x
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
 
     def update(grads, state, params=None):
         updates, state = inner.update(grads, cast(state, dtype, jnp.float32), params)
@@ -83,7 +87,7 @@ def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransfo
 
 
 def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, its state in the host's memory between updates; `sharding.tree_shardings` places it there to begin with."""
+    """`inner`, its state in the host's memory between updates; `step.state_shardings` places it there to begin with."""
 
     def update(grads, state, params=None):
         updates, state = inner.update(grads, jax.device_put(state, jax.memory.Space.Device), params)
