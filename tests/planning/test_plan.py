@@ -99,7 +99,7 @@ def test_topologies(text, chips_):
         ("v6e:32x32", "v6e:16x16"),
         ("v6:16x16", "v6e:16x16"),
         ("v5e", "v5e:8x8"),
-        ("v5p:3x4x4", "v5p:2x4x4"),
+        ("v5p:3x4x4", "v5p:4x4x4"),
     ],
 )
 def test_wrong_topologies_name_the_nearest(text, nearest):
