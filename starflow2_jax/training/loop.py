@@ -142,9 +142,9 @@ class Trainer:
         """State, frozen parameters and data position: from the last checkpoint what it has, fresh what it lacks."""
         meta = self.checkpoints.meta(latest) if latest else None
         tree = held(stage)
-        shapes = self._shapes(held)
+        shapes = self._shapes(tree)
         if meta is None or held(STAGES[meta["stage"]]) != tree:
-            params = self._fresh(held)
+            params = self._fresh(tree)
         else:
             params = self.checkpoints.restore(latest, {"params": abstract(shapes, self.mesh)})["params"]
         frozen = self._frozen(stage)
