@@ -21,8 +21,8 @@ RULE = (
 class Flops:
     """FLOP of one step of all chips together, by part of the model. Each dict adds up to a whole.
 
-    `model`: what the mathematics needs (`RULE`), the numerator of an MFU. `hardware`: what a compiled program without
-    attention kernels executes: with recomputation and with the hidden half of the causal attention.
+    `model`: what the mathematics needs (`RULE`), the numerator of an MFU. `hardware`: what the compiled program
+    executes: with recomputation, and of attention what its kernel does.
     """
 
     model: dict[str, float]
@@ -110,9 +110,23 @@ def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: boo
     again = 1 - down / (projections + mlp) if policy == "full" else 0  # the last product's result is never needed
     yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
     # logits q k^T and weights v: no parameters, so a gradient means both inputs', twice the forward pass
-    again = {"none": 0.0, "full": 1.0, "dots": 1.0 if trained else 0.5}[policy]
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * length
-    yield _Term(f"{part} attention", products, 3 if through else 1, again, needed=0.5)
+    times = 3 if through else 1
+    yield _Term(f"{part} attention", products, times, _executed(c.kernel, policy, trained, through) - times, needed=0.5)
+
+
+def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
+    """How often attention does its two products of whole rows, recomputation included.
+
+    Kernels pass over what causality hides, and make the logits anew in the backward pass: splash attention for the
+    queries' gradient and for the keys' and values', cuDNN once.
+    """
+    if kernel == "xla":
+        again = {"none": 0.0, "full": 1.0, "dots": 1.0 if trained else 0.5}[policy]
+        return 3 + again if through else 1
+    backward = 2.5 if kernel == "cudnn" else 3.5
+    saved = policy in ("none", "dots") if kernel != "cudnn" else policy == "none"
+    return 0.5 * (1 + backward + (not saved)) if through else 0.5
 
 
 def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[_Term]:

@@ -17,6 +17,8 @@ BITS = {
     "u2": 2,
 }  # the others end their name with them, or begin: f8e4m3
 
+SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+
 
 @dataclass(frozen=True)
 class Array:
@@ -169,9 +171,18 @@ class Module:
             inner = self.called(instruction)
             return sum(self.flops(inner, i) for i in inner.values())
         if instruction.opcode == "custom-call":
+            if splash := SPLASH.search(instruction.name + instruction.attributes):
+                return _splash_flops(splash[1], [computation[o].arrays[0] for o in instruction.operands])
             said = re.search(r'cost_estimate\\?":\s*\{[^}]*?flops\\?":\s*\\?"?(\d+)', instruction.attributes)
             return float(said[1]) if said else 0.0
         return 0.0
+
+
+def _splash_flops(kernel: str, operands: list[Array]) -> float:
+    """Splash attention does not say: of queries (..., H, S, K) and keys (..., J, C, K), causal, so half of all pairs."""
+    queries, keys = [a.dims for a in operands if len(a.dims) > 2 and a.dtype in ("bf16", "f32", "f16")][:2]
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel]
+    return products * 2.0 * math.prod(queries) * keys[-2] / 2
 
 
 def _instruction(line: str) -> Instruction | None:

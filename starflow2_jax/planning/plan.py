@@ -32,7 +32,7 @@ class Plan:
     arguments: dict[str, float]  # bytes by what they are
     temporary: float = 0  # bytes: activations, gathered parameters, gradients
     flops_by_hand: dict[str, float] = field(default_factory=dict)  # by part of the model, `flops.RULE`
-    hardware_by_hand: float = 0  # what a program without attention kernels executes
+    hardware_by_hand: float = 0  # with recomputation, attention as its kernel does it
     flops_compiled: float = 0
     bytes_moved: float = 0
     collectives: list[dict] = field(default_factory=list)

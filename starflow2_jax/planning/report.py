@@ -21,7 +21,7 @@ def text(plan: Plan) -> str:
         lines += [f"  {name:<22}{_flop(value):>12}" for name, value in plan.flops_by_hand.items()]
         lines += [f"  {'by hand':<22}{_flop(sum(plan.flops_by_hand.values())):>12}  ({plan.rules['flops']})"]
         lines += [
-            f"  {'by hand, executed':<22}{_flop(plan.hardware_by_hand):>12}  (with recomputation, whole attention)"
+            f"  {'by hand, executed':<22}{_flop(plan.hardware_by_hand):>12}  (with recomputation, attention as its kernel does it)"
         ]
     lines += [f"  {'compiled':<22}{_flop(plan.flops_compiled):>12}"]
     if plan.unknown_loops:

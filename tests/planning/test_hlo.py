@@ -92,3 +92,20 @@ def test_a_kernels_own_estimate():
     call = '%k = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"body": "x", "cost_estimate": {"flops": "4096", "transcendentals": "1"}}}'
     module = Module(f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %a = f32[8]{{0}} parameter(0)\n  ROOT {call}\n}}\n")
     assert module.flops(module.entry, module.entry["k"]) == 4096
+
+
+@pytest.mark.parametrize(
+    "phase, products", [("fwd_segmented_residuals", 2), ("dq_segmented_no_residuals", 3), ("dkv", 4)]
+)
+def test_attention_kernels_by_their_shapes(phase, products):
+    text = f"""ENTRY %main (t: s8[1,4,4], q: bf16[2,24,512,128], k: bf16[2,4,2048,128]) -> f32[8] {{
+  %t = s8[1,4,4]{{2,1,0}} parameter(0)
+  %q = bf16[2,24,512,128]{{3,2,1,0}} parameter(1)
+  %k = bf16[2,4,2048,128]{{3,2,1,0}} parameter(2)
+  ROOT %c = f32[8]{{0}} custom-call(%t, %q, %k, %k), custom_call_target="tpu_custom_call", metadata={{op_name="jit(step)/splash_mha_{phase}"}}
+}}
+"""
+    module = Module(text)
+    assert (
+        module.flops(module.entry, module.entry["c"]) == products * 2 * 2 * 24 * 512 * 2048 * 128 / 2
+    )  # half is masked
