@@ -9,7 +9,7 @@ from starflow2_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip, from its page under cloud.google.com/tpu/docs (v4, v5e, v5p, v6e; system architecture)."""
+    """Peak rates of one chip, from the specifications on docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e."""
 
     name: str
     flops: float  # bf16 FLOP/s
@@ -22,13 +22,13 @@ class Chip:
     most: int  # chips in a pod
 
 
-# A chip's interconnect bandwidth in the documentation is that of all its links: 1600 Gbit/s over the 4 of a v5e, 3584 over
-# the 4 of a v6e, 4800 over the 6 of a v5p, 2400 over the 6 of a v4, read as one direction's.
+# The documentation gives a chip's interconnect bandwidth in both directions of all its links together: 400 GB/s over the 4
+# of a v5e, 800 over the 4 of a v6e, 1200 over the 6 of a v5p; of a v4 6 links of 50 GB/s each way.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, 4, 4096),
     "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, 4, 256),
     "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, 4, 8960),
-    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1640e9, 112e9, 2, 16, 4, 256),
+    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1638e9, 100e9, 2, 16, 4, 256),
 }
 
 
