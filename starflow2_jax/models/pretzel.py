@@ -117,10 +117,11 @@ class Pretzel(nn.Module):
         `vlm_length`, with closed skips only: the VLM runs over a row's positions that are no flow image and no padding,
         gathered into so many; its output is 0 at the others, and those gathered see no flow image. 0: over the whole row.
         """
-        u = logdet = None
+        u = logdet = reads = None
         if isinstance(inputs, Sequence):
+            reads = inputs.slot
             u, logdet = self.encode(inputs.latents)
-            u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), inputs.slot)
+            u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
         else:
             u_here = inputs.u
         is_flow = (inputs.modality == sequence.FLOW)[..., None]
@@ -131,9 +132,8 @@ class Pretzel(nn.Module):
             y_vlm, vlm_cache = self._vlm_off_images(inputs, vlm_length), None
         else:
             seen = u_here if skips else jax.lax.stop_gradient(u_here)  # closed: the flow learns nothing through the VLM
-            x = jnp.where(
-                is_flow, self.adapter(seen, slot), self._words(inputs, inputs.tokens, inputs.modality, inputs.slot)
-            )
+            words = self._words(inputs, inputs.tokens, inputs.modality, reads)
+            x = jnp.where(is_flow, self.adapter(seen, slot), words)
             y_vlm, vlm_cache = self.vlm(x, inputs.positions, None, caches.vlm if caches else None, segments)
         if not deep:
             return Output(y_vlm, None, None, None, u, logdet)
@@ -150,7 +150,7 @@ class Pretzel(nn.Module):
         grown = Caches(vlm_cache, deep_cache) if caches else None
         return Output(text, mean, scale, grown, u, logdet)
 
-    def _words(self, inputs, tokens: jax.Array, modality: jax.Array, slot: jax.Array) -> jax.Array:
+    def _words(self, inputs, tokens: jax.Array, modality: jax.Array, slot: jax.Array | None) -> jax.Array:
         """What the VLM is given at text and vit positions (B, S) of `inputs`: (B, S, E_vlm)."""
         x = self.vlm.embed(tokens)
         if isinstance(inputs, Sequence) and inputs.vision is not None:

@@ -30,8 +30,8 @@ LOOP = """HloModule m, is_scheduled=true
 ENTRY %main (a: f32[4,8], b: f32[8,8]) -> f32[4,8] {
   %a = f32[4,8]{1,0:T(8,128)} parameter(0)
   %b = f32[8,8]{1,0:T(8,128)S(1)} parameter(1)
-  %zero = s32[]{:T(128)} constant(0)
-  %first = s32[]{:T(128)} copy(%zero)
+  %one = s32[]{:T(128)} constant(1)
+  %first = s32[]{:T(128)} copy(%one)
   %init = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)}, f32[8,8]{1,0:T(8,128)S(1)}) tuple(%first, %a, %b)
   %loop = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)}, f32[8,8]{1,0:T(8,128)S(1)}) while(%init), condition=%condition, body=%body
   ROOT %out = f32[4,8]{1,0:T(8,128)} get-tuple-element(%loop), index=1
@@ -41,7 +41,9 @@ ENTRY %main (a: f32[4,8], b: f32[8,8]) -> f32[4,8] {
 
 def test_loop_without_a_known_trip_count():
     module = Module(LOOP)
-    assert module.trips(module.entry["loop"], module.entry) == 5  # 0, 2, 4, 6, 8
+    assert module.trips(module.entry["loop"], module.entry) == 4  # 1, 3, 5, 7
+    further = Module(LOOP.replace("direction=LT", "direction=LE"))
+    assert further.trips(further.entry["loop"], further.entry) == 5  # and 9
     unknown = Module(LOOP.replace("constant(9)", "parameter(1)"))
     assert unknown.trips(unknown.entry["loop"], unknown.entry) is None
 

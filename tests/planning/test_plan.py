@@ -52,6 +52,22 @@ def test_plan_of_a_step(small):
     assert "fits" in report.text(made) and f"MFU {made.mfu:.1%}" in report.text(made)
 
 
+def test_plans_of_the_sampler(small):
+    """Two programs; a turn of `write` is counted once, and both hold the same parameters and caches."""
+    stage = compiling.find_stage(small, "joint")
+    read, write = plan.plan_sampler(small, stage, TOPOLOGY, jax.devices()[:8], rows=8, slots=64)
+    assert read.arguments == write.arguments and read.fits and write.fits
+    layers = small.model.vlm.layers * small.model.vlm.kv_heads * small.model.vlm.head_dim
+    layers += small.model.deep.layers * small.model.deep.width
+    lengths = 2 * 2 * 4  # of each stream's two lanes
+    assert (
+        read.arguments["caches"] == 2 * 2 * 2 * layers * 64 + lengths
+    )  # two lanes, keys and values, bfloat16, one row a chip
+    assert write.unknown_loops == 1 and read.unknown_loops == 0
+    assert 0 < write.seconds < read.seconds
+    assert "one position a row" in report.text(write)
+
+
 def test_search_survives_what_does_not_compile(small):
     stage = compiling.find_stage(small, "text_to_image")
     choices = list(search.candidates(8, [1, 2], [1], ["full"])) + [search.Candidate(8, dict(fsdp=3), "full")]
