@@ -13,7 +13,7 @@ from starflow2_jax.planning.hlo import Computation, Instruction, Module
 ROOFLINE = (
     "operation by operation, each takes the longer of its FLOPs at the matrix units' peak and its bytes at the memory's; "
     "a collective takes the bytes that a ring algorithm sends at the bandwidth of the links its axis lies on, one after "
-    "another, and costs time only where no computation runs between its start and its end. Left out: latencies, the units' "
+    "another, and costs time only where no computation runs between its start and its end, or in one fusion with it. Left out: latencies, the units' "
     "inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
 )
 
@@ -96,8 +96,26 @@ class Analysis:
                 self.costs.exposed += times * wait
                 now += wait
             elif at.opcode not in FREE:
-                now += self._compute(computation, at, times)
+                now += self._fused(at, self._compute(computation, at, times), times)
         return now
+
+    def _fused(self, at: Instruction, seconds: float, times: float) -> float:
+        """Seconds of an operation that computes for `seconds`; a collective fused into it goes on beside that."""
+        moving = 0.0
+        for computation, collective in self._collectives_in(at):
+            kind, needed = self._collective(computation, collective, times)
+            kind.started += times
+            kind.overlapped += times * min(needed, max(0.0, seconds - moving))
+            moving += needed
+        self.costs.exposed += times * max(0.0, moving - seconds)
+        return max(seconds, moving)
+
+    def _collectives_in(self, at: Instruction) -> list[tuple[Computation, Instruction]]:
+        if at.opcode != "fusion":
+            return []
+        inner = self.module.called(at)
+        here = [(inner, i) for i in inner.values() if i.opcode.removesuffix("-start") in COLLECTIVES]
+        return here + [found for i in inner.values() for found in self._collectives_in(i)]
 
     def _loop(self, computation: Computation, at: Instruction, times: float) -> float:
         trips = self.module.trips(at, computation)

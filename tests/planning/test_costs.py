@@ -90,6 +90,29 @@ def test_an_overlapped_collective_costs_what_is_left_of_it():
     assert one.collectives["all-gather", "fsdp"].overlapped == pytest.approx(gathering.seconds)
 
 
+def test_a_collective_fused_with_products_runs_beside_them():
+    text = """HloModule m, is_scheduled=true
+
+%both (p: bf16[512,1024], q: bf16[4096,4096]) -> (bf16[4096,1024], bf16[4096,4096]) {
+  %p = bf16[512,1024]{1,0} parameter(0)
+  %q = bf16[4096,4096]{1,0} parameter(1)
+  %g = bf16[4096,1024]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}
+  %d = bf16[4096,4096]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (bf16[4096,1024]{1,0}, bf16[4096,4096]{1,0}) tuple(%g, %d)
+}
+
+ENTRY %main (a: bf16[512,1024], b: bf16[4096,4096]) -> (bf16[4096,1024], bf16[4096,4096]) {
+  %a = bf16[512,1024]{1,0} parameter(0)
+  %b = bf16[4096,4096]{1,0} parameter(1)
+  ROOT %f = (bf16[4096,1024]{1,0}, bf16[4096,4096]{1,0}) fusion(%a, %b), kind=kCustom, calls=%both
+}
+"""
+    costs = analyse(text, {"data": 1, "fsdp": 8})
+    gathering = costs.collectives["all-gather", "fsdp"]
+    assert gathering.count == 1 and gathering.overlapped == gathering.seconds > 0 == costs.exposed
+    assert costs.seconds == pytest.approx(2 * 4096**3 / CHIPS["v5e"].flops)
+
+
 def test_bytes_of_a_cut_and_of_a_piece_written():
     text = """HloModule m, is_scheduled=true
 
