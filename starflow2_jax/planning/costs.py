@@ -67,7 +67,7 @@ class Analysis:
 
     def _run(self, computation: Computation, times: float) -> float:
         """Seconds of one execution; adds `times` executions to the costs."""
-        now = link = 0.0
+        clocks = [0.0, 0.0]  # of the chip, of its links
         pending: dict[str, tuple[float, float, Collective]] = {}
         for at in computation.values():
             base = at.opcode.removesuffix("-start").removesuffix("-done")
@@ -76,39 +76,53 @@ class Analysis:
                 inner if inner else (computation, at) if base in COLLECTIVES and at.opcode != base + "-done" else None
             )
             if at.opcode == "while":
-                now += self._loop(computation, at, times)
+                clocks[0] += self._loop(computation, at, times)
             elif at.opcode in ("call", "conditional"):
-                now += max(self._run(c, times) for c in self._branches(at))
+                clocks[0] += max(self._run(c, times) for c in self._branches(at))
             elif moved:
                 kind, seconds = self._collective(*moved, times)
-                begin = max(now, link)
-                link = begin + seconds
+                clocks[1] = max(clocks) + seconds
                 if at.opcode.endswith("-start"):
-                    pending[at.name] = (link, seconds, kind)
+                    pending[at.name] = clocks[1], seconds, kind
                     kind.started += times
                 else:
-                    self.costs.exposed += times * (link - now)
-                    now = link
+                    self.costs.exposed += times * (clocks[1] - clocks[0])
+                    clocks[0] = clocks[1]
             elif at.opcode.endswith("-done") and (first := self._first(computation, at)) in pending:
-                end, seconds, kind = pending.pop(first)
-                wait = max(0.0, end - now)
-                kind.overlapped += times * max(0.0, seconds - wait)
-                self.costs.exposed += times * wait
-                now += wait
+                clocks[0] = self._wait(clocks[0], *pending.pop(first), times)
             elif at.opcode not in FREE:
-                now += self._fused(at, self._compute(computation, at, times), times)
-        return now
+                self._fused(computation, at, clocks, pending, times)
+        return clocks[0]
 
-    def _fused(self, at: Instruction, seconds: float, times: float) -> float:
-        """Seconds of an operation that computes for `seconds`; a collective fused into it goes on beside that."""
-        moving = 0.0
+    def _fused(self, around: Computation, at: Instruction, clocks: list[float], pending: dict, times: float) -> None:
+        """An operation that computes, on the two clocks; collectives fused into it go on beside that.
+
+        TPUs cut a collective into a fusion that starts it, those that compute while it runs and one that ends it, all with
+        its channel's number. One in a single fusion goes on beside its computation only.
+        """
+        begin = clocks[0]
+        clocks[0] += self._compute(around, at, times)
         for computation, collective in self._collectives_in(at):
-            kind, needed = self._collective(computation, collective, times)
-            kind.started += times
-            kind.overlapped += times * min(needed, max(0.0, seconds - moving))
-            moving += needed
-        self.costs.exposed += times * max(0.0, moving - seconds)
-        return max(seconds, moving)
+            marks = {i.attributes.partition('custom_call_target="')[2].partition('"')[0] for i in computation.values()}
+            channel = re.search(r"channel_id=(\d+)", collective.attributes)
+            name = f"channel {channel[1]}" if channel else at.name
+            if name not in pending:
+                kind, seconds = self._collective(computation, collective, times)
+                kind.started += times
+                clocks[1] = max(begin, clocks[1]) + seconds
+                pending[name] = clocks[1], seconds, kind
+                last = not marks & {"AsyncCollectiveStart"}
+            else:
+                last = "AsyncCollectiveDone" in marks
+            if last:
+                clocks[0] = self._wait(clocks[0], *pending.pop(name), times)
+
+    def _wait(self, now: float, end: float, seconds: float, kind: Collective, times: float) -> float:
+        """When a collective that ends at `end` is done, for who asks at `now`."""
+        wait = max(0.0, end - now)
+        kind.overlapped += times * max(0.0, seconds - wait)
+        self.costs.exposed += times * wait
+        return now + wait
 
     def _collectives_in(self, at: Instruction) -> list[tuple[Computation, Instruction]]:
         if at.opcode != "fusion":

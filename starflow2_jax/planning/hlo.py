@@ -102,7 +102,7 @@ class Module:
                 current = self.computations[header[2]] = Computation()
                 if header[1]:
                     self.entry = current
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":  # attributes of several lines may begin with one, too
                 current = None
             elif current is not None and (instruction := _instruction(line)):
                 current[instruction.name] = instruction
