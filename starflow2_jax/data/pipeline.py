@@ -149,10 +149,13 @@ def to_sequence(batch: dict[str, np.ndarray]) -> Sequence:
     return Sequence(segments=batch["tokens_segment_ids"], vision=vision, **{n: batch[n] for n in names})
 
 
-def batches(source, encoder: Encoder, shape: Shape, threads: int = 0) -> grain.IterDataset:
+def batches(
+    source, encoder: Encoder, shape: Shape, threads: int = 0, group: int = 0, groups: int = 1
+) -> grain.IterDataset:
     """An endless grain dataset of Sequences: several documents packed in a row, none cut.
 
-    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for.
+    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for. `group` of `groups`: which
+    documents of the endlessly repeated source these are (see groups.py).
     """
     want = lengths(shape, encoder.vision is not None)
 
@@ -168,7 +171,7 @@ def batches(source, encoder: Encoder, shape: Shape, threads: int = 0) -> grain.I
     dataset = (
         grain.MapDataset.source(source)
         .map(encode)
-        .repeat()
+        .repeat()[group::groups]
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
     )
     packed = grain.experimental.FirstFitPackIterDataset(
