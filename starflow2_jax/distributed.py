@@ -16,18 +16,6 @@ ENVIRONMENT = {
 }
 
 
-def add_arguments(parser) -> None:
-    """`--distributed` and what it may need; each of the three others may also stand in the environment."""
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="this is one of several processes; without the three below JAX asks the cluster (TPU pod, SLURM, ...)",
-    )
-    parser.add_argument("--coordinator", help=f"HOST:PORT of process 0 (or {ENVIRONMENT['coordinator']})")
-    parser.add_argument("--processes", help=f"how many there are (or {ENVIRONMENT['processes']})")
-    parser.add_argument("--process", help=f"which of them this is, from 0 (or {ENVIRONMENT['process']})")
-
-
 def initialize(args) -> None:
     """Before JAX starts: join the other processes, where `--distributed` says that there are any. Raises UserError."""
     flags = {name: getattr(args, name) for name in ENVIRONMENT}

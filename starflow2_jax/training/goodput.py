@@ -44,12 +44,14 @@ class Ledger:
 
     def __init__(self, meta: dict | None = None):
         self.seconds = dict.fromkeys(KINDS, 0.0)
-        self.steps, self.tokens, self.restarts = 0, 0.0, 0
+        self.steps, self.tokens, self.flops, self.restarts = 0, 0.0, 0.0, 0
         self._inside: list[float] = []  # of the open `time`s: seconds that inner ones and compilations took
         self._began, self._before = time.time(), 0.0
         if meta:
             self.seconds |= meta["seconds"]
-            self.steps, self.tokens, self.restarts = meta["steps"], meta["tokens"], meta["restarts"]
+            self.steps, self.tokens, self.flops, self.restarts = (
+                meta[name] for name in ("steps", "tokens", "flops", "restarts")
+            )
             self._before = meta["total"]
             if not meta["ended"]:
                 self.restarts += 1
@@ -63,7 +65,7 @@ class Ledger:
         return self._before + time.time() - self._began
 
     def state(self, ended: bool = False) -> dict:
-        counts = {"steps": self.steps, "tokens": self.tokens, "restarts": self.restarts}
+        counts = {"steps": self.steps, "tokens": self.tokens, "flops": self.flops, "restarts": self.restarts}
         self._saved = self.split()
         return {"seconds": dict(self.seconds), "total": self.total, "at": time.time(), "ended": ended, **counts}
 
@@ -122,13 +124,13 @@ class Ledger:
         spent = {kind: now[kind] - before[kind] for kind in now}
         return rates(spent, steps, tokens, flops * steps if flops else None, peak)
 
-    def summary(self, flops: float | None, peak: float | None) -> dict:
-        """Of the whole run; `flops`: of all its steps together."""
+    def summary(self, peak: float | None) -> dict:
+        """Of the whole run."""
         spent = self.split()
         whole = spent["total"] or 1.0
         share = {kind: seconds / whole for kind, seconds in spent.items() if kind != "total"}
         counts = {"steps": self.steps, "restarts": self.restarts, "seconds": spent, "share": share}
-        return counts | rates(spent, self.steps, self.tokens, flops, peak)
+        return counts | rates(spent, self.steps, self.tokens, self.flops, peak)
 
 
 def rates(spent: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None) -> dict:

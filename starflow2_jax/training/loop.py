@@ -88,7 +88,7 @@ class Trainer:
                 tools.profiler.stop()
                 with ledger.time("checkpoint"):
                     self.checkpoints.wait()
-                summary = ledger.summary(tools.flops, self.peak) | {"faults": tools.faults}
+                summary = ledger.summary(self.peak) | {"faults": tools.faults}
                 metrics.write_summary(summary)
         return summary
 

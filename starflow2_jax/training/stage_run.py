@@ -25,7 +25,6 @@ class Tools:
     ledger: Ledger
     preemption: Preemption
     profiler: Profiler
-    flops: float = 0.0  # of this process's steps so far, all devices together; 0 where nobody counts them
     faults: dict = field(default_factory=dict)  # how many steps went wrong, and what was done
 
 
@@ -97,7 +96,7 @@ class StageRun:
                     self.state, values = self.step(self.state, self.frozen, batch, limit)
         self.called = True
         ledger.steps += 1
-        self.tools.flops += self.flops or 0.0
+        ledger.flops += self.flops or 0.0
         self.pending.append((self.number, values))
 
     def _look(self, leave: int) -> bool:
