@@ -47,7 +47,9 @@ free_port() { python -c 'import socket; s = socket.socket(); s.bind(("localhost"
 command_of() { # of process $1 at port $2; the rest: arguments
   local process="$1" at="$2"
   shift 2
-  echo starflow2 "$@" --distributed --coordinator "localhost:$at" --processes "$processes" --process "$process"
+  local words
+  printf -v words '%q ' starflow2 "$@" --distributed --coordinator "localhost:$at" --processes "$processes" --process "$process"
+  echo "${words% }" # quoted, so that it can be pasted into a shell
 }
 
 if [[ -n "$dry" ]]; then

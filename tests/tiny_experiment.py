@@ -29,9 +29,15 @@ def tiny_config(**changes) -> ConfigDict:
     return c
 
 
-def get_config(runlocal: bool = False) -> ConfigDict:
-    """What `starflow2 train --config` reads: for a few processes, each with 4 devices, that read 4 groups."""
-    c = tiny_config(cpu_devices=4, save_every=3, mesh=dict(data=-1, fsdp=2, tensor=1))
+def drill_config(**changes) -> ConfigDict:
+    """For processes that are killed: one stage, saved every few steps, four groups of rows."""
+    c = tiny_config(cpu_devices=4, save_every=3, mesh=dict(data=-1, fsdp=2, tensor=1), order=("pretrain",))
     c.data.groups = 4
-    c.stages.pretrain.steps, c.stages.joint.steps = 2, 10
+    c.stages.pretrain.steps = 14
+    c.update(changes)
     return c
+
+
+def get_config(runlocal: bool = False) -> ConfigDict:
+    """What `starflow2 train --config` reads."""
+    return drill_config()
