@@ -60,10 +60,10 @@ use_env ""
 
 pids=() told="" timer=""
 
-# After $grace seconds those that are still there are killed.
+# From now on `watch` waits for $grace seconds at most.
 limit() {
   [[ -z "$timer" ]] || return 0
-  (sleep "$grace" && kill -KILL "${pids[@]}" 2>/dev/null) &
+  sleep "$grace" &
   timer=$!
 }
 
@@ -85,7 +85,7 @@ start() {
   done
 }
 
-# Wait until all have ended, or one that died or complains. Sets `code`.
+# Wait until all have ended, or one that died or complains, or the time is up. Sets `code`.
 watch() {
   local -A left=()
   local pid ended got
@@ -93,8 +93,9 @@ watch() {
   for pid in "${pids[@]}"; do left[$pid]=1; done
   while ((${#left[@]})); do
     ended="" got=0
-    wait -n -p ended "${!left[@]}" || got=$?
+    wait -n -p ended "${!left[@]}" $timer || got=$?
     [[ -n "${ended:-}" ]] || continue # a signal came
+    [[ "$ended" != "$timer" ]] || return 0
     unset "left[$ended]"
     ((got == 0)) || code=$got
     ((got == 0 || got == RESTART)) || return 0
