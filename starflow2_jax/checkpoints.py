@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -25,35 +25,13 @@ from starflow2_jax import distributed, manifest, sharding
 from starflow2_jax.content import content_hash
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import UserError
+from starflow2_jax.keeping import Keep
 from starflow2_jax.models.codec import CODECS, Codec
 from starflow2_jax.models.inversion import Jacobi, Schedule
 
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or another program's; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which steps stay: the newest, every so many steps, and those of the lowest loss. None and 0: see the fields."""
-
-    latest: int | None = None  # None: all
-    every: int = 0  # steps; 0: none for that reason
-    best: int = 0
-
-    def policy(self):
-        policies = ocp.checkpoint_managers.preservation_policy
-        rules = [policies.LatestN(self.latest)]
-        if self.every:
-            rules.append(policies.EveryNSteps(self.every))
-        if self.best:
-            rules.append(policies.BestN(_goodness, n=self.best, keep_checkpoints_without_metrics=False))
-        return policies.AnyPreservationPolicy(rules)
-
-
-def _goodness(metrics: dict[str, float]) -> float:
-    """Losses of different stages cannot be compared: the later stage is the better one, then the lower loss."""
-    return 1e9 * metrics["stage"] - metrics["loss"]
 
 
 class CheckpointDirectory:

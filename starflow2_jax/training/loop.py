@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from starflow2_jax import config as configs
 from starflow2_jax import distributed, sharding
-from starflow2_jax.checkpoints import CheckpointDirectory, Keep, abstract
+from starflow2_jax.checkpoints import CheckpointDirectory, abstract
 from starflow2_jax.data import sources
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder, Shape
 from starflow2_jax.files import new_folder, require_new
+from starflow2_jax.keeping import Keep
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import guarded

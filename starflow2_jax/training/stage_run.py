@@ -1,5 +1,6 @@
 """The steps of one stage: read, step, look, log, save; and what happens when a step goes wrong or the machine is taken away."""
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -125,7 +126,8 @@ class StageRun:
         self.watch.rewind(self.number)
         tools.metrics.rewind(self.number)
         self.recent.clear()
-        tools.bar.write(f"step {bad} went wrong; going on from step {self.number} with other data")
+        if tools.metrics.writes:
+            print(f"WARNING: step {bad} went wrong; going on from step {self.number} with other data", file=sys.stderr)
         tools.bar.update(self.number - tools.bar.n)
 
     def _log(self, steps: int) -> None:

@@ -14,8 +14,9 @@ import tiny
 from tiny_experiment import tiny_config
 
 from starflow2_jax import manifest
-from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, Keep, abstract
+from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abstract
 from starflow2_jax.data.documents import Text
+from starflow2_jax.keeping import Keep
 from starflow2_jax.training import loop
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss
 from starflow2_jax.training.loop import Trainer
