@@ -55,7 +55,8 @@ class Watch:
             return math.inf
         median = float(np.median(window))
         deviation = 1.4826 * float(np.median(np.abs(np.array(window) - median)))  # of a normal distribution
-        return median + self.cfg["deviations"] * max(deviation, 1e-3 * (1 + abs(median)))
+        limit = median + self.cfg["deviations"] * max(deviation, 1e-3 * (1 + abs(median)))
+        return float(np.float32(limit))  # as `guarded` compares it
 
     def judge(self, step: int, values: dict[str, float], standing: str) -> str | None:
         """What to do about a step, "skip" (done already, see `guarded`) or "rollback", or None where nothing is wrong.

@@ -54,7 +54,7 @@ class StageRun:
         self.pending: deque[tuple[int, dict]] = deque()  # steps not looked at yet
         self.since_log = (tools.ledger.split(), 0.0)  # and the tokens since then
         self.recent: list[float] = []  # losses since the last save
-        self.called = False
+        self.called, self.told = False, False
 
     def run(self, last: int, stop_at: int | None) -> bool:
         """Go on to step `last` of the whole run. Returns whether it got there; raises Preempted, NonFiniteLoss, LossSpike."""
@@ -64,8 +64,8 @@ class StageRun:
         while self.number < last:
             self._step()
             number = self.number
-            preempted = tools.preemption.reached(number)
-            saves = number < last and (number % config.save_every == 0 or number == stop_at or preempted)
+            self.told = tools.preemption.reached(number) or self.told
+            saves = number < last and (number % config.save_every == 0 or number == stop_at or self.told)
             logs = number % config.log_every == 0 or number == last
             if not self._look(0 if saves or logs else 1):
                 logged = min(logged, self.number)
@@ -76,7 +76,7 @@ class StageRun:
             tools.bar.update()
             if saves:
                 self._save(ended=number == stop_at)
-            if preempted and number < last:
+            if self.told and number < last:
                 raise Preempted
             if number == stop_at and number < last:
                 return False

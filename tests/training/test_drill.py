@@ -65,7 +65,7 @@ class Launched:
 def last_step(folder: Path) -> int:
     path = folder / "metrics" / "metrics.jsonl"
     whole = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return max((json.loads(line)["step"] for line in whole if line.endswith("\n")), default=0)
+    return max((json.loads(line)["step"] for line in whole if line.endswith("\n")), default=0 if path.is_file() else -1)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -92,12 +92,15 @@ def final(folder: Path) -> dict:
 
 
 def test_killed_at_random_it_ends_as_if_undisturbed(undisturbed, cache, tmp_path):
-    """SIGKILL twice, then SIGTERM to one process alone: every loss bit for bit, so every document once, and weights."""
+    """SIGTERM to one process alone, then SIGKILL twice: every loss bit for bit, so every document once, and weights.
+
+    SIGTERM comes before the first step is compiled: JAX looks for it once a second, which may be longer than all steps.
+    """
     rng = random.Random(5)
     launched = Launched(tmp_path / "run", cache)
-    launched.strike(rng.randrange(2, 6), rng.randrange(2), signal.SIGKILL, attempt=0)
-    launched.strike(rng.randrange(6, 10), rng.randrange(2), signal.SIGKILL, attempt=1)
-    launched.strike(10, rng.randrange(2), signal.SIGTERM, attempt=2)
+    launched.strike(0, rng.randrange(2), signal.SIGTERM, attempt=0)
+    launched.strike(rng.randrange(3, 7), rng.randrange(2), signal.SIGKILL, attempt=1)
+    launched.strike(rng.randrange(7, 11), rng.randrange(2), signal.SIGKILL, attempt=2)
     assert launched.finish() == 0, "".join(launched.said)
     said = "".join(launched.said)
     assert len(launched.pids) == 8 and "(3 of 4)" in said and said.count("ended with 137") == 2
@@ -106,8 +109,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(undisturbed, cache, tmp_path
     assert [line["step"] for line in lines(undisturbed)] == list(range(1, STEPS + 1))
     jax.tree.map(np.testing.assert_array_equal, final(launched.out), final(undisturbed))
     summary = json.loads((launched.out / "metrics" / "summary.json").read_text())
-    assert summary["restarts"] == 3 - (launched_before_first_save := summary["restarts"] < 3)
-    assert summary["steps"] == STEPS or launched_before_first_save
+    assert summary["restarts"] == 3 and summary["steps"] == STEPS
     assert sum(summary["share"].values()) == pytest.approx(1.0)
 
 
