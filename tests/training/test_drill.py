@@ -81,7 +81,7 @@ def cache(tmp_path_factory) -> Path:
 def undisturbed(tmp_path_factory, cache) -> Path:
     launched = Launched(tmp_path_factory.mktemp("undisturbed") / "run", cache)
     assert launched.finish() == 0, "".join(launched.said)
-    assert len(launched.pids) == 2
+    assert len(launched.pids) == 2, "".join(launched.said)
     return launched.out
 
 
