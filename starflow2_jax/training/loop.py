@@ -226,7 +226,7 @@ class Trainer:
         )
         return jax.jit(guarded(step, self.config.get("faults")), donate_argnums=0)
 
-    def _save(self, stage: Stage, number: int, state: TrainState, data_state, rest: dict, metrics: dict) -> None:
+    def _save(self, stage: Stage, number: int, state: TrainState, data_state, rest: dict, metrics: dict | None) -> None:
         meta = {
             "stage": stage.name,
             "stage_step": int(state.step),

@@ -147,7 +147,8 @@ class StageRun:
     def save(self, state, position, ended: bool) -> None:
         """`position`: of the data; `ended`: whether the time from here to the next start is no loss."""
         finite = [loss for loss in self.recent if np.isfinite(loss)]
-        metrics = {"stage": list(self.config.order).index(self.stage.name), "loss": float(np.mean(finite or [np.inf]))}
+        order = list(self.config.order).index(self.stage.name)
+        metrics = {"stage": order, "loss": float(np.mean(finite))} if finite else None  # None: not among the best
         rest = {"watch": self.watch.state(), "time": self.tools.ledger.state(ended)}
         self.trainer._save(self.stage, self.number, state, position, rest, metrics)
         self.recent.clear()
