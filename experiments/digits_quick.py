@@ -20,6 +20,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.data.source = "digits"  # or a JSONL file of documents
     c.data.warp = 0.0  # share of the digits' scans that are turned and shifted a little
     c.data.threads = 0  # that read ahead; for images that come from files, a few
+    c.data.groups = 1  # of a batch's rows; as many hosts can share the reading (see data/groups.py)
 
     c.codec = dict(kind="patch", patch=2, image_channels=1)  # patch: side of one, in pixels
 
@@ -72,7 +73,11 @@ def get_config(runlocal: bool = False) -> ConfigDict:
 
     c.log_every = 10  # steps
     c.save_every = 500  # steps
-    c.keep = 2  # checkpoints
+    c.keep = 2  # checkpoints: the newest
+    c.keep_every = 0  # steps; also those of every so many
+    c.keep_best = 0  # checkpoints; also those of the lowest loss
+    c.faults = dict(nonfinite="abort", spike="ignore", deviations=8.0, window=100, most=10)  # see training/faults.py
+    c.peak_flops = 0.0  # FLOP/s of one device, for the MFU; 0: what its kind is known for
     if runlocal:
         for stack in (c.model.deep, c.model.shallow, c.model.vlm, c.model.vlm.vision):
             stack.unroll = 1  # compiles faster, runs slower

@@ -31,6 +31,7 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     c.data = ConfigDict()
     c.data.source = "documents.jsonl"
     c.data.threads = 16  # that read ahead
+    c.data.groups = 64  # of a batch's rows; as many hosts can share the reading (see data/groups.py)
     c.codec = dict(kind="latents", grid=(16, 16), channels=32, shift=0.0, scale=1.0)
 
     c.model = ConfigDict()
@@ -87,14 +88,18 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
 
     c.log_every = 50  # steps
     c.save_every = 2000  # steps
-    c.keep = 3  # checkpoints
+    c.keep = 3  # checkpoints: the newest
+    c.keep_every = 20_000  # steps; also those of every so many
+    c.keep_best = 0  # checkpoints; also those of the lowest loss
+    c.faults = dict(nonfinite="skip", spike="skip", deviations=8.0, window=100, most=10)  # see training/faults.py
+    c.peak_flops = 0.0  # FLOP/s of one device, for the MFU; 0: what its kind is known for
     return small(c) if runlocal else c
 
 
 def small(c: ConfigDict) -> ConfigDict:
     """The same path with two layers of everything, one step of each stage, and digits instead of one's own data."""
     c.order = ("pretrain", *c.order)
-    c.data.update(source="digits", threads=0)
+    c.data.update(source="digits", threads=0, groups=1)
     c.codec = dict(kind="patch", patch=2, image_channels=1)
     c.model.update(grid=(4, 4), channels=4, adapter_hidden=32, deep_rotary_sections=(2, 3, 3))
     c.model.vlm.update(

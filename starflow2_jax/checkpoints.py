@@ -4,13 +4,15 @@ config.json     the experiment's config
 codec.json      the codec
 tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
-steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position
+steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position; files.json (manifest.py)
+damaged/        steps that a run found damaged and passed over
 inversion.json  where `starflow2 calibrate` was run: how the shallow flow is inverted fastest
 """
 
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +21,11 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from starflow2_jax import sharding
+from starflow2_jax import distributed, manifest, sharding
 from starflow2_jax.content import content_hash
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import UserError
+from starflow2_jax.keeping import Keep
 from starflow2_jax.models.codec import CODECS, Codec
 from starflow2_jax.models.inversion import Jacobi, Schedule
 
@@ -32,7 +35,7 @@ class CheckpointError(UserError):
 
 
 class CheckpointDirectory:
-    def __init__(self, folder: str | Path, keep: int | None = None):
+    def __init__(self, folder: str | Path, keep: Keep = Keep()):  # noqa: B008 - it is frozen
         self.folder = Path(folder).resolve()
         self._keep = keep
         self._manager = None
@@ -40,7 +43,7 @@ class CheckpointDirectory:
     @property
     def manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
+            options = ocp.CheckpointManagerOptions(preservation_policy=self._keep.policy())
             self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
         return self._manager
 
@@ -123,7 +126,10 @@ class CheckpointDirectory:
     def save_frozen(self, frozen: dict) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.folder / "frozen", frozen, force=True)
-        (self.folder / "frozen.json").write_text(json.dumps({"content_hash": content_hash(frozen)}))
+        content = json.dumps({"content_hash": content_hash(frozen)})
+        if distributed.primary():
+            (self.folder / "frozen.json").write_text(content)
+        distributed.barrier("frozen weights saved")
 
     def restore_frozen(self, abstract: dict) -> dict:
         """`abstract`: shapes and shardings; types stay as they were saved. The content hash is checked."""
@@ -147,16 +153,28 @@ class CheckpointDirectory:
 
     # The steps.
 
-    def save(self, number: int, trees: dict[str, dict], meta: dict) -> None:
-        """`trees`: "params", "ema", "optimizer". Returns before the files are written; `wait` for them."""
+    def save(self, number: int, trees: dict[str, dict], meta: dict, metrics: dict[str, float] | None = None) -> None:
+        """`trees`: "params", "ema", "optimizer"; `metrics`: "stage" (its place in the order) and "loss", for Keep.best.
+
+        Returns before the files are written; `wait` for them. All processes call it together.
+        """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
-        self.manager.save(number, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+        composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
+        self.wait()  # for the step before: orbax would wait for it now, too
+        self.manager.save(number, args=composite, metrics=metrics)
 
     def wait(self) -> None:
+        """Wait for the files; then the steps that are whole get their lists of files."""
         self.manager.wait_until_finished()
+        if distributed.primary():
+            for number in self.manager.all_steps():
+                step = self._step(number)
+                if step.is_dir() and not manifest.has(step):
+                    manifest.write(step)
 
     def close(self) -> None:
         """Wait for the files, and let go of the directory."""
+        self.wait()
         self.manager.close()
         self._manager = None
 
@@ -164,11 +182,60 @@ class CheckpointDirectory:
         return self.manager.latest_step() if (self.folder / "steps").is_dir() else None
 
     def require_latest(self) -> int:
+        """The newest step that is whole; what is wrong with newer ones is said on stderr. Raises CheckpointError."""
         self._json("config.json")
-        number = self.latest()
+        number, _ = self._newest_whole()
         if number is None:
             raise CheckpointError(f"{self.folder} holds no saved step yet; train first")
         return number
+
+    def pass_over_damaged(self) -> None:
+        """Before a run goes on: newer steps than the newest whole one are moved to damaged/, and said on stderr.
+
+        All processes call it together. Raises CheckpointError where there are steps and none is whole.
+        """
+        if distributed.primary():
+            _, damaged = self._newest_whole()
+            for number in damaged:
+                places = (self.folder / "damaged" / f"{number}.{i}" for i in range(10**6))
+                place = next(place for place in places if not place.exists())
+                place.parent.mkdir(exist_ok=True)
+                self._step(number).rename(place)
+        distributed.barrier("damaged steps passed over")
+        if self._manager is not None:
+            self._manager.reload()
+
+    def _newest_whole(self) -> tuple[int | None, list[int]]:
+        """The newest step that is whole, and the damaged ones after it."""
+        folder = self.folder / "steps"
+        numbers = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
+        damaged = []
+        for number in sorted(numbers, reverse=True):
+            if (fault := self._fault(number)) is None:
+                return number, damaged
+            damaged.append(number)
+            print(
+                f"WARNING: step {number} in {self.folder} is damaged ({fault}); looking at the one before",
+                file=sys.stderr,
+            )
+        if damaged:
+            raise CheckpointError(
+                f"every saved step in {self.folder} is damaged ({', '.join(map(str, damaged))}); restore one from a copy"
+            )
+        return None, []
+
+    def _fault(self, number: int) -> str | None:
+        if fault := manifest.fault(self._step(number)):
+            return fault
+        path = self._step(number) / "meta" / "metadata"  # also of a step without a list of its files
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            return f"{path.name} of meta cannot be read: {error}"
+        return None
+
+    def _step(self, number: int) -> Path:
+        return self.folder / "steps" / str(number)
 
     def meta(self, number: int) -> dict:
         restored = self._read(
@@ -177,7 +244,7 @@ class CheckpointDirectory:
         return restored["meta"]
 
     def has(self, number: int, item: str) -> bool:
-        return (self.folder / "steps" / str(number) / item).is_dir()
+        return (self._step(number) / item).is_dir()
 
     def restore(self, number: int, abstract: dict[str, dict]) -> dict[str, dict]:
         """Restore the named trees, placed as `abstract` (shapes and shardings) says."""

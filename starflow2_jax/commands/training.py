@@ -1,6 +1,7 @@
 """train, init, eval, quickstart."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,17 @@ def _add_train(commands) -> None:
     p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
     p.add_argument("--out", default=None, help="checkpoint directory (default: runs/NAME of the experiment)")
     p.add_argument("--runlocal", action="store_true", help="shrink it to a few steps")
+    p.add_argument(
+        "--profile", nargs="?", type=int, const=5, default=0, metavar="STEPS", help="trace a few steps for xprof (5)"
+    )
+    p.add_argument(
+        "--compilation-cache", metavar="DIR", help="keep compiled programs there, so that a restart has them"
+    )
+    p.add_argument("--distributed", action="store_true", help="this is one of several processes that train together; JAX "
+                   "asks the cluster (TPU pod, SLURM, ...) for the others, or the next three name them")  # fmt: skip
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (or JAX_COORDINATOR_ADDRESS)")
+    p.add_argument("--processes", metavar="N", help="how many there are (or JAX_NUM_PROCESSES)")
+    p.add_argument("--process", metavar="I", help="which of them this is, from 0 (or JAX_PROCESS_ID)")
     p.set_defaults(run=_train, kept="the last checkpoint stands")
 
 
@@ -24,10 +36,22 @@ def _train(args, overrides) -> None:
     config = configs.load(args.config, overrides, args.runlocal)
     out = args.out or f"runs/{Path(args.config).stem}"
     _devices(config.cpu_devices)
-    from starflow2_jax.training.loop import Trainer
+    if args.compilation_cache:
+        _keep_compiled(args.compilation_cache)
+    from starflow2_jax import distributed
 
-    Trainer(config, out).run()
-    print(f"checkpoint: {out}")
+    distributed.initialize(args)
+    from starflow2_jax.training.loop import Trainer
+    from starflow2_jax.training.preemption import RESTART, Preempted
+
+    try:
+        summary = Trainer(config, out).run(profile=args.profile)
+    except Preempted:
+        print("starflow2: told to end (SIGTERM); all is saved, the same command goes on", file=sys.stderr)
+        raise SystemExit(RESTART) from None
+    if distributed.primary():
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in summary["share"].items())
+        print(f"checkpoint: {out}\ntime: {shares} (more in {out}/metrics/summary.json)")
 
 
 def _devices(cpu_devices: int) -> None:
@@ -35,6 +59,12 @@ def _devices(cpu_devices: int) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def _keep_compiled(folder: str) -> None:
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).resolve()))
 
 
 def _add_init(commands) -> None:

@@ -165,11 +165,14 @@ def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
     return np.zeros(np.count_nonzero(modality != sequence.FLOW), np.int8)
 
 
-def batches(source, encoder: Encoder, shape: Shape, threads: int = 0) -> grain.IterDataset:
+def batches(
+    source, encoder: Encoder, shape: Shape, threads: int = 0, group: int = 0, groups: int = 1
+) -> grain.IterDataset:
     """An endless grain dataset of Sequences: several documents packed in a row, none cut.
 
-    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for. With `shape.vlm_length` a row
-    holds at most so many positions that are no flow image. Raises DocumentError for a document that a row cannot hold.
+    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for. `group` of `groups`: which
+    documents of the endlessly repeated source these are (see groups.py). With `shape.vlm_length` a row holds at most so many
+    positions that are no flow image. Raises DocumentError for a document that a row cannot hold.
     """
     want = lengths(shape, encoder.vision is not None)
     if shape.vlm_length:
@@ -189,7 +192,7 @@ def batches(source, encoder: Encoder, shape: Shape, threads: int = 0) -> grain.I
     dataset = (
         grain.MapDataset.source(source)
         .map(encode)
-        .repeat()
+        .repeat()[group::groups]
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
     )
     packed = grain.experimental.FirstFitPackIterDataset(

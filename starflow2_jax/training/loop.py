@@ -1,6 +1,6 @@
 """The loop over stages and steps: the only place where training touches files, time and devices."""
 
-import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,33 +10,39 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from starflow2_jax import config as configs
-from starflow2_jax import sharding
+from starflow2_jax import distributed, sharding
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract
 from starflow2_jax.data import sources
-from starflow2_jax.data.pipeline import Encoder, batches
-from starflow2_jax.errors import UserError
+from starflow2_jax.data.groups import GroupedBatches, own_rows
+from starflow2_jax.data.pipeline import Encoder, Shape
 from starflow2_jax.files import new_folder, require_new
+from starflow2_jax.keeping import Keep
 from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.training.goodput import Ledger, peak_flops
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.preemption import Preemption
+from starflow2_jax.training.profiling import Profiler
 from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step
+from starflow2_jax.training.stage_run import StageRun, Tools
 from starflow2_jax.training.step import TrainState, finish, new_state, state_shardings
 from starflow2_jax.weights.qwen import load_config
 
 
-class NonFiniteLoss(UserError):
-    """The loss is no finite number; the last good checkpoint is kept."""
-
-
 class Trainer:
-    """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet."""
+    """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet.
 
-    def __init__(self, config: ConfigDict, folder: str | Path):
+    `flops`: of a stage's step over a batch of that shape, all devices together; without it no MFU is told.
+    """
+
+    def __init__(self, config: ConfigDict, folder: str | Path, flops: Callable[[Stage, Shape], float] | None = None):
         if unknown := set(config.order) - (set(STAGES) & set(config.stages)):
             raise configs.ConfigError(f"unknown stages {sorted(unknown)} in order; there are {', '.join(STAGES)}")
         self.config = config
-        self.checkpoints = CheckpointDirectory(folder, config.keep)
+        keep = Keep(config.keep, config.get("keep_every", 0), config.get("keep_best", 0))
+        self.checkpoints = CheckpointDirectory(folder, keep)
+        self.flops, self.peak = flops, peak_flops(config.get("peak_flops", 0.0))
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
         if self.checkpoints.exists():
@@ -54,22 +60,52 @@ class Trainer:
                 f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels so"
             )
 
-    def run(self, progress: bool = True, stop_at: int | None = None) -> None:
-        """Train all stages; `stop_at`: save and return after that many steps of the whole run."""
-        if self.checkpoints.exists():
-            self.checkpoints.write_config(self.config)
-        else:
-            self.checkpoints.create(self.config, self.codec, self.tokenizer)
-        total = sum(self.config.stages[name].steps for name in self.config.order)
+    def run(self, progress: bool = True, stop_at: int | None = None, profile: int = 0) -> dict:
+        """Train all stages. Returns where the time went (see Ledger.summary), faults counted; it is in summary.json, too.
+
+        `stop_at`: save and return after that many steps of the whole run; `profile`: trace so many steps into profile/.
+        Raises Preempted when all is saved after a SIGTERM.
+        """
+        self._prepare()
         done = self.checkpoints.latest() or 0
-        with jax.set_mesh(self.mesh), Metrics(self.checkpoints.folder / "metrics", done) as metrics:
-            with tqdm(total=total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+        ledger = Ledger(self.checkpoints.meta(done).get("time") if done else None)
+        total = sum(self.config.stages[name].steps for name in self.config.order)
+        folder, writes = self.checkpoints.folder, distributed.primary()
+        with (
+            jax.set_mesh(self.mesh),
+            ledger.noticing_compilations(),
+            Preemption.listening() as preemption,
+            Metrics(folder / "metrics", done, writes) as metrics,
+            tqdm(total=total, disable=not (progress and writes), unit="step", dynamic_ncols=True) as bar,
+        ):
+            tools = Tools(metrics, bar, ledger, preemption, Profiler(folder / "profile", profile))
+            try:
                 first = 0
                 for name in self.config.order:
-                    if not self._run_stage(STAGES[name], first, stop_at, metrics, bar):
+                    if not self._run_stage(STAGES[name], first, stop_at, tools):
                         break
                     first += self.config.stages[name].steps
-            self.checkpoints.wait()
+            finally:
+                tools.profiler.stop()
+                with ledger.time("checkpoint"):
+                    self.checkpoints.wait()
+                summary = ledger.summary(self.peak) | {"faults": tools.faults}
+                metrics.write_summary(summary)
+        return summary
+
+    def _prepare(self) -> None:
+        """The directory, made or gone on with; the processes of a run do it together."""
+        distributed.barrier("everybody has looked whether there is a checkpoint")
+        if self.checkpoints.exists():
+            self.checkpoints.pass_over_damaged()
+        if distributed.primary():
+            if self.checkpoints.exists():
+                self.checkpoints.write_config(self.config)
+            else:
+                self.checkpoints.create(self.config, self.codec, self.tokenizer)
+        distributed.barrier("the checkpoint directory is there")
+        if not distributed.primary():  # fitted on another machine, it may differ in the last bit
+            self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
 
     @classmethod
     def begin(cls, config: ConfigDict, folder: str | Path, vlm: str | Path) -> None:
@@ -92,47 +128,42 @@ class Trainer:
                 trainer.checkpoints.save(0, {"params": trainer._fresh("trainable")}, meta)
             trainer.checkpoints.close()
 
-    def _run_stage(self, stage: Stage, first: int, stop_at: int | None, metrics: Metrics, bar: tqdm) -> bool:
+    def _run_stage(self, stage: Stage, first: int, stop_at: int | None, tools: Tools) -> bool:
         """Run one stage from where it stands; `first`: steps of the run before it. Returns whether to go on."""
         cfg = self.config.stages[stage.name]
         last, latest = first + cfg.steps, self.checkpoints.latest()
         if latest is not None and latest >= last:
-            bar.update(cfg.steps)
+            tools.bar.update(cfg.steps)
             return latest != stop_at
         spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * cfg.accumulate
         if cfg.rows % spread:
             raise configs.ConfigError(
                 f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)"
             )
-        optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-        state, frozen, data_position = self._begin(stage, optimizer, latest)
-        shape = batch_shape(self.config, stage)
-        source = sources.documents(self.config, stage, self.codec.image_channels)
-        data = iter(batches(source, self.encoder(stage), shape, self.config.data.threads))
-        if data_position is not None:
-            data.set_state(data_position)
-        step = jitted_step(self.config, self.model, stage, optimizer, self.codec.std)
-        begin = first + int(state.step)
-        bar.update(int(state.step))
-        before = None  # the step before's metrics are looked at while this step runs
-        for number in range(begin + 1, last + 1):
-            batch = jax.device_put(next(data), sharding.batch_sharding(self.mesh))
-            state, values = step(state, frozen, batch)
-            saves = number < last and (number % self.config.save_every == 0 or number == stop_at)
-            logs = number % self.config.log_every == 0 or number == last
-            before = self._check(values if saves or logs else before or values, f"step {number} ({stage.name})")
-            if logs:
-                metrics.write(number, stage.name, before)
-                losses = (f"{name}={value:.3f}" for name, value in before.items() if name.endswith("_loss"))
-                bar.set_postfix_str(f"{stage.name} {' '.join(losses)}")
-            before = values
-            bar.update()
-            if saves:
-                self._save(stage, number, state, data.get_state())
-            if number == stop_at and number < last:
-                return False
-        self._hand_on(stage, last, state)
+        run = StageRun(self, stage, first, tools)
+        if not run.run(last, stop_at):
+            return False
+        with tools.ledger.time("checkpoint"):
+            self._hand_on(run, ended=last == stop_at or stage.name == self.config.order[-1])
         return last != stop_at
+
+    def shape(self, stage: Stage) -> Shape:
+        return batch_shape(self.config, stage)
+
+    def step(self, stage: Stage, optimizer):
+        return jitted_step(self.config, self.model, stage, optimizer, self.codec.std)
+
+    def optimizer(self, stage: Stage):
+        cfg = self.config.stages[stage.name]
+        return make_optimizer(cfg.optimizer, cfg.steps)
+
+    def reader(self, stage: Stage) -> GroupedBatches:
+        """Of the rows that this process's devices need."""
+        shape, data = self.shape(stage), self.config.data
+        source = sources.documents(self.config, stage, self.codec.image_channels)
+        layout = sharding.batch_sharding(self.mesh)
+        rows = own_rows(layout, shape.rows)
+        return GroupedBatches(source, self.encoder(stage), shape, data.get("groups", 1), data.threads, rows)
 
     def encoder(self, stage: Stage) -> Encoder:
         vision = self.model.cfg.vlm.vision if self.config.stages[stage.name].patches else None
@@ -162,7 +193,8 @@ class Trainer:
             {"ema": layout.ema, "optimizer": layout.optimizer},
         )
         rest = self.checkpoints.restore(latest, placed)
-        key = jax.random.wrap_key_data(np.array(meta["key"], np.uint32))
+        wrap = jax.jit(jax.random.wrap_key_data, out_shardings=sharding.replicated(self.mesh))
+        key = wrap(np.array(meta["key"], np.uint32))
         return (
             TrainState(np.int32(meta["stage_step"]), params, rest["ema"], rest["optimizer"], key),
             frozen,
@@ -189,29 +221,20 @@ class Trainer:
             raise configs.ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
         return self.checkpoints.restore_frozen(abstract(self._shapes("frozen"), self.mesh))
 
-    def _save(self, stage: Stage, number: int, state: TrainState, data_state) -> None:
+    def _save(self, stage: Stage, number: int, state: TrainState, data_state, rest: dict, metrics: dict | None) -> None:
         meta = {
             "stage": stage.name,
             "stage_step": int(state.step),
             "key": np.asarray(jax.random.key_data(state.key)).tolist(),
             "data": data_state,
+            **rest,
         }
         trees = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
-        self.checkpoints.save(number, trees, meta)
+        self.checkpoints.save(number, trees, meta, metrics)
 
-    def _hand_on(self, stage: Stage, number: int, state: TrainState) -> None:
+    def _hand_on(self, run: StageRun, ended: bool) -> None:
         """The end of a stage: its averaged parameters, and no optimizer."""
-        done = state.replace(params=finish(state), ema={}, optimizer={})
-        if held(stage) == "frozen":
+        done = run.state.replace(params=finish(run.state), ema={}, optimizer={})
+        if held(run.stage) == "frozen":
             self.checkpoints.save_frozen(done.params)
-        self._save(stage, number, done, None)
-
-    def _check(self, values: dict, where: str) -> dict[str, float]:
-        values = {name: float(v) for name, v in values.items()}
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            self.checkpoints.wait()
-            raise NonFiniteLoss(
-                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at {where}; "
-                f"the last good checkpoint is step {self.checkpoints.latest()}: lower the learning rate and start again from it"
-            )
-        return values
+        run.save(done, None, ended)

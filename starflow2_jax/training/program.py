@@ -13,13 +13,14 @@ from starflow2_jax.data.pipeline import Shape
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.sequence import Sequence, VisionInput
 from starflow2_jax.stages import Stage
+from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.step import make_step, new_state, state_shardings
 
 
 def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations):
-    """(state, frozen, batch) -> (state, metrics), compiled when it is first called; the state is donated.
+    """(state, frozen, batch, limit) -> (state, metrics), compiled when it is first called; the state is donated.
 
-    `deviations` (D,): the codec's, of latent channels.
+    `deviations` (D,): the codec's, of latent channels. `limit` (): see `faults.guarded`.
     """
     cfg = config.stages[stage.name]
     step = make_step(
@@ -32,7 +33,7 @@ def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, dev
         ema_decay=cfg.ema,
         vlm_length=cfg.get("vlm_length", 0),
     )
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(guarded(step, config.get("faults")), donate_argnums=0)
 
 
 def held(stage: Stage) -> str:

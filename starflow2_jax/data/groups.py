@@ -1,0 +1,75 @@
+"""Row groups: each host reads its share of the documents, and the batches are the same on any number of hosts."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from starflow2_jax import distributed
+from starflow2_jax.config import ConfigError
+from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.sequence import Sequence
+
+
+class GroupedBatches:
+    """Endless batches, whose rows are cut into `groups` equal groups.
+
+    Group g packs the documents g, g + groups, g + 2 groups, ... of the endlessly repeated source into its own rows. So
+    what a group holds depends on no other, and on no host: a host packs the groups that its devices need. One packer
+    for all rows would make every host read and encode every document. More groups allow more hosts; with fewer rows in
+    a group the packer has less choice, and rows end with a little more padding.
+
+    `rows`: those that this host feeds; by default all. Position of a reader: a list with the state of every group.
+    """
+
+    def __init__(self, source, encoder: Encoder, shape: Shape, groups: int = 1, threads: int = 0, rows=None):
+        if groups < 1 or shape.rows % groups:
+            raise ConfigError(f"data.groups={groups} must divide the batch's {shape.rows} rows")
+        self.rows, self.per_group, self.groups = shape.rows, shape.rows // groups, groups
+        block = Shape(self.per_group, shape.length, shape.images, shape.patches)
+        mine = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})
+        threads = max(1, threads // len(mine)) if threads else 0
+        self._readers = {g: iter(batches(source, encoder, block, threads, g, groups)) for g in mine}
+
+    def __next__(self) -> dict[int, Sequence]:
+        """The next batch's rows of each group that this host reads, as numpy arrays."""
+        return {group: next(reader) for group, reader in self._readers.items()}
+
+    def get_state(self) -> dict[str, list]:
+        """The position; all processes ask for it together, each knows that of its groups."""
+        mine = {str(group): reader.get_state() for group, reader in self._readers.items()}
+        known = {group: state for states in distributed.gather(mine) for group, state in states.items()}
+        return {"groups": [known.get(str(group)) for group in range(self.groups)]}
+
+    def set_state(self, state: dict) -> None:
+        """Go on from a position, on whatever number of hosts it was saved. Raises ConfigError for other groups."""
+        states = state["groups"] if "groups" in state else [state]  # checkpoints from before groups had one
+        if len(states) != self.groups:
+            raise ConfigError(f"the checkpoint's data position has {len(states)} groups; set data.groups={len(states)}")
+        for group, reader in self._readers.items():
+            reader.set_state(states[group])
+
+    def place(self, blocks: dict[int, Sequence], sharding: NamedSharding) -> Sequence:
+        """The groups' rows -> one batch of global arrays, to which each process adds the rows of its devices."""
+        order = list(blocks)
+
+        def leaf(*parts: np.ndarray) -> jax.Array:
+            held = dict(zip(order, parts, strict=True))
+            shape = (self.rows, *parts[0].shape[1:])
+            return jax.make_array_from_callback(shape, sharding, partial(self._piece, held))
+
+        return jax.tree.map(leaf, *blocks.values())
+
+    def _piece(self, held: dict[int, np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
+        first, last, _ = index[0].indices(self.rows)
+        groups = range(first // self.per_group, (last - 1) // self.per_group + 1)
+        rows = np.concatenate([held[g] for g in groups]) if len(groups) > 1 else held[groups[0]]
+        offset = groups[0] * self.per_group
+        return rows[(slice(first - offset, last - offset), *index[1:])]
+
+
+def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
+    """Rows of a batch that this process's devices hold."""
+    places = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (where,) in places for row in range(*where.indices(rows))})

@@ -1,0 +1,70 @@
+"""Several processes that train one model: how they find each other, and the few things that they agree on."""
+
+import json
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from starflow2_jax.errors import UserError
+
+ENVIRONMENT = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "processes": "JAX_NUM_PROCESSES",
+    "process": "JAX_PROCESS_ID",
+}
+
+
+def initialize(args) -> None:
+    """Before JAX starts: join the other processes, where `--distributed` says that there are any. Raises UserError."""
+    flags = {name: getattr(args, name) for name in ENVIRONMENT}
+    if not args.distributed:
+        if given := [f"--{name}" for name, value in flags.items() if value is not None]:
+            raise UserError(f"{', '.join(given)} is of a distributed run; add --distributed")
+        return
+    values = {name: value or os.environ.get(ENVIRONMENT[name]) for name, value in flags.items()}
+    if missing := [f"--{name}" for name, value in values.items() if value is None]:
+        if len(missing) < len(values):
+            raise UserError(
+                f"{', '.join(missing)} is missing; give all of --coordinator, --processes, --process or none"
+            )
+        _join()
+        return
+    if not values["processes"].isdigit() or not values["process"].isdigit() or ":" not in values["coordinator"]:
+        raise UserError("--coordinator is HOST:PORT, --processes and --process are numbers")
+    if int(values["process"]) >= int(values["processes"]):
+        raise UserError(f"--process={values['process']} must be below --processes={values['processes']}")
+    _join(values["coordinator"], int(values["processes"]), int(values["process"]))
+
+
+def _join(*found) -> None:
+    try:
+        jax.distributed.initialize(*found)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the processes do not find each other ({reason}); name them by --coordinator, --processes and --process"
+        ) from None
+
+
+def primary() -> bool:
+    """Is this the process that writes configs, metrics and the progress bar?"""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here; `name` is the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(value) -> list:
+    """A JSON value of each process -> all of them, in every process, in order."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
+    rows = multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - len(text))))
+    rows = rows.reshape(len(lengths), -1)
+    return [json.loads(bytes(row[:length].astype(np.uint8))) for row, length in zip(rows, lengths, strict=True)]

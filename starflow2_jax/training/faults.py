@@ -1,0 +1,116 @@
+"""Steps that go wrong: a loss or gradient that is no finite number, a loss far above the last ones; and what is done then."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.config import ConfigError
+from starflow2_jax.errors import UserError
+
+POLICIES = ("ignore", "abort", "skip", "rollback")
+DEFAULTS = dict(nonfinite="abort", spike="ignore", deviations=8.0, window=100, most=10)
+
+
+class NonFiniteLoss(UserError):
+    """The loss is no finite number; the last good checkpoint is kept."""
+
+
+class LossSpike(UserError):
+    """The loss is far above the last ones, or too many steps went wrong; the last good checkpoint is kept."""
+
+
+class Watch:
+    """Judges the losses of a stage's steps, in order, by `config.faults`:
+
+    nonfinite, spike   what is done: "abort" ends the run, "skip" does not apply the update, "rollback" goes back to the
+                       last checkpoint and on with the data after the bad batch, "ignore" (spike only) does nothing
+    deviations         a spike is a loss above the median of the last `window` good ones by more than so many standard
+                       deviations, estimated from the median distance to the median
+    most               bad steps between two checkpoints, above which the run ends all the same
+    """
+
+    def __init__(self, cfg, state: dict | None = None):
+        """`state`: what `state()` gave when the checkpoint that the run goes on from was saved."""
+        cfg = DEFAULTS | dict(cfg or {})
+        if cfg["nonfinite"] not in POLICIES[1:] or cfg["spike"] not in POLICIES:
+            raise ConfigError(
+                f"faults.nonfinite is one of {', '.join(POLICIES[1:])} and faults.spike of {', '.join(POLICIES)}, "
+                f"not {cfg['nonfinite']!r} and {cfg['spike']!r}"
+            )
+        self.cfg, state = cfg, state or {}
+        self.losses: list[tuple[int, float]] = [tuple(pair) for pair in state.get("losses", ())]
+        self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks"), 0) | state.get("counts", {})
+        self.since_save = 0
+
+    def state(self) -> dict:
+        return {"losses": self.losses, "counts": self.counts}
+
+    def limit(self, step: int) -> float:
+        """Above it the loss of `step` is a spike. From the losses up to two steps before, which are known when it begins."""
+        window = [loss for number, loss in self.losses if number < step - 1][-self.cfg["window"] :]
+        if self.cfg["spike"] == "ignore" or len(window) < min(20, self.cfg["window"]):
+            return math.inf
+        median = float(np.median(window))
+        deviation = 1.4826 * float(np.median(np.abs(np.array(window) - median)))  # of a normal distribution
+        limit = median + self.cfg["deviations"] * max(deviation, 1e-3 * (1 + abs(median)))
+        return float(np.float32(limit))  # as `guarded` compares it
+
+    def judge(self, step: int, values: dict[str, float], standing: str) -> str | None:
+        """What to do about a step, "skip" (done already, see `guarded`) or "rollback", or None where nothing is wrong.
+
+        `standing`: says where the step was and which checkpoint is left. Raises NonFiniteLoss, LossSpike.
+        """
+        loss, limit = values["loss"], self.limit(step)
+        bad = not (math.isfinite(loss) and math.isfinite(values["grad_norm"]))
+        if not bad and loss <= limit:
+            self._accept(step, loss)
+            return None
+        action = self.cfg["nonfinite" if bad else "spike"]
+        self.counts["nonfinite" if bad else "spikes"] += 1
+        self.since_save += 1
+        seen = f"the loss is {loss} and the gradient norm {values['grad_norm']}"
+        seen += "" if bad else f", above the limit of {limit:.4g},"
+        if action == "abort":
+            kind = NonFiniteLoss if bad else LossSpike
+            raise kind(f"{seen} at {standing}: lower the learning rate and start again from it")
+        if self.since_save > self.cfg["most"]:
+            raise LossSpike(
+                f"{seen} at {standing}; more than faults.most={self.cfg['most']} steps since then went wrong"
+            )
+        self.counts["skipped" if action == "skip" else "rollbacks"] += 1
+        return action
+
+    def _accept(self, step: int, loss: float) -> None:
+        self.losses = [*self.losses, (step, loss)][-(self.cfg["window"] + 2) :]
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to the end of `step`."""
+        self.losses = [pair for pair in self.losses if pair[0] <= step]
+
+
+def guarded(step: Callable, cfg) -> Callable:
+    """(state, frozen, batch, limit) -> (state, metrics): a training step that counts the batch's "tokens", padding left
+    out, and whose update is not applied where the policy says "skip" and its loss is above `limit` or not finite."""
+    cfg = DEFAULTS | dict(cfg or {})
+
+    def run(state, frozen, batch, limit=math.inf):
+        new, metrics = step(state, frozen, batch)
+        metrics = metrics | {"tokens": jnp.sum(batch.segments > 0)}
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        bad = False
+        if cfg["nonfinite"] == "skip":
+            bad = ~finite
+        if cfg["spike"] == "skip":
+            bad = bad | (finite & (metrics["loss"] > limit))
+        if bad is not False:
+            old = (state.params, state.ema, state.optimizer)
+            params, ema, optimizer = jax.tree.map(
+                lambda before, after: jnp.where(bad, before, after), old, (new.params, new.ema, new.optimizer)
+            )
+            new = new.replace(params=params, ema=ema, optimizer=optimizer)
+        return new, metrics
+
+    return run

@@ -1,0 +1,148 @@
+"""Where the time goes: the share of a run that trains, and how fast that is."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is in steps
+
+# Dense bfloat16 FLOP/s of one device, as their makers state them; names as `device_kind` has them.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(configured: float = 0.0) -> float | None:
+    """FLOP/s of one device: the config's, else the table's; None for a device that is not in it, as a CPU."""
+    return configured or PEAK_FLOPS.get(jax.devices()[0].device_kind)
+
+
+class Ledger:
+    """Seconds of a run, restarts included, by what they were spent on.
+
+    input        waiting for a batch while the devices had nothing to do
+    checkpoint   saving, as far as the run waited for it
+    compile      XLA's compilations, and the first call of each step
+    restart      initialising and restoring; after a fault all since the checkpoint that the run goes on from: steps that
+                 were lost, and the time until it was started again
+    steps        all the rest
+
+    `meta`: what `state()` gave for that checkpoint. A run that ended orderly (`state(ended=True)`) has no time lost.
+    """
+
+    def __init__(self, meta: dict | None = None):
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.steps, self.tokens, self.flops, self.restarts = 0, 0.0, 0.0, 0
+        self._inside: list[float] = []  # of the open `time`s: seconds that inner ones and compilations took
+        self._began, self._before = time.time(), 0.0
+        if meta:
+            self.seconds |= meta["seconds"]
+            self.steps, self.tokens, self.flops, self.restarts = (
+                meta[name] for name in ("steps", "tokens", "flops", "restarts")
+            )
+            self._before = meta["total"]
+            if not meta["ended"]:
+                self.restarts += 1
+                lost = max(0.0, self._began - meta["at"])
+                self.seconds["restart"] += lost
+                self._before += lost
+        self._saved = self.split()
+
+    @property
+    def total(self) -> float:
+        return self._before + time.time() - self._began
+
+    def state(self, ended: bool = False) -> dict:
+        counts = {"steps": self.steps, "tokens": self.tokens, "flops": self.flops, "restarts": self.restarts}
+        self._saved = self.split()
+        return {"seconds": dict(self.seconds), "total": self.total, "at": time.time(), "ended": ended, **counts}
+
+    def rewind(self, steps: int) -> None:
+        """The run goes back by `steps` steps: what they took since the last save is lost."""
+        self.seconds["restart"] += self.split()["steps"] - self._saved["steps"]
+        self.steps -= steps
+
+    @contextlib.contextmanager
+    def time(self, kind: str) -> Iterator[None]:
+        begin, _ = time.time(), self._inside.append(0.0)
+        try:
+            yield
+        finally:
+            self._spend(kind, time.time() - begin - self._inside.pop(), time.time() - begin)
+
+    def _spend(self, kind: str, own: float, whole: float) -> None:
+        self.seconds[kind] += max(0.0, own)
+        if self._inside:
+            self._inside[-1] += whole
+
+    @contextlib.contextmanager
+    def waiting(self, running: jax.Array | None) -> Iterator[None]:
+        """Input. It counts unless `running`, of the step before, is still being computed when it is there."""
+        begin = time.time()
+        yield
+        if running is None or running.is_ready():
+            self._spend("input", time.time() - begin, time.time() - begin)
+
+    @contextlib.contextmanager
+    def noticing_compilations(self) -> Iterator[None]:
+        """While this lasts, XLA's compilations are counted wherever they happen."""
+
+        def listen(event: str, duration: float, **_) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                self.seconds["compile"] += duration
+                if self._inside:
+                    self._inside[-1] += duration
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    def split(self) -> dict[str, float]:
+        """Seconds so far by kind, steps and total included."""
+        total = self.total
+        return {"steps": max(0.0, total - sum(self.seconds.values())), **self.seconds, "total": total}
+
+    def speed(
+        self, before: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None
+    ) -> dict:
+        """Of the last `steps` steps, since `split()` gave `before`. `flops`: of a step, all devices together; `peak`: of one."""
+        now = self.split()
+        spent = {kind: now[kind] - before[kind] for kind in now}
+        return rates(spent, steps, tokens, flops * steps if flops else None, peak)
+
+    def summary(self, peak: float | None) -> dict:
+        """Of the whole run."""
+        spent = self.split()
+        whole = spent["total"] or 1.0
+        share = {kind: seconds / whole for kind, seconds in spent.items() if kind != "total"}
+        counts = {"steps": self.steps, "restarts": self.restarts, "seconds": spent, "share": share}
+        return counts | rates(spent, self.steps, self.tokens, self.flops, peak)
+
+
+def rates(spent: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None) -> dict:
+    """Step time, input wait (seconds a step), tokens per second and, where both are known, MFU: `flops` of all steps over
+    what the devices could do at their peak in the time of steps and input; compilation, saving, restarts left out."""
+    training = max(spent["steps"] + spent["input"], 1e-9)
+    count = max(steps, 1)
+    found = {
+        "step_seconds": training / count,
+        "input_wait_seconds": spent["input"] / count,
+        "tokens_per_second": tokens / training,
+    }
+    if flops and peak:
+        found["mfu"] = flops / (training * peak * jax.device_count())
+    return found

@@ -1,0 +1,253 @@
+"""What a long run lives through: bad batches, damaged checkpoints, SIGTERM; with a Trainer whose step is a small stand-in."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from tiny_experiment import tiny_config
+
+from starflow2_jax import manifest
+from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.data.documents import Text
+from starflow2_jax.keeping import Keep
+from starflow2_jax.training import loop
+from starflow2_jax.training.faults import LossSpike, NonFiniteLoss
+from starflow2_jax.training.loop import Trainer
+from starflow2_jax.training.preemption import Preempted
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+BAD = "~"  # in a document: its batch makes the loss bad
+
+
+def stand_in(model, stage, optimizer, **_):
+    """A step that adds the batch's number of tokens to a parameter; its loss is good but for batches with BAD in them."""
+    bad = tiny.tokenizer().encode(BAD, add_special_tokens=False)[0]
+
+    def step(state, frozen, batch):
+        def add(path, x):
+            return x + jnp.sum(batch.segments > 0) if path[0].key == "vlm" and x.ndim == 1 else x
+
+        params = jax.tree_util.tree_map_with_path(add, state.params)
+        good = 1.0 + 0.1 * jnp.cos(state.step * 1.7)
+        loss = jnp.where(jnp.any(batch.tokens == bad), Documents.bad_loss, good)
+        return state.replace(step=state.step + 1, params=params), {"loss": loss, "grad_norm": jnp.float32(1)}
+
+    return step
+
+
+class Documents:
+    """Endless; document `bad` is the one with BAD in it. A batch of 8 rows holds about 40 of them."""
+
+    bad, bad_loss = -1, math.nan
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, i: int):
+        return [Text(f"document number {i} " + (BAD if i == self.bad else ""), predict=True)]
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_step", stand_in)
+    monkeypatch.setattr(loop.sources, "documents", lambda *_: Documents())
+    monkeypatch.setattr(Documents, "bad", -1)
+
+    def make(folder: str = "run", **changes) -> Trainer:
+        c = tiny_config(order=("pretrain",), save_every=4, keep=3, **changes)
+        c.stages.pretrain.update(steps=16, ema=0.5)
+        return Trainer(c, tmp_path / folder)
+
+    return make
+
+
+def lines(t: Trainer) -> list[dict]:
+    return [json.loads(line) for line in (t.checkpoints.folder / "metrics" / "metrics.jsonl").read_text().splitlines()]
+
+
+def applied(t: Trainer, number: int = 12) -> float:
+    """How many tokens the applied steps up to a saved one had, as a parameter has counted them."""
+    shapes = abstract(t._shapes("frozen"), t.mesh)
+    params = t.checkpoints.restore(number, {"params": shapes})["params"]
+    fresh = t._fresh("frozen")
+    counted = jax.tree.map(lambda a, b: float(jnp.max(a - b)) if a.ndim == 1 else 0.0, params["vlm"], fresh["vlm"])
+    return max(jax.tree.leaves(counted))
+
+
+FAULTS = dict(deviations=50.0, window=5, most=3)
+
+
+@pytest.mark.parametrize("bad_loss, kind", ((math.nan, "nonfinite"), (1e4, "spikes")))
+def test_a_bad_batch_is_skipped_and_counted(trainer, monkeypatch, bad_loss, kind):
+    monkeypatch.setattr(Documents, "bad", 250)
+    monkeypatch.setattr(Documents, "bad_loss", bad_loss)
+    t = trainer(faults=dict(nonfinite="skip", spike="skip", **FAULTS))
+    summary = t.run(progress=False)
+    [bad] = [line for line in lines(t) if not math.isfinite(line["loss"]) or line["loss"] > 2]
+    assert 4 < bad["step"] < 12 and summary["faults"] == {"nonfinite": 0, "spikes": 0, "rollbacks": 0} | {
+        kind: 1, "skipped": 1
+    }  # fmt: skip
+    assert applied(t) == sum(line["tokens"] for line in lines(t)[:12] if line["step"] != bad["step"])
+    assert lines(t)[-1]["step"] == 16 and lines(t)[-1][kind] == 1
+
+
+def test_a_bad_batch_is_passed_over_from_the_last_checkpoint(trainer, monkeypatch):
+    """The run goes back to step 4 or 8 and on with the data behind the bad batch: parameters know nothing of it."""
+    monkeypatch.setattr(Documents, "bad", 250)
+    monkeypatch.setattr(Documents, "bad_loss", math.nan)
+    t = trainer(faults=dict(nonfinite="rollback", spike="ignore", **FAULTS))
+    summary = t.run(progress=False)
+    assert summary["faults"] == {"nonfinite": 1, "spikes": 0, "skipped": 0, "rollbacks": 1}
+    assert [line["step"] for line in lines(t)] == list(range(1, 17))
+    assert all(math.isfinite(line["loss"]) for line in lines(t))
+    assert applied(t) == sum(line["tokens"] for line in lines(t)[:12])
+    assert summary["steps"] == 16 and summary["seconds"]["restart"] > 0
+
+
+@pytest.mark.parametrize(
+    "policy, error", ((dict(nonfinite="abort"), NonFiniteLoss), (dict(nonfinite="skip"), LossSpike))
+)
+def test_no_end_of_bad_batches_ends_the_run(trainer, monkeypatch, policy, error):
+    monkeypatch.setattr(Documents, "__getitem__", lambda self, i: [Text(f"{i} " + BAD * (i > 250), predict=True)])
+    monkeypatch.setattr(Documents, "bad_loss", math.nan)
+    t = trainer(faults=FAULTS | policy)
+    with pytest.raises(error, match=r"\(pretrain\); the last good checkpoint is step"):
+        t.run(progress=False)
+
+
+def test_which_steps_stay(tmp_path):
+    """The newest, every tenth, the one of the lowest loss (of the later stage, whatever its losses)."""
+    c = CheckpointDirectory(tmp_path, Keep(latest=1, every=10, best=1))
+    losses = {5: (0, 0.1), 10: (0, 0.9), 15: (1, 3.0), 20: (1, 2.5), 25: (1, 1.0), 30: (1, 2.0), 35: (1, 4.0)}
+    for number, (stage, loss) in losses.items():
+        c.save(number, {"params": {"a": jnp.ones(2)}}, {}, {"stage": stage, "loss": loss})
+    c.wait()
+    assert sorted(c.manager.all_steps()) == [10, 20, 25, 30, 35]
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory) -> Path:
+    """Steps 1, 2, 3, whose parameter is their number."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    c = CheckpointDirectory(folder)
+    c.create(tiny_config(), tiny.CODEC, tiny.tokenizer())
+    for number in (1, 2, 3):
+        c.save(number, {"params": {"a": jnp.full(50, number)}}, {"stage": "joint"})
+    c.close()
+    return folder
+
+
+def step_files() -> list[str]:
+    """By what they are for; the names of data files are random."""
+    return ["meta/metadata", "params/_METADATA", "params/manifest.ocdbt", "params/d", "_CHECKPOINT_METADATA"]
+
+
+def damage(step: Path, name: str, how: str) -> None:
+    path = step / name
+    path = sorted(p for p in path.rglob("*") if p.is_file())[0] if path.is_dir() else path
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ("cut", "missing", "flipped"))
+@pytest.mark.parametrize("name", step_files())
+def test_a_damaged_step_is_passed_over(three_steps, tmp_path, capfd, name, how):
+    folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
+    damage(folder / "steps" / "3", name, how)
+    assert CheckpointDirectory(folder).require_latest() == 2  # who samples changes nothing
+    said = capfd.readouterr().err
+    assert "WARNING: step 3" in said and "is damaged" in said
+    c = CheckpointDirectory(folder)
+    assert c.latest() == 3
+    c.pass_over_damaged()
+    assert c.latest() == 2 and (folder / "damaged" / "3.0").is_dir()
+    spread = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"params": {"a": jax.ShapeDtypeStruct((50,), jnp.int32, sharding=spread)}}
+    assert int(c.restore(2, wanted)["params"]["a"][7]) == 2
+    c.save(3, {"params": {"a": jnp.full(50, 30)}}, {"stage": "joint"})  # its number is free again
+    c.close()
+    assert CheckpointDirectory(folder).require_latest() == 3
+    damage(folder / "steps" / "3", "meta/metadata", "cut")
+    c = CheckpointDirectory(folder)
+    c.pass_over_damaged()
+    assert (folder / "damaged" / "3.1").is_dir()
+
+
+def test_no_step_is_whole(three_steps, tmp_path):
+    folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
+    for number in (1, 2, 3):
+        damage(folder / "steps" / str(number), "params/_METADATA", "missing")
+    for use in (CheckpointDirectory.require_latest, CheckpointDirectory.pass_over_damaged):
+        with pytest.raises(CheckpointError, match="every saved step .* is damaged .3, 2, 1."):
+            use(CheckpointDirectory(folder))
+
+
+def test_a_step_that_is_being_written_is_none(three_steps, tmp_path):
+    folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
+    (folder / "steps" / "3").rename(folder / "steps" / "3.orbax-checkpoint-tmp")
+    assert CheckpointDirectory(folder).require_latest() == CheckpointDirectory(folder).latest() == 2
+
+
+def test_a_step_without_a_list_of_files_is_used(three_steps, tmp_path):
+    folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
+    (folder / "steps" / "3" / manifest.NAME).unlink()
+    assert CheckpointDirectory(folder).require_latest() == 3
+
+
+def test_a_run_goes_on_from_the_step_before_a_damaged_one(trainer, capfd):
+    wanted = trainer("whole")
+    wanted.run(progress=False)
+    trainer().run(progress=False, stop_at=8)
+    damage(trainer().checkpoints.folder / "steps" / "8", "params/d", "cut")
+    t = trainer()
+    t.run(progress=False)
+    assert "step 8" in capfd.readouterr().err
+    assert lines(t) == lines(wanted) and applied(t) == applied(wanted) > 0
+
+
+def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
+    wanted = trainer("whole")
+    wanted.run(progress=False)
+    before, t = signal.getsignal(signal.SIGTERM), trainer()
+    place, count = loop.GroupedBatches.place, []
+
+    def place_and_tell(self, *arguments):
+        count.append(1)
+        if len(count) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(self, *arguments)
+
+    monkeypatch.setattr(loop.GroupedBatches, "place", place_and_tell)
+    with pytest.raises(Preempted):
+        t.run(progress=False)
+    assert t.checkpoints.latest() == 6 and signal.getsignal(signal.SIGTERM) == before
+    summary = trainer().run(progress=False)
+    assert lines(t) == lines(wanted) and summary["restarts"] == 1
+
+
+def test_a_profile_and_a_summary(trainer):
+    t = trainer()
+    t.flops, t.peak = (lambda stage, shape: 1e6 * shape.rows), 1e9
+    t.run(progress=False, profile=2)
+    assert list((t.checkpoints.folder / "profile").rglob("*.xplane.pb"))
+    summary = json.loads((t.checkpoints.folder / "metrics" / "summary.json").read_text())
+    assert summary["steps"] == 16 and sum(summary["share"].values()) == pytest.approx(1)
+    seconds = summary["seconds"]
+    training = seconds["steps"] + seconds["input"]
+    assert summary["mfu"] == pytest.approx(16 * 8e6 / (training * 1e9 * 8))
+    tokens = sum(line["tokens"] for line in lines(t))
+    assert summary["tokens_per_second"] == pytest.approx(tokens / training)
