@@ -1,0 +1,151 @@
+"""Floating-point operations of one training step, counted by hand from the sizes of the model and what a stage runs."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from starflow2_jax.data.pipeline import Shape
+from starflow2_jax.models.layers import TransformerConfig
+from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.stages import Stage
+
+RULE = (
+    "matrix products only; a frozen parameter costs 2 FLOP a token forward and 2 more where a gradient passes through, a "
+    "trained one 6; attention as if causal over whole rows, counted as half; recomputation not counted; all positions of "
+    "a batch count, padding too"
+)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOP of one step of all chips together, by part of the model. Each dict adds up to a whole.
+
+    `model`: what the mathematics needs (`RULE`), the numerator of an MFU. `hardware`: what a compiled program without
+    attention kernels executes: with recomputation and with the hidden half of the causal attention.
+    """
+
+    model: dict[str, float]
+    hardware: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.model.values())
+
+    @property
+    def executed(self) -> float:
+        return sum(self.hardware.values())
+
+    def mfu(self, seconds: float, chips: int, peak: float) -> float:
+        """Model FLOPs utilisation of a step that takes `seconds` on `chips` of `peak` FLOP/s each."""
+        return self.total / (seconds * chips * peak)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """Products of one kind: FLOP of the forward pass, and how often as much is done in all."""
+
+    part: str
+    forward: float
+    times: float  # 1 forward, 1 more for the inputs' gradient, 1 more for the weights'
+    again: float = 0.0  # recomputed in the backward pass
+    needed: float = 1.0  # the share of `forward` that the mathematics needs
+
+
+def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int = 0, text_chunk: int = 256) -> Flops:
+    """FLOP of one training step over a batch of `shape` (rows, length, images, patches).
+
+    `vlm_length`: positions of a row that the VLM runs (0: all); `text_chunk`: positions of a row that the text head takes
+    at once. What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
+    """
+    model: dict[str, float] = {}
+    hardware: dict[str, float] = {}
+    for term in _terms(cfg, stage, shape, vlm_length, text_chunk):
+        model[term.part] = model.get(term.part, 0.0) + term.forward * term.needed * term.times
+        hardware[term.part] = hardware.get(term.part, 0.0) + term.forward * (term.times + term.again)
+    return Flops(model, hardware)
+
+
+def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int, text_chunk: int) -> Iterator[_Term]:
+    B, S, M, P = shape.rows, shape.length, shape.images, shape.patches
+    trains = set(stage.trains)
+    vlm_moves, flow_moves = "vlm" in trains, "deep" in trains
+    positions, vlm_positions = B * S, B * (vlm_length or S)
+    through = vlm_moves or "adapter" in trains  # a gradient passes through the VLM's layers
+    N, D, E, E_vlm = cfg.tokens, cfg.channels, cfg.deep.width, cfg.vlm.width
+
+    def linear(part, parameters, tokens, trained, into):
+        return _Term(part, 2.0 * parameters * tokens, 1 + trained + into)
+
+    for block in range(cfg.shallow_blocks):
+        yield from _stack("shallow flow", cfg.shallow, B * M, N, flow_moves, flow_moves)
+        yield linear("shallow flow", D * cfg.shallow.width, B * M * N, flow_moves, flow_moves and block > 0)
+        yield linear("shallow flow", 2 * D * cfg.shallow.width, B * M * N, flow_moves, flow_moves)
+
+    if not vlm_length:  # else the VLM sees no image position
+        moves = "adapter" in trains
+        yield linear("adapter", D * cfg.adapter_hidden, positions, moves, moves and flow_moves)
+        yield linear("adapter", cfg.adapter_hidden * E_vlm, positions, moves, moves)
+    yield from _stack("VLM", cfg.vlm.transformer, B, vlm_length or S, vlm_moves, through)
+    if cfg.vlm.vision and P:
+        yield from _vision(cfg.vlm.vision, B, P, vlm_moves)
+    if stage.text_loss:
+        chunk = min(text_chunk, S)
+        forward = 2.0 * cfg.vlm.vocabulary * E_vlm * B * -(-S // chunk) * chunk
+        yield _Term("text head", forward, 2 + vlm_moves, again=1)  # each chunk's logits are made twice
+    if stage.deep:
+        yield linear("embeddings", D * E, positions, flow_moves, flow_moves)
+        yield linear("embeddings", E_vlm * E, positions, flow_moves, through)
+        yield from _stack("deep flow", cfg.deep, B, S, flow_moves, flow_moves)
+        yield linear("Gaussian head", 2 * D * E, positions, flow_moves, flow_moves)
+    if stage.skips:
+        yield linear("skips", E_vlm * E, vlm_positions, "w_vlm" in trains, through)
+        yield linear("skips", E * E_vlm, positions, "w_d" in trains, flow_moves)
+
+
+def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: bool, through: bool) -> Iterator[_Term]:
+    """A causal stack over (rows, length). `through`: whether a gradient passes to what is below."""
+    projections, mlp = matrices(c)
+    down = c.mlp_hidden * c.width
+    policy = remat_policy(c.remat) if through else "none"
+    again = 1 - down / (projections + mlp) if policy == "full" else 0  # the last product's result is never needed
+    yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
+    # logits q k^T and weights v: no parameters, so a gradient means both inputs', twice the forward pass
+    again = {"none": 0.0, "full": 1.0, "dots": 1.0 if trained else 0.5}[policy]
+    products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * length
+    yield _Term(f"{part} attention", products, 3 if through else 1, again, needed=0.5)
+
+
+def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[_Term]:
+    """The vision tower over (rows, patches): windows count as windows, though all of a row is multiplied."""
+    t, part = c.transformer, "vision tower"
+    projections, mlp = matrices(t)
+    tokens, times = rows * patches, 3 if trained else 1
+    policy = remat_policy(t.remat) if trained else "none"
+    again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy == "full" else 0
+    yield _Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
+    yield _Term(part, 2.0 * c.patch_width * c.width * tokens, 1 + trained)
+    merged = c.width * c.merge**2
+    yield _Term(part, 2.0 * merged * (merged + c.out_width) * (tokens / c.merge**2), times)
+    window = min(patches, max(c.window // (c.patch * c.merge), 1) ** 2 * c.merge**2)
+    full = len(c.full_attention_layers) / c.layers
+    needed = full + (1 - full) * window / patches
+    products = 2 * 2.0 * t.layers * t.width * rows * patches * patches
+    yield _Term(f"{part} attention", products, times, float(policy != "none"), needed)
+
+
+def matrices(c: TransformerConfig) -> tuple[int, int]:
+    """Parameters of one layer's matrices: attention's four, and the MLP's."""
+    projections = c.width * c.head * (2 * c.heads + 2 * c.kv)
+    return projections, (3 if c.gated_mlp else 2) * c.width * c.mlp_hidden
+
+
+def remat_policy(remat: bool | str) -> str:
+    """ "none", "full" or "dots", of a config that may still say True or False."""
+    return {True: "full", False: "none"}.get(remat, remat)
+
+
+def in_units(flops: float) -> str:
+    """1.5e15 -> "1.50 PFLOP"."""
+    power = min(5, max(0, int(math.log10(max(flops, 1)) // 3)))
+    return f"{flops / 1000**power:.2f} {'kMGTP'[power - 1] if power else ''}FLOP"
