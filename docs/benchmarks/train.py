@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from starflow2_jax import config as configs
+from starflow2_jax.models.flow import grid_angles
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments/digits_quick.py"
 
@@ -58,9 +59,11 @@ class Reference:
 
     def __init__(self, config, codec_std, params: dict, frozen: dict):
         self.config, self.stage = config, config.stages.text_to_image
-        self.model = config.model
+        self.model = m = config.model
         self.p, self.vlm = per_layer(tensors(params)), per_layer(tensors(frozen))["vlm"]
         self.noise = config.noise / torch.tensor(codec_std)
+        angles = np.asarray(grid_angles(m.grid, m.grid[0], m.shallow.width // m.shallow.heads, 1e4, None))
+        self.grid_angles = tuple(torch.tensor(f(angles))[:, None] for f in (np.cos, np.sin))
         leaves = jax.tree_util.tree_leaves_with_path({k: v for k, v in self.p.items() if k not in UNUSED})
         self.moving = [x.requires_grad_() for _, x in leaves]
         decays = [x for path, x in leaves if path[-1].key in ("kernel", "embedding")]
@@ -115,10 +118,8 @@ class Reference:
         B, N, D = h.shape
         seen = torch.cat([p["start_token"].expand(B, 1, D), h[:, :-1]], 1)
         x = F.linear(seen, **linear(p["proj_in"]))
-        position = p["position_embedding"]
-        x = x + (position.flip(0) if flip else position)
         t = self.model.shallow
-        x = self.stack(p["stack"], x, None, None, t.heads, t.heads, "interleaved")
+        x = self.stack(p["stack"], x, self.grid_angles, None, t.heads, t.heads, "interleaved")
         raw = F.linear(F.rms_norm(x, x.shape[-1:], 1 + p["norm"]["scale"], 1e-6), **linear(p["proj_out"]))
         mean, scale = gaussian(raw)
         z, logdet = (h - mean) / scale, -scale.log()
@@ -238,7 +239,12 @@ def alternate(runs: dict, repeats: int) -> dict:
         f"{name} / {first}": round(statistics.median(row[1 + i] / row[0] for row in times), 2)
         for i, name in enumerate(others)
     }
-    return {"milliseconds": medians, "ratios": ratios, "repeats": repeats, "load": [round(x, 1) for x in os.getloadavg()]}
+    return {
+        "milliseconds": medians,
+        "ratios": ratios,
+        "repeats": repeats,
+        "load": [round(x, 1) for x in os.getloadavg()],
+    }
 
 
 def main() -> None:
