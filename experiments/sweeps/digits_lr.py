@@ -9,8 +9,8 @@ CONFIG = "../digits_quick.py"
 METRIC = "text_to_image/image_loss"
 ALWAYS = {
     "order": ("pretrain", "text_to_image"),
-    "stages.pretrain.steps": 20,
-    "stages.text_to_image.steps": 60,
+    "stages.pretrain.steps": 10,
+    "stages.text_to_image.steps": 50,
     "stages.text_to_image.optimizer.warmup": 10,
 }
 OPTIMIZER = "stages.text_to_image.optimizer"
