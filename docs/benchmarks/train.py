@@ -222,7 +222,7 @@ def compare(trainer, reference: Reference, params, frozen, batch, theirs: dict) 
 
 
 def alternate(runs: dict, repeats: int) -> dict:
-    """Median milliseconds of each, and of the others' ratio to the first; they take turns."""
+    """Milliseconds of each (median; least, which other programs disturb least) and ratios to the first; they take turns."""
     for run in runs.values():
         run(), run()
     times = []
@@ -231,30 +231,31 @@ def alternate(runs: dict, repeats: int) -> dict:
         for run in runs.values():
             begin = time.perf_counter()
             run()
-            row.append(time.perf_counter() - begin)
+            row.append(1e3 * (time.perf_counter() - begin))
         times.append(row)
-    medians = {n: round(1e3 * statistics.median(c), 1) for n, c in zip(runs, zip(*times, strict=True), strict=True)}
+    columns = list(zip(*times, strict=True))
+    found = {"repeats": repeats, "load": [round(x, 1) for x in os.getloadavg()]}
+    for name, column in zip(runs, columns, strict=True):
+        found[name] = {"median": round(statistics.median(column), 1), "least": round(min(column), 1)}
     first, *others = runs
-    ratios = {
-        f"{name} / {first}": round(statistics.median(row[1 + i] / row[0] for row in times), 2)
-        for i, name in enumerate(others)
-    }
-    return {
-        "milliseconds": medians,
-        "ratios": ratios,
-        "repeats": repeats,
-        "load": [round(x, 1) for x in os.getloadavg()],
-    }
+    for name, column in zip(others, columns[1:], strict=True):
+        pairs = statistics.median(b / a for a, b in zip(columns[0], column, strict=True))
+        found[f"{name} / {first}"] = {
+            "median of pairs": round(pairs, 2),
+            "of the least": round(min(column) / min(columns[0]), 2),
+        }
+    return found
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=30)
-    p.add_argument("--devices", type=int, default=2, help="CPU devices of ours")
+    p.add_argument("--cores", type=int, default=2, help="that both may use: CPU devices of ours, threads of PyTorch")
     p.add_argument("--compile", action="store_true", help="PyTorch with torch.compile, too")
     args, rest = p.parse_known_args()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", args.devices)
+    jax.config.update("jax_num_cpu_devices", args.cores)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     overrides = ["stages.text_to_image.optimizer.name=adamw", *(r.removeprefix("--config.") for r in rest)]
     config = configs.load(EXPERIMENT, overrides)
 
@@ -268,7 +269,7 @@ def main() -> None:
         for tree in (ours.state.params, ours.frozen)
     )
     batch = jax.tree.map(np.asarray, ours.batch)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(args.cores)
     reference = Reference(config, ours.trainer.codec.std, params, frozen)
     theirs = torch_batch(batch, config.model)
     compare(ours.trainer, reference, params, frozen, batch, theirs)
