@@ -222,7 +222,7 @@ def test_a_host_is_stopped_once_and_saves(tmp_path):
 
     def host(*arguments):
         command = ["bash", LAUNCH / "tpu_vm.sh", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
 
     training = ["start", "3", shutil.which("python3"), "-c", SAVING, str(tmp_path / "pipe")]
     assert host(*training).returncode == 0
