@@ -18,7 +18,7 @@ from starflow2_jax.stages import STAGES
 EXPERIMENT = Path(__file__).parents[1] / "experiments/digits_quick.py"
 SMALL = [
     *(f"model.{part}.layers=1" for part in ("deep", "shallow", "vlm", "vlm.vision")),
-    "model.shallow_blocks=1", "stages.text_to_image.rows=8", "stages.text_to_image.length=64", "stages.text_to_image.images=2",
+    "model.shallow_blocks=1", "stages.text_to_image.rows=8", "stages.text_to_image.optimizer.name=adamw", "stages.text_to_image.length=64", "stages.text_to_image.images=2",
 ]  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_documents_and_tokens_of_a_batch():
 
 
 def test_checkpoints(tmp_path):
-    cfg = config("stages.text_to_image.optimizer.name=adamw")
+    cfg = config()
     found = checkpoint.measure(cfg, "text_to_image", 2, tmp_path)
     assert found["stall_seconds"] <= found["write_seconds"] and found["restore_seconds"] > 0
     model = program.Trainer(cfg, tmp_path / "new").model
