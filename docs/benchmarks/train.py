@@ -250,11 +250,12 @@ def alternate(runs: dict, repeats: int) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=30)
-    p.add_argument("--cores", type=int, default=2, help="that both may use: CPU devices of ours, threads of PyTorch")
+    p.add_argument("--cores", type=int, default=2, help="that both may use; threads of PyTorch")
+    p.add_argument("--devices", type=int, help="CPU devices of ours (default: one a core)")
     p.add_argument("--compile", action="store_true", help="PyTorch with torch.compile, too")
     args, rest = p.parse_known_args()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", args.cores)
+    jax.config.update("jax_num_cpu_devices", args.devices or args.cores)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     overrides = ["stages.text_to_image.optimizer.name=adamw", *(r.removeprefix("--config.") for r in rest)]
     config = configs.load(EXPERIMENT, overrides)
