@@ -120,25 +120,12 @@ def test_synthetic_documents(tmp_path, kind, stage):
 
 
 def test_the_command(tmp_path, capsys):
-    arguments = [
-        "bench",
-        "data",
-        "--config",
-        str(EXPERIMENT),
-        "--stage",
-        "2",
-        "--steps",
-        "1",
-        "--json",
-        str(tmp_path / "a.json"),
-    ]
-    assert cli.main([*arguments, "--config.stages.text_to_image.rows=8"]) == 0
+    given = ["--config", str(EXPERIMENT), "--config.cpu_devices=8"]  # as many as the tests have already
+    rows = "stages.text_to_image.rows=8"
+    data_bench = ["bench", "data", *given, f"--config.{rows}", "--stage", "2", "--steps", "1"]
+    assert cli.main([*data_bench, "--json", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert found == json.loads(capsys.readouterr().out)
-    assert (found["bench"], found["stage"], found["overrides"]) == (
-        "data",
-        "text_to_image",
-        ["stages.text_to_image.rows=8"],
-    )
-    assert cli.main(["bench", "train", "--config", str(EXPERIMENT), "--steps", "0"]) == 2
-    assert cli.main(["bench", "train", "--config", str(EXPERIMENT), "--stage", "9"]) == 2
+    assert (found["bench"], found["stage"], found["overrides"]) == ("data", "text_to_image", ["cpu_devices=8", rows])
+    assert cli.main(["bench", "train", *given, "--steps", "0"]) == 2
+    assert cli.main(["bench", "train", *given, "--stage", "9"]) == 2
