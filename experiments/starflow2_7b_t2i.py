@@ -23,7 +23,7 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     c = ConfigDict()
     c.seed = 0
     c.cpu_devices = 1
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)  # -1: all that is left
+    c.mesh = dict(data=1, fsdp=-1, sequence=1, tensor=1)  # -1: all that is left
     c.noise = 0.0  # deviation of the noise added to latents
     c.max_positions = 8192  # of a prompt and its answer
     c.order = order
@@ -35,9 +35,18 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
 
     c.model = ConfigDict()
     c.model.grid, c.model.channels = c.codec.grid, c.codec.channels
-    c.model.vlm = asdict(QWEN2_5_VL[vlm]) | dict(remat=True)
+    c.model.vlm = asdict(QWEN2_5_VL[vlm]) | dict(remat="full", kernel="xla")
     c.model.shallow_blocks = 2
-    flow = dict(width=3072, heads=24, mlp_hidden=12288, norm="rms_zero", qk_norm=True, dtype="bfloat16", remat=True)
+    flow = dict(
+        width=3072,
+        heads=24,
+        mlp_hidden=12288,
+        norm="rms_zero",
+        qk_norm=True,
+        dtype="bfloat16",
+        remat="full",
+        kernel="xla",
+    )
     c.model.shallow = dict(layers=4, **flow)
     c.model.deep = dict(layers=24, **flow)
     c.model.deep_rotary_sections = (16, 24, 24)
@@ -54,10 +63,22 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     base.caption_drop = 0.1
     base.shares = {}
     base.optimizer = dict(
-        name="adamw", learning_rate=1e-4, final_fraction=0.1, warmup=2000, b1=0.9, b2=0.95, weight_decay=1e-4, clip=1.0
+        name="adamw",
+        learning_rate=1e-4,
+        final_fraction=0.1,
+        warmup=2000,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=1e-4,
+        clip=1.0,
+        moments="float32",
+        offload=False,
     )
     c.stages = dict(text_to_image=base.copy_and_resolve_references())
     c.stages.text_to_image.steps = 200_000
+    c.stages.text_to_image.vlm_length = (
+        512  # positions of a row that are no flow image: all that this stage's VLM runs over
+    )
     c.stages.image_to_text = base.copy_and_resolve_references()
     c.stages.image_to_text.update(steps=20_000, caption_drop=0.0)
     c.stages.joint = base.copy_and_resolve_references()
@@ -93,5 +114,6 @@ def small(c: ConfigDict) -> ConfigDict:
         ("joint", dict(caption=1.0, read=1.0, mirror=1.0)),
     ):
         c.stages[name].update(rows=8, length=64, images=4, steps=1, shares=shares)
-    c.stages.pretrain.patches = 96
+    c.stages.pretrain.update(patches=96, vlm_length=0)
+    c.stages.text_to_image.vlm_length = 40
     return c

@@ -13,7 +13,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import PretzelConfig
 
 # Fields that say how a model is computed, begun and fed, not what it is.
-COMPUTED = ("dtype", "remat", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
+COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
 
 
 class ConfigError(UserError):

@@ -21,8 +21,8 @@ RULE = (
 class Flops:
     """FLOP of one step of all chips together, by part of the model. Each dict adds up to a whole.
 
-    `model`: what the mathematics needs (`RULE`), the numerator of an MFU. `hardware`: what a compiled program without
-    attention kernels executes: with recomputation and with the hidden half of the causal attention.
+    `model`: what the mathematics needs (`RULE`), the numerator of an MFU. `hardware`: what the compiled program
+    executes: with recomputation, and of attention what its kernel does.
     """
 
     model: dict[str, float]
@@ -52,25 +52,24 @@ class _Term:
     needed: float = 1.0  # the share of `forward` that the mathematics needs
 
 
-def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int = 0, text_chunk: int = 256) -> Flops:
-    """FLOP of one training step over a batch of `shape` (rows, length, images, patches).
+def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int = 256) -> Flops:
+    """FLOP of one training step over a batch of `shape`; `text_chunk`: positions of a row that the text head takes at once.
 
-    `vlm_length`: positions of a row that the VLM runs (0: all); `text_chunk`: positions of a row that the text head takes
-    at once. What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
+    What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
     """
     model: dict[str, float] = {}
     hardware: dict[str, float] = {}
-    for term in _terms(cfg, stage, shape, vlm_length, text_chunk):
+    for term in _terms(cfg, stage, shape, text_chunk):
         model[term.part] = model.get(term.part, 0.0) + term.forward * term.needed * term.times
         hardware[term.part] = hardware.get(term.part, 0.0) + term.forward * (term.times + term.again)
     return Flops(model, hardware)
 
 
-def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int, text_chunk: int) -> Iterator[_Term]:
-    B, S, M, P = shape.rows, shape.length, shape.images, shape.patches
+def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> Iterator[_Term]:
+    B, S, M, P, T = shape.rows, shape.length, shape.images, shape.patches, shape.vlm_length
     trains = set(stage.trains)
     vlm_moves, flow_moves = "vlm" in trains, "deep" in trains
-    positions, vlm_positions = B * S, B * (vlm_length or S)
+    positions, vlm_positions = B * S, B * (T or S)
     through = vlm_moves or "adapter" in trains  # a gradient passes through the VLM's layers
     N, D, E, E_vlm = cfg.tokens, cfg.channels, cfg.deep.width, cfg.vlm.width
 
@@ -82,11 +81,11 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, vlm_length: int, text
         yield linear("shallow flow", D * cfg.shallow.width, B * M * N, flow_moves, flow_moves and block > 0)
         yield linear("shallow flow", 2 * D * cfg.shallow.width, B * M * N, flow_moves, flow_moves)
 
-    if not vlm_length:  # else the VLM sees no image position
+    if not T:  # else the VLM sees no image position
         moves = "adapter" in trains
         yield linear("adapter", D * cfg.adapter_hidden, positions, moves, moves and flow_moves)
         yield linear("adapter", cfg.adapter_hidden * E_vlm, positions, moves, moves)
-    yield from _stack("VLM", cfg.vlm.transformer, B, vlm_length or S, vlm_moves, through)
+    yield from _stack("VLM", cfg.vlm.transformer, B, T or S, vlm_moves, through)
     if cfg.vlm.vision and P:
         yield from _vision(cfg.vlm.vision, B, P, vlm_moves)
     if stage.text_loss:
@@ -111,9 +110,23 @@ def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: boo
     again = 1 - down / (projections + mlp) if policy == "full" else 0  # the last product's result is never needed
     yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
     # logits q k^T and weights v: no parameters, so a gradient means both inputs', twice the forward pass
-    again = {"none": 0.0, "full": 1.0, "dots": 1.0 if trained else 0.5}[policy]
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * length
-    yield _Term(f"{part} attention", products, 3 if through else 1, again, needed=0.5)
+    times = 3 if through else 1
+    yield _Term(f"{part} attention", products, times, _executed(c.kernel, policy, trained, through) - times, needed=0.5)
+
+
+def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
+    """How often attention does its two products of whole rows, recomputation included.
+
+    Kernels pass over what causality hides, and make the logits anew in the backward pass: splash attention for the
+    queries' gradient and for the keys' and values', cuDNN once.
+    """
+    if kernel == "xla":
+        again = {"none": 0.0, "full": 1.0, "dots": 1.0 if trained else 0.5}[policy]
+        return 3 + again if through else 1
+    backward = 2.5 if kernel == "cudnn" else 3.5
+    saved = policy in ("none", "dots") if kernel != "cudnn" else policy == "none"
+    return 0.5 * (1 + backward + (not saved)) if through else 0.5
 
 
 def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[_Term]:

@@ -1,22 +1,27 @@
 """The mesh, and which axis of which array lies on which axis of it. Sharding is data: ordered patterns, first match wins."""
 
+import math
 import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from starflow2_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# data: copies of the model, between slices; fsdp: rows and parameters; sequence: positions of a row; tensor: heads, hidden
+# channels and words. The later, the nearer two devices lie to each other.
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 # Named constraints inside the models -> mesh axes.
 LOGICAL = {
     "batch": ("data", "fsdp"),
-    "sequence": None,
+    "sequence": "sequence",
     "embed": None,
     "heads": "tensor",
     "hidden": "tensor",
+    "words": "tensor",
 }
 
 # Parameter path -> axes, counted from the last dimension back (a leading layer axis stays whole).
@@ -32,15 +37,39 @@ PARAMETER_RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (all there are); one size may be -1: what is left. Raises UserError where the sizes do not fit."""
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequence: int = 1) -> Mesh:
+    """A mesh over `devices` (all there are); one size may be -1: what is left. Raises UserError where the sizes do not fit.
+
+    Where the devices are of several slices, the data axis goes over the network between them, where it is too short fsdp
+    too; the others stay within a slice.
+    """
     devices = devices or jax.devices()
-    sizes, count = [data, fsdp, tensor], len(devices)
+    sizes, count = [data, fsdp, sequence, tensor], len(devices)
     fixed = int(np.prod([s for s in sizes if s > 0]))
     if sizes.count(-1) > 1 or count % fixed or (-1 not in sizes and fixed != count):
-        raise UserError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices")
-    sizes = [count // fixed if s == -1 else s for s in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} sequence={sequence} tensor={tensor} does not fit {count} devices"
+        )
+    sizes = tuple(count // fixed if s == -1 else s for s in sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    kinds = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    return Mesh(hybrid_devices(sizes, devices), AXES, axis_types=kinds)
+
+
+def hybrid_devices(sizes: tuple[int, ...], devices) -> np.ndarray:
+    """Devices of several slices as an array of `sizes`, one size an axis. Raises UserError where sizes and slices do not fit."""
+    slices = len({device.slice_index for device in devices})
+    over_data = math.gcd(sizes[0], slices)
+    over_fsdp = slices // over_data
+    if sizes[1] % over_fsdp:
+        raise UserError(
+            f"the devices are of {slices} slices: data={sizes[0]} (or data and fsdp={sizes[1]} together) must be a multiple "
+            "of that, so that sequence and tensor stay within a slice"
+        )
+    within = (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:])
+    return mesh_utils.create_hybrid_device_mesh(within, (over_data, over_fsdp, 1, 1), devices)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -50,6 +79,24 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     spec = _fitting([LOGICAL.get(n) if n else None for n in names], x.shape, mesh.shape)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def axis_size(axis: str) -> int:
+    """Of the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def constrain_parameter(x: jax.Array, path: str) -> jax.Array:
+    """Pin a parameter, or what was made of it element by element, to the layout that PARAMETER_RULES give to `path`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _parameter_spec(path, x.shape, mesh.shape))
+
+
+def _parameter_spec(path: str, shape, sizes) -> PartitionSpec:
+    rule = next(axes for pattern, axes in PARAMETER_RULES if re.search(pattern, path))
+    rule = rule[-len(shape) :] if shape else ()
+    return _fitting((None,) * (len(shape) - len(rule)) + tuple(rule), shape, sizes)
 
 
 def _fitting(axes, shape, sizes) -> PartitionSpec:
@@ -65,30 +112,29 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def tree_shardings(tree, mesh: jax.sharding.Mesh):
-    """NamedShardings for a tree of parameters (or optimizer moments, whose paths end alike), by PARAMETER_RULES."""
+def tree_shardings(tree, mesh: Mesh, memory: str | None = None):
+    """NamedShardings for a tree of parameters (or optimizer moments, whose paths end alike), by PARAMETER_RULES.
+
+    `memory`: the kind of the device's memories that holds them; None: its own.
+    """
 
     def leaf(path, x):
-        name = path_name(path)
-        rule = next(axes for pattern, axes in PARAMETER_RULES if re.search(pattern, name))
-        rule = rule[-x.ndim :] if x.ndim else ()
-        axes = (None,) * (x.ndim - len(rule)) + tuple(rule)
-        return NamedSharding(mesh, _fitting(axes, x.shape, mesh.shape))
+        return NamedSharding(mesh, _parameter_spec(path_name(path), x.shape, mesh.shape), memory_kind=memory)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def spread(mesh: jax.sharding.Mesh) -> int:
+def spread(mesh: Mesh) -> int:
     """Over how many places rows are spread."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def row_shardings(tree, mesh: jax.sharding.Mesh):
+def row_shardings(tree, mesh: Mesh):
     """NamedShardings of arrays that lead with rows, and of KVCache's keys and values (L, B, C, J, K)."""
 
     def leaf(path, x):
@@ -100,5 +146,5 @@ def row_shardings(tree, mesh: jax.sharding.Mesh):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

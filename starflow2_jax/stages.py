@@ -13,6 +13,7 @@ class Stage:
     deep: bool  # does the deep flow run
     image_loss: bool  # L_NF: nats per latent dimension
     text_loss: bool  # L_NTP: nats per token
+    vlm_on_images: bool = True  # does the loss need the VLM at flow images; where not, vlm_length may leave them out
 
 
 STAGES = {
@@ -20,7 +21,9 @@ STAGES = {
     for stage in (
         # Stage 0 makes the VLM where no pretrained one can be had; afterwards it is frozen.
         Stage("pretrain", ("vlm",), skips=False, deep=False, image_loss=False, text_loss=True),
-        Stage("text_to_image", FLOW_GROUPS, skips=False, deep=True, image_loss=True, text_loss=False),
+        Stage(
+            "text_to_image", FLOW_GROUPS, skips=False, deep=True, image_loss=True, text_loss=False, vlm_on_images=False
+        ),
         Stage("image_to_text", ("adapter",), skips=False, deep=False, image_loss=False, text_loss=True),
         Stage(
             "joint", (*FLOW_GROUPS, "adapter", "w_vlm", "w_d"), skips=True, deep=True, image_loss=True, text_loss=True

@@ -47,7 +47,7 @@ def test_training(tmp_path, monkeypatch):
     assert json.loads(json.dumps(found)) == found and not (tmp_path / "none").exists()
     stage, seconds = STAGES["text_to_image"], found["step_seconds"]
     assert 0 < seconds["least"] <= seconds["median"] <= seconds["most"]
-    counted = flops.training_flops(configs.pretzel(cfg), stage, program.shape_of(cfg, stage)).total
+    counted = flops.training_flops(configs.pretzel(cfg), stage, program.batch_shape(cfg, stage)).total
     assert found["flop_per_step"] == counted == pytest.approx(sum(found["flop_by_part"].values()))
     peak = found["peak"]["flop_per_second_and_device"]
     assert found["mfu"] == pytest.approx(counted / (seconds["median"] * 8 * peak))  # eight devices

@@ -1,6 +1,7 @@
 """The paper-size experiments: their shapes and counts without memory, and one step of each when shrunk."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +10,10 @@ import pytest
 
 from starflow2_jax import config as configs
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
+from starflow2_jax.stages import STAGES as STAGE_TABLE
 from starflow2_jax.training.loop import Trainer
+from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.step import new_state
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STAGES = {"t2i": "text_to_image", "adapter": "image_to_text", "joint": "joint"}
@@ -36,6 +40,26 @@ def test_builds_at_full_size(size, stage):
     )
     assert layers == pytest.approx(3.63, abs=0.01)  # 2 x 4 + 24 layers of width 3072
     assert 3.63 < count(trainable) < 3.72
+
+
+@pytest.mark.parametrize(
+    "optimizer", (dict(name="adamw", moments="bfloat16"), dict(name="adafactor", moments="float32"))
+)
+def test_one_gpu_holds_a_step_of_the_joint_stage(optimizer):
+    """Arrays that live through a step, from their shapes, in a GPU's 139 GiB with 40 left for activations."""
+    config = configs.load(EXPERIMENTS / "starflow2_7b_gpu.py").unlock()
+    stage, cfg = STAGE_TABLE["joint"], config.stages.joint
+    cfg.optimizer.update(optimizer)
+    model = Pretzel(configs.pretzel(config))
+    frozen, trainable = split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    make = partial(new_state, stage=stage, optimizer=make_optimizer(cfg.optimizer, cfg.steps), key=jax.random.key(0))
+    state = jax.eval_shape(make, trainable)
+    held = 2 * count(frozen) * 1e9 + 4 * count(trainable) * 1e9  # bfloat16 as published; fp32 gradients
+    held += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves([state.params, state.ema, state.optimizer]))
+    assert held < 99 * 2**30
+    least = 2 * count(frozen) * 1e9 + 12 * count(trainable) * 1e9
+    assert held > least  # nothing was left out
+    assert {getattr(config.model, name).kernel for name in ("vlm", "shallow", "deep")} == {"cudnn"}
 
 
 @pytest.mark.parametrize("size", FROZEN)

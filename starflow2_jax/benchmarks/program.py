@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from starflow2_jax import sharding
 from starflow2_jax.config import ConfigError
 from starflow2_jax.data import sources
-from starflow2_jax.data.pipeline import Shape, batches
+from starflow2_jax.data.pipeline import batches
 from starflow2_jax.models.pretzel import FROZEN, init_params
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.step import TrainState, new_state
+from starflow2_jax.training.program import batch_shape, jitted_step
+from starflow2_jax.training.step import TrainState, new_state, state_shardings
 
 
 def chosen(config: ConfigDict, stage: str | None) -> Stage:
@@ -31,15 +32,10 @@ def chosen(config: ConfigDict, stage: str | None) -> Stage:
     return STAGES[name]
 
 
-def shape_of(config: ConfigDict, stage: Stage) -> Shape:
-    cfg = config.stages[stage.name]
-    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)
-
-
 def data(trainer: Trainer, stage: Stage) -> Iterator[Sequence]:
     """The stage's batches, in the order of a run that begins."""
     source = sources.documents(trainer.config, stage, trainer.codec.image_channels)
-    shape, threads = shape_of(trainer.config, stage), trainer.config.data.threads
+    shape, threads = batch_shape(trainer.config, stage), trainer.config.data.threads
     return iter(batches(source, trainer.encoder(stage), shape, threads))
 
 
@@ -84,8 +80,9 @@ def build(config: ConfigDict, stage: str | None, folder: str | Path) -> Program:
     with jax.set_mesh(trainer.mesh):
         params, rest = fresh(trainer, frozen=vlm_moves), fresh(trainer, frozen=not vlm_moves)
         make = partial(new_state, stage=stage, optimizer=optimizer, key=jax.random.key(config.seed))
-        layout = sharding.tree_shardings(jax.eval_shape(make, params), trainer.mesh)
+        layout = state_shardings(jax.eval_shape(make, params), trainer.mesh, cfg.optimizer.get("offload", False))
         state = jax.jit(make, out_shardings=layout)(params)
         batch = jax.device_put(next(data(trainer, stage)), sharding.batch_sharding(trainer.mesh))
-        compiled = trainer._compile(stage, optimizer).lower(state, rest, batch).compile()
+        step = jitted_step(config, trainer.model, stage, optimizer, trainer.codec.std)
+        compiled = step.lower(state, rest, batch).compile()
     return Program(trainer, stage, state, rest, batch, compiled)

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import flops, sequence
 from starflow2_jax.benchmarks import profile
-from starflow2_jax.benchmarks.program import Program, build, shape_of
+from starflow2_jax.benchmarks.program import Program, build
+from starflow2_jax.training.program import batch_shape
 
 WARM_UP = 3  # steps that are not timed
 MATRIX = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # side of the square matrices whose product gives the measured peak
@@ -26,8 +27,8 @@ def measure(config: ConfigDict, stage: str | None, steps: int, folder: Path, tra
     program = build(config, stage, folder)
     seconds = step_seconds(program, steps)
     devices = program.trainer.mesh.devices.ravel().tolist()
-    cfg, shape = config.stages[program.stage.name], shape_of(config, program.stage)
-    counted = flops.training_flops(program.trainer.model.cfg, program.stage, shape, cfg.get("vlm_length", 0))
+    shape = batch_shape(config, program.stage)
+    counted = flops.training_flops(program.trainer.model.cfg, program.stage, shape)
     dtype = config.model.deep.get("dtype", "float32")
     peak = matrix_peak(devices, dtype)
     tokens = int(np.sum(np.asarray(program.batch.modality) != sequence.PAD))

@@ -21,6 +21,7 @@ class Shape:
     length: int  # S
     images: int  # M, flow images of a row
     patches: int = 0  # P, vision-tower patches of a row; 0: no vision input
+    vlm_length: int = 0  # positions of a row that are no flow image, where the VLM runs over those alone; 0: any number
 
 
 class Encoder:
@@ -149,15 +150,35 @@ def to_sequence(batch: dict[str, np.ndarray]) -> Sequence:
     return Sequence(segments=batch["tokens_segment_ids"], vision=vision, **{n: batch[n] for n in names})
 
 
+def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
+    """One entry for each position that is no flow image: what the packer counts against `Shape.vlm_length`.
+
+    Raises DocumentError where a generated image comes after a flow image: what lies between depends on an image that the
+    VLM then does not see.
+    """
+    flow = [part for part in document if isinstance(part, Image) and part.via == "flow"]
+    if any(part.generate for part in flow[1:]):
+        raise DocumentError(
+            "a document generates an image after another flow image, which the VLM does not see in a stage with vlm_length; "
+            "set the stage's vlm_length to 0 or leave such documents to the joint stage"
+        )
+    return np.zeros(np.count_nonzero(modality != sequence.FLOW), np.int8)
+
+
 def batches(source, encoder: Encoder, shape: Shape, threads: int = 0) -> grain.IterDataset:
     """An endless grain dataset of Sequences: several documents packed in a row, none cut.
 
-    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for.
+    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for. With `shape.vlm_length` a row
+    holds at most so many positions that are no flow image. Raises DocumentError for a document that a row cannot hold.
     """
     want = lengths(shape, encoder.vision is not None)
+    if shape.vlm_length:
+        want["vlm_length"] = shape.vlm_length
 
     def encode(document: Document) -> dict[str, np.ndarray]:
         features = encoder(document)
+        if shape.vlm_length:
+            features["vlm_length"] = _off_images(document, features["modality"])
         for name, most in want.items():
             if len(features[name]) > most:
                 raise DocumentError(

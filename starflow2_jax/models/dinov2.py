@@ -29,7 +29,7 @@ class DinoConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | bool = "none"
     unroll: int = 1
 
     @property

@@ -130,7 +130,7 @@ class FlowBlock(nn.Module):
         if prefix:
             x = jnp.concatenate([self.proj_prefix(context.prefix), x], axis=1)
             angles = None if angles is None else self._angles(prefix)[: prefix + self.slots]
-        x, _ = self.stack(x, angles, attention.causal_mask(jnp.zeros(x.shape[:2], jnp.int32)))
+        x, _ = self.stack(x, angles)
         mean, scale = self._head(x[:, prefix:])
         if self.cfg.start == "shift":
             mean, scale = (jnp.pad(a, ((0, 0), (1, 0), (0, 0)), constant_values=v) for a, v in ((mean, 0), (scale, 1)))

@@ -1,14 +1,38 @@
 """The pre-norm Transformer that every stream is built from, and its parts."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 
+from starflow2_jax.errors import UserError
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
-from starflow2_jax.sharding import constrain
+from starflow2_jax.models.kernels import SAVED, attend_packed
+from starflow2_jax.sharding import constrain, constrain_parameter
+
+LAYER_INPUT = "layer_input"
+_POLICIES = jax.checkpoint_policies
+# What of a layer the backward pass finds saved; the rest it computes again.
+REMAT = {
+    "none": None,  # all
+    "full": _POLICIES.nothing_saveable,  # the layer's input
+    # That, the outputs of matrix products with weights, and what splash attention's backward pass needs.
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(SAVED)
+    ),
+    # The layer's input, in the host's memory.
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -41,7 +65,8 @@ class TransformerConfig:
     layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
     rotary: str = "interleaved"  # how channels pair up: "interleaved" or "half"
     dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
-    remat: bool = False  # recompute a layer in the backward pass
+    remat: str | bool = "none"  # a key of REMAT; older configs say False for "none", True for "full"
+    kernel: str = "xla"  # of attention over whole rows, see kernels.py
     unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
 
     @property
@@ -51,6 +76,14 @@ class TransformerConfig:
     @property
     def head(self) -> int:
         return self.head_dim or self.width // self.heads
+
+    @property
+    def remat_policy(self) -> str:
+        """Raises UserError for an unknown one."""
+        name = {False: "none", True: "full"}.get(self.remat, self.remat)
+        if name not in REMAT:
+            raise UserError(f"remat is one of {', '.join(REMAT)}, not {name!r}")
+        return name
 
 
 class Norm(nn.Module):
@@ -75,10 +108,19 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.0) -> nn.DenseGeneral:
-    """A linear map with fan-in initialisation of variance `gain`^2 / fan-in."""
+def _cast_on_shards(path: str, x, kernel, bias, dtype=None, inexact=True):
+    """Flax's promotion of types, the kernel pinned to its shards after it: what is gathered is of the smaller type."""
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype, inexact=inexact)
+    return x, constrain_parameter(kernel, path), bias
+
+
+def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.0, part: str = "") -> nn.DenseGeneral:
+    """A linear map with fan-in initialisation of variance `gain`^2 / fan-in. `part`: the module it lies in, for its shards."""
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "normal") if gain else nn.initializers.zeros
-    return nn.DenseGeneral(features, axis=axis, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    cast = partial(_cast_on_shards, f"{part}/{name}/kernel")
+    return nn.DenseGeneral(
+        features, axis=axis, use_bias=bias, dtype=dtype, kernel_init=init, promote_dtype=cast, name=name
+    )
 
 
 class Attention(nn.Module):
@@ -87,11 +129,12 @@ class Attention(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, stored, start, temperature):
+    def __call__(self, x, angles, mask, segments, stored, start, temperature):
         c = self.cfg
-        q = dense((c.heads, c.head), "query", c.qkv_bias, c.dtype)(x)
-        k = dense((c.kv, c.head), "key", c.qkv_bias, c.dtype)(x)
-        v = dense((c.kv, c.head), "value", c.qkv_bias, c.dtype)(x)
+        linear = partial(dense, dtype=c.dtype, part="attention")
+        q = linear((c.heads, c.head), "query", c.qkv_bias)(x)
+        k = linear((c.kv, c.head), "key", c.qkv_bias)(x)
+        v = linear((c.kv, c.head), "value", c.qkv_bias)(x)
         if c.qk_norm:
             q, k = Norm("rms_zero", name="query_norm")(q), Norm("rms_zero", name="key_norm")(k)
         if angles is not None:
@@ -99,8 +142,12 @@ class Attention(nn.Module):
         q = constrain(q, "batch", "sequence", "heads", None)
         if stored is not None:
             k, v = (attention.write_slots(old, new, start) for old, new in zip(stored, (k, v), strict=True))
-        out = attention.attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, temperature)
-        out = dense(c.width, "out", c.out_bias, c.dtype, axis=(-2, -1), gain=(2 * c.layers) ** -0.5)(out)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        if mask is None:
+            out = attend_packed(q, k, v, segments, c.kernel, temperature)
+        else:
+            out = attention.attend(q, k, v, mask, temperature)
+        out = linear(c.width, "out", c.out_bias, axis=(-2, -1), gain=(2 * c.layers) ** -0.5)(out)
         return out, None if stored is None else (k, v)
 
 
@@ -113,21 +160,23 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.cfg
         act = ACTIVATIONS[c.activation]
-        up = dense(c.mlp_hidden, "up", c.mlp_bias, c.dtype)(x)
-        hidden = act(dense(c.mlp_hidden, "gate", c.mlp_bias, c.dtype)(x)) * up if c.gated_mlp else act(up)
+        linear = partial(dense, bias=c.mlp_bias, dtype=c.dtype, part="mlp")
+        up = linear(c.mlp_hidden, "up")(x)
+        hidden = act(linear(c.mlp_hidden, "gate")(x)) * up if c.gated_mlp else act(up)
         hidden = constrain(hidden, "batch", "sequence", "hidden")
-        return dense(c.width, "down", c.mlp_bias, c.dtype, gain=(2 * c.layers) ** -0.5)(hidden)
+        return linear(c.width, "down", gain=(2 * c.layers) ** -0.5)(hidden)
 
 
 class Layer(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, stored, which, angles, mask, start, temperature):
+    def __call__(self, x, stored, which, angles, mask, segments, start, temperature):
         c = self.cfg
+        x = checkpoint_name(x, LAYER_INPUT)
         mask = mask if which is None else mask[which]
         y, stored = Attention(c, name="attention")(
-            Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, stored, start, temperature
+            Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, segments, stored, start, temperature
         )
         x = x + self.branch("attention", y)
         y = MLP(c, name="mlp")(Norm(c.norm, c.norm_eps, name="mlp_norm")(x))
@@ -160,26 +209,30 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         temperature: float = 1.0,
         mask_of_layer: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """x (B, S, E), angles (B, S, K/2) or None, mask (B, S, S) -> y (B, S, E) and the cache grown by S positions.
 
-        Give `mask` where all positions are here, `cache` where the earlier ones are in it (it brings its own mask).
+        All positions are here: they see what is before them, within the documents of `segments` (B, S), or in the row
+        without; or what `mask` says. With `cache` the earlier positions are in it (it brings its own mask).
         With `mask_of_layer` (L,) int, `mask` is a stack (A, B, S, S) and layer l sees through mask[mask_of_layer[l]].
         """
         stored, start = None, None
         if cache is not None:
             stored, start = (cache.keys, cache.values), cache.length
             mask = attention.cached_mask(start, x.shape[1], cache.keys.shape[2])
-        layer = nn.remat(Layer, prevent_cse=False) if self.cfg.remat else Layer
+        policy = self.cfg.remat_policy
+        layer = Layer if policy == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[policy])
+        x = constrain(x, "batch", "sequence", "embed")
         scan = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, *[nn.broadcast] * 5),
             length=self.cfg.layers,
             unroll=1 if self.is_initializing() else self.cfg.unroll,  # the same parameters, compiled faster
         )
-        x, stored = scan(self.cfg, name="layers")(x, stored, mask_of_layer, angles, mask, start, temperature)
+        x, stored = scan(self.cfg, name="layers")(x, stored, mask_of_layer, angles, mask, segments, start, temperature)
         if cache is not None:
             cache = KVCache(*stored, cache.length + x.shape[1])
         return x, cache

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from starflow2_jax.models.flow import normalize
 from starflow2_jax.models.pretzel import Output
 from starflow2_jax.sequence import Sequence
+from starflow2_jax.sharding import axis_size, constrain
 
 
 def image_noise(output: Output, sequence: Sequence) -> tuple[jax.Array, jax.Array]:
@@ -21,23 +22,30 @@ def image_noise(output: Output, sequence: Sequence) -> tuple[jax.Array, jax.Arra
 
 
 def text_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """-log p(target) at each position, nats (B, S); `chunk` positions of a row at a time, so (B, S, V) never exists.
+    """-log p(target) at each position, nats (B, S); about `chunk` positions of a row at a time, so (B, S, V) never exists.
 
-    hidden (B, S, E), head (V, E), targets (B, S).
+    hidden (B, S, E), head (V, E), targets (B, S). A chunk has as many positions of each part of a row on a mesh that cuts
+    rows. The head's rows stay on the devices that hold them: nothing of size V is moved.
     """
-    B, S, E = hidden.shape
-    chunk = min(chunk, S)
-    pad = -S % chunk
+    B, S, _ = hidden.shape
+    parts = axis_size("sequence") if S % axis_size("sequence") == 0 else 1
+    chunk = min(-(-chunk // parts), S // parts)
+    pad = -(S // parts) % chunk
 
     def chunks(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+        x = x.reshape(B, parts, S // parts, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(B, parts, -1, chunk, *x.shape[3:]), 2, 0)
+
+    head = constrain(head.astype(hidden.dtype), "words", None)
 
     @jax.checkpoint
     def one(part):
         h, t = part
-        logits = jnp.einsum("bse,ve->bsv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
+        logits = jnp.einsum("bpse,ve->bpsv", h, head, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", "sequence", None, "words")
+        at = jnp.arange(logits.shape[-1]) == t[..., None]  # a sum over words, where an index would gather the logits
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(at, logits, 0), axis=-1)
 
     nll = jax.lax.map(one, (chunks(hidden), chunks(targets)))
-    return jnp.moveaxis(nll, 0, 1).reshape(B, S + pad)[:, :S]
+    return jnp.moveaxis(nll, 0, 2).reshape(B, parts, -1)[..., : S // parts].reshape(B, S)

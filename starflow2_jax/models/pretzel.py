@@ -1,6 +1,6 @@
 """Pretzel: the frozen VLM stream and the trainable flow stream, stacked and tied by two residual skips (arXiv 2605.08029)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
@@ -104,28 +104,37 @@ class Pretzel(nn.Module):
         self.w_d = nn.Dense(c.vlm.width, use_bias=False, kernel_init=zero, dtype=c.deep.dtype)
 
     def __call__(
-        self, inputs: Sequence | Step, caches: Caches | None = None, skips: bool = True, deep: bool = True
+        self,
+        inputs: Sequence | Step,
+        caches: Caches | None = None,
+        skips: bool = True,
+        deep: bool = True,
+        vlm_length: int = 0,
     ) -> Output:
         """Run all positions of a Sequence, or those of a Step after what `caches` hold (a Sequence fills caches too).
 
         `skips`: whether W_vlm and W_D are open; `deep`: whether the deep flow runs at all (a stage without it needs none).
+        `vlm_length`, with closed skips only: the VLM runs over a row's positions that are no flow image and no padding,
+        gathered into so many; its output is 0 at the others, and those gathered see no flow image. 0: over the whole row.
         """
-        u = logdet = None
+        u = logdet = reads = None
         if isinstance(inputs, Sequence):
+            reads = inputs.slot
             u, logdet = self.encode(inputs.latents)
-            u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), inputs.slot)
+            u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
         else:
             u_here = inputs.u
         is_flow = (inputs.modality == sequence.FLOW)[..., None]
         slot = self._slot_in_image(inputs)
 
-        seen = u_here if skips else jax.lax.stop_gradient(u_here)  # closed: the flow learns nothing through the VLM
-        x = jnp.where(is_flow, self.adapter(seen, slot), self.vlm.embed(inputs.tokens))
-        if isinstance(inputs, Sequence) and inputs.vision is not None:
-            seen = _read(self.vlm.see(inputs.vision), inputs.slot)
-            x = jnp.where((inputs.modality == sequence.VIT)[..., None], seen.astype(x.dtype), x)
-        mask = attention.causal_mask(inputs.segments) if caches is None else None
-        y_vlm, vlm_cache = self.vlm(x, inputs.positions, mask, caches.vlm if caches else None)
+        segments = inputs.segments if caches is None else None
+        if vlm_length:
+            y_vlm, vlm_cache = self._vlm_off_images(inputs, vlm_length), None
+        else:
+            seen = u_here if skips else jax.lax.stop_gradient(u_here)  # closed: the flow learns nothing through the VLM
+            words = self._words(inputs, inputs.tokens, inputs.modality, reads)
+            x = jnp.where(is_flow, self.adapter(seen, slot), words)
+            y_vlm, vlm_cache = self.vlm(x, inputs.positions, None, caches.vlm if caches else None, segments)
         if not deep:
             return Output(y_vlm, None, None, None, u, logdet)
 
@@ -134,12 +143,32 @@ class Pretzel(nn.Module):
         angles = attention.multimodal_angles(
             inputs.positions, self.cfg.deep.head, self.cfg.deep_rotary_theta, self.cfg.deep_rotary_sections
         )
-        y_d, deep_cache = self.deep(c, angles, mask, caches.deep if caches else None)
+        y_d, deep_cache = self.deep(c, angles, None, caches.deep if caches else None, segments=segments)
         y_d = self.deep_norm(y_d)
         mean, scale = gaussian(self.head(y_d), "softplus", self.cfg.soft_clip)
         text = y_vlm + self.w_d(y_d).astype(y_vlm.dtype) if skips else y_vlm
         grown = Caches(vlm_cache, deep_cache) if caches else None
         return Output(text, mean, scale, grown, u, logdet)
+
+    def _words(self, inputs, tokens: jax.Array, modality: jax.Array, slot: jax.Array | None) -> jax.Array:
+        """What the VLM is given at text and vit positions (B, S) of `inputs`: (B, S, E_vlm)."""
+        x = self.vlm.embed(tokens)
+        if isinstance(inputs, Sequence) and inputs.vision is not None:
+            seen = _read(self.vlm.see(inputs.vision), slot)
+            x = jnp.where((modality == sequence.VIT)[..., None], seen.astype(x.dtype), x)
+        return x
+
+    def _vlm_off_images(self, inputs: Sequence, length: int) -> jax.Array:
+        """y_vlm (B, S, E_vlm), run over the first `length` positions of a row that are text or vit; 0 at all others."""
+        here = (inputs.modality == sequence.TEXT) | (inputs.modality == sequence.VIT)
+        at = jnp.argsort(~here, axis=1, stable=True)[:, :length]
+        tokens, modality, slot, segments = (
+            jnp.take_along_axis(a, at, axis=1) for a in (inputs.tokens, inputs.modality, inputs.slot, inputs.segments)
+        )
+        segments = jnp.where(jnp.take_along_axis(here, at, axis=1), segments, 0)
+        x = self._words(inputs, tokens, modality, slot)
+        y, _ = self.vlm(x, _read(inputs.positions, at), segments=segments)
+        return jnp.where(here[..., None], _read(y, jnp.cumsum(here, axis=1) - 1), 0)
 
     def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The shallow flow: latents (B, M, N, D) -> u and its elementwise log-determinant, both (B, M, N, D) fp32."""
@@ -173,6 +202,12 @@ def _read(source: jax.Array, slot: jax.Array) -> jax.Array:
     return jnp.take_along_axis(source, slot[..., None], axis=1, mode="clip")
 
 
+def portable(cfg: PretzelConfig) -> PretzelConfig:
+    """The same model, its attention computed by the kernel that runs everywhere: what a sampler takes of a training config."""
+    streams = {name: replace(getattr(cfg, name), kernel="xla") for name in ("vlm", "shallow", "deep")}
+    return replace(cfg, **streams)
+
+
 def split(params: dict) -> tuple[dict, dict]:
     """The parameter groups of a Pretzel -> (frozen, trainable)."""
     frozen = {k: v for k, v in params.items() if k in FROZEN}
@@ -181,7 +216,10 @@ def split(params: dict) -> tuple[dict, dict]:
 
 def init_params(model: Pretzel, key: jax.Array) -> dict:
     """All parameter groups, fp32. Under `jax.eval_shape` their shapes, without memory."""
+    model = Pretzel(portable(model.cfg))  # the example is too short a row for other kernels
     c = model.cfg
+    plain = {part: replace(getattr(c, part), kernel="xla") for part in ("vlm", "shallow", "deep")}
+    model = Pretzel(replace(c, **plain))  # the example's one position is too short for other kernels
     vision = None
     if c.vlm.vision:
         patches = c.vlm.vision.merge**2

@@ -31,7 +31,8 @@ class QwenConfig:
     )
     vision: VisionConfig | None = None
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | bool = "none"  # these three: see TransformerConfig
+    kernel: str = "xla"
     unroll: int = 1
 
     @property
@@ -39,7 +40,8 @@ class QwenConfig:
         return TransformerConfig(
             layers=self.layers, width=self.width, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
             mlp_hidden=self.mlp_hidden, norm="rms", norm_eps=self.norm_eps, activation="silu", gated_mlp=True,
-            qkv_bias=True, rotary="half", dtype=self.dtype, remat=self.remat, unroll=self.unroll,
+            qkv_bias=True, rotary="half", dtype=self.dtype, remat=self.remat, kernel=self.kernel,
+            unroll=self.unroll,
         )  # fmt: skip
 
 
@@ -67,11 +69,11 @@ class Qwen(nn.Module):
         """A `VisionInput` -> merged image tokens (B, P / merge^2, E)."""
         return self.vision(vision)
 
-    def __call__(self, x, positions, mask=None, cache=None):
-        """x (B, S, E), positions (B, S, 3), mask (B, S, S) or a cache -> hidden states (B, S, E), cache."""
+    def __call__(self, x, positions, mask=None, cache=None, segments=None):
+        """x (B, S, E), positions (B, S, 3), and mask, cache or segments as Transformer's -> hidden states (B, S, E), cache."""
         c = self.cfg
         angles = attention.multimodal_angles(positions, c.head_dim, c.rotary_theta, c.rotary_sections)
-        x, cache = self.stack(x, angles, mask, cache)
+        x, cache = self.stack(x, angles, mask, cache, segments=segments)
         return self.norm(x), cache
 
     def head(self) -> jax.Array:

@@ -33,7 +33,7 @@ class VisionConfig:
     rotary_theta: float = 1e4
     norm_eps: float = 1e-6
     dtype: str = "float32"
-    remat: bool = False
+    remat: str | bool = "none"
     unroll: int = 1
 
     @property

@@ -23,7 +23,7 @@ from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import Encoder, Shape, collate
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.inversion import Schedule
-from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params, split
+from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params, portable, split
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions
@@ -60,7 +60,7 @@ class Sampler:
         """
         checkpoints = CheckpointDirectory(folder)
         config, number = checkpoints.config(), checkpoints.require_latest()
-        cfg = configs.pretzel(config)
+        cfg = portable(configs.pretzel(config))
         model = Pretzel(in_type(cfg, dtype) if dtype else cfg)
         mesh = mesh or sharding.make_mesh(fsdp=1, tensor=1)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -13,14 +13,15 @@ from starflow2_jax import config as configs
 from starflow2_jax import sharding
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract
 from starflow2_jax.data import sources
-from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.data.pipeline import Encoder, batches
 from starflow2_jax.errors import UserError
 from starflow2_jax.files import new_folder, require_new
-from starflow2_jax.models.pretzel import FROZEN, Pretzel, init_params
+from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.step import TrainState, finish, make_step, new_state
+from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step
+from starflow2_jax.training.step import TrainState, finish, new_state, state_shardings
 from starflow2_jax.weights.qwen import load_config
 
 
@@ -105,12 +106,12 @@ class Trainer:
             )
         optimizer = make_optimizer(cfg.optimizer, cfg.steps)
         state, frozen, data_position = self._begin(stage, optimizer, latest)
-        shape = Shape(cfg.rows, cfg.length, cfg.images, cfg.patches)
+        shape = batch_shape(self.config, stage)
         source = sources.documents(self.config, stage, self.codec.image_channels)
         data = iter(batches(source, self.encoder(stage), shape, self.config.data.threads))
         if data_position is not None:
             data.set_state(data_position)
-        step = self._compile(stage, optimizer)
+        step = jitted_step(self.config, self.model, stage, optimizer, self.codec.std)
         begin = first + int(state.step)
         bar.update(int(state.step))
         before = None  # the step before's metrics are looked at while this step runs
@@ -140,21 +141,27 @@ class Trainer:
     def _begin(self, stage: Stage, optimizer, latest: int | None) -> tuple[TrainState, dict, object]:
         """State, frozen parameters and data position: from the last checkpoint what it has, fresh what it lacks."""
         meta = self.checkpoints.meta(latest) if latest else None
-        held = _held(stage)
-        shapes = self._shapes(held)
-        if meta is None or _held(STAGES[meta["stage"]]) != held:
-            params = self._fresh(held)
+        tree = held(stage)
+        shapes = self._shapes(tree)
+        if meta is None or held(STAGES[meta["stage"]]) != tree:
+            params = self._fresh(tree)
         else:
             params = self.checkpoints.restore(latest, {"params": abstract(shapes, self.mesh)})["params"]
         frozen = self._frozen(stage)
         key = jax.random.fold_in(jax.random.key(self.config.seed), list(STAGES).index(stage.name))
         make = partial(new_state, stage=stage, optimizer=optimizer, key=key)
         state_shapes = jax.eval_shape(make, shapes)
+        offload = self.config.stages[stage.name].optimizer.get("offload", False)
+        layout = state_shardings(state_shapes, self.mesh, offload)
         if meta is None or meta["stage"] != stage.name:
-            layout = sharding.tree_shardings(state_shapes, self.mesh)
             return jax.jit(make, out_shardings=layout)(params), frozen, None
         wanted = {"ema": state_shapes.ema, "optimizer": state_shapes.optimizer}
-        rest = self.checkpoints.restore(latest, abstract(wanted, self.mesh))
+        placed = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            wanted,
+            {"ema": layout.ema, "optimizer": layout.optimizer},
+        )
+        rest = self.checkpoints.restore(latest, placed)
         key = jax.random.wrap_key_data(np.array(meta["key"], np.uint32))
         return (
             TrainState(np.int32(meta["stage_step"]), params, rest["ema"], rest["optimizer"], key),
@@ -167,7 +174,7 @@ class Trainer:
 
     def _initial(self, groups) -> dict:
         params = init_params(self.model, jax.random.key(self.config.seed))
-        return {name: params[name] for name in params if _in(name, groups)}
+        return {name: params[name] for name in params if in_tree(name, groups)}
 
     def _fresh(self, groups) -> dict:
         """Fresh parameters, born on their shards."""
@@ -176,24 +183,11 @@ class Trainer:
 
     def _frozen(self, stage: Stage) -> dict:
         """What the model needs beside the groups that the state holds."""
-        if _held(stage) == "frozen":
+        if held(stage) == "frozen":
             return self._fresh("trainable")
         if not (self.checkpoints.folder / "frozen").is_dir():
             raise configs.ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
         return self.checkpoints.restore_frozen(abstract(self._shapes("frozen"), self.mesh))
-
-    def _compile(self, stage: Stage, optimizer):
-        cfg = self.config.stages[stage.name]
-        step = make_step(
-            self.model,
-            stage,
-            optimizer,
-            noise=self.config.noise / np.asarray(self.codec.std, np.float32),
-            text_weight=cfg.text_weight,
-            accumulate=cfg.accumulate,
-            ema_decay=cfg.ema,
-        )
-        return jax.jit(step, donate_argnums=0)
 
     def _save(self, stage: Stage, number: int, state: TrainState, data_state) -> None:
         meta = {
@@ -208,7 +202,7 @@ class Trainer:
     def _hand_on(self, stage: Stage, number: int, state: TrainState) -> None:
         """The end of a stage: its averaged parameters, and no optimizer."""
         done = state.replace(params=finish(state), ema={}, optimizer={})
-        if _held(stage) == "frozen":
+        if held(stage) == "frozen":
             self.checkpoints.save_frozen(done.params)
         self._save(stage, number, done, None)
 
@@ -221,12 +215,3 @@ class Trainer:
                 f"the last good checkpoint is step {self.checkpoints.latest()}: lower the learning rate and start again from it"
             )
         return values
-
-
-def _held(stage: Stage) -> str:
-    """Which of the two trees the stage's checkpoints hold."""
-    return "frozen" if set(stage.trains) <= set(FROZEN) else "trainable"
-
-
-def _in(group: str, tree: str) -> bool:
-    return (group in FROZEN) == (tree == "frozen")

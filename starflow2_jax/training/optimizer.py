@@ -1,6 +1,7 @@
 """The optimizers a config can name, all with warm-up, cosine decay and clipping."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -24,20 +25,75 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
 
     adamw: decoupled weight decay (arXiv 1711.05101). muon: orthogonalised momentum for the matrices of the Transformer
     stacks, scaled to AdamW's usual step so that both take the same learning rate (arXiv 2502.16982); AdamW for the rest.
-    Raises ConfigError for another name.
+    adafactor: factored second moments, no first one (arXiv 1804.04235), without its scaling by the parameters' size, so
+    that it takes AdamW's learning rate. `cfg.moments` "bfloat16": moments are kept in it, computed with in fp32.
+    `cfg.offload`: what the optimizer keeps lies in the host's memory between steps. Raises ConfigError for another name.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, min(cfg.warmup, steps // 2), max(steps, 1), cfg.learning_rate * cfg.final_fraction
     )
+    moments = _option(cfg, "moments", "float32")
     update = adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decays)
     if cfg.name == "muon":
         orthogonal = muon(
             schedule, weight_decay=cfg.weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_axes
         )
         update = optax.partition({"muon": orthogonal, "adamw": adamw}, _taker)
+    elif cfg.name == "adafactor":
+        update = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(cfg.weight_decay, mask=_decays),
+            optax.scale_by_learning_rate(schedule),
+        )
     elif cfg.name != "adamw":
-        raise ConfigError(f"optimizer.name is 'adamw' or 'muon', not {cfg.name!r}")
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+        raise ConfigError(f"optimizer.name is 'adamw', 'adafactor' or 'muon', not {cfg.name!r}")
+    if moments != "float32":
+        update = kept_in(update, _moments(moments, cfg))
+    update = optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+    return offloaded(update) if _option(cfg, "offload", False) else update
+
+
+def _option(cfg, name: str, default):
+    """An option that older configs do not have."""
+    return getattr(cfg, name, default)
+
+
+def _moments(name: str, cfg) -> jnp.dtype:
+    if name != "bfloat16":
+        raise ConfigError(f"optimizer.moments is 'float32' or 'bfloat16', not {name!r}")
+    if max(cfg.b1, cfg.b2) > 0.99:  # an average takes steps of 1 - b2 of itself, and bfloat16 resolves 1/256
+        raise ConfigError(
+            "optimizer.moments='bfloat16' needs b1 and b2 of at most 0.99; a slower average would stand still"
+        )
+    return jnp.dtype(name)
+
+
+def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+    """`inner`, its fp32 moments kept in `dtype` between updates."""
+
+    def cast(tree, source, target):
+        def leaf(path, x):
+            constant = "ns_coeffs" in sharding.path_name(path)  # of Muon's iteration: no moment
+            return x.astype(target) if x.dtype == source and not constant else x
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
+
+    def update(grads, state, params=None):
+        updates, state = inner.update(grads, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), jnp.float32, dtype), update)
+
+
+def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, its state in the host's memory between updates; `step.state_shardings` places it there to begin with."""
+
+    def update(grads, state, params=None):
+        updates, state = inner.update(grads, jax.device_put(state, jax.memory.Space.Device), params)
+        return updates, jax.device_put(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _decays(params):

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from starflow2_jax import sharding
+from starflow2_jax.config import ConfigError
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import losses
+
+HOST = "pinned_host"  # JAX's name of the host's memory that a device reads and writes
 
 
 @struct.dataclass
@@ -27,14 +31,31 @@ def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformatio
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, moving), optimizer.init(moving), key)
 
 
+def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool = False) -> TrainState:
+    """Where a state of such shapes lies: by PARAMETER_RULES, with `offload` what the optimizer keeps in the host's memory.
+
+    Raises ConfigError where the devices reach no such memory.
+    """
+    layout = sharding.tree_shardings(shapes, mesh)
+    if not offload:
+        return layout
+    device = mesh.devices.flat[0]
+    if HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise ConfigError(
+            f"optimizer.offload needs memory of the kind {HOST}, which {device.platform} does not have here"
+        )
+    return layout.replace(optimizer=sharding.tree_shardings(shapes.optimizer, mesh, HOST))
+
+
 def loss_sums(
-    model: Pretzel, params: dict, stage: Stage, batch: Sequence, text_chunk: int, key: jax.Array
+    model: Pretzel, params: dict, stage: Stage, batch: Sequence, text_chunk: int, key: jax.Array, vlm_length: int = 0
 ) -> dict[str, jax.Array]:
     """Sums of the stage's losses over a batch: "image" in nats over dimensions, "text" in nats over tokens.
 
-    `key`: of the dropout.
+    `key`: of the dropout; `vlm_length`: as Pretzel's.
     """
-    output = model.apply({"params": params}, batch, skips=stage.skips, deep=stage.deep, rngs={"dropout": key})
+    switches = dict(skips=stage.skips, deep=stage.deep, vlm_length=vlm_length)
+    output = model.apply({"params": params}, batch, **switches, rngs={"dropout": key})
     sums = {}
     if stage.image_loss:
         sums["image"] = jnp.sum(batch.image_weight * losses.image_nll(output, batch))
@@ -54,15 +75,20 @@ def make_step(
     accumulate: int = 1,
     ema_decay: float = 0.999,
     text_chunk: int = 256,
+    vlm_length: int = 0,
 ) -> Callable[[TrainState, dict, Sequence], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, frozen, batch) -> (state, metrics).
 
     `noise` (D,): deviation of the noise added to the latents; `text_weight`: lambda of L_NF + lambda L_NTP; `accumulate`:
     micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut changes nothing.
+    `vlm_length`: how many positions of a row the VLM runs over (see Pretzel; 0: all). Raises ConfigError for a stage whose
+    loss needs all of them.
     """
+    if vlm_length and stage.vlm_on_images:
+        raise ConfigError(f"stages.{stage.name}.vlm_length must be 0: the stage's loss needs the VLM at flow images")
 
     def loss_fn(moving, rest, batch, weights, key):
-        sums = loss_sums(model, rest | moving, stage, batch, text_chunk, key)
+        sums = loss_sums(model, rest | moving, stage, batch, text_chunk, key, vlm_length)
         return sum(weights[name] * value for name, value in sums.items()), sums
 
     def step(state: TrainState, frozen: dict, batch: Sequence):

@@ -11,13 +11,14 @@ from starflow2_jax import sharding
 from starflow2_jax.config import ConfigError
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.step import TrainState, state_shardings
 
 RATE, DECAY = 1e-2, 0.1
 
 
-def optimizer(name: str):
+def optimizer(name: str, **changes):
     values = dict(learning_rate=RATE, final_fraction=1.0, warmup=0, b1=0.9, b2=0.95, weight_decay=DECAY, clip=1e9)
-    return make_optimizer(SimpleNamespace(name=name, **values), 10)
+    return make_optimizer(SimpleNamespace(name=name, **values | changes), 10)
 
 
 def params() -> dict:
@@ -74,5 +75,65 @@ def test_muon_on_eight_devices_is_muon_on_one():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ConfigError, match="optimizer.name is 'adamw' or 'muon', not 'sgd'"):
+    with pytest.raises(ConfigError, match="optimizer.name is 'adamw', 'adafactor' or 'muon', not 'sgd'"):
         optimizer("sgd")
+
+
+def matrix(rows: int, columns: int) -> dict:
+    return {"kernel": np.random.default_rng(2).standard_normal((rows, columns)).astype(np.float32)}
+
+
+def test_adafactor_keeps_two_vectors_of_a_matrix():
+    """Its first update, written out: the gradient over the root of an outer product of row and column means."""
+    chain, p, g = optimizer("adafactor"), matrix(256, 128), matrix(128, 256)["kernel"].T
+    state = chain.init(p)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 256 + 128 + 8
+    update = chain.update({"kernel": g}, state, p)[0]["kernel"]
+    square = np.float64(g) ** 2 + 1e-30
+    scaled = g / np.sqrt(np.outer(square.mean(1), square.mean(0)) / square.mean())
+    scaled /= max(1.0, np.sqrt((scaled**2).mean()))
+    np.testing.assert_allclose(update, -RATE * (scaled + DECAY * p["kernel"]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ("adamw", "muon"))
+def test_moments_in_bfloat16(name):
+    """Half the bytes, and after some steps nearly the same parameters."""
+
+    def run(moments):
+        chain, p = optimizer(name, moments=moments), params()
+        state = chain.init(p)
+        update = jax.jit(chain.update)
+        for i in range(4):
+            updates, state = update(jax.tree.map(lambda g, i=i: g * (1 + i), gradients()), state, p)
+            p = jax.tree.map(lambda a, u: a + u, p, updates)
+        return p, sum(x.nbytes for x in jax.tree.leaves(state))
+
+    (half, bytes_half), (full, bytes_full) = run("bfloat16"), run("float32")
+    assert bytes_half < 0.51 * bytes_full
+    for a, b, start in zip(*map(jax.tree.leaves, (half, full, params())), strict=True):
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b - start)
+
+
+def test_moments_that_would_stand_still_are_refused():
+    with pytest.raises(ConfigError, match="needs b1 and b2 of at most 0.99"):
+        optimizer("adamw", moments="bfloat16", b2=0.999)
+    with pytest.raises(ConfigError, match="optimizer.moments is 'float32' or 'bfloat16', not 'int8'"):
+        optimizer("adamw", moments="int8")
+
+
+def test_what_is_offloaded_stays_in_the_hosts_memory():
+    """Through a compiled, donating step on a mesh; the update is the same."""
+    mesh, p, g = sharding.make_mesh(data=2, fsdp=4), matrix(64, 32), matrix(64, 32)
+    kinds, updates = {}, {}
+    for offload in (False, True):
+        chain = optimizer("adamw", offload=offload)
+        shapes = TrainState(0, p, p, jax.eval_shape(chain.init, p), None)
+        layout = state_shardings(shapes, mesh, offload).optimizer
+        with jax.set_mesh(mesh):
+            state = jax.jit(chain.init, out_shardings=layout)(p)
+            step = jax.jit(chain.update, donate_argnums=1)
+            for _ in range(2):
+                updates[offload], state = step(g, state, p)
+        kinds[offload] = {x.sharding.memory_kind for x in jax.tree.leaves(state)}
+    assert kinds[True] == {"pinned_host"} and "pinned_host" not in kinds[False]
+    np.testing.assert_allclose(updates[True]["kernel"], updates[False]["kernel"], rtol=1e-6)

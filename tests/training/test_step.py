@@ -1,5 +1,6 @@
 """The losses against autodiff and float64, and the step against itself on another mesh and in another cut."""
 
+import re
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ TEXT_WEIGHT, EMA, NOISE = 0.3, 0.999, 0.1
 
 @cache
 def batch():
-    return tiny.packed(rows=4, length=48, images=3, patches=16)
+    return tiny.packed(rows=8, length=48, images=3, patches=16)
 
 
 @cache
@@ -116,16 +117,32 @@ def test_four_micro_batches_are_one_batch():
     assert len({float(c["text"]) for c in counts}) > 1  # of unequal weight: a mean of means would differ
 
 
-def test_eight_devices_equal_one():
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+def on_a_mesh(name: str, mesh, steps: int) -> tuple[TrainState, dict]:
+    """Take the first steps of a stage on `mesh`: losses and gradients are those of one device. Returns state and frozen."""
     with jax.set_mesh(mesh):
-        state, frozen = (jax.device_put(x, sharding.tree_shardings(x, mesh)) for x in start("joint"))
+        state, frozen = (jax.device_put(x, sharding.tree_shardings(x, mesh)) for x in start(name))
         spread = jax.device_put(batch(), sharding.batch_sharding(mesh))
-        step = jax.jit(compiled("joint").__wrapped__)  # its own cache: the constraints depend on the mesh
-        for one, metrics in after("joint"):
+        step = jax.jit(compiled(name).__wrapped__)  # its own cache: the constraints depend on the mesh
+        for one, metrics in after(name)[:steps]:
             state, values = step(state, frozen, spread)
             assert_trees_close(moments(state), moments(one))
             assert_trees_close(values, metrics, 1e-5)
+    return state, frozen
+
+
+MESHES = [(8, 1, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 2, 1)]  # data, fsdp, sequence, tensor
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("joint", sizes) for sizes in MESHES] + [(name, (1, 2, 2, 2)) for name in STAGES if name != "joint"],
+)
+def test_a_mesh_equals_one_device(name, sizes):
+    on_a_mesh(name, sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True))), steps=1)
+
+
+def test_eight_devices_equal_one():
+    state, frozen = on_a_mesh("joint", sharding.make_mesh(data=2, fsdp=2, tensor=2), steps=2)
     held = state.params["deep"]["layers"]
     for kernel, shape in (
         (held["mlp"]["up"]["kernel"], (2, 16, 32)),
@@ -174,9 +191,9 @@ def test_constraints_land_in_the_compiled_program():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="data=3 fsdp=1 tensor=1 does not fit 8 devices"):
+    with pytest.raises(ValueError, match="data=3 fsdp=1 sequence=1 tensor=1 does not fit 8 devices"):
         sharding.make_mesh(data=3)
-    assert dict(sharding.make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(sharding.make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
 
 
 def test_image_nll_is_the_jacobians():
@@ -226,6 +243,28 @@ def test_cross_entropy_in_chunks_is_the_plain_one(chunk):
         jax.grad(chunked, (0, 1))(hidden, head), jax.grad(plain, (0, 1))(hidden, head), strict=True
     ):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", (None, dict(data=1, fsdp=2, tensor=4), dict(data=2, sequence=4)))
+def test_no_array_of_all_logits_is_ever_made(mesh):
+    """Forward and backward, in the compiled program: words come with a chunk's positions at most; split words stay split."""
+    B, S, E, V, chunk = 4, 64, 16, 1024, 8
+    h, head = jnp.ones((B, S, E)), jnp.ones((V, E))
+    fixed = dict(targets=jnp.zeros((B, S), jnp.int32), weights=jnp.ones((B, S)), chunk=chunk)
+
+    def text():
+        return jax.jit(jax.grad(partial(losses.text_cross_entropy, **fixed), (0, 1))).lower(h, head).compile().as_text()
+
+    if mesh is None:
+        program, tensor = text(), 1
+    else:
+        mesh = sharding.make_mesh(**mesh)
+        with jax.set_mesh(mesh):
+            program, tensor = text(), mesh.shape["tensor"]
+    shapes = [tuple(map(int, dims.split(","))) for dims in set(re.findall(r"[a-z]+[0-9]+\[([0-9,]+)\]", program))]
+    logits = [s for s in shapes if V // tensor in s and E not in s and np.prod(s) > 2 * V]
+    assert logits and max(np.prod(s) for s in logits) <= B * chunk * V // tensor
+    assert not [s for s in shapes if V in s and E not in s and tensor > 1]
 
 
 def test_losses_are_means_over_what_counts():

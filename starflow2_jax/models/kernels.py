@@ -1,0 +1,162 @@
+"""Attention of whole rows, causal and within packed documents: one function, the kernel named by the config, any mesh.
+
+xla                 plain, everywhere
+cudnn               cuDNN's flash attention, on NVIDIA GPUs
+splash              JAX's splash attention (Pallas), on TPUs
+splash_interpreted  the same, interpreted: for tests on CPU
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.attention import attend
+
+PLATFORMS = {"xla": None, "cudnn": "gpu", "splash": "tpu", "splash_interpreted": None}
+SAVED = "attention"  # name of what the backward pass of splash attention needs, for remat policies
+LANES = 128  # of a TPU: blocks and heads are multiples of it
+BLOCKS = (512, 256, 128)  # positions of a splash block, the largest that fits
+
+
+def attend_packed(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, kernel: str = "xla", temperature: float = 1.0
+) -> jax.Array:
+    """Causal softmax attention in which only positions of equal segment ids see each other.
+
+    q (B, S, H, K); k, v (B, S, J, K) with J dividing H; segments (B, S) int, None: a row is one document. Padding is a
+    segment like any other, so it stays finite. Logits are scaled by K^-0.5 / `temperature`. Returns (B, S, H, K) in q's
+    dtype. On a mesh with a sequence axis each device keeps its queries and gathers keys and values: with grouped heads
+    they are small, and unlike in a ring one kernel call sees the whole row. Raises UserError for a kernel that does not
+    exist, or cannot take these shapes on this platform.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {} if mesh.empty else dict(mesh.shape)
+    ways = sizes.get("sequence", 1)
+    ways = ways if q.shape[1] % ways == 0 else 1
+    _refuse(kernel, q, ways, mesh)
+    if kernel == "xla" and ways == 1:
+        return attend(q, k, v, visible(segments, segments, 0, q.shape[1]), temperature)
+    k, v, heads = _heads(q, k, v, sizes.get("tensor", 1))
+    rows = _rows(q.shape[0], sizes)
+    local = _splash_kernel(q, heads and sizes["tensor"], ways, kernel) if kernel.startswith("splash") else None
+    body = partial(_on_a_device, kernel=kernel, ways=ways, temperature=temperature)
+    if mesh.empty:
+        return body(q, k, v, segments, local)
+    along = P(rows, "sequence" if ways > 1 else None)
+    there = local and local.manual_sharding_spec(NamedSharding(mesh, P(None, along[1])))
+    return jax.shard_map(
+        body,
+        in_specs=(*[P(*along, heads, None)] * 3, None if segments is None else along, there),
+        out_specs=P(*along, heads, None),
+        check_vma=False,
+    )(q, k, v, segments, local)
+
+
+def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int) -> jax.Array:
+    """(B or 1, size, C) bool: query i, at position start + i, sees the keys up to its own of its segment.
+
+    queries (B, size), keys (B, C): segment ids; None: all alike, C = size.
+    """
+    C = size if keys is None else keys.shape[1]
+    causal = (start + jnp.arange(size))[:, None] >= jnp.arange(C)
+    return causal[None] if keys is None else causal & (queries[:, :, None] == keys[:, None, :])
+
+
+def _on_a_device(q, k, v, segments, local, *, kernel: str, ways: int, temperature: float):
+    """This device's rows, heads and queries; with `ways` above 1 the keys and values of the others are gathered."""
+    keys, start = segments, 0
+    if ways > 1:
+        start = jax.lax.axis_index("sequence") * q.shape[1]
+        segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
+        k, v, keys = (jax.lax.all_gather(a, "sequence", axis=1, tiled=True) for a in (k, v, segments))
+    if local is not None:
+        return _splash(local, q, k, v, segments, keys, temperature)
+    if kernel == "cudnn":
+        return _cudnn(q, k, v, segments, keys, start, temperature)
+    return attend(q, k, v, visible(segments, keys, start, q.shape[1]), temperature)
+
+
+def _cudnn(q, k, v, segments, keys, start, temperature: float):
+    """cuDNN has no segment ids here: packed documents are kept apart by a bias (B, 1, S, C), as is a part of the queries."""
+    apart = keys is not None
+    mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1]))[:, None] if apart else None
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=q.shape[-1] ** -0.5 / temperature,
+        is_causal=q.shape[1] == k.shape[1],
+        implementation="cudnn",
+    )
+
+
+def _splash(local, q, k, v, segments, keys, temperature: float):
+    """Splash attention takes (heads, positions, channels), a row at a time, and does not scale."""
+    q, k, v = (a.swapaxes(1, 2) for a in (q * (q.shape[-1] ** -0.5 / temperature), k, v))
+    ids = None if segments is None else splash.SegmentIds(segments, keys)
+    return jax.vmap(local)(q, k, v, ids).swapaxes(1, 2)
+
+
+def _splash_kernel(q, tensor: int | None, ways: int, kernel: str) -> splash.SplashAttentionKernel:
+    """The kernel for the heads of one device, and of a row cut into `ways`; its mask's tables are what is sharded."""
+    S, heads = q.shape[1], q.shape[2] // (tensor or 1)
+    block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in (S // ways, S))
+    sizes = splash.BlockSizes(
+        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv, block_q_dq=block_q, block_kv_dq=block_kv,
+    )  # fmt: skip
+    return splash.make_splash_mha(
+        mask=splash_mask.MultiHeadMask([splash_mask.CausalMask((S, S))] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=ways,
+        residual_checkpoint_name=SAVED,
+        interpret=kernel == "splash_interpreted",
+    )
+
+
+def _heads(q, k, v, tensor: int):
+    """Keys and values whose heads can be split like the queries', and the mesh axis that splits them, if any.
+
+    Where `tensor` devices share a head of keys and values, it is repeated.
+    """
+    H, J = q.shape[2], k.shape[2]
+    times = tensor // math.gcd(J, tensor)
+    if tensor == 1 or H % tensor or (H // J) % times:
+        return k, v, None
+    if times > 1:
+        k, v = (jnp.repeat(a, times, axis=2) for a in (k, v))
+    return k, v, "tensor"
+
+
+def _rows(B: int, sizes: dict):
+    axes = ("data", "fsdp")
+    return axes if B % math.prod(sizes.get(a, 1) for a in axes) == 0 else None
+
+
+def _refuse(kernel: str, q: jax.Array, ways: int, mesh) -> None:
+    if kernel not in PLATFORMS:
+        raise UserError(f"the attention kernel is one of {', '.join(PLATFORMS)}, not {kernel!r}")
+    device = None if mesh.empty else mesh.abstract_device
+    platform = device.platform if device else jax.default_backend()
+    S, K, wanted = q.shape[1], q.shape[3], PLATFORMS[kernel]
+    if wanted and platform not in (wanted, *({"cuda", "rocm"} if wanted == "gpu" else ())):
+        raise UserError(f"the attention kernel {kernel!r} runs on {wanted}, not on {platform}; set kernel to 'xla'")
+    if kernel.startswith("splash") and (S % (LANES * ways) or K % LANES):
+        raise UserError(
+            f"splash attention takes rows of a multiple of {LANES * ways} positions and heads of a multiple of {LANES} "
+            f"channels, not {S} and {K}; set kernel to 'xla'"
+        )
+    if kernel == "cudnn" and (q.dtype not in (jnp.bfloat16, jnp.float16) or K % 8 or K > 128 or S % 2):
+        raise UserError(
+            f"cuDNN's attention takes bfloat16 or float16, heads of a multiple of 8 channels up to 128 and an even number of "
+            f"positions, not {q.dtype}, {K} and {S}; set kernel to 'xla'"
+        )

@@ -1,0 +1,95 @@
+"""TPU generations: peak rates by their makers' tables, and what a topology such as v5p:4x4x4 is made of."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from starflow2_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak rates of one chip, from the specifications on docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e."""
+
+    name: str
+    flops: float  # bf16 FLOP/s
+    memory: float  # bytes of HBM
+    bandwidth: float  # bytes/s of HBM
+    link: float  # bytes/s of one interconnect link in one direction
+    dimensions: int  # of the torus; each has two links a chip
+    wraps: int  # the torus closes along a dimension whose size is a multiple of this
+    chips_a_host: int
+    most: int  # chips in a pod
+
+
+# The documentation gives a chip's interconnect bandwidth in both directions of all its links together: 400 GB/s over the 4
+# of a v5e, 800 over the 4 of a v6e, 1200 over the 6 of a v5p; of a v4 6 links of 50 GB/s each way.
+CHIPS = {
+    "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, 4, 4096),
+    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, 4, 256),
+    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, 4, 8960),
+    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1638e9, 100e9, 2, 16, 4, 256),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    def closes(self, dimension: int) -> bool:
+        """Whether the chips along a dimension make a ring."""
+        return self.shape[dimension] % self.chip.wraps == 0
+
+
+def parse(text: str) -> Topology:
+    """ "v5p:4x4x4" -> the topology. Raises UserError that names the nearest right one."""
+    name, _, sizes = text.partition(":")
+    chip = CHIPS.get(name)
+    if chip is None:
+        near = next((c for c in CHIPS if name[:3] == c[:3]), next((c for c in CHIPS if name[:2] == c[:2]), "v5p"))
+        shape = shape_of(CHIPS[near], count(sizes))
+        raise UserError(f"there is no TPU {name!r} ({', '.join(CHIPS)}); did you mean {Topology(CHIPS[near], shape)}?")
+    given = tuple(map(int, sizes.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else ()
+    right = shape_of(chip, count(sizes))
+    if given != right and not _is_built(chip, given):
+        raise UserError(
+            f"{chip.name} has no topology {sizes!r}: it is {' x '.join('XYZ'[: chip.dimensions])} chips, as in "
+            f"{Topology(chip, right)}"
+        )
+    return Topology(chip, given)
+
+
+def count(sizes: str) -> int:
+    """How many chips a malformed topology may have meant."""
+    numbers = [int(n) for n in re.findall(r"\d+", sizes)]
+    return max(1, math.prod(numbers)) if numbers else 64
+
+
+def _is_built(chip: Chip, shape: tuple[int, ...]) -> bool:
+    """Flat tori come in powers of two up to 16 x 16, 3D ones of more than a host as multiples of 4, smaller sides first."""
+    if len(shape) != chip.dimensions or math.prod(shape) > chip.most:
+        return False
+    if chip.dimensions == 2:
+        return max(shape) <= 16 and all(s & (s - 1) == 0 for s in shape) and shape[0] <= 2 * shape[1] <= 4 * shape[0]
+    return shape == tuple(sorted(shape)) and (all(s % 4 == 0 for s in shape)) or shape in SMALL
+
+
+SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+
+
+def shape_of(chip: Chip, chips: int) -> tuple[int, ...]:
+    """The buildable topology whose number of chips is nearest, the most cubic of those."""
+    sides = [2**i for i in range(int(math.log2(chip.most)) + 1)]
+    grids = [(a, b) for a in sides for b in sides]
+    if chip.dimensions == 3:
+        grids = [(a, b, c) for a, b in grids for c in sides if a * b * c <= chip.most]
+    built = [g for g in grids if _is_built(chip, g)]
+    return min(built, key=lambda g: (abs(math.log(math.prod(g) / min(chips, chip.most))), max(g) / min(g), g))

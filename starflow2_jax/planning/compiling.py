@@ -1,0 +1,186 @@
+"""Compiles the training step and the sampler's steps for a TPU that is not there."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from starflow2_jax import config as configs
+from starflow2_jax import sharding
+from starflow2_jax.checkpoints import abstract
+from starflow2_jax.data.pipeline import Shape
+from starflow2_jax.data.tokenizer import TokenIds
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.pretzel import Pretzel, init_params
+from starflow2_jax.planning.chips import Topology
+from starflow2_jax.sampling import rows as row
+from starflow2_jax.sampling import steps
+from starflow2_jax.sampling.engine import _matrix_in_type, bucket, in_type
+from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.training import program
+from starflow2_jax.training.optimizer import make_optimizer
+
+# What libtpu would else ask a machine that is no TPU, or say about it.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody uses the chip: several plans may be made at once
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+class DoesNotFit(UserError):
+    """The compiler found no place for the program in a chip's memory; `largest`: (bytes, what) of what it wanted to keep."""
+
+    def __init__(self, message: str, needed: float, largest: list[tuple[float, str]]):
+        super().__init__(message)
+        self.needed, self.largest = needed, largest
+
+
+@dataclass
+class Program:
+    """A compiled program, the mesh that it runs on and its arguments' bytes a chip, by what they are."""
+
+    compiled: jax.stages.Compiled
+    mesh: jax.sharding.Mesh
+    arguments: dict[str, float] = field(default_factory=dict)
+
+
+def tpu_devices(topology: Topology) -> list:
+    """The devices of a topology, described by libtpu. Raises UserError without it."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "planning for TPUs needs their compiler; install it with pip install 'starflow2_jax[tpu]'"
+        ) from None
+    from jax.experimental import topologies
+
+    hosts = {}
+    if topology.chips < topology.chip.chips_a_host:
+        hosts["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
+    try:
+        return list(topologies.get_topology_desc(str(topology), platform="tpu", **hosts).devices)
+    except Exception as error:  # libtpu's own reasons: a topology that it does not build
+        raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
+
+
+def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
+    """The loop's training step for these devices. Raises DoesNotFit, ConfigError."""
+    cfg = config.stages[stage.name]
+    model = Pretzel(configs.pretzel(config))
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    if cfg.rows % (sharding.spread(mesh) * cfg.accumulate):
+        raise configs.ConfigError(
+            f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {sharding.spread(mesh) * cfg.accumulate} (mesh and "
+            "accumulate)"
+        )
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    with jax.set_mesh(mesh):
+        state, frozen, batch = program.abstract_arguments(config, model, stage, optimizer, mesh)
+        step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels))
+        compiled = _compile(step, devices, state, frozen, batch)
+    moving = {name: state.params[name] for name in stage.trains}
+    still = {name: tree for name, tree in state.params.items() if name not in moving}
+    kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
+    return Program(compiled, mesh, {name: bytes_a_chip(tree) for name, tree in kinds.items()})
+
+
+def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, slots: int) -> dict[str, Program]:
+    """`read` of half of `slots` positions, and `write`, one position of each of `rows` rows a turn of its loop.
+
+    With guidance, parameters and caches in bfloat16, and as much room in the caches as `slots`.
+    """
+    cfg = in_type(configs.pretzel(config), "bfloat16")
+    model = Pretzel(cfg)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    B, slots = rows + -rows % sharding.spread(mesh), bucket(slots)
+    branches = ("bare",)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        shapes = jax.eval_shape(partial(jax.tree_util.tree_map_with_path, partial(_matrix_in_type, "bfloat16")), shapes)
+        params = abstract(shapes, mesh)
+        empty = jax.eval_shape(
+            lambda p: row.empty_rows(model, p, np.zeros(B, np.uint32), branches, slots), shapes
+        ).replace(
+            tokens=jax.ShapeDtypeStruct((B, slots), jnp.int32),
+            u=jax.ShapeDtypeStruct((B, slots, cfg.channels), jnp.float32),
+        )
+        state = _on_rows(empty, mesh)
+        images = max(1, slots // 2 // (cfg.tokens + 2))
+        shape = Shape(B, slots // 2, images)
+        batch, lengths = _on_rows((program.empty_batch(cfg, shape), jax.ShapeDtypeStruct((B,), jnp.int32)), mesh)
+        ids = TokenIds(*range(5))  # which tokens they are changes nothing
+        kind = steps.Program(model, ids, stage.skips, branches)
+        read = _compile(steps.read, devices, kind, params, state, batch, 0, lengths, lengths)
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+        write = _compile(steps.write, devices, kind, params, state, count)
+    kinds = {"parameters": bytes_a_chip(params), "caches": bytes_a_chip(state.caches)}
+    return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
+
+
+def _on_rows(tree, mesh):
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        sharding.row_shardings(tree, mesh),
+    )
+
+
+def _compile(function, devices: list, *arguments) -> jax.stages.Compiled:
+    lowered = function.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise out_of_memory(str(error)) from None
+
+
+def out_of_memory(message: str) -> DoesNotFit:
+    """What XLA says of the memory it lacks, read from its message."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
+    largest = []
+    for size, unit, rest in re.findall(r"Size: ([\d.]+)([KMGT]?)B?(.*?)(?=\n\s*\d+\. Size:|\Z)", message, re.DOTALL):
+        operator = re.search(r'op_name="([^"]*)"', rest)
+        shape = re.search(r"Shape: (\S+)", rest)
+        what = " ".join(part for part in (shape and shape[1], operator and operator[1]) if part)
+        largest.append((_size(size, unit), what))
+    short = f"the program needs {used[1]}{used[2]} of {used[3]}{used[4]}" if used else message.splitlines()[0]
+    return DoesNotFit(f"does not fit: {short}", _size(used[1], used[2]) if used else float("nan"), largest[:10])
+
+
+def _size(number: str, unit: str) -> float:
+    return float(number) * 1024 ** " KMGT".index(unit or " ")
+
+
+def bytes_a_chip(tree) -> float:
+    """What one chip holds of arrays that are sharded, without the compiler's padding."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=float) * _width(x.dtype) for x in leaves))
+
+
+def _width(dtype) -> int:
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def find_stage(config: ConfigDict, text: str | None) -> Stage:
+    """The stage by name, or by number in the paper's order (1, 2, 3); None: the last of the config's order."""
+    numbered = dict(zip("123", ("text_to_image", "image_to_text", "joint"), strict=True))
+    name = config.order[-1] if text is None else numbered.get(text, text)
+    if name not in STAGES or name not in config.stages:
+        raise UserError(
+            f"there is no stage {text!r} in this config; there are {', '.join(sorted(config.stages))}, or 1, 2, 3"
+        )
+    return STAGES[name]

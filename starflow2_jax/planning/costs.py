@@ -1,0 +1,266 @@
+"""What a compiled module costs a chip: FLOPs, bytes moved, collectives, and a prediction of its time from the roofline."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from starflow2_jax.planning.chips import Topology
+from starflow2_jax.planning.hlo import Computation, Instruction, Module
+
+ROOFLINE = (
+    "operation by operation, each takes the longer of its FLOPs at the matrix units' peak and its bytes at the memory's; "
+    "a collective takes the bytes that a ring algorithm sends at the bandwidth of the links its axis lies on, one after "
+    "another, and costs time only where no computation runs between its start and its end. Left out: latencies, the units' "
+    "inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
+)
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
+# No work: names, and memory that is only set aside.
+FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all",
+    "copy-done", "slice-done", "async-update", "domain", "opt-barrier", "optimization-barrier", "add-dependency",
+}  # fmt: skip
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
+
+
+@dataclass
+class Collective:
+    """One kind of transfer on one mesh axis, all of its executions in a step added up, per chip."""
+
+    kind: str
+    axis: str
+    count: float = 0
+    bytes: float = 0  # sent by a chip
+    seconds: float = 0
+    overlapped: float = 0  # of the seconds, those behind computation
+    started: float = 0  # of the count, those that are asynchronous
+
+
+@dataclass
+class Costs:
+    """Of one execution on one chip."""
+
+    flops: float = 0
+    bytes: float = 0  # to and from HBM
+    seconds: float = 0  # by `ROOFLINE`
+    matrix_seconds: float = 0
+    exposed: float = 0  # of the seconds, waiting for the interconnect
+    collectives: dict[tuple[str, str], Collective] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)  # loops whose trip count is not known; counted once
+    slowest: dict[str, float] = field(default_factory=dict)  # seconds by source operation
+
+
+class Analysis:
+    """Walks a module in the order in which it runs, with two clocks: the chip's and its links'.
+
+    `mesh`: sizes by axis; `coordinates` (chips, dimensions): of partition i in the torus.
+    """
+
+    def __init__(self, module: Module, topology: Topology, mesh: dict[str, int], coordinates: np.ndarray):
+        self.module, self.topology, self.mesh, self.coordinates = module, topology, mesh, coordinates
+        self.costs = Costs()
+        self.costs.seconds = self._run(module.entry, 1.0)
+        self.costs.seconds = max(self.costs.seconds, self.costs.bytes / topology.chip.bandwidth)
+
+    def _run(self, computation: Computation, times: float) -> float:
+        """Seconds of one execution; adds `times` executions to the costs."""
+        now = link = 0.0
+        pending: dict[str, tuple[float, float, Collective]] = {}
+        for at in computation.values():
+            base = at.opcode.removesuffix("-start").removesuffix("-done")
+            inner = self._wrapped(at) if at.opcode == "async-start" else None
+            moved = (
+                inner if inner else (computation, at) if base in COLLECTIVES and at.opcode != base + "-done" else None
+            )
+            if at.opcode == "while":
+                now += self._loop(computation, at, times)
+            elif at.opcode in ("call", "conditional"):
+                now += max(self._run(c, times) for c in self._branches(at))
+            elif moved:
+                kind, seconds = self._collective(*moved, times)
+                begin = max(now, link)
+                link = begin + seconds
+                if at.opcode.endswith("-start"):
+                    pending[at.name] = (link, seconds, kind)
+                    kind.started += times
+                else:
+                    self.costs.exposed += times * (link - now)
+                    now = link
+            elif at.opcode.endswith("-done") and (first := self._first(computation, at)) in pending:
+                end, seconds, kind = pending.pop(first)
+                wait = max(0.0, end - now)
+                kind.overlapped += times * max(0.0, seconds - wait)
+                self.costs.exposed += times * wait
+                now += wait
+            elif at.opcode not in FREE:
+                now += self._compute(computation, at, times)
+        return now
+
+    def _loop(self, computation: Computation, at: Instruction, times: float) -> float:
+        trips = self.module.trips(at, computation)
+        if trips is None:
+            self.costs.unknown.append(at.name)
+        trips = 1 if trips is None else trips
+        return trips * self._run(self.module.called(at, "body"), times * trips) if trips else 0.0
+
+    def _branches(self, at: Instruction) -> list[Computation]:
+        """A call's computation; of a conditional's the one with the most products."""
+        if at.opcode == "call":
+            return [self.module.called(at, "to_apply")]
+        listed = at.attribute("branch_computations")
+        names = (
+            re.findall(r"[\w.\-]+", listed) if listed else [at.attribute(f"{b}_computation") for b in ("true", "false")]
+        )
+        branches = [self.module.computations[n] for n in names]
+        return [max(branches, key=lambda c: (sum(self.module.flops(c, i) for i in c.values()), len(c)))]
+
+    def _wrapped(self, at: Instruction) -> tuple[Computation, Instruction] | None:
+        """The collective inside an async-start."""
+        inner = self.module.called(at)
+        return next(((inner, i) for i in inner.values() if i.opcode in COLLECTIVES), None)
+
+    def _first(self, computation: Computation, done: Instruction) -> str:
+        """The start that a -done belongs to."""
+        at = computation[done.operands[0]]
+        while at.opcode == "async-update":
+            at = computation[at.operands[0]]
+        return at.name
+
+    def _compute(self, computation: Computation, at: Instruction, times: float) -> float:
+        if at.opcode == "custom-call" and any(f'custom_call_target="{name}"' in at.attributes for name in FREE_CALLS):
+            return 0.0
+        chip = self.topology.chip
+        flops, size = self.module.flops(computation, at), self._bytes(computation, at)
+        self.costs.flops += times * flops
+        self.costs.bytes += times * size
+        self.costs.matrix_seconds += times * flops / chip.flops
+        if at.opcode in ("copy-start", "slice-start"):  # beside the computation; the memory's share bounds the whole
+            return 0.0
+        seconds = max(flops / chip.flops, size / chip.bandwidth)
+        found = re.search(r'op_name="([^"]*)"', at.attributes)
+        name = found[1] if found else at.opcode
+        self.costs.slowest[name] = self.costs.slowest.get(name, 0.0) + times * seconds
+        return seconds
+
+    def _bytes(self, computation: Computation, at: Instruction) -> float:
+        """HBM bytes that an operation reads and writes; of an array that is only cut from or written into, the piece."""
+        if at.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
+            return 2 * at.arrays[-2 if at.opcode == "slice-start" else 0].hbm
+        if at.opcode == "copy-start":
+            return max(a.bytes for a in at.arrays)  # between HBM and another memory
+        if at.opcode == "dynamic-update-slice":
+            return 2 * computation[at.operands[1]].hbm
+        if at.opcode != "fusion":
+            return at.hbm + sum(computation[o].hbm for o in at.operands)
+        inner = self.module.called(at)
+        read = sum(
+            min(computation[o].hbm, self._read(inner, p))
+            for o, p in zip(at.operands, inner.parameters, strict=True)
+            if computation[o].hbm
+        )
+        return read + min(at.hbm, self._written(inner, inner.root))
+
+    def _read(self, inner: Computation, parameter: Instruction) -> float:
+        """Bytes of a fusion's parameter that are used."""
+        total = 0.0
+        for user in inner.users.get(parameter.name, []):
+            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
+                total += user.bytes
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                total += 0.0  # written in place
+            elif user.opcode == "bitcast":
+                total += self._read(inner, user)
+            elif user.opcode == "fusion":
+                nested = self.module.called(user)
+                places = [i for i, o in enumerate(user.operands) if o == parameter.name]
+                total += sum(self._read(nested, nested.parameters[i]) for i in places)
+            else:
+                return parameter.bytes
+        return total
+
+    def _written(self, inner: Computation, root: Instruction) -> float:
+        if root.opcode == "tuple":
+            return sum(self._written(inner, inner[o]) for o in root.operands)
+        if root.opcode == "bitcast" and root.operands[0] in inner:
+            return self._written(inner, inner[root.operands[0]])
+        return inner[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else root.bytes
+
+    def _collective(self, computation: Computation, at: Instruction, times: float) -> tuple[Collective, float]:
+        base = at.opcode.removesuffix("-start")
+        group = first_group(at.attributes, len(self.coordinates))
+        size = self._payload(computation, at, base)
+        n = len(group)
+        sent = size * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(base, (n - 1) / n)
+        seconds = sent / self._bandwidth(group, base)
+        key = base, self._axis(group)
+        kind = self.costs.collectives.setdefault(key, Collective(*key))
+        kind.count += times
+        kind.bytes += times * sent
+        kind.seconds += times * seconds
+        return kind, seconds
+
+    def _payload(self, computation: Computation, at: Instruction, base: str) -> float:
+        """Bytes of the whole that a group shares: what is gathered, or what is reduced."""
+        given = sum(computation[o].bytes for o in at.operands)
+        if base != "all-gather":
+            return given
+        return max(given, at.bytes - (given if at.opcode.endswith("-start") else 0))
+
+    def _axis(self, group: list[int]) -> str:
+        """The mesh axes that the chips of a group differ in."""
+        places = np.array(np.unravel_index(group, tuple(self.mesh.values()))).T
+        return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
+
+    def _bandwidth(self, group: list[int], base: str) -> float:
+        """Bytes/s out of a chip: two links for each dimension of the torus along which the group lies, one where it is open."""
+        chip, places = self.topology.chip, self.coordinates[group]
+        along = [d for d in range(places.shape[1]) if len(set(places[:, d])) > 1]
+        if base == "collective-permute" or not along:
+            return 2 * chip.link  # to a neighbour; another goes the other way meanwhile
+        return chip.link * sum(2 if self.topology.closes(d) else 1 for d in along)
+
+
+def first_group(attributes: str, chips: int) -> list[int]:
+    """Partitions of the first group of a collective, in any of the ways in which XLA writes it; all without one."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}(.*?)\}\}", attributes):
+        return _cycle(attributes, int(pairs[1]))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return [int(i) for i in listed[1].split(",")]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        out, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        return (ids.transpose(order) if order else ids).reshape(out)[0].tolist()
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        return _named(named[1], named[2])
+    return list(range(chips))
+
+
+def _cycle(attributes: str, first: int) -> list[int]:
+    """Everyone that a permutation passes the first chip's data on to."""
+    text = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)[1]
+    target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", text)}
+    group = [first]
+    while (following := target.get(group[-1])) is not None and following not in group:
+        group.append(following)
+    return group
+
+
+def _named(axes: str, used: str) -> list[int]:
+    """mesh['a'=16,'b'=2] {'a'}: partitions that differ in axis a alone. A part of an axis is written 'a':(4)2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    parts = {name: (int(before), int(size)) if before else None for name, before, size in
+             re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used)}  # fmt: skip
+    index: list = []
+    for name, size in sizes.items():
+        part = parts.get(name, (size, 1))
+        stride = 1 if part is None else size // math.prod(part)
+        index.append(slice(None) if part is None else slice(0, part[1] * stride, stride))
+    return ids[tuple(index)].reshape(-1).tolist()
+
+
+def total(collectives, value: Callable[[Collective], float]) -> float:
+    return sum(map(value, collectives.values()))

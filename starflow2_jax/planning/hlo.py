@@ -1,0 +1,233 @@
+"""Reads the text of an optimised XLA module: computations, instructions, shapes, trip counts, and the FLOPs of products."""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+ARRAY = re.compile(r"\b(pred|token|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
+BITS = {
+    "pred": 8,
+    "token": 0,
+    "s4": 4,
+    "u4": 4,
+    "s2": 2,
+    "u2": 2,
+}  # the others end their name with them, or begin: f8e4m3
+
+SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a shape: a tuple is several."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str
+
+    @property
+    def bytes(self) -> float:
+        bits = BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0]) if self.dtype != "token" else 0
+        return math.prod(self.dims) * bits / 8
+
+    @property
+    def hbm(self) -> float:
+        """Bytes in the chip's main memory: 0 for what the compiler put into another memory space, as S(1) for VMEM."""
+        return 0.0 if re.search(r"S\([1-9]", self.layout) else self.bytes
+
+
+@dataclass
+class Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    inside: str  # what stands between the opcode's parentheses
+    attributes: str
+    root: bool
+
+    @cached_property
+    def arrays(self) -> list[Array]:
+        return [
+            Array(kind, tuple(map(int, dims.split(","))) if dims else (), layout)
+            for kind, dims, layout in ARRAY.findall(self.shape)
+        ]
+
+    @property
+    def bytes(self) -> float:
+        return sum(a.bytes for a in self.arrays)
+
+    @property
+    def hbm(self) -> float:
+        return sum(a.hbm for a in self.arrays)
+
+    def attribute(self, name: str) -> str | None:
+        """The value of `name=`: a computation's name, or what stands between braces."""
+        found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
+        return None if found is None else found[1] if found[1] is not None else found[2]
+
+
+class Computation(dict):
+    """Instructions by name, in the order in which they run."""
+
+    @property
+    def root(self) -> Instruction:
+        return next(i for i in self.values() if i.root)
+
+    @cached_property
+    def parameters(self) -> list[Instruction]:
+        return sorted((i for i in self.values() if i.opcode == "parameter"), key=lambda i: int(i.inside))
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self.values():
+            for operand in set(instruction.operands):
+                users.setdefault(operand, []).append(instruction)
+        return users
+
+
+class Module:
+    """`computations` by name, `entry` is where it begins."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, Computation] = {}
+        current = None
+        for line in text.splitlines():
+            header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if header:
+                current = self.computations[header[2]] = Computation()
+                if header[1]:
+                    self.entry = current
+            elif line.startswith("}"):
+                current = None
+            elif current is not None and (instruction := _instruction(line)):
+                current[instruction.name] = instruction
+
+    def called(self, instruction: Instruction, attribute: str = "calls") -> Computation:
+        return self.computations[instruction.attribute(attribute)]
+
+    def trips(self, loop: Instruction, around: Computation) -> int | None:
+        """How often a while loop's body runs; None where the text does not tell."""
+        if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition, body = self.called(loop, "condition"), self.called(loop, "body")
+        test = self._through(condition, condition.root)
+        if test is None or test.opcode != "compare":
+            return None
+        counter, bound = (self._through(condition, condition[o]) for o in test.operands)
+        if counter is None or bound is None or counter.opcode != "get-tuple-element":
+            return None
+        index = int(counter.attribute("index"))
+        last = self._constant(bound)
+        first = self._constant(self._element(around, around[loop.operands[0]], index))
+        step = self._step(body, index)
+        if last is None or first is None or not step:
+            return None
+        further = test.attribute("direction") in ("LE", "GE")
+        return max(0, math.ceil((last - first + (further if step > 0 else -further)) / step))
+
+    def _through(self, computation: Computation, at: Instruction | None) -> Instruction | None:
+        """What an instruction is once copies are looked through."""
+        while at is not None and at.opcode in ("copy", "bitcast", "convert"):
+            at = computation.get(at.operands[0])
+        return at
+
+    def _element(self, computation: Computation, tupled: Instruction, index: int) -> Instruction | None:
+        """The instruction that made element `index` of a tuple."""
+        if tupled.opcode != "tuple":
+            return None
+        return self._through(computation, computation.get(tupled.operands[index]))
+
+    def _constant(self, at: Instruction | None) -> int | None:
+        return (
+            int(at.inside) if at is not None and at.opcode == "constant" and re.fullmatch(r"-?\d+", at.inside) else None
+        )
+
+    def _step(self, body: Computation, index: int) -> int | None:
+        new = self._element(body, body.root, index)
+        if new is not None and new.opcode == "fusion":
+            inner = self.called(new)
+            new, body = self._through(inner, inner.root), inner
+        if new is None or new.opcode != "add":
+            return None
+        return next(
+            (c for o in new.operands if (c := self._constant(self._through(body, body.get(o)))) is not None), None
+        )
+
+    def flops(self, computation: Computation, instruction: Instruction) -> float:
+        """FLOP of one product, of a fusion's products, or what a kernel's author says of a kernel."""
+        if instruction.opcode == "dot":
+            left = computation[instruction.operands[0]].arrays[0].dims
+            contracted = [int(d) for d in (instruction.attribute("lhs_contracting_dims") or "").split(",") if d]
+            return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(left[d] for d in contracted)
+        if instruction.opcode == "convolution":
+            left, right = (computation[o].arrays[0].dims for o in instruction.operands[:2])
+            return convolution_flops(left, right, instruction.arrays[0].dims, instruction.attributes)
+        if instruction.opcode == "fusion":
+            inner = self.called(instruction)
+            return sum(self.flops(inner, i) for i in inner.values())
+        if instruction.opcode == "custom-call":
+            if splash := SPLASH.search(instruction.name + instruction.attributes):
+                return _splash_flops(splash[1], [computation[o].arrays[0] for o in instruction.operands])
+            said = re.search(r'cost_estimate\\?":\s*\{[^}]*?flops\\?":\s*\\?"?(\d+)', instruction.attributes)
+            return float(said[1]) if said else 0.0
+        return 0.0
+
+
+def _splash_flops(kernel: str, operands: list[Array]) -> float:
+    """Splash attention does not say: of queries (..., H, S, K) and keys (..., J, C, K), causal, so half of all pairs."""
+    queries, keys = [a.dims for a in operands if len(a.dims) > 2 and a.dtype in ("bf16", "f32", "f16")][:2]
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel]
+    return products * 2.0 * math.prod(queries) * keys[-2] / 2
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    shape, rest = _leading(line[head.end() :])
+    opcode = re.match(r"\s*([\w\-]+)\(", rest)
+    inside, attributes = _leading(rest[opcode.end() - 1 :])
+    inside = inside[1:-1]
+    return Instruction(
+        head[2], shape, opcode[1], re.findall(r"%([\w.\-]+)", inside), inside, attributes, bool(head[1])
+    )  # fmt: skip
+
+
+def _leading(text: str) -> tuple[str, str]:
+    """A leading parenthesis, or else a leading word, and the rest."""
+    if not text.startswith("("):
+        word, _, rest = text.partition(" ")
+        return word, rest
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: i + 1], text[i + 1 :]
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def convolution_flops(left, right, out, attributes: str) -> float:
+    """2 x products that are not with padding. TPUs write all matrix products as convolutions, a batch axis as a dilated one."""
+    spec = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(f.split("=") for f in window[1].split()) if window else {}
+    pairs = 1.0
+    for axis in range(len(left) - 2):
+
+        def field(name, default, axis=axis):
+            return fields[name].split("x")[axis] if name in fields else default
+
+        size, stride = int(field("size", 1)), int(field("stride", 1))
+        low = int(str(field("pad", "0_0")).split("_")[0])
+        spread, holes = int(field("lhs_dilate", 1)), int(field("rhs_dilate", 1))
+        extent = (left[spec[1].index(str(axis))] - 1) * spread + 1
+        at = np.arange(out[spec[3].index(str(axis))])[:, None] * stride + np.arange(size) * holes - low
+        pairs *= np.count_nonzero((at >= 0) & (at < extent) & (at % spread == 0))
+    batch_groups = re.search(r"batch_group_count=(\d+)", attributes)
+    batch = left[spec[1].index("b")] / (int(batch_groups[1]) if batch_groups else 1)
+    return 2.0 * batch * right[spec[2].index("i")] * out[spec[3].index("f")] * pairs

@@ -1,0 +1,178 @@
+"""A plan: what one training step, or the sampler's steps, need of each chip, and how long they are predicted to take."""
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from starflow2_jax import config as configs
+from starflow2_jax import flops
+from starflow2_jax.planning import compiling
+from starflow2_jax.planning.chips import Topology
+from starflow2_jax.planning.compiling import DoesNotFit, Program
+from starflow2_jax.planning.costs import ROOFLINE, Analysis, Costs
+from starflow2_jax.planning.hlo import Module
+from starflow2_jax.stages import Stage
+from starflow2_jax.training.program import batch_shape
+
+
+@dataclass
+class Plan:
+    """Of one program on one topology. Bytes and FLOP are a chip's, seconds a step's; predictions, not measurements."""
+
+    what: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    settings: dict[str, object]
+    fits: bool
+    memory: float  # bytes of a chip
+    peak: float  # bytes of it in use at most
+    arguments: dict[str, float]  # bytes by what they are
+    temporary: float = 0  # bytes: activations, gathered parameters, gradients
+    flops_by_hand: dict[str, float] = field(default_factory=dict)  # by part of the model, `flops.RULE`
+    hardware_by_hand: float = 0  # with recomputation, attention as its kernel does it
+    flops_compiled: float = 0
+    bytes_moved: float = 0
+    collectives: list[dict] = field(default_factory=list)
+    seconds: float = 0
+    matrix_seconds: float = 0
+    memory_seconds: float = 0
+    exposed_seconds: float = 0  # waiting for the interconnect
+    tokens_per_second: float = 0  # positions of all chips
+    mfu: float = 0
+    largest: list[tuple[float, str]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    unknown_loops: int = 0
+    compile_seconds: float = 0
+    rules: dict[str, str] = field(default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE})
+
+    def json(self) -> dict:
+        return asdict(self)
+
+
+def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: list) -> Plan:
+    """Compile the stage's training step for the devices of a topology and say what it costs."""
+    begin = time.time()
+    shape, model = batch_shape(config, stage), configs.pretzel(config)
+    plan = Plan(
+        f"training step, stage {stage.name}", str(topology), topology.chips, {}, settings(config, stage), False,
+        topology.chip.memory, 0, {},
+    )  # fmt: skip
+    hand = flops.training_flops(model, stage, shape)
+    plan.flops_by_hand = {part: value / topology.chips for part, value in hand.model.items()}
+    plan.hardware_by_hand = hand.executed / topology.chips
+    try:
+        program = compiling.compile_step(config, stage, devices)
+    except DoesNotFit as error:
+        plan.peak, plan.largest = error.needed, error.largest
+        plan.advice = advice(plan, config, stage)
+        return plan
+    plan.compile_seconds = time.time() - begin
+    costs = _measure(plan, program, topology)
+    plan.tokens_per_second = shape.rows * shape.length / costs.seconds
+    plan.mfu = hand.mfu(costs.seconds, topology.chips, topology.chip.flops)
+    if not plan.fits:
+        plan.advice = advice(plan, config, stage)
+    return plan
+
+
+def plan_sampler(
+    config: ConfigDict, stage: Stage, topology: Topology, devices: list, rows: int, slots: int
+) -> list[Plan]:
+    """`read` and `write` of the sampler; one turn of `write` is one position of each row, one of its guidance too."""
+    plans = []
+    try:
+        programs = compiling.compile_sampler(config, stage, devices, rows, slots)
+    except DoesNotFit as error:
+        plan = Plan(
+            "sampler", str(topology), topology.chips, {}, {}, False, topology.chip.memory, error.needed, {},
+            largest=error.largest,
+        )  # fmt: skip
+        plan.advice = ["fewer rows or slots, or a larger tensor axis, which splits the caches' heads"]
+        return [plan]
+    for name, program in programs.items():
+        what = f"sampler, {name}: {'half of the slots' if name == 'read' else 'one position a row'}"
+        chosen = {"rows": rows, "slots": slots, "guidance": True}
+        plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
+        costs = _measure(plan, program, topology)
+        plan.tokens_per_second = rows * (slots // 2 if name == "read" else 1) / costs.seconds
+        plans.append(plan)
+    return plans
+
+
+def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
+    """What of a config decides about memory and speed."""
+    cfg, m = config.stages[stage.name], config.model
+    found = {
+        name: cfg[name] for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate") if name in cfg
+    }
+    for part in ("vlm", "shallow", "deep"):
+        found |= {f"{part}.{name}": m[part][name] for name in ("remat", "kernel", "dtype") if name in m[part]}
+    return found | {f"optimizer.{k}": cfg.optimizer[k] for k in ("name", "moments", "offload") if k in cfg.optimizer}
+
+
+def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
+    """Fill in what the compiled program says."""
+    memory = program.compiled.memory_analysis()
+    plan.mesh, plan.arguments = dict(program.mesh.shape), program.arguments
+    plan.temporary = memory.temp_size_in_bytes
+    plan.peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    plan.fits = plan.peak <= plan.memory
+    module = Module(program.compiled.as_text())
+    costs = Analysis(module, topology, plan.mesh, places(program.mesh, topology)).costs
+    plan.flops_compiled, plan.bytes_moved = costs.flops, costs.bytes
+    plan.seconds, plan.matrix_seconds, plan.exposed_seconds = costs.seconds, costs.matrix_seconds, costs.exposed
+    plan.memory_seconds = costs.bytes / topology.chip.bandwidth
+    plan.collectives = sorted(map(asdict, costs.collectives.values()), key=lambda c: -c["seconds"])
+    plan.unknown_loops = len(costs.unknown)
+    plan.largest = largest_arrays(module)
+    return costs
+
+
+def places(mesh, topology: Topology) -> np.ndarray:
+    """(chips, dimensions): where in the torus partition i lies."""
+    devices = list(mesh.devices.flat)
+    if not hasattr(devices[0], "coords"):  # not TPUs: as if in order
+        return np.array(np.unravel_index(np.arange(len(devices)), topology.shape)).T
+    return np.array([d.coords[: len(topology.shape)] for d in devices])
+
+
+def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:
+    """The largest arrays of a program in HBM, each with what makes it, one of each shape."""
+    found: dict[str, tuple[float, str]] = {}
+    for computation in module.computations.values():
+        for at in computation.values():
+            if at.opcode in ("tuple", "parameter", "get-tuple-element", "while", "bitcast", "constant"):
+                continue
+            for array in at.arrays:
+                shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
+                if array.hbm and shape not in found:
+                    name = at.attributes.partition('op_name="')[2].partition('"')[0]
+                    found[shape] = array.hbm, f"{shape} {name or at.opcode}"
+    return sorted(found.values(), reverse=True)[:count]
+
+
+def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
+    """What to change where a plan does not fit."""
+    cfg, said = config.stages[stage.name], []
+    state = sum(v for k, v in plan.arguments.items() if k != "batch")
+    if not plan.arguments or state > plan.memory / 2:
+        said.append(
+            "more chips on the fsdp axis (mesh.fsdp=-1, data=1), over which parameters and optimizer are spread"
+        )
+        said.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor")
+    streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].get("remat") not in ("full", True)]
+    if streams:
+        said.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
+    if any(config.model[part].get("kernel", "xla") == "xla" for part in ("vlm", "deep")):
+        said.append("kernel=splash in model.vlm, model.deep and model.shallow: no attention matrix in memory")
+    said.append(f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows, or shorter ones")
+    return said

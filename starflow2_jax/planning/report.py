@@ -1,0 +1,80 @@
+"""Plans in words: tables for a terminal, and markdown as kept under docs/benchmarks."""
+
+from starflow2_jax.planning.plan import Plan
+
+
+def text(plan: Plan) -> str:
+    """One plan, all of it."""
+    lines = [f"{plan.what} on {plan.topology}, {plan.chips} chips, mesh {_pairs(plan.mesh)}"]
+    lines.append(f"  {_pairs(plan.settings)}")
+    if not plan.mesh:
+        return "\n".join([*lines, *_does_not_fit(plan)])
+    lines += ["memory of a chip"]
+    lines += [f"  {name:<22}{_size(value):>12}" for name, value in plan.arguments.items()]
+    lines += [f"  {'activations, temporary':<22}{_size(plan.temporary):>12}"]
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines += [f"  {'peak':<22}{_size(plan.peak):>12}  of {_size(plan.memory)}: {verdict}"]
+    if not plan.fits:
+        lines += _does_not_fit(plan)
+    lines += ["FLOP of a chip and step"]
+    if plan.flops_by_hand:
+        lines += [f"  {name:<22}{_flop(value):>12}" for name, value in plan.flops_by_hand.items()]
+        lines += [f"  {'by hand':<22}{_flop(sum(plan.flops_by_hand.values())):>12}  ({plan.rules['flops']})"]
+        lines += [
+            f"  {'by hand, executed':<22}{_flop(plan.hardware_by_hand):>12}  (with recomputation, attention as its kernel does it)"
+        ]
+    lines += [f"  {'compiled':<22}{_flop(plan.flops_compiled):>12}"]
+    if plan.unknown_loops:
+        lines += [f"  {plan.unknown_loops} loops of unknown length are counted as one turn"]
+    lines += [f"bytes to and from memory {_size(plan.bytes_moved)}", "collectives of a chip and step"]
+    lines += ["  " + line for line in collectives(plan)]
+    lines += ["largest arrays", *(f"  {_size(size):>12}  {what[:100]}" for size, what in plan.largest)]
+    lines += [
+        f"predicted step {plan.seconds:.3f} s (matrix units {plan.matrix_seconds:.3f}, memory {plan.memory_seconds:.3f}, "
+        f"waiting for the interconnect {plan.exposed_seconds:.3f})"
+    ]
+    lines += [f"predicted {plan.tokens_per_second:,.0f} positions a second"]
+    if plan.mfu:
+        lines[-1] += f", MFU {plan.mfu:.1%}"
+    lines += [f"  roofline: {plan.rules['roofline']}"]
+    return "\n".join(lines)
+
+
+def collectives(plan: Plan) -> list[str]:
+    rows = [("kind", "axis", "times", "bytes sent", "seconds", "asynchronous", "hidden")]
+    for c in plan.collectives:
+        hidden = c["overlapped"] / c["seconds"] if c["seconds"] else 0
+        rows.append(
+            (c["kind"], c["axis"], f"{c['count']:.0f}", _size(c["bytes"]), f"{c['seconds']:.4f}",
+             f"{c['started']:.0f}", f"{hidden:.0%}")
+        )  # fmt: skip
+    return columns(rows)
+
+
+def columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of cells, first column left, the others right aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _does_not_fit(plan: Plan) -> list[str]:
+    lines = [f"does not fit: {_size(plan.peak)} of {_size(plan.memory)}"]
+    lines += [f"  {_size(size):>12}  {what[:100]}" for size, what in plan.largest]
+    return [*lines, "what to change:", *(f"  {line}" for line in plan.advice)]
+
+
+def _pairs(values: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in values.items())
+
+
+def _size(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**27 else f"{value / 2**20:.1f} MiB"
+
+
+def _flop(value: float) -> str:
+    return f"{value / 1e12:.3f} T" if value >= 1e10 else f"{value / 1e6:.1f} M"

@@ -1,0 +1,88 @@
+"""Tries rows, mesh shapes and remat policies, and ranks what fits."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+from ml_collections import ConfigDict
+
+from starflow2_jax.errors import UserError
+from starflow2_jax.planning.plan import Plan
+from starflow2_jax.planning.report import columns
+from starflow2_jax.stages import Stage
+
+STREAMS = ("vlm", "shallow", "deep")
+
+
+@dataclass
+class Candidate:
+    """A choice, and what became of it: a plan, or why there is none."""
+
+    rows: int
+    mesh: dict[str, int]
+    remat: str
+    plan: Plan | None = None
+    failure: str = ""
+
+    def apply(self, config: ConfigDict, stage: Stage) -> ConfigDict:
+        """A copy of the config with this choice."""
+        config = config.copy_and_resolve_references().unlock()
+        config.stages[stage.name].rows = self.rows
+        config.mesh.update(self.mesh)
+        for stream in STREAMS:
+            config.model[stream].remat = self.remat
+        return config.lock()
+
+    def names(self) -> str:
+        mesh = " ".join(f"{k}={v}" for k, v in self.mesh.items() if v > 1) or "one chip"
+        return f"rows={self.rows} {mesh} remat={self.remat}"
+
+
+def candidates(chips: int, rows_a_chip: list[int], tensors: list[int], remats: list[str]) -> Iterator[Candidate]:
+    """Every combination; a tensor axis leaves the other chips to fsdp. Rows are a multiple of the places they lie on."""
+    for tensor, each, remat in itertools.product(tensors, rows_a_chip, remats):
+        if chips % tensor == 0:
+            yield Candidate(each * chips, dict(data=1, fsdp=chips // tensor, tensor=tensor), remat)
+
+
+def search(
+    config: ConfigDict,
+    stage: Stage,
+    choices: list[Candidate],
+    make: Callable[[ConfigDict], Plan],
+    tell: Callable[[str], None],
+) -> list[Candidate]:
+    """Plan every choice; the best first. One that fails to compile is kept with its reason.
+
+    `make`: a config's plan; `tell` is given a line about each as it is done.
+    """
+    for number, choice in enumerate(choices, 1):
+        try:
+            choice.plan = make(choice.apply(config, stage))
+            if not choice.plan.fits:
+                choice.failure = f"does not fit: needs {choice.plan.peak / 2**30:.1f} GiB"
+        except (UserError, jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            choice.failure = f"does not compile: {str(error).splitlines()[0][:120]}"
+        tell(f"{number} of {len(choices)}: {choice.names()}: {choice.failure or f'MFU {choice.plan.mfu:.1%}'}")
+    return sorted(choices, key=lambda c: (bool(c.failure), -c.plan.tokens_per_second if c.plan else 0))
+
+
+def table(ranked: list[Candidate]) -> str:
+    rows = [("choice", "positions/s", "MFU", "step s", "peak GiB", "")]
+    for c in ranked:
+        if c.plan is None or c.failure:
+            rows.append((c.names(), "-", "-", "-", "-", c.failure))
+        else:
+            p = c.plan
+            rows.append(
+                (
+                    c.names(),
+                    f"{p.tokens_per_second:,.0f}",
+                    f"{p.mfu:.1%}",
+                    f"{p.seconds:.3f}",
+                    f"{p.peak / 2**30:.1f}",
+                    "",
+                )
+            )
+    return "\n".join(columns(rows))

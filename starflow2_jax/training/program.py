@@ -1,0 +1,91 @@
+"""A stage's step as it is compiled, and the shapes and places of what it takes: run by the loop, planned without devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from starflow2_jax import sharding
+from starflow2_jax.checkpoints import abstract
+from starflow2_jax.data.pipeline import Shape
+from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
+from starflow2_jax.sequence import Sequence, VisionInput
+from starflow2_jax.stages import Stage
+from starflow2_jax.training.step import make_step, new_state, state_shardings
+
+
+def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations):
+    """(state, frozen, batch) -> (state, metrics), compiled when it is first called; the state is donated.
+
+    `deviations` (D,): the codec's, of latent channels.
+    """
+    cfg = config.stages[stage.name]
+    step = make_step(
+        model,
+        stage,
+        optimizer,
+        noise=config.noise / np.asarray(deviations, np.float32),
+        text_weight=cfg.text_weight,
+        accumulate=cfg.accumulate,
+        ema_decay=cfg.ema,
+        vlm_length=cfg.get("vlm_length", 0),
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def held(stage: Stage) -> str:
+    """Which of the two trees, "frozen" or "trainable", the stage's state and checkpoints hold."""
+    return "frozen" if set(stage.trains) <= set(FROZEN) else "trainable"
+
+
+def in_tree(group: str, tree: str) -> bool:
+    return (group in FROZEN) == (tree == "frozen")
+
+
+def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
+    cfg = config.stages[stage.name]
+    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.get("vlm_length", 0))
+
+
+def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> tuple:
+    """Shapes, types and shardings of the step's state, frozen parameters and batch; no memory, no devices.
+
+    A VLM that this config does not pretrain itself comes from a published checkpoint, which is bfloat16.
+    """
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    mine = {name: tree for name, tree in params.items() if in_tree(name, held(stage))}
+    rest = {name: tree for name, tree in params.items() if name not in mine}
+    if "pretrain" not in config.order:
+        rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), rest)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), mine, key=key)
+    rows = sharding.batch_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), empty_batch(model.cfg, batch_shape(config, stage))
+    )  # fmt: skip
+    offload = config.stages[stage.name].optimizer.get("offload", False)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        state_shardings(state, mesh, offload),
+    )
+    return state, abstract(rest, mesh), batch
+
+
+def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:
+    """The arrays of a batch by their shapes."""
+    B, S, M, P = shape.rows, shape.length, shape.images, shape.patches
+
+    def number(*sizes):
+        return jax.ShapeDtypeStruct((B, *sizes), jnp.int32)
+
+    def real(*sizes):
+        return jax.ShapeDtypeStruct((B, *sizes), jnp.float32)
+
+    vision = None
+    if P and cfg.vlm.vision:
+        vision = VisionInput(real(P, cfg.vlm.vision.patch_width), number(P, 2), number(P), number(P))
+    latents = real(M, cfg.tokens, cfg.channels)
+    return Sequence(number(S), number(S), number(S), number(S, 3), real(S), latents, real(M), vision)

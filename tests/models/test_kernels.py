@@ -1,0 +1,127 @@
+"""Every attention kernel against softmax written out, on packed rows, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow2_jax import sharding
+from starflow2_jax.errors import UserError
+from starflow2_jax.models import kernels
+from starflow2_jax.models.kernels import attend_packed
+
+STREAMS = {"vlm": (4, 2), "flow": (2, 2)}  # heads of the queries; of keys and values
+S, K = 256, 128
+
+
+def inputs(heads: str, rows: int = 2, dtype=np.float32):
+    """q, k, v, a cotangent; and segment ids: documents that end within a block and at its edge, and padding."""
+    H, J = STREAMS[heads]
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((rows, S, n, K)).astype(dtype) for n in (H, J, J, H)]
+    ends = [(50, 128, 200), (100, 256, 256), (1, 2, 256), (256, 256, 256)]
+    segments = np.stack([np.searchsorted(ends[b], np.arange(S), side="right") + 1 for b in range(rows)])
+    segments[0, 200:] = 0
+    return arrays, segments.astype(np.int32)
+
+
+def written_out(q, k, v, segments, temperature):
+    """float64, one query after another's exponentials: sum over the keys that are visible."""
+    q, k, v = (jnp.asarray(a, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32) for a in (q, k, v))
+    k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
+    logits = jnp.einsum("bshk,bchk->bhsc", q, k) / (np.sqrt(K) * temperature)
+    see = np.tril(np.ones((S, S), bool)) & (segments[:, :, None] == segments[:, None, :])
+    weights = jnp.exp(logits) * see[:, None]
+    return jnp.einsum("bhsc,bchk->bshk", weights / weights.sum(-1, keepdims=True), v)
+
+
+def compare(run, arrays, segments, tolerance, temperature=1.0):
+    """Outputs and the gradients with respect to queries, keys and values."""
+    *qkv, cotangent = arrays
+
+    def both(f):
+        out, back = jax.vjp(f, *qkv)
+        return out, *back(cotangent.astype(out.dtype))
+
+    want = jax.jit(lambda: both(lambda q, k, v: written_out(q, k, v, segments, temperature)))()
+    for a, b in zip(jax.jit(lambda: both(run))(), want, strict=True):
+        np.testing.assert_allclose(
+            np.float32(a), np.float32(b), rtol=0, atol=tolerance * float(np.abs(np.float32(b)).max())
+        )
+
+
+@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted"))
+@pytest.mark.parametrize("stream", STREAMS)
+def test_kernels_on_packed_rows(kernel, stream):
+    arrays, segments = inputs(stream)
+    compare(lambda q, k, v: attend_packed(q, k, v, segments, kernel, 1.3), arrays, segments, 1e-5, 1.3)
+
+
+@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted"))
+def test_rows_of_one_document(kernel):
+    arrays, segments = inputs("flow", 1)
+    compare(lambda q, k, v: attend_packed(q, k, v, None, kernel), arrays, np.zeros_like(segments), 1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.parametrize("stream", STREAMS)
+def test_cudnn_on_packed_rows(stream):
+    arrays, segments = inputs(stream, dtype=jnp.bfloat16)
+    compare(lambda q, k, v: attend_packed(q, k, v, segments, "cudnn"), arrays, segments, 2e-2)
+
+
+# Two heads of keys and values over two or four devices: split, or shared by two; rows that cannot be split: whole everywhere.
+@pytest.mark.parametrize(
+    "kernel, mesh, rows",
+    [
+        ("xla", dict(data=2, sequence=4), 2),
+        ("xla", dict(data=1, fsdp=2, sequence=2, tensor=2), 1),
+        ("xla", dict(data=1, sequence=2, tensor=4), 2),
+        ("splash_interpreted", dict(data=2, fsdp=2, tensor=2), 4),
+        ("splash_interpreted", dict(data=2, sequence=2, tensor=2), 2),
+    ],
+)
+def test_kernels_on_a_mesh(kernel, mesh, rows):
+    arrays, segments = inputs("vlm", rows)
+    mesh = sharding.make_mesh(**mesh)
+
+    def run(q, k, v):
+        q = sharding.constrain(q, "batch", "sequence", "heads", None)
+        return attend_packed(q, k, v, jnp.asarray(segments), kernel)
+
+    with jax.set_mesh(mesh):
+        compare(run, arrays, segments, 1e-5)
+
+
+def test_cudnn_is_told_of_documents(monkeypatch):
+    """What is handed to cuDNN, lowered for an NVIDIA GPU without one: causal, with a bias where documents are packed."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernels, "PLATFORMS", kernels.PLATFORMS | {"cudnn": None})
+    (q, k, v, _), segments = inputs("vlm", dtype=jnp.bfloat16)
+
+    def lowered(segments):
+        traced = jax.jit(lambda q, k, v: attend_packed(q, k, v, segments, "cudnn")).trace(q, k, v)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    packed, single = lowered(segments), lowered(None)
+    assert "__cudnn$fmhaScaleBiasSoftmax" in packed and "__cudnn$fmhaSoftmax" in single
+    for text in (packed, single):
+        assert "mask_type" in text and "CAUSAL" in text
+
+
+@pytest.mark.parametrize(
+    "kernel, shape, dtype, reason",
+    [
+        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, splash"),
+        ("splash", (1, 256, 2, 128), jnp.float32, "'splash' runs on tpu, not on cpu"),
+        ("cudnn", (1, 256, 2, 128), jnp.bfloat16, "'cudnn' runs on gpu, not on cpu"),
+        ("splash_interpreted", (1, 200, 2, 128), jnp.float32, "rows of a multiple of 128 positions"),
+        ("splash_interpreted", (1, 256, 2, 64), jnp.float32, "not 256 and 64"),
+    ],
+)
+def test_what_a_kernel_cannot_take_is_refused(kernel, shape, dtype, reason):
+    q = jnp.zeros(shape, dtype)
+    with pytest.raises(UserError, match=reason):
+        attend_packed(q, q, q, None, kernel)

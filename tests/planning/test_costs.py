@@ -1,0 +1,119 @@
+"""Bytes, collectives and the two clocks, on small programs and texts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from starflow2_jax import sharding
+from starflow2_jax.planning.chips import CHIPS, Topology
+from starflow2_jax.planning.costs import Analysis, first_group
+from starflow2_jax.planning.hlo import Module
+
+FLAT = Topology(CHIPS["v5e"], (2, 4))
+PLACES = np.array(np.unravel_index(np.arange(8), FLAT.shape)).T
+
+
+def analyse(text: str, mesh: dict[str, int]):
+    return Analysis(Module(text), FLAT, mesh, PLACES).costs
+
+
+def test_collectives_of_a_scan_by_axis():
+    """Two axes: sums over each, in a scan of three turns; the bytes of a ring all-reduce."""
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+
+    def body(x, w):
+        def turn(x, _):
+            y = jax.lax.psum(x * 2, "fsdp")
+            return x + y, jax.lax.psum(jnp.sum(y), "data")
+
+        return jax.lax.scan(turn, x, None, length=3)[0]
+
+    function = jax.shard_map(body, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P("fsdp"), check_vma=False)
+    x = jax.ShapeDtypeStruct((4, 1000), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    compiled = jax.jit(function).lower(x, x).compile()
+    costs = analyse(compiled.as_text(), dict(mesh.shape))
+    summed = costs.collectives["all-reduce", "fsdp"]
+    assert summed.count == 3
+    assert summed.bytes == pytest.approx(3 * 2 * 3 / 4 * 1000 * 4)
+    assert summed.overlapped == 0 and costs.exposed >= summed.seconds > 0
+
+
+@pytest.mark.parametrize(
+    "written, group",
+    [
+        ("replica_groups={{1,5},{0,4}}", [1, 5]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5}}", [0, 1, 2, 3]),
+        ("replica_groups={}", list(range(8))),
+    ],
+)
+def test_groups_as_they_are_written(written, group):
+    assert first_group(f"channel_id=1, {written}, use_global_device_ids=true", 8) == group
+
+
+def overlap(between: str) -> str:
+    """A gathering of 8 x 1 MiB over all chips, with something between its start and its end."""
+    return f"""HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[512,1024], b: bf16[4096,4096]) -> bf16[4096,1024] {{
+  %a = bf16[512,1024]{{1,0}} parameter(0)
+  %b = bf16[4096,4096]{{1,0}} parameter(1)
+  %s = (bf16[512,1024]{{1,0}}, bf16[4096,1024]{{1,0}}) all-gather-start(%a), replica_groups=[1,8]<=[8], dimensions={{0}}
+{between}
+  ROOT %d = bf16[4096,1024]{{1,0}} all-gather-done(%s)
+}}
+"""
+
+
+def test_an_overlapped_collective_costs_what_is_left_of_it():
+    dot = "  %c{} = bf16[4096,4096]{{1,0}} dot(%b, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
+    mesh = {"data": 1, "fsdp": 8}
+    alone = analyse(overlap(""), mesh)
+    gathering = alone.collectives["all-gather", "fsdp"]
+    sent = 7 * 512 * 1024 * 2
+    assert gathering.bytes == sent
+    assert alone.seconds == alone.exposed == gathering.seconds == sent / (2 * CHIPS["v5e"].link)  # two open dimensions
+    assert gathering.overlapped == 0
+
+    one = analyse(overlap(dot.format(0)), mesh)  # 0.7 ms of products, longer than the gathering's 0.07
+    products = 2 * 4096**3 / CHIPS["v5e"].flops
+    assert one.flops == 2 * 4096**3 and one.exposed == 0
+    assert one.seconds == pytest.approx(products)
+    assert one.collectives["all-gather", "fsdp"].overlapped == pytest.approx(gathering.seconds)
+
+
+def test_bytes_of_a_cut_and_of_a_piece_written():
+    text = """HloModule m, is_scheduled=true
+
+%cut (p: f32[100,8], i: s32[]) -> f32[1,8] {
+  %p = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = f32[1,8]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,8}
+}
+
+%put (q: f32[100,8], v: f32[1,8], j: s32[]) -> f32[100,8] {
+  %q = f32[100,8]{1,0} parameter(0)
+  %v = f32[1,8]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %z.1 = s32[] constant(0)
+  ROOT %u = f32[100,8]{1,0} dynamic-update-slice(%q, %v, %j, %z.1)
+}
+
+ENTRY %main (a: f32[100,8], k: s32[]) -> f32[100,8] {
+  %a = f32[100,8]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %x = f32[1,8]{1,0} fusion(%a, %k), kind=kLoop, calls=%cut
+  ROOT %y = f32[100,8]{1,0} fusion(%a, %x, %k), kind=kLoop, calls=%put
+}
+"""
+    row, index = 8 * 4, 4
+    assert analyse(text, {"data": 8}).bytes == (row + row + index) + (row + row + index)
