@@ -64,6 +64,9 @@ def _plot(rows: Sequence[dict], names: Sequence[str], metric: str, path: Path) -
             panel.plot(xs, [r[metric] for r in members], style, label=f"{others[0]} {label}" if label else None)
         if spans_decades([row[name] for row in rows]):
             panel.set_xscale("log")
+            if len(values := sorted({row[name] for row in rows})) <= 6:  # the values themselves, not powers of ten
+                panel.set_xticks(values, [f"{v:g}" for v in values])
+                panel.minorticks_off()
         if any(groups):
             panel.legend(fontsize=8)
         panel.set_xlabel(name)
