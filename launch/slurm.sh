@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Train on a GPU cluster with Slurm.
+#
+#   launch/slurm.sh [--dry-run] ACTION [arguments]
+#
+#   submit     queue the job: arguments are those of `starflow2 train`, such as --config.seed=1
+#   tail       follow the log of the job JOB
+#   cancel     end the job JOB: it saves first
+#   job        what the job itself runs, on its first node
+#
+#   --dry-run  print every command, run none
+#
+# submit: CONFIG; OUT, a folder that all nodes see; NODES=1; GPUS=8, of a node; PER=gpu: one process a GPU, or PER=node;
+#         CPUS=8, of a GPU; TIME=24:00:00; PARTITION and ACCOUNT, where the cluster wants them; NAME=starflow2; LOGS=., a
+#         folder that exists; GRACE=300: seconds before the end of TIME at which training is told to save (SIGTERM);
+#         RESTARTS=50: how often the job is queued again, after that or a fault. VENV as in setup_env.sh.
+# tail, cancel: JOB, the number that submit printed; tail: LOGS as in submit.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+PER="${PER:-gpu}" GPUS="${GPUS:-8}" CPUS="${CPUS:-8}" LOGS="${LOGS:-.}" RESTARTS="${RESTARTS:-50}"
+
+processes() {
+  case "$PER" in
+    gpu) echo "$GPUS" ;;
+    node) echo 1 ;;
+    *) fail "PER is gpu or node, not $PER" ;;
+  esac
+}
+
+submit() {
+  local tasks options=()
+  tasks="$(processes)"
+  [[ -z "${PARTITION:-}" ]] || options+=(--partition="$PARTITION")
+  [[ -z "${ACCOUNT:-}" ]] || options+=(--account="$ACCOUNT")
+  train_command "$@"
+  run sbatch --parsable --job-name="${NAME:-starflow2}" --nodes="${NODES:-1}" --gpus-per-node="$GPUS" \
+    --ntasks-per-node="$tasks" --cpus-per-task=$((GPUS * CPUS / tasks)) --time="${TIME:-24:00:00}" \
+    --signal="TERM@${GRACE:-300}" --requeue --open-mode=append --output="$LOGS/slurm-%j.log" --chdir="$REPOSITORY" \
+    --export="ALL,PER=$PER,GPUS=$GPUS,RESTARTS=$RESTARTS" "${options[@]}" \
+    --wrap="exec $(quoted "$REPOSITORY/launch/slurm.sh" job "${TRAIN[@]}")"
+}
+
+# Queues itself again after every end but 0, the work is done, and 2, a mistake of the user's.
+job() {
+  local code=0 options=()
+  if [[ "$PER" == node ]]; then # under Slurm, JAX gives a process one GPU unless it is told otherwise
+    JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((GPUS - 1)))"
+    export JAX_LOCAL_DEVICE_IDS
+  fi
+  if [[ -z "$DRY_RUN" ]]; then
+    # shellcheck source=setup_env.sh
+    source "$REPOSITORY/launch/setup_env.sh"
+    use_env cuda
+  fi
+  # When one process ends, the others have a while to end too, saving included; what then hangs on a lost peer is killed.
+  options=(--kill-on-bad-exit=0 --wait=120)
+  run srun "${options[@]}" "$@" || code=$?
+  [[ -z "$DRY_RUN" && $code != 0 && $code != 2 ]] || exit "$code"
+  if ((${SLURM_RESTART_COUNT:-0} >= RESTARTS)); then
+    echo "slurm.sh: exit code $code after $RESTARTS restarts; not queued again" >&2
+    exit "$code"
+  fi
+  echo "slurm.sh: exit code $code ($RESTART_CODE: saved in time); queued again" >&2
+  run scontrol requeue "$SLURM_JOB_ID"
+}
+
+case "$ACTION" in
+  help) usage ;;
+  submit) submit "${ARGUMENTS[@]}" ;;
+  job) job "${ARGUMENTS[@]}" ;;
+  tail)
+    : "${JOB:?set JOB to the number of the job}"
+    run tail -n 50 -F "$LOGS/slurm-$JOB.log"
+    ;;
+  cancel)
+    : "${JOB:?set JOB to the number of the job}"
+    run scontrol update "JobId=$JOB" Requeue=0 # else the job would queue itself again
+    run scancel --signal=TERM "$JOB"
+    ;;
+  *) fail "there is no action $ACTION; without one, the help is shown" ;;
+esac

@@ -1,0 +1,45 @@
+"""How fast the data pipeline makes batches, and how full they are."""
+
+import time
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from starflow2_jax import sequence
+from starflow2_jax.benchmarks.program import chosen, data
+from starflow2_jax.sequence import Sequence
+from starflow2_jax.training.loop import Trainer
+
+
+def measure(config: ConfigDict, stage: str | None, steps: int, folder) -> dict:
+    """Documents and tokens per second over `steps` batches, nothing else running; the first batch apart."""
+    trainer, chosen_stage = Trainer(config, folder), chosen(config, stage)
+    begin = time.perf_counter()
+    stream = data(trainer, chosen_stage)
+    next(stream)
+    first = time.perf_counter() - begin
+    begin = time.perf_counter()
+    batches = [next(stream) for _ in range(steps)]
+    seconds = time.perf_counter() - begin
+    documents, tokens = (sum(count(b) for b in batches) for count in (documents_in, tokens_in))
+    return {
+        "stage": chosen_stage.name,
+        "batches": steps,
+        "threads": config.data.threads,
+        "first_batch_seconds": first,
+        "batch_seconds": seconds / steps,
+        "documents_per_second": documents / seconds,
+        "tokens_per_second": tokens / seconds,
+        "packing_efficiency": tokens / sum(b.tokens.size for b in batches),
+        "documents_per_row": documents / sum(len(b.tokens) for b in batches),
+    }
+
+
+def documents_in(batch: Sequence) -> int:
+    """Documents of a packed batch: each row counts its own from 1."""
+    return int(np.max(batch.segments, axis=1).sum())
+
+
+def tokens_in(batch: Sequence) -> int:
+    """Positions that are not padding."""
+    return int(np.sum(np.asarray(batch.modality) != sequence.PAD))

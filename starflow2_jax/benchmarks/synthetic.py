@@ -1,0 +1,35 @@
+"""Made-up documents for configs whose data are not at hand: captions of common words, images of noise."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from starflow2_jax.stages import Stage
+
+DOCUMENTS = 64
+WORDS = "a the small large red blue green old new house tree river road bird dog cat boat cloud stone field under over beside"
+
+
+def write(config: ConfigDict, stage: Stage, folder: Path, words: int = 48) -> str:
+    """A JSONL file of DOCUMENTS documents with captions of `words` words, what the stage trains on marked; its path."""
+    rng = np.random.default_rng(0)
+    codec, (h, w) = config.codec, config.model.grid
+    shape = (
+        (h, w, codec.channels) if codec.kind == "latents" else (h * codec.patch, w * codec.patch, codec.image_channels)
+    )
+    lines = []
+    for i in range(DOCUMENTS):
+        pixels = rng.standard_normal(shape).astype(np.float32)
+        np.save(folder / f"{i}.npy", pixels if codec.kind == "latents" else np.tanh(pixels))
+        caption = " ".join(rng.choice(WORDS.split(), words))
+        image = {"image": f"{i}.npy"}
+        makes = stage.image_loss and (i % 2 == 0 or not stage.text_loss)
+        parts = (
+            [{"text": caption}, {**image, "generate": True}] if makes else [image, {"text": caption, "predict": True}]
+        )
+        lines.append(json.dumps(parts))
+    path = folder / "documents.jsonl"
+    path.write_text("\n".join(lines))
+    return str(path)

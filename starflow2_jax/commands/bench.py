@@ -1,0 +1,59 @@
+"""bench."""
+
+import json
+import tempfile
+from pathlib import Path
+
+STEPS = {"train": 20, "data": 50, "checkpoint": 3}
+
+
+def add(commands) -> None:
+    p = commands.add_parser("bench", help="measure training, data or checkpoints here", allow_abbrev=False)
+    p.add_argument("what", choices=STEPS)
+    p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
+    p.add_argument("--stage", help="name, or number in the config's order (default: its last)")
+    p.add_argument(
+        "--steps", type=int, help=f"steps, batches or saves (default: {', '.join(map(str, STEPS.values()))})"
+    )
+    p.add_argument("--synthetic", action="store_true", help="made-up documents in place of data.source")
+    p.add_argument("--folder", help="checkpoint: where to write, on the file system to measure (default: temporary)")
+    p.add_argument(
+        "--profile", help="train: a trace goes into this folder, the ten costliest operations into the numbers"
+    )
+    p.add_argument("--json", help="write the numbers there, too")
+    p.add_argument("--runlocal", action="store_true", help="shrink the model")
+    p.set_defaults(run=_bench)
+
+
+def _bench(args, overrides) -> None:
+    import jax
+
+    from starflow2_jax import config as configs
+    from starflow2_jax.errors import UserError
+
+    steps = STEPS[args.what] if args.steps is None else args.steps
+    if steps < 1:
+        raise UserError(f"--steps must be at least 1, not {steps}")
+    config = configs.load(args.config, overrides, args.runlocal)
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        found = _measure(args, config, steps, Path(scratch))
+    found = {"bench": args.what, "config": Path(args.config).name, "overrides": overrides, **found}
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+
+
+def _measure(args, config, steps: int, folder: Path) -> dict:
+    from starflow2_jax.benchmarks import checkpoint, data, program, synthetic, train
+
+    stage = program.chosen(config, args.stage)
+    if args.synthetic:
+        with config.unlocked():
+            config.data.source = synthetic.write(config, stage, folder)
+    if args.what == "train":
+        trace = Path(args.profile) if args.profile else None
+        return train.measure(config, stage.name, steps, folder / "trainer", trace)
+    return (data if args.what == "data" else checkpoint).measure(config, stage.name, steps, folder)

@@ -1,0 +1,39 @@
+"""sweep."""
+
+import signal
+from functools import partial
+from pathlib import Path
+
+
+def add(commands) -> None:
+    p = commands.add_parser("sweep", help="one experiment at many points of its config", allow_abbrev=False)
+    p.add_argument("--sweep", required=True, help="sweep file, such as experiments/sweeps/digits_lr.py")
+    p.add_argument("--out", required=True, help="folder of the runs, the table and the plot")
+    p.add_argument(
+        "--launcher",
+        help='hand each point to this command, such as "env CONFIG={config} OUT={out} launch/slurm.sh submit {overrides}", '
+        "instead of training it here; the same call later collects what is done",
+    )
+    p.add_argument("--runlocal", action="store_true", help="shrink each run to a few steps")
+    p.set_defaults(run=_sweep, kept="points that are done stand; the same command goes on with the rest")
+
+
+def _sweep(args, _) -> None:
+    from starflow2_jax import sweep_report, sweeps
+    from starflow2_jax.errors import UserError
+
+    if args.launcher and args.runlocal:
+        raise UserError("--runlocal is for runs here; put it into the launcher's command")
+    sweep = sweeps.load(args.sweep, args.out, args.runlocal)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped is interrupted: the running point saves
+    try:
+        if args.launcher:
+            sweeps.submit(sweep, args.launcher)
+        else:
+            sweeps.run(sweep, partial(sweeps.train_command, sweep, runlocal=args.runlocal))
+    finally:
+        rows = sweep_report.write(sweep, args.out)
+    print(sweep_report.markdown(rows), end="")
+    if failed := sum(point.state == sweeps.FAILED for point in sweep.points):
+        raise UserError(f"{failed} of {len(sweep.points)} points failed; mend them and run the same command again")

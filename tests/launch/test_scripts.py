@@ -1,0 +1,234 @@
+"""The launch scripts, run with stand-ins of gcloud, xpk and so on that write down what they were called with."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+TOOLS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "scancel", "tail", "tar", "rm", "starflow2")
+RECORDER = """#!/bin/bash
+{ printf '%q ' "$(basename "$0")" "$@"; echo; } >>"$RECORD"
+exit "${STAND_IN_EXIT:-0}"
+"""
+TRAIN = ["starflow2", "train", "--config", "an experiment.py", "--out", "/bucket/run", "--distributed"]
+RUN = {"CONFIG": "an experiment.py", "OUT": "/bucket/run"}
+
+TPU = {"NAME": "pod", "ZONE": "us-east5-a", "PROJECT": "lab", **RUN}
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+AT = ["--zone", "us-east5-a", "--project", "lab"]
+SSH = [*QUEUED, "ssh", "pod", *AT, "--node=all", "--worker=all"]
+STOP = [*SSH, "--command=starflow2/launch/tpu_vm.sh stop"]
+START = [*SSH, f"--command=starflow2/launch/tpu_vm.sh start 50 {shlex.join(TRAIN)}".replace("'an experiment.py'", "an\\ experiment.py")]  # fmt: skip
+SLICE = {**TPU, "ACCELERATOR": "v5p-128", "RUNTIME": "v2-alpha-tpuv5"}
+CREATE = ["--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5"]
+TPU_POD = [
+    ("create", SLICE, [[*QUEUED, "create", "pod", *AT, "--node-id=pod", *CREATE]]),
+    (
+        "create", {**SLICE, "SLICES": "4", "SPOT": "1"},
+        [[*QUEUED, "create", "pod", *AT, "--node-count=4", "--node-prefix=pod", *CREATE, "--spot"]],
+    ),
+    ("status", TPU, [[*QUEUED, "describe", "pod", *AT, "--format=value(state.state)"]]),
+    (
+        "install", {**TPU, "BUCKET": "data", "TMPDIR": "/scratch"},
+        [
+            ["tar", "--create", "--gzip", "--file=/scratch/starflow2_pod.tar.gz", f"--directory={ROOT}",
+             "--exclude=./.git", "--exclude=./.venv", "--exclude=./runs", "--exclude=__pycache__", "."],
+            [*QUEUED, "scp", "/scratch/starflow2_pod.tar.gz", "pod:starflow2.tar.gz", *AT, "--node=all", "--worker=all"],
+            ["rm", "/scratch/starflow2_pod.tar.gz"],
+            [*SSH, "--command=mkdir -p starflow2"],
+            [*SSH, "--command=tar --extract --gzip --file=starflow2.tar.gz --directory=starflow2"],
+            [*SSH, "--command=env PYTHON=python3.11 BUCKET=data starflow2/launch/tpu_vm.sh setup"],
+        ],
+    ),
+    ("start", TPU, [START]),
+    ("start --config.seed=1", TPU, [[*START[:-1], START[-1] + " --config.seed=1"]]),
+    ("tail", TPU, [[*QUEUED, "ssh", "pod", *AT, "--node=0", "--worker=0", "--command=tail -n 50 -F starflow2.log"]]),
+    ("stop", TPU, [STOP]),
+    ("restart", TPU, [STOP, START]),
+    ("delete", TPU, [[*QUEUED, "delete", "pod", *AT, "--force", "--quiet"]]),
+]  # fmt: skip
+
+GKE = {"CLUSTER": "big", "ZONE": "us-east5-a", "PROJECT": "lab", "TPU": "v6e-256", "NAME": "joint", **RUN}
+IN = ["--cluster", "big", *AT]
+SLICES = ["--tpu-type=v6e-256", "--num-slices=2"]
+WORKLOAD = ["xpk", "workload", "create", *IN, "--workload", "joint"]
+RESTARTED = ["--max-restarts=50", "--restart-on-exit-codes=1,75", "--termination-grace-period-seconds=300"]
+ESCAPED = shlex.join(TRAIN).replace("'an experiment.py'", "an\\ experiment.py")
+SUBMIT = [
+    *WORKLOAD, *SLICES, "--base-docker-image=python:3.11", f"--script-dir={ROOT}", *RESTARTED,
+    f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {ESCAPED}",
+]  # fmt: skip
+REMOVE = ["xpk", "workload", "delete", *IN, "--workload", "joint", "--force"]
+XPK = [
+    ("cluster", GKE, [["xpk", "cluster", "create", *IN, "--tpu-type=v6e-256", "--num-slices=1", "--on-demand"]]),
+    (
+        "cluster", {**GKE, "GPU": "h200-141gb-8", "NODES": "4", "RESERVATION": "ours"},
+        [["xpk", "cluster", "create", *IN, "--device-type=h200-141gb-8", "--num-nodes=4", "--reservation=ours"]],
+    ),
+    (
+        "storage", {**GKE, "BUCKET": "data"},
+        [["xpk", "storage", "attach", "data", *IN, "--type=gcsfuse", "--bucket=data", "--mount-point=/bucket",
+          "--readonly=false", "--auto-mount=true", "--size=1"]],
+    ),
+    ("start", {**GKE, "SLICES": "2"}, [SUBMIT]),
+    (
+        "start", {**GKE, "GPU": "h200-141gb-8", "IMAGE": "ours:1"},
+        [[*WORKLOAD, "--device-type=h200-141gb-8", "--num-nodes=1", "--docker-image=ours:1", *RESTARTED,
+          f"--command={ESCAPED}"]],
+    ),
+    ("list", GKE, [["xpk", "workload", "list", *IN]]),
+    (
+        "tail", GKE,
+        [
+            ["gcloud", "container", "clusters", "get-credentials", "big", "--location", "us-east5", "--project", "lab"],
+            ["kubectl", "logs", "--follow", "--prefix", "--tail=50", "--max-log-requests=1000",
+             "--selector=jobset.sigs.k8s.io/jobset-name=joint"],
+        ],
+    ),
+    ("stop", GKE, [REMOVE]),
+    ("restart", {**GKE, "SLICES": "2"}, [REMOVE, SUBMIT]),
+    ("delete", GKE, [["xpk", "cluster", "delete", *IN, "--force"]]),
+]  # fmt: skip
+
+SBATCH = [
+    "--time=24:00:00", "--signal=TERM@300", "--requeue", "--open-mode=append", "--output=./slurm-%j.log", f"--chdir={ROOT}",
+]  # fmt: skip
+WRAP = f"--wrap=exec {ROOT}/launch/slurm.sh job {ESCAPED}"
+SLURM = [
+    (
+        "submit", RUN,
+        [["sbatch", "--parsable", "--job-name=starflow2", "--nodes=1", "--gpus-per-node=8", "--ntasks-per-node=8",
+          "--cpus-per-task=8", *SBATCH, "--export=ALL,PER=gpu,GPUS=8,RESTARTS=50", WRAP]],
+    ),
+    (
+        "submit --config.seed=1", {**RUN, "NODES": "2", "GPUS": "4", "PER": "node", "PARTITION": "h200", "ACCOUNT": "lab"},
+        [["sbatch", "--parsable", "--job-name=starflow2", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=1",
+          "--cpus-per-task=32", *SBATCH, "--export=ALL,PER=node,GPUS=4,RESTARTS=50", "--partition=h200", "--account=lab",
+          WRAP + " --config.seed=1"]],
+    ),
+    ("tail", {"JOB": "7"}, [["tail", "-n", "50", "-F", "./slurm-7.log"]]),
+    ("cancel", {"JOB": "7"}, [["scontrol", "update", "JobId=7", "Requeue=0"], ["scancel", "--signal=TERM", "7"]]),
+]  # fmt: skip
+CASES = [(s, *c) for s, cases in (("tpu_pod", TPU_POD), ("gke", XPK), ("slurm", SLURM)) for c in cases]
+
+
+@pytest.fixture
+def call(tmp_path):
+    """call(script, arguments, variables) -> (process, the commands that were run)."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in TOOLS:
+        (folder / tool).write_text(RECORDER)
+        (folder / tool).chmod(0o755)
+
+    def call(script: str, arguments: str, variables: dict):
+        record = tmp_path / "record"
+        record.write_text("")
+        base = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(tmp_path), "RECORD": str(record)}
+        command = ["bash", LAUNCH / f"{script}.sh", *shlex.split(arguments)]
+        done = subprocess.run(command, env=base | variables, capture_output=True, text=True, check=False)
+        return done, [shlex.split(line) for line in record.read_text().splitlines()]
+
+    return call
+
+
+@pytest.mark.parametrize("script, action, variables, expected", CASES, ids=[f"{c[0]}-{c[1]}-{i}" for i, c in enumerate(CASES)])  # fmt: skip
+def test_runs_exactly_these_commands_and_a_dry_run_prints_them(call, script, action, variables, expected):
+    done, commands = call(script, action, variables)
+    assert done.returncode == 0, done.stderr
+    assert commands == expected
+    dry, commands = call(script, f"--dry-run {action}", variables)
+    assert dry.returncode == 0 and commands == []
+    assert [shlex.split(line) for line in dry.stdout.splitlines()] == expected
+
+
+NEEDED = {
+    ("tpu_pod", "create"): {k: SLICE[k] for k in ("NAME", "ZONE", "PROJECT", "ACCELERATOR", "RUNTIME")},
+    ("tpu_pod", "start"): TPU, ("gke", "cluster"): {k: GKE[k] for k in ("CLUSTER", "ZONE", "PROJECT", "TPU")},
+    ("gke", "start"): GKE, ("slurm", "submit"): RUN, ("slurm", "tail"): {"JOB": "7"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing, script, action", [(m, *key) for key, needed in NEEDED.items() for m in needed])
+def test_a_missing_variable_is_named_and_nothing_is_run(call, missing, script, action):
+    variables = {k: v for k, v in NEEDED[script, action].items() if k != missing}
+    done, commands = call(script, action, variables)
+    assert done.returncode != 0 and f"{missing}: set {missing} to" in done.stderr and commands == []
+
+
+@pytest.mark.parametrize("script", ["tpu_pod", "gke", "slurm"])
+def test_help_and_unknown_actions(call, script):
+    done, _ = call(script, "", {})
+    assert done.returncode == 0 and f"launch/{script}.sh [--dry-run] ACTION" in done.stdout
+    done, commands = call(script, "begin", {})
+    assert done.returncode == 2 and "there is no action begin" in done.stderr and commands == []
+
+
+def test_a_failed_command_ends_the_script(call):
+    done, commands = call("tpu_pod", "install", {**TPU, "STAND_IN_EXIT": "1"})
+    assert done.returncode == 1 and [c[0] for c in commands] == ["tar"]
+
+
+@pytest.mark.parametrize("code, restarts, queued", [("0", "0", False), ("2", "0", False), ("75", "0", True), ("1", "49", True), ("75", "50", False)])  # fmt: skip
+def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, queued):
+    """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not."""
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/bin/true")
+    variables = {"STAND_IN_EXIT": code, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts, "VENV": str(tmp_path / "venv"),
+                 "PER": "node", "GPUS": "4"}  # fmt: skip
+    done, commands = call("slurm", f"job {shlex.join(TRAIN)}", variables)
+    assert commands[0] == ["srun", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
+    assert commands[1:] == ([["scontrol", "requeue", "7"]] if queued else [])
+    assert done.returncode == int(code)  # the stand-in of scontrol ends with it, too
+
+
+COUNTING = """
+import pathlib, sys
+count = pathlib.Path(sys.argv[1])
+count.write_text(count.read_text() + "x")
+sys.exit(int(sys.argv[1 + len(count.read_text())]))
+"""
+
+
+@pytest.mark.parametrize("codes, runs", [(["0"], 1), (["75", "1", "0"], 3), (["2"], 1), (["75", "75", "75", "75"], 4)])
+def test_a_host_starts_training_again_unless_it_is_done_or_mistaken(tmp_path, codes, runs):
+    (tmp_path / "count").write_text("")
+    command = ["bash", LAUNCH / "tpu_vm.sh", "keep", "3", shutil.which("python3"), "-c", COUNTING, tmp_path / "count", *codes]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (tmp_path / "count").read_text() == "x" * runs
+    assert done.returncode == int(codes[-1])
+
+
+SAVING = """
+import pathlib, signal, sys
+def save(*_):
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1]).write_text("ready")  # a pipe: the test waits for this
+signal.pause()
+"""
+
+
+def test_a_host_is_stopped_once_and_saves(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    environment = {**os.environ, "HOME": str(tmp_path)}
+
+    def host(*arguments):
+        command = ["bash", LAUNCH / "tpu_vm.sh", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+
+    training = ["start", "3", shutil.which("python3"), "-c", SAVING, str(tmp_path / "pipe")]
+    assert host(*training).returncode == 0
+    assert (tmp_path / "pipe").read_text() == "ready"
+    again = host(*training)
+    assert again.returncode == 2 and "training runs here already" in again.stderr
+    assert host("stop").returncode == 0
+    assert (tmp_path / "starflow2.log").read_text() == "saved\n"  # and not started again
+    assert host("stop").returncode == 0
