@@ -1,6 +1,5 @@
 """The loop over stages and steps: the only place where training touches files, time and devices."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,18 +30,15 @@ from starflow2_jax.weights.qwen import load_config
 
 
 class Trainer:
-    """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet.
+    """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet."""
 
-    `flops`: of a stage's step over a batch of that shape, all devices together; without it no MFU is told.
-    """
-
-    def __init__(self, config: ConfigDict, folder: str | Path, flops: Callable[[Stage, Shape], float] | None = None):
+    def __init__(self, config: ConfigDict, folder: str | Path):
         if unknown := set(config.order) - (set(STAGES) & set(config.stages)):
             raise configs.ConfigError(f"unknown stages {sorted(unknown)} in order; there are {', '.join(STAGES)}")
         self.config = config
         keep = Keep(config.keep, config.get("keep_every", 0), config.get("keep_best", 0))
         self.checkpoints = CheckpointDirectory(folder, keep)
-        self.flops, self.peak = flops, peak_flops(config.get("peak_flops", 0.0))
+        self.peak = peak_flops(config.get("peak_flops", 0.0))
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
         if self.checkpoints.exists():

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from starflow2_jax import sharding
+from starflow2_jax.flops import training_flops
 from starflow2_jax.stages import Stage
 from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger
@@ -49,7 +50,7 @@ class StageRun:
             self.step = trainer.step(stage, self.optimizer)
         self.watch = Watch(self.config.get("faults"), watched)
         tools.faults = self.watch.counts
-        self.flops = trainer.flops(stage, trainer.shape(stage)) if trainer.flops else None  # of one step
+        self.flops = training_flops(trainer.model.cfg, stage, trainer.shape(stage)).total  # of one step, all devices
         self.number = first + int(self.state.step)  # steps of the whole run that are done
         self.pending: deque[tuple[int, dict]] = deque()  # steps not looked at yet
         self.since_log = (tools.ledger.split(), 0.0)  # and the tokens since then
@@ -97,7 +98,7 @@ class StageRun:
                     self.state, values = self.step(self.state, self.frozen, batch, limit)
         self.called = True
         ledger.steps += 1
-        ledger.flops += self.flops or 0.0
+        ledger.flops += self.flops
         self.pending.append((self.number, values))
 
     def _look(self, leave: int) -> bool:
