@@ -119,11 +119,12 @@ def test_four_micro_batches_are_one_batch():
 
 def on_a_mesh(name: str, mesh, steps: int) -> tuple[TrainState, dict]:
     """Take the first steps of a stage on `mesh`: losses and gradients are those of one device. Returns state and frozen."""
+    wanted = after(name)[:steps]  # outside of the mesh
     with jax.set_mesh(mesh):
         state, frozen = (jax.device_put(x, sharding.tree_shardings(x, mesh)) for x in start(name))
         spread = jax.device_put(batch(), sharding.batch_sharding(mesh))
         step = jax.jit(compiled(name).__wrapped__)  # its own cache: the constraints depend on the mesh
-        for one, metrics in after(name)[:steps]:
+        for one, metrics in wanted:
             state, values = step(state, frozen, spread)
             assert_trees_close(moments(state), moments(one))
             assert_trees_close(values, metrics, 1e-5)
