@@ -149,7 +149,7 @@ def test_eight_devices_equal_one():
         (held["mlp"]["up"]["kernel"], (2, 16, 32)),
         (held["mlp"]["down"]["kernel"], (2, 32, 16)),
         (held["attention"]["query"]["kernel"], (2, 16, 1, 16)),
-        (frozen["vlm"]["token_embedding"]["embedding"], (200, 16)),
+        (frozen["vlm"]["token_embedding"]["embedding"], (208, 16)),
     ):
         assert kernel.addressable_shards[0].data.shape == shape and len(kernel.addressable_shards) == 8
 
