@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.attention import attend
+from starflow2_jax.sharding import constrain
 
 PLATFORMS = {"xla": None, "cudnn": "gpu", "splash": "tpu", "splash_interpreted": None}
 SAVED = "attention"  # name of what the backward pass of splash attention needs, for remat policies
@@ -32,61 +33,55 @@ def attend_packed(
 
     q (B, S, H, K); k, v (B, S, J, K) with J dividing H; segments (B, S) int, None: a row is one document. Padding is a
     segment like any other, so it stays finite. Logits are scaled by K^-0.5 / `temperature`. Returns (B, S, H, K) in q's
-    dtype. On a mesh with a sequence axis each device keeps its queries and gathers keys and values: with grouped heads
-    they are small, and unlike in a ring one kernel call sees the whole row. Raises UserError for a kernel that does not
-    exist, or cannot take these shapes on this platform.
+    dtype. On a mesh with a sequence axis each device keeps its queries and gets the keys and values of whole rows: with
+    grouped heads they are small, and unlike in a ring one kernel call sees the whole row. Raises UserError for a kernel that
+    does not exist, or cannot take these shapes on this platform.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
     ways = sizes.get("sequence", 1)
     ways = ways if q.shape[1] % ways == 0 else 1
     _refuse(kernel, q, ways, mesh)
-    if kernel == "xla" and ways == 1:
+    if kernel == "xla":
+        if ways > 1:
+            k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
         return attend(q, k, v, visible(segments, segments, 0, q.shape[1]), temperature)
     k, v, heads = _heads(q, k, v, sizes.get("tensor", 1))
     rows = _rows(q.shape[0], sizes)
     local = _splash_kernel(q, heads and sizes["tensor"], ways, kernel) if kernel.startswith("splash") else None
-    body = partial(_on_a_device, kernel=kernel, ways=ways, temperature=temperature)
+    body = partial(_on_a_device, kernel=kernel, temperature=temperature)
+    start = jnp.arange(ways) * (q.shape[1] // ways)  # of each device's queries
     if mesh.empty:
-        return body(q, k, v, segments, local)
-    along = P(rows, "sequence" if ways > 1 else None)
-    there = local and local.manual_sharding_spec(NamedSharding(mesh, P(None, along[1])))
-    return jax.shard_map(
-        body,
-        in_specs=(*[P(*along, heads, None)] * 3, None if segments is None else along, there),
-        out_specs=P(*along, heads, None),
-        check_vma=False,
-    )(q, k, v, segments, local)
+        return body(q, k, v, segments, segments, start, local)
+    cut = "sequence" if ways > 1 else None
+    queries, keys = P(rows, cut, heads, None), P(rows, None, heads, None)
+    ids = (None, None) if segments is None else (P(rows, cut), P(rows, None))
+    there = local and local.manual_sharding_spec(NamedSharding(mesh, P(None, cut)))
+    specs = (queries, keys, keys, *ids, P(cut), there)
+    along = jax.shard_map(body, in_specs=specs, out_specs=queries, check_vma=False)
+    return along(q, k, v, segments, segments, start, local)
 
 
-def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int) -> jax.Array:
-    """(B or 1, size, C) bool: query i, at position start + i, sees the keys up to its own of its segment.
+def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int, length: int = 0) -> jax.Array:
+    """(B or 1, size, length) bool: query i, at position start + i, sees the keys up to its own of its segment.
 
-    queries (B, size), keys (B, C): segment ids; None: all alike, C = size.
+    queries (B, size), keys (B, length): segment ids; None: all alike. `length` 0: as many keys as queries.
     """
-    C = size if keys is None else keys.shape[1]
-    causal = (start + jnp.arange(size))[:, None] >= jnp.arange(C)
+    causal = (start + jnp.arange(size))[:, None] >= jnp.arange(length or size)
     return causal[None] if keys is None else causal & (queries[:, :, None] == keys[:, None, :])
 
 
-def _on_a_device(q, k, v, segments, local, *, kernel: str, ways: int, temperature: float):
-    """This device's rows, heads and queries; with `ways` above 1 the keys and values of the others are gathered."""
-    keys, start = segments, 0
-    if ways > 1:
-        start = jax.lax.axis_index("sequence") * q.shape[1]
-        segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
-        k, v, keys = (jax.lax.all_gather(a, "sequence", axis=1, tiled=True) for a in (k, v, segments))
-    if local is not None:
-        return _splash(local, q, k, v, segments, keys, temperature)
-    if kernel == "cudnn":
-        return _cudnn(q, k, v, segments, keys, start, temperature)
-    return attend(q, k, v, visible(segments, keys, start, q.shape[1]), temperature)
+def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str, temperature: float):
+    """This device's rows, heads and queries, from position start[0] on, with all keys and values of their rows."""
+    if local is None:
+        return _cudnn(q, k, v, segments, keys, start[0], temperature)
+    return _splash(local, q, k, v, segments, keys, temperature)
 
 
 def _cudnn(q, k, v, segments, keys, start, temperature: float):
     """cuDNN has no segment ids here: packed documents are kept apart by a bias (B, 1, S, C), as is a part of the queries."""
-    apart = keys is not None
-    mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1]))[:, None] if apart else None
+    apart = keys is not None or q.shape[1] < k.shape[1]
+    mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1], k.shape[1]))[:, None] if apart else None
     return jax.nn.dot_product_attention(
         q,
         k,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from starflow2_jax.models import attention
 from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
+from starflow2_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Qwen(nn.Module):
             self.vision = VisionTower(c.vision)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.token_embedding(tokens)
+        """Token ids (B, S) -> embeddings (B, S, E). Devices gather the table's channels, not all rows' embeddings."""
+        table = constrain(self.token_embedding.embedding.astype(self.cfg.dtype), "words", None)
+        return constrain(jnp.take(table, tokens, axis=0), "batch", "sequence", "embed")
 
     def see(self, vision) -> jax.Array:
         """A `VisionInput` -> merged image tokens (B, P / merge^2, E)."""

@@ -127,7 +127,7 @@ def test_what_is_offloaded_stays_in_the_hosts_memory():
     kinds, updates = {}, {}
     for offload in (False, True):
         chain = optimizer("adamw", offload=offload)
-        shapes = TrainState(0, p, p, jax.eval_shape(chain.init, p), None)
+        shapes = TrainState(np.int32(0), p, p, jax.eval_shape(chain.init, p), None)
         layout = state_shardings(shapes, mesh, offload).optimizer
         with jax.set_mesh(mesh):
             state = jax.jit(chain.init, out_shardings=layout)(p)
