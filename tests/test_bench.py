@@ -73,9 +73,9 @@ def test_data(tmp_path):
     cfg = config()
     found = data.measure(cfg, "text_to_image", 4, tmp_path)
     trainer = program.Trainer(cfg, tmp_path)
-    stream = program.data(trainer, STAGES["text_to_image"])
+    stream = trainer.reader(STAGES["text_to_image"])
     next(stream)
-    batches = [next(stream) for _ in range(4)]
+    batches = [next(stream)[0] for _ in range(4)]
     ends = trainer.tokenizer.convert_tokens_to_ids("<|im_end|>")  # each document ends with one
     documents = sum(int((b.tokens == ends).sum()) for b in batches)
     assert found["documents_per_row"] == documents / (4 * 8)
@@ -116,7 +116,7 @@ def test_synthetic_documents(tmp_path, kind, stage):
     assert any(makes) == STAGES[stage].image_loss and any(says) == STAGES[stage].text_loss
     cfg.data.source = path
     trainer = program.Trainer(cfg.lock(), tmp_path / "new")
-    assert data.tokens_in(next(program.data(trainer, STAGES[stage]))) > 0
+    assert data.tokens_in(next(trainer.reader(STAGES[stage]))[0]) > 0
 
 
 def test_the_command(tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from starflow2_jax import sequence
-from starflow2_jax.benchmarks.program import chosen, data
+from starflow2_jax.benchmarks.program import chosen
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.training.loop import Trainer
 
@@ -15,11 +15,11 @@ def measure(config: ConfigDict, stage: str | None, steps: int, folder) -> dict:
     """Documents and tokens per second over `steps` batches, nothing else running; the first batch apart."""
     trainer, chosen_stage = Trainer(config, folder), chosen(config, stage)
     begin = time.perf_counter()
-    stream = data(trainer, chosen_stage)
+    stream = trainer.reader(chosen_stage)
     next(stream)
     first = time.perf_counter() - begin
     begin = time.perf_counter()
-    batches = [next(stream) for _ in range(steps)]
+    batches = [block for _ in range(steps) for block in next(stream).values()]
     seconds = time.perf_counter() - begin
     documents, tokens = (sum(count(b) for b in batches) for count in (documents_in, tokens_in))
     return {

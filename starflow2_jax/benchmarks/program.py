@@ -1,6 +1,5 @@
 """A stage's training step with everything it takes, on random weights: no checkpoint is needed or written."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,14 +10,12 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import sharding
 from starflow2_jax.config import ConfigError
-from starflow2_jax.data import sources
-from starflow2_jax.data.pipeline import batches
 from starflow2_jax.models.pretzel import FROZEN, init_params
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.program import batch_shape, jitted_step
+from starflow2_jax.training.program import jitted_step
 from starflow2_jax.training.step import TrainState, new_state, state_shardings
 
 
@@ -30,13 +27,6 @@ def chosen(config: ConfigDict, stage: str | None) -> Stage:
     if name is None:
         raise ConfigError(f"the config runs no stage {stage!r}; name one of {', '.join(order)}, or 1 to {len(order)}")
     return STAGES[name]
-
-
-def data(trainer: Trainer, stage: Stage) -> Iterator[Sequence]:
-    """The stage's batches, in the order of a run that begins."""
-    source = sources.documents(trainer.config, stage, trainer.codec.image_channels)
-    shape, threads = batch_shape(trainer.config, stage), trainer.config.data.threads
-    return iter(batches(source, trainer.encoder(stage), shape, threads))
 
 
 def fresh(trainer: Trainer, frozen: bool) -> dict:
@@ -82,7 +72,8 @@ def build(config: ConfigDict, stage: str | None, folder: str | Path) -> Program:
         make = partial(new_state, stage=stage, optimizer=optimizer, key=jax.random.key(config.seed))
         layout = state_shardings(jax.eval_shape(make, params), trainer.mesh, cfg.optimizer.get("offload", False))
         state = jax.jit(make, out_shardings=layout)(params)
-        batch = jax.device_put(next(data(trainer, stage)), sharding.batch_sharding(trainer.mesh))
+        reader = trainer.reader(stage)
+        batch = reader.place(next(reader), sharding.batch_sharding(trainer.mesh))
         step = jitted_step(config, trainer.model, stage, optimizer, trainer.codec.std)
         compiled = step.lower(state, rest, batch).compile()
     return Program(trainer, stage, state, rest, batch, compiled)

@@ -1,5 +1,6 @@
 """Row groups: each host reads its share of the documents, and the batches are the same on any number of hosts."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -27,7 +28,7 @@ class GroupedBatches:
         if groups < 1 or shape.rows % groups:
             raise ConfigError(f"data.groups={groups} must divide the batch's {shape.rows} rows")
         self.rows, self.per_group, self.groups = shape.rows, shape.rows // groups, groups
-        block = Shape(self.per_group, shape.length, shape.images, shape.patches)
+        block = replace(shape, rows=self.per_group)
         mine = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})
         threads = max(1, threads // len(mine)) if threads else 0
         self._readers = {g: iter(batches(source, encoder, block, threads, g, groups)) for g in mine}

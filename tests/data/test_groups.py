@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from starflow2_jax.data import groups as groups_module
 from starflow2_jax.data.documents import Text
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.sequence import FLOW, PAD
 
 SHAPE = Shape(8, 40, 2)
 
@@ -131,3 +133,11 @@ def test_groups_that_do_not_fit():
         reader(groups=3)
     with pytest.raises(ConfigError, match="set data.groups=4"):
         reader(groups=2).set_state({"groups": [{}] * 4})
+
+
+def test_the_vlm_budget_holds_in_every_group():
+    shape = replace(SHAPE, vlm_length=9)
+    source = [[Text("a b c"), tiny.Image(tiny.pixels(i), generate=True)] for i in range(4)]
+    found = next(GroupedBatches(source, Encoder(tiny.tokenizer(), tiny.CODEC), shape, 4))
+    words = [np.sum((block.modality != FLOW) & (block.modality != PAD), axis=1) for block in found.values()]
+    assert 0 < np.max(words) <= 9 and np.max([np.max(block.segments) for block in found.values()]) == 1
