@@ -35,6 +35,10 @@ while (($#)); do
     shift 2
     ;;
   --dry-run) dry=1 && shift ;;
+  --help)
+    awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
+    exit
+    ;;
   --) shift && break ;;
   *) wrong "unknown argument $1; what starflow2 is to do stands after --" ;;
   esac
