@@ -20,7 +20,7 @@ class Keep:
         if self.every:
             rules.append(policies.EveryNSteps(self.every))
         if self.best:
-            rules.append(policies.BestN(_goodness, n=self.best, keep_checkpoints_without_metrics=False))
+            rules.append(policies.BestN(get_metric_fn=_goodness, n=self.best, keep_checkpoints_without_metrics=False))
         return policies.AnyPreservationPolicy(rules)
 
 

@@ -14,6 +14,7 @@ from starflow2_jax import config as configs
 from starflow2_jax.benchmarks import checkpoint, data, program, synthetic, train
 from starflow2_jax.data.documents import JsonlDocuments
 from starflow2_jax.stages import STAGES
+from starflow2_jax.training.program import batch_shape
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments/digits_quick.py"
 SMALL = [
@@ -47,7 +48,7 @@ def test_training(tmp_path, monkeypatch):
     assert json.loads(json.dumps(found)) == found and not (tmp_path / "none").exists()
     stage, seconds = STAGES["text_to_image"], found["step_seconds"]
     assert 0 < seconds["least"] <= seconds["median"] <= seconds["most"]
-    counted = flops.training_flops(configs.pretzel(cfg), stage, program.batch_shape(cfg, stage)).total
+    counted = flops.training_flops(configs.pretzel(cfg), stage, batch_shape(cfg, stage)).total
     assert found["flop_per_step"] == counted == pytest.approx(sum(found["flop_by_part"].values()))
     peak = found["peak"]["flop_per_second_and_device"]
     assert found["mfu"] == pytest.approx(counted / (seconds["median"] * 8 * peak))  # eight devices

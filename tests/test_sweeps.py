@@ -52,7 +52,8 @@ lines = [dict(stage="pretrain", step=s, loss=rate * weight * k) for s, k in ((2,
 (out / "steps/8").mkdir(parents=True)
 """
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may have ignored it
 from starflow2_jax import sweeps
 sweep = sweeps.load(sys.argv[1], sys.argv[2])
 sweeps.run(sweep, lambda p: [sys.executable, sys.argv[3], *sys.argv[4:], *sweeps.train_command(sweep, p)])

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from starflow2_jax.benchmarks.program import build
 from starflow2_jax.benchmarks.train import step_seconds
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract
+from starflow2_jax.keeping import Keep
 
 
 def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> dict:
@@ -20,7 +21,7 @@ def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> 
     """
     program = build(config, stage, folder / "trainer")
     step = step_seconds(program, steps=3)["median"]
-    checkpoints = CheckpointDirectory(folder / "checkpoint", keep=1)
+    checkpoints = CheckpointDirectory(folder / "checkpoint", Keep(latest=1))
     checkpoints.create(config, program.trainer.codec, program.trainer.tokenizer)
     stalls, writes, steps = [], [], []
     for number in range(1, saves + 1):

@@ -218,8 +218,6 @@ def init_params(model: Pretzel, key: jax.Array) -> dict:
     """All parameter groups, fp32. Under `jax.eval_shape` their shapes, without memory."""
     model = Pretzel(portable(model.cfg))  # the example is too short a row for other kernels
     c = model.cfg
-    plain = {part: replace(getattr(c, part), kernel="xla") for part in ("vlm", "shallow", "deep")}
-    model = Pretzel(replace(c, **plain))  # the example's one position is too short for other kernels
     vision = None
     if c.vlm.vision:
         patches = c.vlm.vision.merge**2

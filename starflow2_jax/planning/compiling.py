@@ -112,7 +112,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
         shapes = jax.eval_shape(partial(jax.tree_util.tree_map_with_path, partial(_matrix_in_type, "bfloat16")), shapes)
         params = abstract(shapes, mesh)
         empty = jax.eval_shape(
-            lambda p: row.empty_rows(model, p, np.zeros(B, np.uint32), branches, slots), shapes
+            lambda: row.with_room(row.empty_rows(model, np.zeros(B, np.uint32), branches), slots)
         ).replace(
             tokens=jax.ShapeDtypeStruct((B, slots), jnp.int32),
             u=jax.ShapeDtypeStruct((B, slots, cfg.channels), jnp.float32),

@@ -27,7 +27,7 @@ from starflow2_jax.weights import qwen as qwen_weights
 from starflow2_jax.weights.table import import_tensors
 
 IDS = TokenIds.of(tiny.tokenizer())
-TEXT = dict(vocab_size=400, rms_norm_eps=1e-6, max_position_embeddings=512)
+TEXT = dict(vocab_size=416, rms_norm_eps=1e-6, max_position_embeddings=512)
 VISION = dict(in_channels=3, spatial_merge_size=2, temporal_patch_size=2, hidden_act="silu")
 CASES = {
     "grouped": (
@@ -259,7 +259,7 @@ def test_gradient_of_the_input_embeddings(case):
     pretzel, params = ours(case)
     rng = np.random.default_rng(0)
     E = pretzel.cfg.vlm.width
-    x, weight = (rng.standard_normal((2, 11, n)).astype(np.float32) for n in (E, 400))
+    x, weight = (rng.standard_normal((2, 11, n)).astype(np.float32) for n in (E, 416))
     positions = np.stack([sequence.text_positions(3 * i, 11) for i in range(2)])
     module, mask = Qwen(pretzel.cfg.vlm), jnp.tril(jnp.ones((2, 11, 11), bool))
 

@@ -17,7 +17,7 @@ from starflow2_jax import manifest
 from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abstract
 from starflow2_jax.data.documents import Text
 from starflow2_jax.keeping import Keep
-from starflow2_jax.training import loop
+from starflow2_jax.training import loop, program
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.preemption import Preempted
@@ -57,7 +57,7 @@ class Documents:
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_step", stand_in)
+    monkeypatch.setattr(program, "make_step", stand_in)
     monkeypatch.setattr(loop.sources, "documents", lambda *_: Documents())
     monkeypatch.setattr(Documents, "bad", -1)
 

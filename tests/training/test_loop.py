@@ -85,7 +85,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(undisturbed, tmp_path):
     mesh = dict(data=2, fsdp=2, tensor=2)
     spread = params_at(folder, 6, mesh)
     up = spread["deep"]["layers"]["mlp"]["up"]["kernel"]
-    assert up.sharding.mesh.shape == mesh and up.addressable_shards[0].data.shape == (1, 16, 16)
+    assert up.sharding.mesh.shape == mesh | dict(sequence=1) and up.addressable_shards[0].data.shape == (1, 16, 16)
     assert content_hash(spread) == content_hash(params_at(undisturbed, 6))
     Trainer(tiny_config(mesh=mesh), folder).run(progress=False)
     again, before = lines(folder)[6:], lines(undisturbed)[6:]  # what the copy had of them is dropped
