@@ -1,6 +1,5 @@
 """Floating-point operations of one training step, counted by hand from the sizes of the model and what a stage runs."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ RULE = (
     "trained one 6; attention as if causal over whole rows, counted as half; recomputation not counted; all positions of "
     "a batch count, padding too"
 )
+FROM_INPUTS = ("full", "offload")  # remat policies that make a layer again from its input, wherever that is kept
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: boo
     """A causal stack over (rows, length). `through`: whether a gradient passes to what is below."""
     projections, mlp = matrices(c)
     down = c.mlp_hidden * c.width
-    policy = remat_policy(c.remat) if through else "none"
-    again = 1 - down / (projections + mlp) if policy == "full" else 0  # the last product's result is never needed
+    policy = c.remat_policy if through else "none"
+    again = 1 - down / (projections + mlp) if policy in FROM_INPUTS else 0  # the last product's result is never needed
     yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
     # logits q k^T and weights v: no parameters, so a gradient means both inputs', twice the forward pass
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * length
@@ -122,7 +122,7 @@ def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
     queries' gradient and for the keys' and values', cuDNN once.
     """
     if kernel == "xla":
-        again = {"none": 0.0, "full": 1.0, "dots": 1.0 if trained else 0.5}[policy]
+        again = {"none": 0.0, "dots": 1.0 if trained else 0.5}.get(policy, 1.0)
         return 3 + again if through else 1
     backward = 2.5 if kernel == "cudnn" else 3.5
     saved = policy in ("none", "dots") if kernel != "cudnn" else policy == "none"
@@ -134,8 +134,8 @@ def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator
     t, part = c.transformer, "vision tower"
     projections, mlp = matrices(t)
     tokens, times = rows * patches, 3 if trained else 1
-    policy = remat_policy(t.remat) if trained else "none"
-    again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy == "full" else 0
+    policy = t.remat_policy if trained else "none"
+    again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
     yield _Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
     yield _Term(part, 2.0 * c.patch_width * c.width * tokens, 1 + trained)
     merged = c.width * c.merge**2
@@ -151,14 +151,3 @@ def matrices(c: TransformerConfig) -> tuple[int, int]:
     """Parameters of one layer's matrices: attention's four, and the MLP's."""
     projections = c.width * c.head * (2 * c.heads + 2 * c.kv)
     return projections, (3 if c.gated_mlp else 2) * c.width * c.mlp_hidden
-
-
-def remat_policy(remat: bool | str) -> str:
-    """ "none", "full" or "dots", of a config that may still say True or False."""
-    return {True: "full", False: "none"}.get(remat, remat)
-
-
-def in_units(flops: float) -> str:
-    """1.5e15 -> "1.50 PFLOP"."""
-    power = min(5, max(0, int(math.log10(max(flops, 1)) // 3)))
-    return f"{flops / 1000**power:.2f} {'kMGTP'[power - 1] if power else ''}FLOP"

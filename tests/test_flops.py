@@ -56,6 +56,7 @@ def config(remat: str):
         ("joint", SHAPE, "none"),
         ("joint", SHAPE, "full"),
         ("joint", SHAPE, "dots"),
+        ("text_to_image", SHAPE, "offload"),
         ("pretrain", replace(SHAPE, patches=32), "none"),
     ],
 )
