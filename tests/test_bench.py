@@ -14,7 +14,7 @@ from starflow2_jax import config as configs
 from starflow2_jax.benchmarks import checkpoint, data, program, synthetic, train
 from starflow2_jax.data.documents import JsonlDocuments
 from starflow2_jax.stages import STAGES
-from starflow2_jax.training.program import batch_shape
+from starflow2_jax.training.program import batch_shape, find_stage
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments/digits_quick.py"
 SMALL = [
@@ -30,15 +30,15 @@ def config(*more: str) -> ConfigDict:
     return configs.load(EXPERIMENT, [*SMALL, *more], runlocal=True)
 
 
-@pytest.mark.parametrize("given, name", [(None, "joint"), ("2", "text_to_image"), ("image_to_text", "image_to_text")])
+@pytest.mark.parametrize("given, name", [(None, "joint"), ("1", "text_to_image"), ("image_to_text", "image_to_text")])
 def test_which_stage(given, name):
-    assert program.chosen(config(), given).name == name
+    assert find_stage(config(), given).name == name
 
 
 @pytest.mark.parametrize("given", ["5", "0", "t2i"])
 def test_an_unknown_stage_is_named(given):
-    with pytest.raises(configs.ConfigError, match=f"no stage '{given}'; name one of pretrain, text_to_image"):
-        program.chosen(config(), given)
+    with pytest.raises(configs.ConfigError, match=f"no stage '{given}' in this config; there are image_to_text, joint"):
+        find_stage(config(), given)
 
 
 def test_training(tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_synthetic_documents(tmp_path, kind, stage):
 def test_the_command(tmp_path, capsys):
     given = ["--config", str(EXPERIMENT), "--config.cpu_devices=8"]  # as many as the tests have already
     rows = "stages.text_to_image.rows=8"
-    data_bench = ["bench", "data", *given, f"--config.{rows}", "--stage", "2", "--steps", "1"]
+    data_bench = ["bench", "data", *given, f"--config.{rows}", "--stage", "1", "--steps", "1"]
     assert cli.main([*data_bench, "--json", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert found == json.loads(capsys.readouterr().out)

@@ -6,14 +6,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from starflow2_jax import sequence
-from starflow2_jax.benchmarks.program import chosen
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.training.loop import Trainer
+from starflow2_jax.training.program import find_stage
 
 
 def measure(config: ConfigDict, stage: str | None, steps: int, folder) -> dict:
     """Documents and tokens per second over `steps` batches, nothing else running; the first batch apart."""
-    trainer, chosen_stage = Trainer(config, folder), chosen(config, stage)
+    trainer, chosen_stage = Trainer(config, folder), find_stage(config, stage)
     begin = time.perf_counter()
     stream = trainer.reader(chosen_stage)
     next(stream)

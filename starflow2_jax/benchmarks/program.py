@@ -9,37 +9,25 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from starflow2_jax import sharding
-from starflow2_jax.config import ConfigError
-from starflow2_jax.models.pretzel import FROZEN, init_params
+from starflow2_jax.models.pretzel import init_params
 from starflow2_jax.sequence import Sequence
-from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.stages import Stage
 from starflow2_jax.training.loop import Trainer
-from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.program import jitted_step
+from starflow2_jax.training.program import find_stage, held, in_tree, require_rows
 from starflow2_jax.training.step import TrainState, new_state, state_shardings
 
 
-def chosen(config: ConfigDict, stage: str | None) -> Stage:
-    """The stage of that name, or of that number (from 1) in the config's order; None: its last. Raises ConfigError."""
-    order = list(config.order)
-    names = {**{str(i): name for i, name in enumerate(order, 1)}, **{name: name for name in order}}
-    name = order[-1] if stage is None else names.get(stage)
-    if name is None:
-        raise ConfigError(f"the config runs no stage {stage!r}; name one of {', '.join(order)}, or 1 to {len(order)}")
-    return STAGES[name]
-
-
-def fresh(trainer: Trainer, frozen: bool) -> dict:
-    """Random parameters of one of the two trees, born on their shards.
+def fresh(trainer: Trainer, tree: str) -> dict:
+    """Random parameters of one of the two trees, "frozen" or "trainable", born on their shards.
 
     A frozen VLM that the config does not pretrain itself is bfloat16, as the published ones are.
     """
     config = trainer.config
-    published = frozen and "pretrain" not in config.order
+    published = tree == "frozen" and "pretrain" not in config.order
 
     def init():
         params = init_params(trainer.model, jax.random.key(config.seed))
-        params = {name: tree for name, tree in params.items() if (name in FROZEN) == frozen}
+        params = {name: group for name, group in params.items() if in_tree(name, tree)}
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params) if published else params
 
     return jax.jit(init, out_shardings=sharding.tree_shardings(jax.eval_shape(init), trainer.mesh))()
@@ -63,17 +51,18 @@ class Program:
 
 def build(config: ConfigDict, stage: str | None, folder: str | Path) -> Program:
     """The step as the loop compiles it, with fresh weights and one real batch. `folder`: of the Trainer, left as it is."""
-    trainer, stage = Trainer(config, folder), chosen(config, stage)
+    trainer, stage = Trainer(config, folder), find_stage(config, stage)
     cfg = config.stages[stage.name]
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    vlm_moves = "vlm" in stage.trains
+    require_rows(config, stage, trainer.mesh)
+    optimizer = trainer.optimizer(stage)
+    mine = held(stage)
+    other = "trainable" if mine == "frozen" else "frozen"
     with jax.set_mesh(trainer.mesh):
-        params, rest = fresh(trainer, frozen=vlm_moves), fresh(trainer, frozen=not vlm_moves)
+        params, rest = fresh(trainer, mine), fresh(trainer, other)
         make = partial(new_state, stage=stage, optimizer=optimizer, key=jax.random.key(config.seed))
         layout = state_shardings(jax.eval_shape(make, params), trainer.mesh, cfg.optimizer.get("offload", False))
         state = jax.jit(make, out_shardings=layout)(params)
         reader = trainer.reader(stage)
         batch = reader.place(next(reader), sharding.batch_sharding(trainer.mesh))
-        step = jitted_step(config, trainer.model, stage, optimizer, trainer.codec.std)
-        compiled = step.lower(state, rest, batch).compile()
+        compiled = trainer.step(stage, optimizer).lower(state, rest, batch).compile()
     return Program(trainer, stage, state, rest, batch, compiled)

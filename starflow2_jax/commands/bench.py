@@ -11,7 +11,7 @@ def add(commands) -> None:
     p = commands.add_parser("bench", help="measure training, data or checkpoints here", allow_abbrev=False)
     p.add_argument("what", choices=STEPS)
     p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
-    p.add_argument("--stage", help="name, or number in the config's order (default: its last)")
+    p.add_argument("--stage", help="its name, or 1, 2, 3 (default: the last of the config's order)")
     p.add_argument(
         "--steps", type=int, help=f"steps, batches or saves (default: {', '.join(map(str, STEPS.values()))})"
     )
@@ -47,9 +47,10 @@ def _bench(args, overrides) -> None:
 
 
 def _measure(args, config, steps: int, folder: Path) -> dict:
-    from starflow2_jax.benchmarks import checkpoint, data, program, synthetic, train
+    from starflow2_jax.benchmarks import checkpoint, data, synthetic, train
+    from starflow2_jax.training.program import find_stage
 
-    stage = program.chosen(config, args.stage)
+    stage = find_stage(config, args.stage)
     if args.synthetic:
         with config.unlocked():
             config.data.source = synthetic.write(config, stage, folder)

@@ -28,10 +28,11 @@ def _plan(args, overrides) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; the TPU is only described
     from starflow2_jax import config as configs
     from starflow2_jax.planning import chips, compiling, plan, report
+    from starflow2_jax.training.program import find_stage
 
     topology = chips.parse(args.topology)
     config = configs.load(args.config, overrides)
-    stage = compiling.find_stage(config, args.stage)
+    stage = find_stage(config, args.stage)
     devices = compiling.tpu_devices(topology)
     if args.search:
         return _search(args, config, stage, topology, devices)

@@ -20,8 +20,8 @@ from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.planning.chips import Topology
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
-from starflow2_jax.sampling.engine import _matrix_in_type, bucket, in_type
-from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.sampling.engine import bucket, in_type, weights_in_type
+from starflow2_jax.stages import Stage
 from starflow2_jax.training import program
 from starflow2_jax.training.optimizer import make_optimizer
 
@@ -81,11 +81,7 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
     cfg = config.stages[stage.name]
     model = Pretzel(configs.pretzel(config))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    if cfg.rows % (sharding.spread(mesh) * cfg.accumulate):
-        raise configs.ConfigError(
-            f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {sharding.spread(mesh) * cfg.accumulate} (mesh and "
-            "accumulate)"
-        )
+    program.require_rows(config, stage, mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     with jax.set_mesh(mesh):
         state, frozen, batch = program.abstract_arguments(config, model, stage, optimizer, mesh)
@@ -109,7 +105,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
     branches = ("bare",)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        shapes = jax.eval_shape(partial(jax.tree_util.tree_map_with_path, partial(_matrix_in_type, "bfloat16")), shapes)
+        shapes = jax.eval_shape(partial(weights_in_type, dtype="bfloat16"), shapes)
         params = abstract(shapes, mesh)
         empty = jax.eval_shape(
             lambda: row.with_room(row.empty_rows(model, np.zeros(B, np.uint32), branches), slots)
@@ -173,14 +169,3 @@ def bytes_a_chip(tree) -> float:
 
 def _width(dtype) -> int:
     return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
-
-
-def find_stage(config: ConfigDict, text: str | None) -> Stage:
-    """The stage by name, or by number in the paper's order (1, 2, 3); None: the last of the config's order."""
-    numbered = dict(zip("123", ("text_to_image", "image_to_text", "joint"), strict=True))
-    name = config.order[-1] if text is None else numbered.get(text, text)
-    if name not in STAGES or name not in config.stages:
-        raise UserError(
-            f"there is no stage {text!r} in this config; there are {', '.join(sorted(config.stages))}, or 1, 2, 3"
-        )
-    return STAGES[name]

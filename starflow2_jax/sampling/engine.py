@@ -73,7 +73,7 @@ class Sampler:
         if checkpoints.has(number, "ema"):
             params |= checkpoints.restore(number, {"ema": moving})["ema"]
         if dtype:
-            params = jax.tree_util.tree_map_with_path(partial(_matrix_in_type, dtype), params)
+            params = weights_in_type(params, dtype)
         codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
         sampler = cls(model, params, tokenizer, codec, stage.skips, config.max_positions, mesh)
         sampler.schedule = checkpoints.inversion(model.cfg.shallow_blocks)
@@ -321,7 +321,11 @@ def in_type(cfg: PretzelConfig, dtype: str) -> PretzelConfig:
     return replace(cfg, vlm=vlm, shallow=replace(cfg.shallow, dtype=dtype), deep=replace(cfg.deep, dtype=dtype))
 
 
-def _matrix_in_type(dtype: str, path, x: jax.Array) -> jax.Array:
+def weights_in_type(params: dict, dtype: str) -> dict:
     """Stacks and embeddings in `dtype`; norms and what makes the Gaussians stay as they are."""
-    name = sharding.path_name(path)
-    return x.astype(dtype) if "/layers/" in name and x.ndim > 2 or name.endswith("embedding") else x
+
+    def leaf(path, x):
+        name = sharding.path_name(path)
+        return x.astype(dtype) if "/layers/" in name and x.ndim > 2 or name.endswith("embedding") else x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)

@@ -23,7 +23,7 @@ from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.preemption import Preemption
 from starflow2_jax.training.profiling import Profiler
-from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step
+from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step, require_rows
 from starflow2_jax.training.stage_run import StageRun, Tools
 from starflow2_jax.training.step import TrainState, finish, new_state, state_shardings
 from starflow2_jax.weights.qwen import load_config
@@ -131,11 +131,7 @@ class Trainer:
         if latest is not None and latest >= last:
             tools.bar.update(cfg.steps)
             return latest != stop_at
-        spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * cfg.accumulate
-        if cfg.rows % spread:
-            raise configs.ConfigError(
-                f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)"
-            )
+        require_rows(self.config, stage, self.mesh)
         run = StageRun(self, stage, first, tools)
         if not run.run(last, stop_at):
             return False

@@ -9,12 +9,15 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import sharding
 from starflow2_jax.checkpoints import abstract
+from starflow2_jax.config import ConfigError
 from starflow2_jax.data.pipeline import Shape
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.sequence import Sequence, VisionInput
-from starflow2_jax.stages import Stage
+from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.step import make_step, new_state, state_shardings
+
+PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
 def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations):
@@ -34,6 +37,26 @@ def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, dev
         vlm_length=cfg.get("vlm_length", 0),
     )
     return jax.jit(guarded(step, config.get("faults")), donate_argnums=0)
+
+
+def find_stage(config: ConfigDict, text: str | None) -> Stage:
+    """A stage of the config by name, or by number in the paper's order (1, 2, 3); None: the last one that it runs.
+
+    Raises ConfigError.
+    """
+    name = config.order[-1] if text is None else PAPER.get(text, text)
+    if name not in STAGES or name not in config.stages:
+        known = ", ".join(sorted(config.stages))
+        raise ConfigError(f"there is no stage {text!r} in this config; there are {known}, or 1, 2, 3")
+    return STAGES[name]
+
+
+def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where a stage's rows cannot be cut into micro-batches and spread over the mesh."""
+    cfg = config.stages[stage.name]
+    spread = sharding.spread(mesh) * cfg.accumulate
+    if cfg.rows % spread:
+        raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
 
 
 def held(stage: Stage) -> str:

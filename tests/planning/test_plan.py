@@ -10,7 +10,7 @@ from starflow2_jax import cli
 from starflow2_jax import config as configs
 from starflow2_jax.errors import UserError
 from starflow2_jax.planning import chips, compiling, plan, report, search
-from starflow2_jax.training.program import batch_shape
+from starflow2_jax.training.program import batch_shape, find_stage
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "starflow2_7b_t2i.py"
 TOPOLOGY = chips.Topology(chips.CHIPS["v5e"], (2, 4))
@@ -37,7 +37,7 @@ def small():
 
 
 def test_plan_of_a_step(small):
-    stage = compiling.find_stage(small, "1")
+    stage = find_stage(small, "1")
     made = plan.plan_step(small, stage, TOPOLOGY, jax.devices()[:8])
     assert made.fits and made.mesh["fsdp"] == 8 and not made.unknown_loops
     assert made.flops_compiled == pytest.approx(made.hardware_by_hand, rel=0.05)
@@ -54,7 +54,7 @@ def test_plan_of_a_step(small):
 
 def test_plans_of_the_sampler(small):
     """Two programs; a turn of `write` is counted once, and both hold the same parameters and caches."""
-    stage = compiling.find_stage(small, "joint")
+    stage = find_stage(small, "joint")
     read, write = plan.plan_sampler(small, stage, TOPOLOGY, jax.devices()[:8], rows=8, slots=64)
     assert read.arguments == write.arguments and read.fits and write.fits
     layers = small.model.vlm.layers * small.model.vlm.kv_heads * small.model.vlm.head_dim
@@ -69,7 +69,7 @@ def test_plans_of_the_sampler(small):
 
 
 def test_search_survives_what_does_not_compile(small):
-    stage = compiling.find_stage(small, "text_to_image")
+    stage = find_stage(small, "text_to_image")
     choices = list(search.candidates(8, [1, 2], [1], ["full"])) + [search.Candidate(8, dict(fsdp=3), "full")]
 
     def make(config):
@@ -94,7 +94,7 @@ def test_out_of_memory_says_what_to_change(small):
         (8 * 2**30, "f32[16,24,2048,2048]{3,2,1,0:T(8,128)} jit(step)/deep/dot_general"),
         (512 * 2**20, "bf16[16,2048,8192]{2,1,0:T(8,128)(2,1)}"),
     ]
-    stage = compiling.find_stage(small, "1")
+    stage = find_stage(small, "1")
     full = plan.Plan("", "", 8, {}, {}, False, 16 * 2**30, error.needed, {}, largest=error.largest)
     full.advice = plan.advice(full, small, stage)
     said = report.text(full)
@@ -131,4 +131,4 @@ def test_without_the_compiler_it_says_so(monkeypatch, capsys):
 
 def test_unknown_stage():
     with pytest.raises(UserError, match="there is no stage '4'"):
-        compiling.find_stage(configs.load(EXPERIMENT), "4")
+        find_stage(configs.load(EXPERIMENT), "4")
