@@ -135,12 +135,11 @@ def spread(mesh: Mesh) -> int:
 
 
 def row_shardings(tree, mesh: Mesh):
-    """NamedShardings of arrays that lead with rows, and of KVCache's keys and values (L, B, C, J, K)."""
+    """NamedShardings of arrays that lead with rows; KVCache's keys and values (B, J, C, K) have heads too."""
 
     def leaf(path, x):
-        rows = (("data", "fsdp"),)
-        axes = (None, *rows, None, "tensor", None) if path_name(path).endswith(("/keys", "/values")) else rows
-        axes += (None,) * (x.ndim - len(axes))
+        axes = (("data", "fsdp"), "tensor" if re.search(r"/(keys|values)/\d+$", path_name(path)) else None)
+        axes = (*axes, *[None] * x.ndim)[: x.ndim]
         return NamedSharding(mesh, _fitting(axes, x.shape, mesh.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

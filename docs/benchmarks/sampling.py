@@ -59,8 +59,8 @@ class Stack:
 
     def __init__(self, cfg: TransformerConfig, params: dict):
         self.cfg = cfg
-        p = jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float32)), params["layers"])
-        self.layers = [jax.tree.map(lambda x, i=i: x[i], p) for i in range(cfg.layers)]
+        p = jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float32)), params)
+        self.layers = [p[f"layers_{i}"] for i in range(cfg.layers)]
 
     def norm(self, x, scale, eps=None):
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + (self.cfg.norm_eps if eps is None else eps))

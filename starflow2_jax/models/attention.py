@@ -14,23 +14,31 @@ class KVCache:
 
     `length` is the number of positions row b has read. A call with S new positions writes slots length .. length+S-1;
     what lies beyond `length` is never seen, so a row is rewound (or right padding dropped) by lowering its `length`.
+    An array a layer, each written in place, a head's slots side by side: what a step of decoding reads.
     """
 
-    keys: jax.Array  # (L, B, C, J, K)
-    values: jax.Array  # (L, B, C, J, K)
+    keys: tuple[jax.Array, ...]  # L of (B, J, C, K)
+    values: tuple[jax.Array, ...]  # L of (B, J, C, K)
     length: jax.Array  # (B,) int32
 
     @classmethod
     def empty(cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "KVCache":
-        shape = (layers, batch, slots, kv_heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        keys, values = (
+            tuple(jnp.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(layers)) for _ in range(2)
+        )
+        return cls(keys, values, jnp.zeros(batch, jnp.int32))
+
+    @property
+    def slots(self) -> int:
+        """C."""
+        return self.keys[0].shape[2]
 
 
 def write_slots(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Write `new` (B, S, ...) into `stored` (B, C, ...) from slot start[b] on."""
+    """Write `new` (B, S, J, K) into `stored` (B, J, C, K) from slot start[b] on."""
 
     def row(a, b, s):
-        return jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), s, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(a, b.swapaxes(0, 1).astype(a.dtype), s, axis=1)
 
     return jax.vmap(row)(stored, new, start)
 
@@ -47,19 +55,21 @@ def cached_mask(length: jax.Array, steps: int, slots: int) -> jax.Array:
     return jnp.arange(slots) <= last[:, :, None]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0, layout: str = "bcjk"
+) -> jax.Array:
     """Softmax attention, logits and softmax in fp32.
 
-    q (B, S, H, K); k, v (B, C, J, K) with J dividing H; mask (B, S, C) or broadcastable, True where visible.
-    Logits are scaled by K^-0.5 and divided by `temperature`. Returns (B, S, H, K) in q's dtype.
+    q (B, S, H, K); k, v (B, C, J, K) with J dividing H, or as `layout` says; mask (B, S, C) or broadcastable, True where
+    visible. Logits are scaled by K^-0.5 and divided by `temperature`. Returns (B, S, H, K) in q's dtype.
     """
     B, S, H, K = q.shape
-    J = k.shape[2]
+    J = k.shape[layout.index("j")]
     q = (q * (K**-0.5 / temperature)).reshape(B, S, J, H // J, K)
-    logits = jnp.einsum("bsjrk,bcjk->bjrsc", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"bsjrk,{layout}->bjrsc", q, k, preferred_element_type=jnp.float32)
     logits = jnp.where(mask[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bjrsc,bcjk->bsjrk", weights, v).reshape(B, S, H, K)
+    return jnp.einsum(f"bjrsc,{layout}->bsjrk", weights, v).reshape(B, S, H, K)
 
 
 def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...]) -> jax.Array:

@@ -67,6 +67,7 @@ class TransformerConfig:
     dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
     remat: str | bool = "none"  # a key of REMAT; older configs say False for "none", True for "full"
     kernel: str = "xla"  # of attention over whole rows, see kernels.py
+    scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding
     unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
 
     @property
@@ -141,14 +142,15 @@ class Attention(nn.Module):
             q, k = attention.rotate(q, angles, c.rotary), attention.rotate(k, angles, c.rotary)
         q = constrain(q, "batch", "sequence", "heads", None)
         if stored is not None:
-            k, v = (attention.write_slots(old, new, start) for old, new in zip(stored, (k, v), strict=True))
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
-        if mask is None:
+            stored = tuple(attention.write_slots(old, new, start) for old, new in zip(stored, (k, v), strict=True))
+            k, v = (a.astype(q.dtype) for a in stored)
+            out = attention.attend(q, k, v, mask, temperature, layout="bjck")
+        elif mask is None:
             out = attend_packed(q, k, v, segments, c.kernel, temperature)
         else:
             out = attention.attend(q, k, v, mask, temperature)
         out = linear(c.width, "out", c.out_bias, axis=(-2, -1), gain=(2 * c.layers) ** -0.5)(out)
-        return out, None if stored is None else (k, v)
+        return out, stored
 
 
 class MLP(nn.Module):
@@ -171,7 +173,7 @@ class Layer(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, stored, which, angles, mask, segments, start, temperature):
+    def __call__(self, x, which, stored, angles, mask, segments, start, temperature):
         c = self.cfg
         x = checkpoint_name(x, LAYER_INPUT)
         mask = mask if which is None else mask[which]
@@ -196,7 +198,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers, scanned: parameters carry a leading axis L. No final norm."""
+    """The layers, no final norm. Parameters carry a leading axis L, as "layers"; without `scan` they are "layers_0" and on."""
 
     cfg: TransformerConfig
 
@@ -217,26 +219,48 @@ class Transformer(nn.Module):
         without; or what `mask` says. With `cache` the earlier positions are in it (it brings its own mask).
         With `mask_of_layer` (L,) int, `mask` is a stack (A, B, S, S) and layer l sees through mask[mask_of_layer[l]].
         """
-        stored, start = None, None
-        if cache is not None:
-            stored, start = (cache.keys, cache.values), cache.length
-            mask = attention.cached_mask(start, x.shape[1], cache.keys.shape[2])
-        policy = self.cfg.remat_policy
-        layer = Layer if policy == "none" else nn.remat(Layer, prevent_cse=False, policy=REMAT[policy])
+        c, policy = self.cfg, self.cfg.remat_policy
+        layer = Layer if policy == "none" else nn.remat(Layer, prevent_cse=not c.scan, policy=REMAT[policy])
         x = constrain(x, "batch", "sequence", "embed")
-        scan = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, *[nn.broadcast] * 5),
-            length=self.cfg.layers,
-            unroll=1 if self.is_initializing() else self.cfg.unroll,  # the same parameters, compiled faster
-        )
-        x, stored = scan(self.cfg, name="layers")(x, stored, mask_of_layer, angles, mask, segments, start, temperature)
+        if c.scan and cache is None:
+            scan = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, *[nn.broadcast] * 6),
+                length=c.layers,
+                unroll=1 if self.is_initializing() else c.unroll,  # the same parameters, compiled faster
+            )
+            x, _ = scan(c, name="layers")(x, mask_of_layer, None, angles, mask, segments, None, temperature)
+            return x, None
+        start, stored = None, [None] * c.layers
         if cache is not None:
-            cache = KVCache(*stored, cache.length + x.shape[1])
+            start, stored = cache.length, list(zip(cache.keys, cache.values, strict=True))
+            mask = attention.cached_mask(start, x.shape[1], cache.slots)
+        for i in range(c.layers):
+            if c.scan:
+                own = jax.tree.map(lambda p, i=i: p[i], self.variables["params"]["layers"])
+                run = partial(Layer(c, parent=None).apply, {"params": own})
+            else:
+                run = layer(c, name=f"layers_{i}")
+            which = None if mask_of_layer is None else mask_of_layer[i]
+            x, stored[i] = run(x, which, stored[i], angles, mask, segments, start, temperature)
+        if cache is not None:
+            cache = KVCache(*zip(*stored, strict=True), cache.length + x.shape[1])
         return x, cache
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         c = self.cfg
         return KVCache.empty(c.layers, batch, slots, c.kv, c.head, jnp.dtype(c.dtype))
+
+
+def separate_layers(params: dict) -> dict:
+    """Parameters as a Transformer with `scan` keeps them -> as one without does."""
+    found = {}
+    for name, group in params.items():
+        if name == "layers":
+            count = len(jax.tree.leaves(group)[0])
+            found |= {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], group) for i in range(count)}
+        else:
+            found[name] = separate_layers(group) if isinstance(group, dict) else group
+    return found

@@ -53,6 +53,10 @@ class Caches:
     def length(self) -> jax.Array:
         return self.vlm.length
 
+    @property
+    def slots(self) -> int:
+        return self.vlm.slots
+
     def rewind(self, length: jax.Array) -> "Caches":
         """Forget what lies beyond `length` (B,)."""
         return Caches(self.vlm.replace(length=length), self.deep.replace(length=length))
@@ -203,9 +207,17 @@ def _read(source: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def portable(cfg: PretzelConfig) -> PretzelConfig:
-    """The same model, its attention computed by the kernel that runs everywhere: what a sampler takes of a training config."""
+    """The same model, its attention computed by the kernel that runs everywhere."""
     streams = {name: replace(getattr(cfg, name), kernel="xla") for name in ("vlm", "shallow", "deep")}
     return replace(cfg, **streams)
+
+
+def for_sampling(cfg: PretzelConfig) -> PretzelConfig:
+    """The same model, portable, each layer with parameters of its own (`separate_layers`): a step copies none of them."""
+    cfg = portable(cfg)
+    streams = {name: replace(getattr(cfg, name), scan=False) for name in ("vlm", "shallow", "deep")}
+    vision = cfg.vlm.vision and replace(cfg.vlm.vision, scan=False)
+    return replace(cfg, **streams | {"vlm": replace(streams["vlm"], vision=vision)})
 
 
 def split(params: dict) -> tuple[dict, dict]:

@@ -32,8 +32,9 @@ class QwenConfig:
     )
     vision: VisionConfig | None = None
     dtype: str = "float32"
-    remat: str | bool = "none"  # these three: see TransformerConfig
+    remat: str | bool = "none"  # these four: see TransformerConfig
     kernel: str = "xla"
+    scan: bool = True
     unroll: int = 1
 
     @property
@@ -42,7 +43,7 @@ class QwenConfig:
             layers=self.layers, width=self.width, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
             mlp_hidden=self.mlp_hidden, norm="rms", norm_eps=self.norm_eps, activation="silu", gated_mlp=True,
             qkv_bias=True, rotary="half", dtype=self.dtype, remat=self.remat, kernel=self.kernel,
-            unroll=self.unroll,
+            scan=self.scan, unroll=self.unroll,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from starflow2_jax.checkpoints import abstract
 from starflow2_jax.data.pipeline import Shape
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.pretzel import Pretzel, init_params
+from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
 from starflow2_jax.planning.chips import Topology
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
@@ -98,7 +98,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
 
     With guidance, parameters and caches in bfloat16, and as much room in the caches as `slots`.
     """
-    cfg = in_type(configs.pretzel(config), "bfloat16")
+    cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     B, slots = rows + -rows % sharding.spread(mesh), bucket(slots)

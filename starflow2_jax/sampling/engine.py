@@ -23,7 +23,8 @@ from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import Encoder, Shape, collate
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.inversion import Schedule
-from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params, portable, split
+from starflow2_jax.models.layers import separate_layers
+from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, init_params, split
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions
@@ -44,7 +45,10 @@ class Sampler:
     def __init__(
         self, model: Pretzel, params: dict, tokenizer, codec, skips: bool = True, max_positions: int = 4096, mesh=None
     ):
-        self.model, self.params, self.tokenizer, self.codec, self.skips = model, params, tokenizer, codec, skips
+        scanned = model.cfg.deep.scan  # as trained
+        self.model = Pretzel(for_sampling(model.cfg))
+        self.params = separate_layers(params) if scanned else params
+        self.tokenizer, self.codec, self.skips = tokenizer, codec, skips
         self.max_positions = max_positions
         self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
         self.encoder = Encoder(tokenizer, codec, model.cfg.vlm.vision)
@@ -60,7 +64,7 @@ class Sampler:
         """
         checkpoints = CheckpointDirectory(folder)
         config, number = checkpoints.config(), checkpoints.require_latest()
-        cfg = portable(configs.pretzel(config))
+        cfg = configs.pretzel(config)
         model = Pretzel(in_type(cfg, dtype) if dtype else cfg)
         mesh = mesh or sharding.make_mesh(fsdp=1, tensor=1)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -278,14 +282,14 @@ class Session:
                 "made for; shorten the prompt or generate less"
             )
         slots = bucket(used + max(bucket(reading), reading + writing + self.program.jacobi))
-        if slots > self.rows.caches.vlm.keys.shape[2]:
+        if slots > self.rows.caches.slots:
             self.rows = self.sampler.place(row.with_room(self.rows, slots))
 
     def _call(self, compiled, rows: Rows, *arguments) -> Rows:
         shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))
         if (key := (compiled.__name__, self.program, shapes)) not in self.sampler.programs:
             self.sampler.programs.add(key)
-            slots = rows.caches.vlm.keys.shape[2]
+            slots = rows.caches.slots
             log.info("compiling %s for %d rows with room for %d positions", compiled.__name__, len(rows.done), slots)
         return compiled(self.program, self.sampler.params, rows, *arguments)
 
@@ -326,6 +330,7 @@ def weights_in_type(params: dict, dtype: str) -> dict:
 
     def leaf(path, x):
         name = sharding.path_name(path)
-        return x.astype(dtype) if "/layers/" in name and x.ndim > 2 or name.endswith("embedding") else x
+        matrix = "/layers" in name and name.endswith("kernel")
+        return x.astype(dtype) if matrix or name.endswith("embedding") else x
 
     return jax.tree_util.tree_map_with_path(leaf, params)

@@ -133,24 +133,21 @@ def take(rows: Rows, indices: np.ndarray, seeds: np.ndarray) -> Rows:
     B = len(rows.done)
     inner = (indices[:, None] * (len(rows.offset) // B) + np.arange(len(rows.offset) // B)).reshape(-1)
 
-    def pick(x, axis=0):
-        return jnp.take(x, indices if x.shape[axis] == B else inner, axis)
+    def pick(x):
+        return jnp.take(x, indices if len(x) == B else inner, axis=0)
 
-    caches = jax.tree.map(lambda x: jnp.take(x, inner, int(x.ndim > 1)), rows.caches)
-    rest = jax.tree.map(pick, rows.replace(caches=None, key=None))
-    return rest.replace(caches=caches, key=jax.vmap(jax.random.key)(seeds))
+    return jax.tree.map(pick, rows.replace(key=None)).replace(key=jax.vmap(jax.random.key)(seeds))
 
 
 def put(rows: Rows, index: jax.Array, one: Rows) -> Rows:
     """`one` (of a single row) in place of row `index`; both with the same room."""
     B = len(rows.done)
 
-    def write(x, y, axis=0):
-        return jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), index * (x.shape[axis] // B), axis)
+    def write(x, y):
+        return jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), index * (len(x) // B), axis=0)
 
-    caches = jax.tree.map(lambda x, y: write(x, y, int(x.ndim > 1)), rows.caches, one.caches)
-    rest = jax.tree.map(write, rows.replace(caches=None, key=None), one.replace(caches=None, key=None))
-    return rest.replace(caches=caches, key=rows.key.at[index].set(one.key[0]))
+    rest = jax.tree.map(write, rows.replace(key=None), one.replace(key=None))
+    return rest.replace(key=rows.key.at[index].set(one.key[0]))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -159,6 +156,6 @@ def with_room(rows: Rows, slots: int) -> Rows:
 
     def grow(x):
         more = max(slots - x.shape[2], 0) if x.ndim > 1 else 0
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))) if more else x
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
     return rows.replace(caches=jax.tree.map(grow, rows.caches))

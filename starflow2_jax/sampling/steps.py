@@ -52,21 +52,18 @@ def read(program: Program, params, rows: Rows, batch: Sequence, lane: int, lengt
     """Read more of a prompt in one go: batch (B, S), right padded to `lengths` (B,), which ends at rotary offset `ends`
     (B,), into cache rows `lane` of each row (0: its own). A row of length 0 stays as it is."""
     G = program.lanes
-    caches = jax.tree.map(lambda x: x[:, lane::G] if x.ndim > 1 else x[lane::G], rows.caches)
+    caches = jax.tree.map(lambda x: x[lane::G], rows.caches)
     begin, offset = caches.length, rows.offset[lane::G]
     output = program.apply(params, batch.replace(positions=batch.positions + offset[:, None, None]), caches)
     grown = output.caches.rewind(begin + lengths)
     last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
     some = lengths > 0
 
-    def put(old, new):
-        return old.at[:, lane::G].set(new) if old.ndim > 1 else old.at[lane::G].set(new)
-
     def keep(old, new):
         return old.at[lane::G].set(jnp.where(some.reshape(-1, *[1] * (new.ndim - 1)), new, old[lane::G]))
 
     rows = rows.replace(
-        caches=jax.tree.map(put, rows.caches, grown),
+        caches=jax.tree.map(lambda old, new: old.at[lane::G].set(new), rows.caches, grown),
         mean=keep(rows.mean, output.mean[last]),
         scale=keep(rows.scale, output.scale[last]),
         offset=keep(rows.offset, offset + ends),

@@ -12,7 +12,8 @@ import tiny
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Shape, collate
-from starflow2_jax.models.pretzel import Caches, Output, Pretzel
+from starflow2_jax.models.layers import separate_layers
+from starflow2_jax.models.pretzel import Caches, Output, Pretzel, for_sampling, init_params
 from starflow2_jax.models.qwen import Qwen
 from starflow2_jax.sequence import Sequence, Step
 
@@ -180,10 +181,27 @@ def test_caches_after_generating_are_those_after_reading(stories, decoded):
     for name in ("vlm", "deep"):
         mine, theirs = getattr(stepped, name), getattr(read, name)
         for b in range(2):
-            for a, c in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-                CLOSE(a[:, b, : total[b]], c[:, b, : total[b]])
-                assert np.abs(np.asarray(a[:, b, : total[b]])).max() > 0.1
+            for a, c in zip(mine.keys + mine.values, theirs.keys + theirs.values, strict=True):
+                CLOSE(a[b, :, : total[b]], c[b, :, : total[b]])
+                assert np.abs(np.asarray(a[b, :, : total[b]])).max() > 0.1
     assert np.array_equal(stepped.length, total) and np.array_equal(stepped.deep.length, total)
+
+
+def test_layers_with_parameters_of_their_own(stories):
+    """What a sampler runs: the scanned model's answers, from the same numbers, with its caches."""
+    apart = Pretzel(for_sampling(tiny.MODEL.cfg))
+    params = separate_layers(tiny.params())
+    shapes = jax.tree.map(jnp.shape, init_params(apart, jax.random.key(0)))
+    assert shapes == jax.tree.map(jnp.shape, params)
+    want = run(stories[0], tiny.params(), empty(2, 40))
+    caches = apart.apply({"params": params}, 2, 40, method=Pretzel.empty_caches)
+    for held in (None, caches):
+        found = jax.jit(lambda b, c: apart.apply({"params": params}, b, c))(stories[0], held)
+        for b, length in enumerate((stories[0].segments > 0).sum(axis=1)):
+            CLOSE(said(found)[b, :length], said(want)[b, :length])
+        CLOSE(found.u, want.u)
+        CLOSE(found.logdet, want.logdet)
+    jax.tree.map(CLOSE, found.caches, want.caches)
 
 
 def test_slots_count_through_each_image(batch):

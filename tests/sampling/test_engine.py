@@ -167,7 +167,7 @@ def test_a_mesh_gives_the_same(sampler, axes):
     (tokens, u, session), (want_tokens, want_u, _) = (written(s, PROMPTS, options, seed=1) for s in (spread, sampler))
     assert (tokens == want_tokens).all()
     np.testing.assert_allclose(u, want_u, atol=1e-4)
-    assert len(session.rows.caches.vlm.keys.sharding.device_set) == 8
+    assert len(session.rows.caches.vlm.keys[-1].sharding.device_set) == 8
 
 
 def test_jacobi_is_the_sequential_answer(sampler):
@@ -284,7 +284,7 @@ def test_a_row_is_put_beside_others(sampler):
     single = sampler.session(options, [3])
     single.read(PROMPTS[2:])
     next(single.stream(every=1))
-    slots = both.rows.caches.vlm.keys.shape[2]
+    slots = both.rows.caches.slots
     both.rows = rows.put(both.rows, 1, rows.with_room(single.rows, slots))
     for _ in both.go_on():
         pass
@@ -308,7 +308,7 @@ def test_bfloat16_weights_and_caches():
     model = Pretzel(in_type(tiny.CONFIG, "bfloat16"))
     small = Sampler(model, tiny.params(), tiny.tokenizer(), tiny.CODEC)
     tokens, u, session = written(small, PROMPTS[:1], SampleOptions(max_tokens=N + 2, image_first=True), seed=1)
-    assert session.rows.caches.vlm.keys.dtype == session.rows.caches.deep.values.dtype == jnp.bfloat16
+    assert session.rows.caches.vlm.keys[0].dtype == session.rows.caches.deep.values[0].dtype == jnp.bfloat16
     assert u.dtype == np.float32 and np.isfinite(u).all() and (tokens[0, 1 : N + 1] == -1).all()
 
 
