@@ -137,12 +137,22 @@ def spread(mesh: Mesh) -> int:
 def row_shardings(tree, mesh: Mesh):
     """NamedShardings of arrays that lead with rows; KVCache's keys and values (B, J, C, K) have heads too."""
 
-    def leaf(path, x):
-        axes = (("data", "fsdp"), "tensor" if re.search(r"/(keys|values)/\d+$", path_name(path)) else None)
-        axes = (*axes, *[None] * x.ndim)[: x.ndim]
-        return NamedSharding(mesh, _fitting(axes, x.shape, mesh.shape))
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _row_spec(path, x, mesh.shape)), tree)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+def constrain_rows(tree):
+    """Pin such arrays to the mesh in force; nothing without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.lax.with_sharding_constraint(x, _row_spec(path, x, mesh.shape)), tree
+    )
+
+
+def _row_spec(path, x, sizes) -> PartitionSpec:
+    axes = (("data", "fsdp"), "tensor" if re.search(r"/(keys|values)/\d+$", path_name(path)) else None)
+    return _fitting((*axes, *[None] * x.ndim)[: x.ndim], x.shape, sizes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -85,7 +85,9 @@ class Sampler:
         return sampler
 
     def place(self, tree):
-        """Rows on the mesh: over its data and fsdp axes, the caches' heads over tensor."""
+        """Host arrays that lead with rows, on the mesh: over its data and fsdp axes."""
+        if self.mesh.size == 1:
+            return tree  # the compiled function that takes them is faster at it
         return jax.device_put(tree, sharding.row_shardings(tree, self.mesh))
 
     def session(self, options: SampleOptions | Many[SampleOptions], seeds: Many[int]) -> "Session":
@@ -140,7 +142,8 @@ class Session:
         self.options += self.options[-1:] * spare
         self.program = self._program()
         branches = self.program.branches
-        self.rows = sampler.place(row.empty_rows(sampler.model, _seeds(seeds, spare), branches))
+        with jax.set_mesh(sampler.mesh):
+            self.rows = row.empty_rows(sampler.model, _seeds(seeds, spare), branches)
 
     def _program(self) -> Program:
         one, sampler = self.options[0], self.sampler
@@ -222,9 +225,8 @@ class Session:
         T, B = bucket(self.longest), len(self.options)
         idle = np.arange(B) >= self.size
         controls = Controls.of(self.options, self.program.branches)
-        fresh = np.full((B, T), -2, np.int32), np.zeros((B, T, self.sampler.codec.channels), np.float32)
-        controls, tokens, u, done, count = self.sampler.place((controls, *fresh, idle, np.zeros(B, np.int32)))
-        self.rows = self.rows.replace(controls=controls, tokens=tokens, u=u, done=done, count=count)
+        with jax.set_mesh(self.sampler.mesh):
+            self.rows = self.rows.replace(**row.new_turn(controls, T, self.sampler.codec.channels, idle))
 
     def _stop(self, strings: tuple[str, ...]) -> None:
         """End the rows whose text holds one of the strings."""
@@ -238,7 +240,8 @@ class Session:
         forked = Session(self.sampler, [self.options[i] for i in indices], seeds)
         spare = [indices[-1]] * (len(forked.options) - len(indices))
         seeds = _seeds(seeds, len(spare))
-        forked.rows = self.sampler.place(row.take(self.rows, np.array([*indices, *spare]), seeds))
+        with jax.set_mesh(self.sampler.mesh):
+            forked.rows = row.take(self.rows, np.array([*indices, *spare]), seeds)
         return forked
 
     def written(self) -> list[Document]:
@@ -283,7 +286,8 @@ class Session:
             )
         slots = bucket(used + max(bucket(reading), reading + writing + self.program.jacobi))
         if slots > self.rows.caches.slots:
-            self.rows = self.sampler.place(row.with_room(self.rows, slots))
+            with jax.set_mesh(self.sampler.mesh):
+                self.rows = row.with_room(self.rows, slots)
 
     def _call(self, compiled, rows: Rows, *arguments) -> Rows:
         shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))

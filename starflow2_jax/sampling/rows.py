@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 
 from starflow2_jax.models.pretzel import Caches, Pretzel
+from starflow2_jax.sharding import constrain_rows
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,14 @@ class Rows:
 
 @partial(jax.jit, static_argnums=(0, 2))
 def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> Rows:
-    """Rows that have read nothing, one a seed, with no room yet."""
+    """Rows that have read nothing, one a seed, with no room yet. They, as what the functions below make, lie on the mesh in
+    force."""
     B, G, cfg = len(seeds), 1 + len(branches), model.cfg
 
     def number(value: int) -> jax.Array:
         return jnp.full((B,), value, jnp.int32)
 
-    return Rows(
+    rows = Rows(
         caches=model.apply({}, B * G, 0, method=Pretzel.empty_caches),
         text=jnp.zeros((B, cfg.vlm.width), cfg.vlm.dtype),
         mean=jnp.zeros((B * G, cfg.channels)),
@@ -125,6 +127,18 @@ def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> 
         u=jnp.zeros((B, 0, cfg.channels)),
         count=number(0),
     )
+    return constrain_rows(rows)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def new_turn(controls: Controls, room: int, channels: int, idle: np.ndarray) -> dict:
+    """What a turn begins with: its options, and nothing written of at most `room` positions. idle (B,): rows that write none."""
+    B = len(idle)
+    fresh = dict(
+        controls=controls, tokens=jnp.full((B, room), -2, jnp.int32), u=jnp.zeros((B, room, channels)), done=idle,
+        count=jnp.zeros((B,), jnp.int32),
+    )  # fmt: skip
+    return constrain_rows(fresh)
 
 
 @jax.jit
@@ -136,7 +150,8 @@ def take(rows: Rows, indices: np.ndarray, seeds: np.ndarray) -> Rows:
     def pick(x):
         return jnp.take(x, indices if len(x) == B else inner, axis=0)
 
-    return jax.tree.map(pick, rows.replace(key=None)).replace(key=jax.vmap(jax.random.key)(seeds))
+    taken = jax.tree.map(pick, rows.replace(key=None)).replace(key=jax.vmap(jax.random.key)(seeds))
+    return constrain_rows(taken)
 
 
 def put(rows: Rows, index: jax.Array, one: Rows) -> Rows:
@@ -158,4 +173,4 @@ def with_room(rows: Rows, slots: int) -> Rows:
         more = max(slots - x.shape[2], 0) if x.ndim > 1 else 0
         return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
-    return rows.replace(caches=jax.tree.map(grow, rows.caches))
+    return rows.replace(caches=constrain_rows(jax.tree.map(grow, rows.caches)))

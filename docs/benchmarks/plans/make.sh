@@ -26,4 +26,4 @@ plan adapter_v5p adapter v5p:4x4x4 --config.stages.image_to_text.rows=512
 plan adapter_v6e adapter v6e:16x16 --config.stages.image_to_text.rows=1024
 plan joint_v5e joint v5e:16x16 --config.stages.joint.rows=512
 plan joint_v5p joint v5p:4x4x4 "${dots[@]}" --config.stages.joint.rows=512
-plan joint_v6e joint v6e:16x16 --config.stages.joint.rows=1024
+plan joint_v6e joint v6e:16x16 --config.stages.joint.rows=2048
