@@ -78,7 +78,10 @@ class Sampler:
             params |= checkpoints.restore(number, {"ema": moving})["ema"]
         if dtype:
             params = weights_in_type(params, dtype)
+        for name in list(params):  # one by one: no more than one group is in memory twice
+            params[name] = separate_layers(params.pop(name))
         codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
+        model = Pretzel(for_sampling(model.cfg))
         sampler = cls(model, params, tokenizer, codec, stage.skips, config.max_positions, mesh)
         sampler.schedule = checkpoints.inversion(model.cfg.shallow_blocks)
         sampler.noise = config.noise
