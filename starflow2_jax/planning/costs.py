@@ -199,10 +199,12 @@ class Analysis:
         """Bytes of a fusion's parameter that are used."""
         total = 0.0
         for user in inner.users.get(parameter.name, []):
+            if user.opcode == "tuple" or _moves(user):
+                continue  # passed on, or the links' business
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
                 total += user.bytes
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-                total += 0.0  # written in place
+                continue  # written in place
             elif user.opcode == "bitcast":
                 total += self._read(inner, user)
             elif user.opcode == "fusion":
@@ -214,6 +216,9 @@ class Analysis:
         return total
 
     def _written(self, inner: Computation, root: Instruction) -> float:
+        """Bytes of a fusion's result that it computes."""
+        if root.opcode == "parameter" or _moves(root):
+            return 0.0
         if root.opcode == "tuple":
             return sum(self._written(inner, inner[o]) for o in root.operands)
         if root.opcode == "bitcast" and root.operands[0] in inner:
@@ -232,6 +237,7 @@ class Analysis:
         kind.count += times
         kind.bytes += times * sent
         kind.seconds += times * seconds
+        self.costs.bytes += times * size * (1 + (1 / n if base in ("all-gather", "reduce-scatter") else 1))
         return kind, seconds
 
     def _payload(self, computation: Computation, at: Instruction, base: str) -> float:
@@ -253,6 +259,11 @@ class Analysis:
         if base == "collective-permute" or not along:
             return 2 * chip.link  # to a neighbour; another goes the other way meanwhile
         return chip.link * sum(2 if self.topology.closes(d) else 1 for d in along)
+
+
+def _moves(at: Instruction) -> bool:
+    """Whether an instruction in a fusion is a collective, or one of the marks where an asynchronous one begins and ends."""
+    return at.opcode.removesuffix("-start") in COLLECTIVES or "AsyncCollective" in at.attributes
 
 
 def first_group(attributes: str, chips: int) -> list[int]:

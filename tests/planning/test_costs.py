@@ -111,6 +111,52 @@ ENTRY %main (a: bf16[512,1024], b: bf16[4096,4096]) -> (bf16[4096,1024], bf16[40
     gathering = costs.collectives["all-gather", "fsdp"]
     assert gathering.count == 1 and gathering.overlapped == gathering.seconds > 0 == costs.exposed
     assert costs.seconds == pytest.approx(2 * 4096**3 / CHIPS["v5e"].flops)
+    assert costs.bytes == 2 * (4096 * 1024 + 512 * 1024) + 2 * 2 * 4096 * 4096  # the gathering's, the product's
+
+
+def test_what_a_collective_in_pieces_passes_through_fusions_is_neither_read_nor_written():
+    """As a TPU is told: a fusion that starts it, one that negates `b` while it runs, one that waits for it."""
+    gather = "all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}"
+    part, whole, other = "bf16[512,1024]{1,0}", "bf16[4096,1024]{1,0}", "bf16[64,64]{1,0}"
+    text = f"""HloModule m, is_scheduled=true
+
+%start (p: bf16[512,1024]) -> (bf16[512,1024], bf16[4096,1024]) {{
+  %p = {part} parameter(0)
+  %g = {whole} {gather}
+  ROOT %r = ({part}, {whole}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%beside (p: bf16[512,1024], w: bf16[4096,1024], b: bf16[64,64]) -> (bf16[64,64], bf16[512,1024], bf16[4096,1024], bf16[4096,1024]) {{
+  %p = {part} parameter(0)
+  %w = {whole} parameter(1)
+  %b = {other} parameter(2)
+  %g = {whole} {gather}
+  %n = {other} negate(%b)
+  ROOT %r = ({other}, {part}, {whole}, {whole}) tuple(%n, %p, %w, %g)
+}}
+
+%done (p: bf16[512,1024], w: bf16[4096,1024]) -> bf16[4096,1024] {{
+  %p = {part} parameter(0)
+  %w = {whole} parameter(1)
+  %g = {whole} {gather}
+  ROOT %r = {whole} custom-call(%p, %w, %g), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (a: bf16[512,1024], b: bf16[64,64]) -> bf16[4096,1024] {{
+  %a = {part} parameter(0)
+  %b = {other} parameter(1)
+  %s = ({part}, {whole}) fusion(%a), kind=kCustom, calls=%start
+  %sp = {part} get-tuple-element(%s), index=0
+  %sw = {whole} get-tuple-element(%s), index=1
+  %m = ({other}, {part}, {whole}, {whole}) fusion(%sp, %sw, %b), kind=kOutput, calls=%beside
+  %mp = {part} get-tuple-element(%m), index=1
+  %mw = {whole} get-tuple-element(%m), index=2
+  ROOT %d = {whole} fusion(%mp, %mw), kind=kCustom, calls=%done
+}}
+"""
+    costs = analyse(text, {"data": 1, "fsdp": 8})
+    assert costs.collectives["all-gather", "fsdp"].count == 1
+    assert costs.bytes == 2 * (4096 * 1024 + 512 * 1024) + 2 * 2 * 64 * 64  # the gathering's, and b read and its negative written
 
 
 def test_bytes_of_a_cut_and_of_a_piece_written():
