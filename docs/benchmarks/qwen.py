@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from starflow2_jax.models import attention
+from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.sequence import text_positions
 from starflow2_jax.weights.qwen import QWEN2_5_VL
@@ -148,6 +149,7 @@ def main() -> None:
     device = "cpu" if a.device == "cpu" else "cuda"
     model = reference(cfg, a.dtype, device)
     module, params = ours(cfg, model if a.size == "small" else None)
+    sampler, apart = Qwen(replace(cfg, scan=False)), separate_layers(params)
     tokens = np.random.default_rng(0).integers(0, cfg.vocabulary, (a.batch, a.length))
     positions = np.broadcast_to(text_positions(0, a.length), (a.batch, a.length, 3))
     ids = torch.tensor(tokens, device=device)
@@ -182,7 +184,7 @@ def main() -> None:
     runs = {
         "forward": (lambda: forward(module, params, tokens, positions), their_forward, tokens.size),
         "gradient": (lambda: gradient(module, params, x, positions), their_gradient, tokens.size),
-        "decoding": (lambda: decode(module, params, tokens, a.new), their_decode, a.batch * a.new),
+        "decoding": (lambda: decode(sampler, apart, tokens, a.new), their_decode, a.batch * a.new),
     }
     if a.size == "small" and a.dtype == "float32":
         for name, (mine, theirs, _) in runs.items():

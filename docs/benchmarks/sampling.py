@@ -68,9 +68,6 @@ class Stack:
 
     def rotate(self, x, angles):
         cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
-        if self.cfg.rotary == "interleaved":
-            a, b = x[..., 0::2], x[..., 1::2]
-            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 

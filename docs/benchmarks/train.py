@@ -101,11 +101,11 @@ class Reference:
             x = F.linear(here, **linear(p["adapter"]["in"])) + p["adapter"]["slot"]["embedding"][slot]
             x = F.linear(F.gelu(x), **linear(p["adapter"]["out"]))
             x = torch.where(flow[..., None], x, self.vlm["token_embedding"]["embedding"][batch["tokens"]])
-            y = self.stack(self.vlm["stack"], x, batch["vlm_angles"], mask, m.vlm.heads, m.vlm.kv_heads, "half")
+            y = self.stack(self.vlm["stack"], x, batch["vlm_angles"], mask, m.vlm.heads, m.vlm.kv_heads)
             y = F.rms_norm(y, y.shape[-1:], self.vlm["norm"]["scale"], 1e-6)
         image = F.linear(here, **linear(p["embed_u"])) + p["embed_slot"]["embedding"][slot]
         c = torch.where(flow[..., None], image, F.linear(y, **linear(p["embed_y"])))
-        c = self.stack(p["deep"], c, batch["deep_angles"], mask, m.deep.heads, m.deep.heads, "interleaved")
+        c = self.stack(p["deep"], c, batch["deep_angles"], mask, m.deep.heads, m.deep.heads)
         raw = F.linear(F.rms_norm(c, c.shape[-1:], 1 + p["deep_norm"]["scale"], 1e-6), **linear(p["head"]))
         mean, scale = gaussian(raw)
         mean, scale = (read(a, batch["predictors"]) for a in (mean, scale))
@@ -119,22 +119,22 @@ class Reference:
         seen = torch.cat([p["start_token"].expand(B, 1, D), h[:, :-1]], 1)
         x = F.linear(seen, **linear(p["proj_in"]))
         t = self.model.shallow
-        x = self.stack(p["stack"], x, self.grid_angles, None, t.heads, t.heads, "interleaved")
+        x = self.stack(p["stack"], x, self.grid_angles, None, t.heads, t.heads)
         raw = F.linear(F.rms_norm(x, x.shape[-1:], 1 + p["norm"]["scale"], 1e-6), **linear(p["proj_out"]))
         mean, scale = gaussian(raw)
         z, logdet = (h - mean) / scale, -scale.log()
         return (z.flip(1), logdet.flip(1)) if flip else (z, logdet)
 
-    def stack(self, layers, x, angles, mask, heads: int, kv: int, rotary: str):
+    def stack(self, layers, x, angles, mask, heads: int, kv: int):
         for p in layers:
-            x = layer(p, x, angles, mask, heads, kv, rotary)
+            x = layer(p, x, angles, mask, heads, kv)
         return x
 
 
 UNUSED = ("adapter", "w_vlm", "w_d")
 
 
-def layer(p: dict, x, angles, mask, heads: int, kv: int, rotary: str):
+def layer(p: dict, x, angles, mask, heads: int, kv: int):
     """One pre-norm layer: the flow's (zero-centred RMS norms, norms of q and k, squared ReLU) or Qwen's."""
     qwen, E = "gate" in p["mlp"], x.shape[-1:]
 
@@ -148,7 +148,7 @@ def layer(p: dict, x, angles, mask, heads: int, kv: int, rotary: str):
     if "query_norm" in a:
         q, k = norm(q, a["query_norm"]["scale"]), norm(k, a["key_norm"]["scale"])
     if angles is not None:
-        q, k = rotate(q, angles, rotary), rotate(k, angles, rotary)
+        q, k = rotate(q, angles), rotate(k, angles)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=kv != heads)
     x = x + F.linear(y.transpose(1, 2).reshape(B, S, *E), **linear(a["out"]))
@@ -171,13 +171,9 @@ def read(source, slot):
     return source.gather(1, slot[..., None].expand(-1, -1, source.shape[-1]))
 
 
-def rotate(x, angles, style: str):
-    cos, sin = angles
-    if style == "half":
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+def rotate(x, angles):
+    (cos, sin), (a, b) = angles, x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def torch_batch(batch, model) -> dict:

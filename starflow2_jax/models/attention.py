@@ -82,17 +82,11 @@ def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, section
     return jnp.asarray(positions, jnp.float32)[..., axis] * frequencies
 
 
-def rotate(x: jax.Array, angles: jax.Array, style: str) -> jax.Array:
-    """Rotate pairs of channels of x (B, S, H, K) by angles (B, S, K/2), or (S, K/2), in fp32.
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotate the pairs of channels (i, i + K/2) of x (B, S, H, K) by angles (B, S, K/2), or (S, K/2), in fp32.
 
-    style "interleaved": pairs (2i, 2i+1); "half": pairs (i, i + K/2).
+    STARFlow pairs (2i, 2i+1) instead; `weights/flow.py` sorts its channels, which leaves their products what they are.
     """
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    x32 = x.astype(jnp.float32)
-    if style == "interleaved":
-        a, b = x32[..., 0::2], x32[..., 1::2]
-        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
-    else:
-        a, b = jnp.split(x32, 2, axis=-1)
-        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return turned.astype(x.dtype)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

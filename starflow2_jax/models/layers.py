@@ -34,8 +34,15 @@ REMAT = {
     ),
 }
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, in fp32, as PyTorch writes it: by erf, which a TPU computes in one pass, unlike jax.nn.gelu's erfc."""
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
@@ -63,7 +70,6 @@ class TransformerConfig:
     post_norm: bool = False  # RMS norm after attention and after the MLP
     dropout: float = 0.0  # of what a branch adds to the stream; only where a "dropout" key is given: in training
     layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
-    rotary: str = "interleaved"  # how channels pair up: "interleaved" or "half"
     dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
     remat: str | bool = "none"  # a key of REMAT; older configs say False for "none", True for "full"
     kernel: str = "xla"  # of attention over whole rows, see kernels.py
@@ -139,7 +145,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = Norm("rms_zero", name="query_norm")(q), Norm("rms_zero", name="key_norm")(k)
         if angles is not None:
-            q, k = attention.rotate(q, angles, c.rotary), attention.rotate(k, angles, c.rotary)
+            q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         q = constrain(q, "batch", "sequence", "heads", None)
         if stored is not None:
             stored = tuple(attention.write_slots(old, new, start) for old, new in zip(stored, (k, v), strict=True))

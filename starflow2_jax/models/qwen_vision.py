@@ -46,7 +46,7 @@ class VisionConfig:
         return TransformerConfig(
             layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, norm="rms",
             norm_eps=self.norm_eps, activation="silu", gated_mlp=True, qkv_bias=True, out_bias=True, mlp_bias=True,
-            rotary="half", dtype=self.dtype, remat=self.remat, scan=self.scan, unroll=self.unroll,
+            dtype=self.dtype, remat=self.remat, scan=self.scan, unroll=self.unroll,
         )  # fmt: skip
 
 

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 import jax
 
+from starflow2_jax.planning.chips import CHIPS
+
 KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is in steps
 
 # Dense bfloat16 FLOP/s of one device, as their makers state them; names as `device_kind` has them.
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
     "TPU7x": 2307e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,

@@ -10,7 +10,17 @@ import numpy as np
 
 from starflow2_jax.models.flow import Context, Flow, FlowBlockConfig, alternating
 from starflow2_jax.models.layers import TransformerConfig
-from starflow2_jax.weights.table import Ignore, Rule, WeightError, from_heads, import_tensors, linear, norm, to_heads
+from starflow2_jax.weights.table import (
+    NEIGHBOURS,
+    Ignore,
+    Rule,
+    WeightError,
+    from_heads,
+    import_tensors,
+    linear,
+    norm,
+    to_heads,
+)
 
 LAYER, STACK = "blocks.{block}.attn_blocks.{layer}.", "block_{block}/stack/layers/"
 QKV = tuple(f"{STACK}attention/{name}" for name in ("query", "key", "value"))
@@ -20,8 +30,6 @@ BLOCK = (
     *linear("blocks.{block}.proj_out", "block_{block}/proj_out"),
     Rule("blocks.{block}.pos_embed", "block_{block}/position_embedding"),
     *norm(LAYER + "attention.norm", STACK + "attention_norm"),
-    *to_heads(LAYER + "attention.qkv", QKV),
-    *from_heads(LAYER + "attention.proj", STACK + "attention/out"),
     *norm(LAYER + "mlp.norm", STACK + "mlp_norm"),
 )
 PLAIN_MLP = (*linear(LAYER + "mlp.main.0", STACK + "mlp/up"), *linear(LAYER + "mlp.main.2", STACK + "mlp/down"))
@@ -29,17 +37,21 @@ GATED_MLP = tuple(r for m in ("gate", "up", "down") for r in linear(f"{LAYER}mlp
 
 TARFLOW = (
     *BLOCK,
+    *to_heads(LAYER + "attention.qkv", QKV),
+    *from_heads(LAYER + "attention.proj", STACK + "attention/out"),
     *PLAIN_MLP,
     Rule("blocks.{block}.class_embed", "block_{block}/class_embedding", "c 1 e -> c e"),
     Ignore(r"var|blocks\.\d+\.attn_mask"),
 )
 STARFLOW = (
     *BLOCK,
+    *to_heads(LAYER + "attention.qkv", QKV, head=NEIGHBOURS),
+    *from_heads(LAYER + "attention.proj", STACK + "attention/out", head=NEIGHBOURS),
     Rule("blocks.{block}.sos_embed", "block_{block}/start_token", "1 1 d -> d"),
     *linear("blocks.{block}.proj_txt", "block_{block}/proj_prefix"),
     *norm("blocks.{block}.final_norm", "block_{block}/norm"),
-    *norm(LAYER + "attention.query_norm", STACK + "attention/query_norm"),
-    *norm(LAYER + "attention.key_norm", STACK + "attention/key_norm"),
+    *norm(LAYER + "attention.query_norm", STACK + "attention/query_norm", head=NEIGHBOURS),
+    *norm(LAYER + "attention.key_norm", STACK + "attention/key_norm", head=NEIGHBOURS),
     *norm(LAYER + "attention.post_norm", STACK + "attention_post_norm"),
     *norm(LAYER + "mlp.post_norm", STACK + "mlp_post_norm"),
     Ignore(r"var|blocks\.\d+\.attn_mask|feat_rope\.freqs_(cos|sin)"),
@@ -113,7 +125,7 @@ def starflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
         norm="layer" if layer_norm else "rms_zero", norm_eps=1e-5 if layer_norm else 1e-6,
         activation="gelu_tanh" if c["use_swiglu"] else "gelu", gated_mlp=c["use_swiglu"],
         qkv_bias=c["use_bias"], out_bias=c["use_bias"], mlp_bias=c["use_bias"],
-        qk_norm=c["use_qk_norm"], post_norm=c["use_post_norm"], rotary="interleaved",
+        qk_norm=c["use_qk_norm"], post_norm=c["use_post_norm"],
     )  # fmt: skip
     block = FlowBlockConfig(
         (side, side), c["in_channels"], transformer,

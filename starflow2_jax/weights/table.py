@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,27 +65,44 @@ class Part:
 Table = Sequence[Rule | Ignore]
 
 
+class Head(NamedTuple):
+    """The order of a head's channels, which rotary positions pair up: in the source, in ours; `sizes` as of a Rule."""
+
+    theirs: str
+    ours: str
+    sizes: Mapping[str, int]
+
+
+HALVES = Head("k", "k", {})  # pairs (i, i + K/2), as ours are
+NEIGHBOURS = Head("pair side", "(side pair)", {"side": 2})  # pairs (2i, 2i+1)
+
+
 def linear(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
     """A linear map, PyTorch's (out, in) -> ours (in, out)."""
     kernel = Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out")
     return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
 
 
-def norm(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
-    scale = Rule(f"{source}.weight", f"{target}/scale")
-    return (scale, Rule(f"{source}.bias", f"{target}/bias")) if bias else (scale,)
+def norm(source: str, target: str, bias: bool = True, head: Head = HALVES) -> tuple[Rule, ...]:
+    """A norm, of queries or keys where `head` says how their channels are ordered."""
+    leaves = (("weight", "scale"), ("bias", "bias")) if bias else (("weight", "scale"),)
+    axes = f"({head.theirs}) -> {head.ours}"
+    return tuple(Rule(f"{source}.{theirs}", f"{target}/{ours}", axes, head.sizes) for theirs, ours in leaves)
 
 
-def to_heads(source: str, target: str | tuple[str, ...]) -> tuple[Rule, ...]:
+def to_heads(source: str, target: str | tuple[str, ...], head: Head = HALVES) -> tuple[Rule, ...]:
     """A query, key or value map, or those that the source joins, (H K, E) -> (E, H, K), and its bias."""
     targets = (target,) if isinstance(target, str) else target
     kernels, biases = (tuple(f"{t}/{leaf}" for t in targets) for leaf in ("kernel", "bias"))
-    return Rule(f"{source}.weight", kernels, "(h k) e -> e h k"), Rule(f"{source}.bias", biases, "(h k) -> h k")
+    return (
+        Rule(f"{source}.weight", kernels, f"(h {head.theirs}) e -> e h {head.ours}", head.sizes),
+        Rule(f"{source}.bias", biases, f"(h {head.theirs}) -> h {head.ours}", head.sizes),
+    )
 
 
-def from_heads(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
+def from_heads(source: str, target: str, bias: bool = True, head: Head = HALVES) -> tuple[Rule, ...]:
     """The map behind the heads, (E, H K) -> (H, K, E)."""
-    kernel = Rule(f"{source}.weight", f"{target}/kernel", "e (h k) -> h k e")
+    kernel = Rule(f"{source}.weight", f"{target}/kernel", f"e (h {head.theirs}) -> h {head.ours} e", head.sizes)
     return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
 
 
@@ -222,9 +240,10 @@ def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple
     for group, size in zip(left, source, strict=False):
         if len(group) == 1:
             sizes.setdefault(group[0], size)
-    for group, size in zip(right, target, strict=True):  # a grouped axis of the target fixes its first name
+    for group, size in zip(right, target, strict=True):  # a grouped axis of the target fixes what is left of it
         if len(group) > 1:
-            sizes[group[0]] = size // math.prod(max(sizes.get(name, 1), 1) for name in group[1:])
+            free = next((name for name in group if name not in sizes), group[0])
+            sizes[free] = size // math.prod(max(sizes[name], 1) for name in group if name != free)
     names = [name for group in left for name in group if name != "1"]
     shape = tuple(math.prod(sizes.get(name, 1) for name in group) for group in left)
     return shape, [sizes.get(name, 1) for name in names], [names.index(name) for group in right for name in group]

@@ -156,7 +156,9 @@ ENTRY %main (a: bf16[512,1024], b: bf16[64,64]) -> bf16[4096,1024] {{
 """
     costs = analyse(text, {"data": 1, "fsdp": 8})
     assert costs.collectives["all-gather", "fsdp"].count == 1
-    assert costs.bytes == 2 * (4096 * 1024 + 512 * 1024) + 2 * 2 * 64 * 64  # the gathering's, and b read and its negative written
+    assert (
+        costs.bytes == 2 * (4096 * 1024 + 512 * 1024) + 2 * 2 * 64 * 64
+    )  # the gathering's, and b read and its negative written
 
 
 def test_bytes_of_a_cut_and_of_a_piece_written():
