@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ class CheckpointDirectory:
         self.folder = Path(folder).resolve()
         self._keep = keep
         self._manager = None
+        self._lister: threading.Thread | None = None
 
     @property
     def manager(self) -> ocp.CheckpointManager:
@@ -162,15 +164,28 @@ class CheckpointDirectory:
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
         self.wait()  # for the step before: orbax would wait for it now, too
         self.manager.save(number, args=composite, metrics=metrics)
+        if distributed.primary():
+            self._written = threading.Event()
+            self._lister = threading.Thread(target=self._list_files, args=(number, self._written), daemon=True)
+            self._lister.start()
 
     def wait(self) -> None:
-        """Wait for the files; then the steps that are whole get their lists of files."""
-        self.manager.wait_until_finished()
-        if distributed.primary():
-            for number in self.manager.all_steps():
-                step = self._step(number)
-                if step.is_dir() and not manifest.has(step):
-                    manifest.write(step)
+        """Wait for the files and their list."""
+        try:
+            self.manager.wait_until_finished()
+        finally:
+            if self._lister is not None:
+                self._written.set()
+                self._lister.join()
+                self._lister = None
+
+    def _list_files(self, number: int, written: threading.Event) -> None:
+        """Beside the training: when step `number` is whole, it and any other without one get their lists of files."""
+        while not (self._step(number).is_dir() or written.wait(1)):
+            pass
+        for step in self._steps():
+            if not manifest.has(self._step(step)):
+                manifest.write(self._step(step))
 
     def close(self) -> None:
         """Wait for the files, and let go of the directory."""
@@ -182,9 +197,12 @@ class CheckpointDirectory:
         return self.manager.latest_step() if (self.folder / "steps").is_dir() else None
 
     def require_latest(self) -> int:
-        """The newest step that is whole; what is wrong with newer ones is said on stderr. Raises CheckpointError."""
+        """The newest step that is whole, to sample from; what is wrong with newer ones is said on stderr.
+
+        Its optimizer, which is most of it, is not looked at. Raises CheckpointError.
+        """
         self._json("config.json")
-        number, _ = self._newest_whole()
+        number, _ = self._newest_whole(unread=("optimizer",))
         if number is None:
             raise CheckpointError(f"{self.folder} holds no saved step yet; train first")
         return number
@@ -205,13 +223,11 @@ class CheckpointDirectory:
         if self._manager is not None:
             self._manager.reload()
 
-    def _newest_whole(self) -> tuple[int | None, list[int]]:
-        """The newest step that is whole, and the damaged ones after it."""
-        folder = self.folder / "steps"
-        numbers = [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
+    def _newest_whole(self, unread: tuple[str, ...] = ()) -> tuple[int | None, list[int]]:
+        """The newest step that is whole, and the damaged ones after it. `unread`: items that are not looked at."""
         damaged = []
-        for number in sorted(numbers, reverse=True):
-            if (fault := self._fault(number)) is None:
+        for number in sorted(self._steps(), reverse=True):
+            if (fault := self._fault(number, unread)) is None:
                 return number, damaged
             damaged.append(number)
             print(
@@ -224,8 +240,12 @@ class CheckpointDirectory:
             )
         return None, []
 
-    def _fault(self, number: int) -> str | None:
-        if fault := manifest.fault(self._step(number)):
+    def _steps(self) -> list[int]:
+        folder = self.folder / "steps"
+        return [int(step.name) for step in folder.iterdir() if step.name.isdigit()] if folder.is_dir() else []
+
+    def _fault(self, number: int, unread: tuple[str, ...]) -> str | None:
+        if fault := manifest.fault(self._step(number), unread):
             return fault
         path = self._step(number) / "meta" / "metadata"  # also of a step without a list of its files
         try:

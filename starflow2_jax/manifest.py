@@ -2,16 +2,20 @@
 
 import json
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "files.json"
-SMALL = 2**20  # bytes; files up to this size (all metadata, and indices) are compared by content, too
+READERS, PIECE = 8, 2**24  # files read at a time; bytes of one that are in memory
 
 
 def write(step: Path) -> None:
-    """List the files of a step folder, with sizes and checksums of the small ones."""
+    """List the files of a step folder, with sizes and checksums."""
+    paths = [path for path in step.rglob("*") if path.is_file() and path.name not in (NAME, f".{NAME}")]
+    found = zip(paths, _checksums(paths), strict=True)
     partial = step / f".{NAME}"
-    partial.write_text(json.dumps({str(path.relative_to(step)): _describe(path) for path in _files(step)}))
+    partial.write_text(json.dumps({str(p.relative_to(step)): [p.stat().st_size, sum_] for p, sum_ in found}))
     partial.rename(step / NAME)
 
 
@@ -19,33 +23,38 @@ def has(step: Path) -> bool:
     return (step / NAME).is_file()
 
 
-def fault(step: Path) -> str | None:
+def fault(step: Path, unread: tuple[str, ...] = ()) -> str | None:
     """What is wrong with a step folder: a file that is missing, cut off or changed; None where all is as it was written.
 
-    A step without a list (of an older version, or killed before it was written) is whole as far as can be seen here:
-    a step folder gets its name only when all of it is there.
+    `unread`: subfolders that are not looked at. A step without a list (of an older version, or killed before it was
+    written) is whole as far as can be seen here: a step folder gets its name only when all of it is there.
     """
     if not has(step):
         return None
     try:
-        wanted = json.loads((step / NAME).read_text())
-        files = wanted.items()
-    except (OSError, ValueError, AttributeError):
+        listed = json.loads((step / NAME).read_text()).items()
+        wanted = {step / name: (size, sum_) for name, (size, sum_) in listed if Path(name).parts[0] not in unread}
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"{NAME} is damaged"
-    for name, description in files:
-        path = step / name
+    for path, (size, _) in wanted.items():
         if not path.is_file():
-            return f"{name} is missing"
-        if _describe(path) != description:
-            return f"{name} is cut off or changed"
+            return f"{path.relative_to(step)} is missing"
+        if path.stat().st_size != size:
+            return f"{path.relative_to(step)} is cut off or changed"
+    for (path, (_, sum_)), found in zip(wanted.items(), _checksums(list(wanted)), strict=True):
+        if found != sum_:
+            return f"{path.relative_to(step)} is changed"
     return None
 
 
-def _files(step: Path) -> list[Path]:
-    return sorted(path for path in step.rglob("*") if path.is_file() and path.name not in (NAME, f".{NAME}"))
+def _checksums(paths: list[Path]) -> Iterator[int]:
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(_checksum, paths)
 
 
-def _describe(path: Path) -> list[int]:
-    """Size, and the checksum of a small file."""
-    size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes())] if size <= SMALL else [size]
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            value = zlib.crc32(piece, value)
+    return value

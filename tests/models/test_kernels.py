@@ -79,6 +79,7 @@ def test_cudnn_on_packed_rows(stream):
         ("xla", dict(data=1, sequence=2, tensor=4), 2),
         ("splash_interpreted", dict(data=2, fsdp=2, tensor=2), 4),
         ("splash_interpreted", dict(data=2, sequence=2, tensor=2), 2),
+        ("splash_interpreted", dict(data=2, tensor=4), 2),
     ],
 )
 def test_kernels_on_a_mesh(kernel, mesh, rows):

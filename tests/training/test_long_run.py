@@ -189,6 +189,18 @@ def test_a_damaged_step_is_passed_over(three_steps, tmp_path, capfd, name, how):
     assert (folder / "damaged" / "3.1").is_dir()
 
 
+def test_one_bit_of_a_large_file(tmp_path):
+    """Larger than what is read at a time, and not looked at where it is not to be read."""
+    step, name = tmp_path / "7", "optimizer/d/0"
+    (step / "optimizer" / "d").mkdir(parents=True)
+    (step / name).write_bytes(bytes(manifest.PIECE + 5))
+    manifest.write(step)
+    assert manifest.fault(step) is None
+    damage(step, name, "flipped")
+    assert manifest.fault(step) == f"{name} is changed"
+    assert manifest.fault(step, unread=("optimizer",)) is None
+
+
 def test_no_step_is_whole(three_steps, tmp_path):
     folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
     for number in (1, 2, 3):

@@ -176,7 +176,8 @@ def test_constraints_land_in_the_compiled_program():
     args = (x, jnp.zeros((8, 8)), attention.causal_mask(jnp.ones((4, 8), jnp.int32)))
     params = model.init(jax.random.key(0), *args)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    hidden, query = "f32[1,8,40]", "f32[1,8,1,16]"  # rows / (data fsdp), F / tensor; H / tensor
+    # rows / (data fsdp), F / tensor; H / tensor. An axis of one may be gone.
+    hidden, query = (re.compile(rf"f32\[(1,)?{shape}\]") for shape in ("8,40", "8,1,16"))
 
     def lower():
         whole = sharding.replicated(mesh)
@@ -186,9 +187,9 @@ def test_constraints_land_in_the_compiled_program():
         lowered = lower()
     text = lowered.compile().as_text()
     assert "sharding_constraint" in lowered.as_text() and '"tensor"' in lowered.as_text()
-    assert hidden in text and query in text
+    assert hidden.search(text) and query.search(text)
     outside = lower()
-    assert "sharding_constraint" not in outside.as_text() and hidden not in outside.compile().as_text()
+    assert "sharding_constraint" not in outside.as_text() and not hidden.search(outside.compile().as_text())
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
