@@ -20,10 +20,10 @@ plan() { # NAME EXPERIMENT TOPOLOGY OVERRIDE...
 dots=(--config.model.shallow.remat=dots --config.model.deep.remat=dots)
 plan t2i_v5e t2i v5e:16x16 "${dots[@]}" --config.stages.text_to_image.rows=512
 plan t2i_v5p t2i v5p:4x4x4 "${dots[@]}" --config.stages.text_to_image.rows=512
-plan t2i_v6e t2i v6e:16x16 "${dots[@]}" --config.stages.text_to_image.rows=1536
+plan t2i_v6e t2i v6e:16x16 "${dots[@]}" --config.stages.text_to_image.rows=1024
 plan adapter_v5e adapter v5e:16x16 --config.stages.image_to_text.rows=512
 plan adapter_v5p adapter v5p:4x4x4 --config.stages.image_to_text.rows=512
 plan adapter_v6e adapter v6e:16x16 --config.stages.image_to_text.rows=1024
 plan joint_v5e joint v5e:16x16 --config.stages.joint.rows=512
 plan joint_v5p joint v5p:4x4x4 "${dots[@]}" --config.stages.joint.rows=512
-plan joint_v6e joint v6e:16x16 --config.stages.joint.rows=2048
+plan joint_v6e joint v6e:16x16 --config.stages.joint.rows=1024
