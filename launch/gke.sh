@@ -62,8 +62,13 @@ storage() {
 
 start() {
   local image=(--base-docker-image="${BASE_IMAGE:-python:3.11}" --script-dir="$REPOSITORY")
-  local extra=tpu before=""
-  [[ -z "${GPU:-}" ]] || extra=cuda
+  local extra=tpu before="" join=""
+  if [[ -n "${GPU:-}" ]]; then
+    extra=cuda
+    # XPK names the processes of GPU nodes to the workload by variables of its own.
+    # shellcheck disable=SC2016
+    join='export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES JAX_PROCESS_ID=$NODE_RANK && '
+  fi
   if [[ -n "${IMAGE:-}" ]]; then
     image=(--docker-image="$IMAGE")
   else
@@ -72,7 +77,7 @@ start() {
   # 1: a fault in Python, such as a lost peer; XPK itself starts again after 127 and above, that is after signals.
   run xpk workload create "${WHERE[@]}" --workload "$NAME" "${MACHINES[@]}" "${image[@]}" \
     --max-restarts="${RESTARTS:-50}" --restart-on-exit-codes="1,$RESTART_CODE" --termination-grace-period-seconds=300 \
-    --command="$before$(quoted "${TRAIN[@]}")"
+    --command="$before$join$(quoted "${TRAIN[@]}")"
 }
 
 stop() {

@@ -11,13 +11,18 @@
 #   --dry-run  print every command, run none
 #
 # submit: CONFIG; OUT, a folder that all nodes see; NODES=1; GPUS=8, of a node; PER=gpu: one process a GPU, or PER=node;
-#         CPUS=8, of a GPU; TIME=24:00:00; PARTITION and ACCOUNT, where the cluster wants them; NAME=starflow2; LOGS=., a
-#         folder that exists; GRACE=300: seconds before the end of TIME at which training is told to save (SIGTERM);
-#         RESTARTS=50: how often the job is queued again, after that or a fault. VENV as in setup_env.sh.
+#         CPUS=8, of a GPU; TIME=24:00:00; PARTITION and ACCOUNT, where the cluster wants them; NAME=starflow2; LOGS, a
+#         folder that exists, else where you are; GRACE=300: seconds before the end of TIME at which training is told to
+#         save (SIGTERM); RESTARTS=50: how often the job is queued again, after that or a fault. VENV as in setup_env.sh.
 # tail, cancel: JOB, the number that submit printed; tail: LOGS as in submit.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
-PER="${PER:-gpu}" GPUS="${GPUS:-8}" CPUS="${CPUS:-8}" LOGS="${LOGS:-.}" RESTARTS="${RESTARTS:-50}"
+PER="${PER:-gpu}" GPUS="${GPUS:-8}" CPUS="${CPUS:-8}" RESTARTS="${RESTARTS:-50}"
+
+# LOGS, so that it is the same folder everywhere.
+logs() {
+  cd "${LOGS:-.}" 2>/dev/null && pwd || fail "there is no folder ${LOGS:-.}; set LOGS to one that exists"
+}
 
 processes() {
   case "$PER" in
@@ -28,14 +33,15 @@ processes() {
 }
 
 submit() {
-  local tasks options=()
+  local tasks folder options=()
   tasks="$(processes)"
+  folder="$(logs)"
   [[ -z "${PARTITION:-}" ]] || options+=(--partition="$PARTITION")
   [[ -z "${ACCOUNT:-}" ]] || options+=(--account="$ACCOUNT")
   train_command "$@"
   run sbatch --parsable --job-name="${NAME:-starflow2}" --nodes="${NODES:-1}" --gpus-per-node="$GPUS" \
     --ntasks-per-node="$tasks" --cpus-per-task=$((GPUS * CPUS / tasks)) --time="${TIME:-24:00:00}" \
-    --signal="TERM@${GRACE:-300}" --requeue --open-mode=append --output="$LOGS/slurm-%j.log" --chdir="$REPOSITORY" \
+    --signal="TERM@${GRACE:-300}" --requeue --open-mode=append --output="$folder/slurm-%j.log" --chdir="$REPOSITORY" \
     --export="ALL,PER=$PER,GPUS=$GPUS,RESTARTS=$RESTARTS" "${options[@]}" \
     --wrap="exec $(quoted "$REPOSITORY/launch/slurm.sh" job "${TRAIN[@]}")"
 }
@@ -54,7 +60,8 @@ job() {
   fi
   # When one process ends, the others have a while to end too, saving included; what then hangs on a lost peer is killed.
   options=(--kill-on-bad-exit=0 --wait=120)
-  run srun "${options[@]}" "$@" || code=$?
+  # srun takes the processors of a task from its own option alone.
+  run srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${options[@]}" "$@" || code=$?
   [[ -z "$DRY_RUN" && $code != 0 && $code != 2 ]] || exit "$code"
   if ((${SLURM_RESTART_COUNT:-0} >= RESTARTS)); then
     echo "slurm.sh: exit code $code after $RESTARTS restarts; not queued again" >&2
@@ -70,7 +77,8 @@ case "$ACTION" in
   job) job "${ARGUMENTS[@]}" ;;
   tail)
     : "${JOB:?set JOB to the number of the job}"
-    run tail -n 50 -F "$LOGS/slurm-$JOB.log"
+    folder="$(logs)"
+    run tail -n 50 -F "$folder/slurm-$JOB.log"
     ;;
   cancel)
     : "${JOB:?set JOB to the number of the job}"

@@ -32,7 +32,8 @@ mount_bucket() {
   fi
   sudo mkdir -p /bucket
   sudo chown "$(id -u)" /bucket
-  mountpoint -q /bucket || gcsfuse --implicit-dirs "$BUCKET" /bucket
+  # What one host writes, the others must find at once, even where they looked for it before.
+  mountpoint -q /bucket || gcsfuse --implicit-dirs --metadata-cache-negative-ttl-secs=0 "$BUCKET" /bucket
 }
 
 running() {

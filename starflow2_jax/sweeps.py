@@ -155,14 +155,14 @@ def train_command(sweep: Sweep, point: Point, runlocal: bool = False) -> list[st
 
 
 def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
-    """A launcher's command with {config}, {out} and {overrides} filled in; overrides become words of their own where they
+    """A launcher's command with {config}, {out}, {name} (of the point's folder) and {overrides} filled in; overrides become words of their own where they
     stand alone."""
     filled = []
     for word in shlex.split(template):
         if word == "{overrides}":
             filled += _flags(point)
         else:
-            values = {"config": sweep.config, "out": point.run, "overrides": shlex.join(_flags(point))}
+            values = {"config": sweep.config, "out": point.run, "name": f"p{point.folder.name}", "overrides": shlex.join(_flags(point))}
             for name, value in values.items():
                 word = word.replace(f"{{{name}}}", str(value))
             filled.append(word)
@@ -210,11 +210,11 @@ def _wait(command: list[str], log: Path) -> int:
             raise
 
 
-def submit(sweep: Sweep, template: str, report: Callable[[str], None] = print) -> None:
-    """Hand every point that is neither done nor handed on already to a launcher."""
+def submit(sweep: Sweep, template: str, again: bool = False, report: Callable[[str], None] = print) -> None:
+    """Hand every point that is neither done nor handed on already to a launcher; `again`: those handed on, too."""
     for number, point in enumerate(sweep.points, 1):
         title = f"point {number} of {len(sweep.points)} ({_told(sweep, point)})"
-        if point.state in (DONE, WAITING):
+        if point.state == DONE or (point.state == WAITING and not again):
             report(f"{title}: {point.state} already")
             continue
         point.folder.mkdir(parents=True, exist_ok=True)

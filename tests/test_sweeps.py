@@ -173,7 +173,7 @@ def test_a_launcher_gets_each_point_once(files, monkeypatch):
     (files / "queue.sh").write_text('#!/bin/bash\nprintf "%q " "$@" >>"$RECORD"; echo >>"$RECORD"; echo job 7\n')
     (files / "queue.sh").chmod(0o755)
     monkeypatch.setenv("RECORD", str(files / "record"))
-    template = f"{files}/queue.sh C={{config}} --out {{out}} {{overrides}} --wrap 'go {{overrides}}'"
+    template = f"{files}/queue.sh C={{config}} --out {{out}} --name {{name}} {{overrides}} --wrap 'go {{overrides}}'"
     arguments = ["sweep", "--sweep", str(files / "sweep.py"), "--out", str(files / "out"), "--launcher", template]
     assert cli.main(arguments) == 0
     sweep = sweeps.load(files / "sweep.py", files / "out")
@@ -181,7 +181,7 @@ def test_a_launcher_gets_each_point_once(files, monkeypatch):
     flags = [[f"--config.{a}" for a in p.arguments] for p in sweep.points]
     experiment = ROOT / "experiments/digits_quick.py"
     assert commands == [
-        [f"C={experiment}", "--out", str(p.run), *f, "--wrap", f"go {shlex.join(f)}"]
+        [f"C={experiment}", "--out", str(p.run), "--name", f"p{p.folder.name}", *f, "--wrap", f"go {shlex.join(f)}"]
         for p, f in zip(sweep.points, flags, strict=True)
     ]
     assert flags[0][2:] == [
@@ -191,6 +191,8 @@ def test_a_launcher_gets_each_point_once(files, monkeypatch):
     assert cli.main(arguments) == 0
     assert len((files / "record").read_text().splitlines()) == 4
     assert {p.state for p in sweep.points} == {"handed on"}
+    assert cli.main([*arguments, "--again"]) == 0
+    assert len((files / "record").read_text().splitlines()) == 8
     point = sweep.points[1]  # a job that ended since
     subprocess.run(stand_in(files, sweep)(point), check=True)
     assert cli.main(arguments) == 0

@@ -12,7 +12,10 @@ def add(commands) -> None:
     p.add_argument(
         "--launcher",
         help='hand each point to this command, such as "env CONFIG={config} OUT={out} launch/slurm.sh submit {overrides}", '
-        "instead of training it here; the same call later collects what is done",
+        "instead of training it here; the same call later collects what is done. {name} is a name for the point's job",
+    )
+    p.add_argument(
+        "--again", action="store_true", help="hand points on once more whose jobs have ended without being done"
     )
     p.add_argument("--runlocal", action="store_true", help="shrink each run to a few steps")
     p.set_defaults(run=_sweep, kept="points that are done stand; the same command goes on with the rest")
@@ -24,12 +27,14 @@ def _sweep(args, _) -> None:
 
     if args.launcher and args.runlocal:
         raise UserError("--runlocal is for runs here; put it into the launcher's command")
+    if args.again and not args.launcher:
+        raise UserError("--again is for points that a --launcher was given")
     sweep = sweeps.load(args.sweep, args.out, args.runlocal)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped is interrupted: the running point saves
     try:
         if args.launcher:
-            sweeps.submit(sweep, args.launcher)
+            sweeps.submit(sweep, args.launcher, args.again)
         else:
             sweeps.run(sweep, partial(sweeps.train_command, sweep, runlocal=args.runlocal))
     finally:

@@ -41,7 +41,9 @@ class Trainer:
         self.peak = peak_flops(config.get("peak_flops", 0.0))
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
-        if self.checkpoints.exists():
+        # One process looks, and only at what is there: some network file systems remember for a while that a file was not.
+        [self.begun, *_] = distributed.gather(distributed.primary() and self.checkpoints.exists())
+        if self.begun:
             if other := configs.differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
                 raise configs.ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
@@ -91,15 +93,15 @@ class Trainer:
 
     def _prepare(self) -> None:
         """The directory, made or gone on with; the processes of a run do it together."""
-        distributed.barrier("everybody has looked whether there is a checkpoint")
-        if self.checkpoints.exists():
+        if self.begun:
             self.checkpoints.pass_over_damaged()
         if distributed.primary():
-            if self.checkpoints.exists():
+            if self.begun:
                 self.checkpoints.write_config(self.config)
             else:
                 self.checkpoints.create(self.config, self.codec, self.tokenizer)
         distributed.barrier("the checkpoint directory is there")
+        self.begun = True
         if not distributed.primary():  # fitted on another machine, it may differ in the last bit
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
 

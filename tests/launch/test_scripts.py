@@ -63,6 +63,10 @@ SUBMIT = [
     *WORKLOAD, *SLICES, "--base-docker-image=python:3.11", f"--script-dir={ROOT}", *RESTARTED,
     f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {ESCAPED}",
 ]  # fmt: skip
+JOIN = (
+    "export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES "
+    "JAX_PROCESS_ID=$NODE_RANK && "
+)
 REMOVE = ["xpk", "workload", "delete", *IN, "--workload", "joint", "--force"]
 XPK = [
     ("cluster", GKE, [["xpk", "cluster", "create", *IN, "--tpu-type=v6e-256", "--num-slices=1", "--on-demand"]]),
@@ -79,7 +83,7 @@ XPK = [
     (
         "start", {**GKE, "GPU": "h200-141gb-8", "IMAGE": "ours:1"},
         [[*WORKLOAD, "--device-type=h200-141gb-8", "--num-nodes=1", "--docker-image=ours:1", *RESTARTED,
-          f"--command={ESCAPED}"]],
+          f"--command={JOIN}{ESCAPED}"]],
     ),
     ("list", GKE, [["xpk", "workload", "list", *IN]]),
     (
@@ -96,7 +100,7 @@ XPK = [
 ]  # fmt: skip
 
 SBATCH = [
-    "--time=24:00:00", "--signal=TERM@300", "--requeue", "--open-mode=append", "--output=./slurm-%j.log", f"--chdir={ROOT}",
+    "--time=24:00:00", "--signal=TERM@300", "--requeue", "--open-mode=append", f"--output={Path.cwd()}/slurm-%j.log", f"--chdir={ROOT}",
 ]  # fmt: skip
 WRAP = f"--wrap=exec {ROOT}/launch/slurm.sh job {ESCAPED}"
 SLURM = [
@@ -111,7 +115,8 @@ SLURM = [
           "--cpus-per-task=32", *SBATCH, "--export=ALL,PER=node,GPUS=4,RESTARTS=50", "--partition=h200", "--account=lab",
           WRAP + " --config.seed=1"]],
     ),
-    ("tail", {"JOB": "7"}, [["tail", "-n", "50", "-F", "./slurm-7.log"]]),
+    ("tail", {"JOB": "7"}, [["tail", "-n", "50", "-F", f"{Path.cwd()}/slurm-7.log"]]),
+    ("tail", {"JOB": "7", "LOGS": "launch/.."}, [["tail", "-n", "50", "-F", f"{Path.cwd()}/slurm-7.log"]]),
     ("cancel", {"JOB": "7"}, [["scontrol", "update", "JobId=7", "Requeue=0"], ["scancel", "--signal=TERM", "7"]]),
 ]  # fmt: skip
 CASES = [(s, *c) for s, cases in (("tpu_pod", TPU_POD), ("gke", XPK), ("slurm", SLURM)) for c in cases]
@@ -161,6 +166,11 @@ def test_a_missing_variable_is_named_and_nothing_is_run(call, missing, script, a
     assert done.returncode != 0 and f"{missing}: set {missing} to" in done.stderr and commands == []
 
 
+def test_a_folder_of_logs_that_is_not_there_is_named(call):
+    done, commands = call("slurm", "submit", {**RUN, "LOGS": "/nowhere"})
+    assert done.returncode == 2 and "there is no folder /nowhere; set LOGS" in done.stderr and commands == []
+
+
 @pytest.mark.parametrize("script", ["tpu_pod", "gke", "slurm"])
 def test_help_and_unknown_actions(call, script):
     done, _ = call(script, "", {})
@@ -181,9 +191,9 @@ def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, 
     python.parent.mkdir(parents=True)
     python.symlink_to("/bin/true")
     variables = {"STAND_IN_EXIT": code, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts, "VENV": str(tmp_path / "venv"),
-                 "PER": "node", "GPUS": "4"}  # fmt: skip
+                 "PER": "node", "GPUS": "4", "SLURM_CPUS_PER_TASK": "32"}  # fmt: skip
     done, commands = call("slurm", f"job {shlex.join(TRAIN)}", variables)
-    assert commands[0] == ["srun", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
+    assert commands[0] == ["srun", "--cpus-per-task=32", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
     assert commands[1:] == ([["scontrol", "requeue", "7"]] if queued else [])
     assert done.returncode == int(code)  # the stand-in of scontrol ends with it, too
 
