@@ -162,7 +162,12 @@ def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
         if word == "{overrides}":
             filled += _flags(point)
         else:
-            values = {"config": sweep.config, "out": point.run, "name": f"p{point.folder.name}", "overrides": shlex.join(_flags(point))}
+            values = {
+                "config": sweep.config,
+                "out": point.run,
+                "name": f"p{point.folder.name}",
+                "overrides": shlex.join(_flags(point)),
+            }
             for name, value in values.items():
                 word = word.replace(f"{{{name}}}", str(value))
             filled.append(word)
