@@ -1,5 +1,7 @@
 """Attention: masks, the kernel, the key/value cache and rotary angles."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,12 +37,20 @@ class KVCache:
 
 
 def write_slots(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Write `new` (B, S, J, K) into `stored` (B, J, C, K) from slot start[b] on."""
+    """Write `new` (B, S, J, K) into `stored` (B, J, C, K) from slot start[b] on.
 
-    def row(a, b, s):
-        return jax.lax.dynamic_update_slice_in_dim(a, b.swapaxes(0, 1).astype(a.dtype), s, axis=1)
-
-    return jax.vmap(row)(stored, new, start)
+    On CPU head by head: as one write of a whole row, XLA puts it into what reads the cache, too, and copies it for that.
+    """
+    new = new.swapaxes(1, 2).astype(stored.dtype)
+    by_row = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+    by_head = jax.vmap(jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0)))
+    return jax.lax.platform_dependent(
+        stored,
+        new,
+        start,
+        cpu=lambda stored, new, start: by_head(stored, new, jnp.broadcast_to(start[:, None], new.shape[:2])),
+        default=by_row,
+    )
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:
@@ -55,21 +65,37 @@ def cached_mask(length: jax.Array, steps: int, slots: int) -> jax.Array:
     return jnp.arange(slots) <= last[:, :, None]
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0, layout: str = "bcjk"
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
     """Softmax attention, logits and softmax in fp32.
 
-    q (B, S, H, K); k, v (B, C, J, K) with J dividing H, or as `layout` says; mask (B, S, C) or broadcastable, True where
-    visible. Logits are scaled by K^-0.5 and divided by `temperature`. Returns (B, S, H, K) in q's dtype.
+    q (B, S, H, K); k, v (B, C, J, K) with J dividing H; mask (B, S, C) or broadcastable, True where visible. Logits are
+    scaled by K^-0.5 and divided by `temperature`. Returns (B, S, H, K) in q's dtype.
     """
     B, S, H, K = q.shape
-    J = k.shape[layout.index("j")]
+    J = k.shape[2]
     q = (q * (K**-0.5 / temperature)).reshape(B, S, J, H // J, K)
-    logits = jnp.einsum(f"bsjrk,{layout}->bjrsc", q, k, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask[:, None, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum(f"bjrsc,{layout}->bsjrk", weights, v).reshape(B, S, H, K)
+    logits = jnp.einsum("bsjrk,bcjk->bjrsc", q, k, preferred_element_type=jnp.float32)
+    weights = _softmax(logits, mask).astype(v.dtype)
+    return jnp.einsum("bjrsc,bcjk->bsjrk", weights, v).reshape(B, S, H, K)
+
+
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """`attend` to keys and values as a KVCache keeps them, (B, J, C, K): matrix products that read them as they lie."""
+    B, S, H, K = q.shape
+    J = k.shape[1]
+    R = H // J
+    q = (q * (K**-0.5 / temperature)).reshape(B, S, J, R, K).transpose(0, 2, 3, 1, 4).reshape(B, J, R * S, K)
+    heads = ((0, 1), (0, 1))
+    logits = jax.lax.dot_general(k, q, (((3,), (3,)), heads), preferred_element_type=jnp.float32)  # (B, J, C, R S)
+    weights = _softmax(logits.swapaxes(-1, -2).reshape(B, J, R, S, -1), mask)
+    weights = weights.reshape(B, J, R * S, -1).astype(v.dtype)
+    out = jax.lax.dot_general(weights, v, (((3,), (2,)), heads))
+    return out.reshape(B, J, R, S, K).transpose(0, 3, 1, 2, 4).reshape(B, S, H, K)
+
+
+def _softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """logits (B, J, R, S, C), mask (B, S, C) or broadcastable."""
+    return jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
 
 
 def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...]) -> jax.Array:

@@ -150,7 +150,7 @@ class Attention(nn.Module):
         if stored is not None:
             stored = tuple(attention.write_slots(old, new, start) for old, new in zip(stored, (k, v), strict=True))
             k, v = (a.astype(q.dtype) for a in stored)
-            out = attention.attend(q, k, v, mask, temperature, layout="bjck")
+            out = attention.attend_cached(q, k, v, mask, temperature)
         elif mask is None:
             out = attend_packed(q, k, v, segments, c.kernel, temperature)
         else:
