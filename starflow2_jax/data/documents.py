@@ -142,6 +142,40 @@ class JsonlDocuments(Rows):
             raise DocumentError(f"{where}: {error}") from None
 
 
+class CaptionsDropped(Rows):
+    """The documents of `source`, endlessly repeated, a `share` of their captions left out: of other ones each time round.
+
+    Document i depends on (seed, i) alone, so a position in the data says all.
+    """
+
+    def __init__(self, source: Rows[Document], share: float, seed: int):
+        self.source, self.share, self.seed = source, share, seed
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> Document:
+        document = self.source[index % len(self.source)]
+        drop = np.random.default_rng((self.seed, index)).random() < self.share
+        return without_caption(document) if drop else document
+
+
+def without_caption(document: Document) -> Document:
+    """The document without the text that it opens with, where it predicts nothing but the image that it ends with.
+
+    Guidance compares with images that no words led to. Where words or other images are predicted too, they need the text.
+    """
+    *before, last = document
+    if not (isinstance(last, Image) and last.generate) or any(_predicted(part) for part in before):
+        return document
+    first = next(i for i, part in enumerate(document) if isinstance(part, Image))
+    return document[first:]
+
+
+def _predicted(part: Text | Image) -> bool:
+    return part.generate if isinstance(part, Image) else part.predict
+
+
 class Shown(Rows):
     """The documents of `source`, their images shown through the vision tower and every word of them to be predicted."""
 
