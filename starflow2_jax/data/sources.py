@@ -35,9 +35,14 @@ def make_codec(config: ConfigDict) -> Codec:
         return configs.build(LatentCodec, values)
     if kind != "patch":
         raise configs.ConfigError(f"codec.kind is 'patch' or 'latents', not {kind!r}")
+    if config.codec.patch < 1:
+        raise configs.ConfigError(f"codec.patch is at least 1, not {config.codec.patch}")
     if config.data.source == "digits":
-        return PatchCodec.fit(digits.split("train")[0], config.codec.patch)
-    images = [p.pixels for p in _parts(config) if isinstance(p, Image) and p.via == "flow"]
+        if config.codec.get("image_channels", 1) != 1:
+            raise configs.ConfigError("the digits are gray; set codec.image_channels to 1")
+        images = digits.split("train")[0]
+    else:
+        images = [p.pixels for p in _parts(config) if isinstance(p, Image) and p.via == "flow"]
     sizes = sorted({i.shape[:2] for i in images})
     if not sizes:
         raise DocumentError(

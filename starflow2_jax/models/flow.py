@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from starflow2_jax.errors import UserError, require_one_of
 from starflow2_jax.models import attention
 from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule, solve
 from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
 
 SOFTPLUS_ONE = 0.541324854612918  # softplus of this is 1
 TEXT_PAIRS = 8  # rotary pairs that a model which takes text gives to the text axis
+STARTS, SCALES, POSITIONS = ("token", "shift"), ("softplus", "exp"), ("rotary", "learned")
 
 # (mean, scale) conditional, (mean, scale) unconditional, each (B, c, D); indices of the predictions (c, 1) -> (mean, scale)
 Guide = Callable[[tuple, tuple, jax.Array], tuple]
@@ -57,7 +59,7 @@ def grid_angles(grid, side, head_dim: int, theta: float, text: int | None) -> ja
 
 @dataclass(frozen=True)
 class FlowBlockConfig:
-    """One block. `grid` (h, w) tokens in raster order, N = h w, of `channels` D."""
+    """One block. `grid` (h, w) tokens in raster order, N = h w, of `channels` D. Raises UserError for what does not fit."""
 
     grid: tuple[int, int]
     channels: int
@@ -75,8 +77,18 @@ class FlowBlockConfig:
     prefix_channels: int = 0  # text features as a prefix of the sequence
 
     def __post_init__(self):
-        if self.prefix_channels and self.positions == "rotary" and not self.rotary_text:
-            raise ValueError("a flow block with rotary positions and a prefix needs rotary_text")
+        for name, allowed in (("start", STARTS), ("scale", SCALES), ("positions", POSITIONS)):
+            require_one_of(name, getattr(self, name), allowed)
+        if self.positions != "rotary":
+            return
+        if self.prefix_channels and not self.rotary_text:
+            raise UserError("a flow block with rotary positions and a prefix needs rotary_text")
+        of_text, head = 2 * TEXT_PAIRS * self.rotary_text, self.transformer.head
+        if head <= of_text or (head - of_text) % 4:
+            raise UserError(
+                f"heads have {head} channels (width / heads), of which rotary positions take {of_text} for text and a "
+                "multiple of 4 for row and column"
+            )
 
 
 @struct.dataclass

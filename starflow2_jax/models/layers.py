@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import UserError, require_one_of, require_positive
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
-from starflow2_jax.models.kernels import SAVED, attend_packed
+from starflow2_jax.models.kernels import PLATFORMS, SAVED, attend_packed
 from starflow2_jax.sharding import constrain, constrain_parameter
 
 LAYER_INPUT = "layer_input"
@@ -48,10 +48,14 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
+NORMS = ("layer", "rms", "rms_zero")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)). Raises UserError for values
+    that mean nothing or do not fit each other."""
 
     layers: int
     width: int  # E
@@ -76,6 +80,18 @@ class TransformerConfig:
     scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding
     unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
 
+    def __post_init__(self):
+        for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("dtype", DTYPES), ("kernel", PLATFORMS)):
+            require_one_of(name, getattr(self, name), allowed)
+        require_one_of("remat", self.remat_policy, REMAT)
+        require_positive(
+            layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, unroll=self.unroll
+        )
+        if not self.head_dim and self.width % self.heads:
+            raise UserError(f"heads={self.heads} must divide width={self.width}, or head_dim be given")
+        if self.heads % self.kv:
+            raise UserError(f"kv_heads={self.kv} must divide heads={self.heads}")
+
     @property
     def kv(self) -> int:
         return self.kv_heads or self.heads
@@ -86,11 +102,13 @@ class TransformerConfig:
 
     @property
     def remat_policy(self) -> str:
-        """Raises UserError for an unknown one."""
-        name = {False: "none", True: "full"}.get(self.remat, self.remat)
-        if name not in REMAT:
-            raise UserError(f"remat is one of {', '.join(REMAT)}, not {name!r}")
-        return name
+        return {False: "none", True: "full"}.get(self.remat, self.remat)
+
+
+def require_sections(name: str, sections: tuple[int, ...], head: int) -> None:
+    """Raises UserError where rotary sections (of time, row, column) do not make up the pairs of a head's channels."""
+    if len(sections) != 3 or 2 * sum(sections) != head:
+        raise UserError(f"{name}={tuple(sections)} must be three numbers that sum to half of a head's {head} channels")
 
 
 class Norm(nn.Module):

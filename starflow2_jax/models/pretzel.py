@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax import sequence
+from starflow2_jax.errors import UserError, require_positive
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
 from starflow2_jax.models.inversion import Schedule
-from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense, require_sections
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.sequence import Sequence, Step
 
@@ -21,6 +22,8 @@ FROZEN = ("vlm",)  # parameter groups (top-level names) of pretrained parts; all
 
 @dataclass(frozen=True)
 class PretzelConfig:
+    """Raises UserError for streams that do not fit each other."""
+
     vlm: QwenConfig
     grid: tuple[int, int]  # image tokens, N = h w
     channels: int  # D
@@ -31,6 +34,17 @@ class PretzelConfig:
     deep_rotary_theta: float = 1e4
     deep_rotary_sections: tuple[int, ...] = (8, 12, 12)
     soft_clip: float = 0.0
+
+    def __post_init__(self):
+        h, w = self.grid
+        require_positive(grid=min(h, w), channels=self.channels, shallow_blocks=self.shallow_blocks)
+        require_positive(adapter_hidden=self.adapter_hidden)
+        require_sections("deep_rotary_sections", self.deep_rotary_sections, self.deep.head)
+        if self.vlm.vision and self.vlm.vision.out_width != self.vlm.width:
+            raise UserError(
+                f"vlm.vision.out_width={self.vlm.vision.out_width} must be vlm.width={self.vlm.width}, which reads it"
+            )
+        self.shallow_chain  # noqa: B018 - its blocks look at themselves
 
     @property
     def tokens(self) -> int:

@@ -39,12 +39,17 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool =
     layout = sharding.tree_shardings(shapes, mesh)
     if not offload:
         return layout
+    require_host(mesh)
+    return layout.replace(optimizer=sharding.tree_shardings(shapes.optimizer, mesh, HOST))
+
+
+def require_host(mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where the devices reach no memory of the host."""
     device = mesh.devices.flat[0]
     if HOST not in {memory.kind for memory in device.addressable_memories()}:
         raise ConfigError(
             f"optimizer.offload needs memory of the kind {HOST}, which {device.platform} does not have here"
         )
-    return layout.replace(optimizer=sharding.tree_shardings(shapes.optimizer, mesh, HOST))
 
 
 def loss_sums(
