@@ -148,7 +148,7 @@ def test_a_flow_block_that_there_is_not(option, value, near):
 )
 def test_what_stops_a_late_stage_is_refused_before_the_first_begins(tmp_path, monkeypatch, change, saying):
     monkeypatch.setattr(step, "HOST", "nowhere")  # a CPU's devices do reach the host's memory
-    config = configs.load(QUICK).unlock()
+    config = configs.load(QUICK, runlocal=True).unlock()
     config.stages.joint.update(change)
     refused(UserError, Trainer(config, tmp_path / "run").run, progress=False, saying=("stage joint", *saying))
     assert not (tmp_path / "run").exists()
@@ -162,7 +162,7 @@ def test_what_stops_a_late_stage_is_refused_before_the_first_begins(tmp_path, mo
     ],
 )
 def test_what_stops_every_stage_is_refused_before_the_first_begins(tmp_path, change, saying):
-    config = configs.load(QUICK).unlock()
+    config = configs.load(QUICK, runlocal=True).unlock()
     config.update(change)
     refused(UserError, Trainer(config, tmp_path / "run").run, progress=False, saying=saying)
     assert not (tmp_path / "run").exists()

@@ -35,10 +35,15 @@ REMAT = {
 }
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """x in fp32, or in float64 where it is that."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in fp32, as PyTorch writes it: by erf, which a TPU computes in one pass, unlike jax.nn.gelu's erfc."""
-    x32 = x.astype(jnp.float32)
-    return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
+    """The exact GELU, in fp32 at least, as PyTorch writes it: by erf, which a TPU computes in one pass, unlike jax.nn.gelu's erfc."""
+    wide = widened(x)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 ACTIVATIONS = {
@@ -74,7 +79,9 @@ class TransformerConfig:
     post_norm: bool = False  # RMS norm after attention and after the MLP
     dropout: float = 0.0  # of what a branch adds to the stream; only where a "dropout" key is given: in training
     layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
-    dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
+    dtype: str = (
+        "float32"  # of the matrix products; norms, softmax and rotations are fp32 always (float64 is for tests)
+    )
     remat: str | bool = "none"  # a key of REMAT; older configs say False for "none", True for "full"
     kernel: str = "xla"  # of attention over whole rows, see kernels.py
     scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding
@@ -112,18 +119,18 @@ def require_sections(name: str, sections: tuple[int, ...], head: int) -> None:
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, computed in fp32, returned in x's dtype."""
+    """LayerNorm or RMSNorm over the last axis, computed in fp32 at least, returned in x's dtype."""
 
     kind: str = "rms"
     eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        wide = widened(x)
         E = x.shape[-1]
         if self.kind == "layer":
-            x32 = x32 - jnp.mean(x32, -1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+            wide = wide - jnp.mean(wide, -1, keepdims=True)
+        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         if self.kind == "rms_zero":
             y = y * (1 + self.param("scale", nn.initializers.zeros, (E,)))
         else:
