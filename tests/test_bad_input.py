@@ -221,6 +221,17 @@ def test_no_checkpoint(tmp_path):
     refused(CheckpointError, CheckpointDirectory(tmp_path / "foreign").config, saying=("not a config of this program",))
 
 
+@pytest.mark.parametrize("number", (None, 1, 3))
+def test_a_checkpoint_of_another_format(copy, number):
+    """One without a number is from before rotary pairs became halves of a head; nothing in its shapes tells."""
+    values = json.loads((copy / "config.json").read_text())
+    values.pop("format")
+    (copy / "config.json").write_text(json.dumps(values if number is None else {**values, "format": number}))
+    saying = (str(copy), f"format {number or 1}", "reads 2", "train again")
+    refused(CheckpointError, everything, copy, saying=saying)
+    refused(CheckpointError, Trainer, configs.load(QUICK), copy, saying=saying)
+
+
 def test_a_checkpoint_without_steps(copy):
     shutil.rmtree(copy / "steps")
     refused(CheckpointError, everything, copy, saying=("holds no saved step",))
