@@ -301,6 +301,18 @@ def test_images(tmp_path):
     refused(DocumentError, read_image, tmp_path, 1, saying=("cannot be read",))
 
 
+def test_images_of_16_bits_are_scaled_and_of_32_refused(tmp_path):
+    levels = np.arange(0, 256, 4, dtype=np.uint16).reshape(8, 8)
+    Pillow.fromarray(levels * 257).save(tmp_path / "deep.png")  # 65535 is white
+    assert Pillow.open(tmp_path / "deep.png").mode.startswith("I;16")
+    for channels in (1, 3):
+        wanted = np.repeat(levels[..., None] / np.float32(127.5) - 1, channels, axis=2)
+        np.testing.assert_allclose(read_image(tmp_path / "deep.png", channels), wanted, atol=1e-6)
+    for dtype in (np.int32, np.float32):
+        Pillow.fromarray(levels.astype(dtype)).save(tmp_path / "wide.tiff")
+        refused(DocumentError, read_image, tmp_path / "wide.tiff", 1, saying=("wide.tiff", "32 bits"))
+
+
 def test_images_survive_their_files(tmp_path):
     for channels in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (5, 7, channels)).astype(np.float32) / 127.5 - 1

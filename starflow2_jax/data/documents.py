@@ -47,12 +47,23 @@ def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
         return _read_array(Path(path))
     try:
         with Pillow.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
+            pixels = np.asarray(_levels(image, path).convert("L" if channels == 1 else "RGB"), np.float32)
     except FileNotFoundError:
         raise DocumentError(f"the image {path} does not exist") from None
+    except DocumentError:
+        raise
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise DocumentError(f"the image {path} cannot be read ({error}); give a PNG or JPEG file") from None
     return pixels.reshape(*pixels.shape[:2], channels) * (2 / peak) - 1
+
+
+def _levels(image: Pillow.Image, path) -> Pillow.Image:
+    """The image with 8 bits a level: Pillow would cut what is above 255 off. Raises DocumentError for 32 bits."""
+    if image.mode.startswith("I;16"):
+        return Pillow.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DocumentError(f"the image {path} has 32 bits a level, whose white is not known; save it with 8 or 16")
+    return image
 
 
 def _read_array(path: Path) -> np.ndarray:
