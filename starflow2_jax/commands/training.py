@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+from starflow2_jax.errors import UserError
+
 
 def add(commands) -> None:
     for command in (_add_train, _add_init, _add_eval, _add_quickstart):
@@ -89,11 +91,13 @@ def _init(args, overrides) -> None:
 def _add_eval(commands) -> None:
     p = commands.add_parser("eval", help="the digits report's numbers of a checkpoint", allow_abbrev=False)
     p.add_argument("--checkpoint", required=True)
-    p.add_argument("--limit", type=int, default=300, help="documents a task at most")
+    p.add_argument("--limit", type=int, default=300, help="documents a task at most; 10 at least")
     p.set_defaults(run=_eval)
 
 
 def _eval(args, _) -> None:
+    if args.limit < 10:
+        raise UserError("--limit is at least 10: one digit of each kind")
     from starflow2_jax.evaluation.digits import evaluate
     from starflow2_jax.sampling.engine import Sampler
 
