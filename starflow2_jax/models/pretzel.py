@@ -86,6 +86,7 @@ class Output:
     caches: Caches | None = None
     u: jax.Array | None = None  # (B, M, N, D) fp32
     logdet: jax.Array | None = None  # (B, M, N, D) fp32, elementwise
+    states: list[jax.Array] | None = None  # (B, M, N, D) fp32 each: what leaves the shallow flow's blocks, u the last
 
 
 class Adapter(nn.Module):
@@ -135,10 +136,11 @@ class Pretzel(nn.Module):
         `vlm_length`, with closed skips only: the VLM runs over a row's positions that are no flow image and no padding,
         gathered into so many; its output is 0 at the others, and those gathered see no flow image. 0: over the whole row.
         """
-        u = logdet = reads = None
+        u = logdet = reads = states = None
         if isinstance(inputs, Sequence):
             reads = inputs.slot
-            u, logdet = self.encode(inputs.latents)
+            states, logdet = self._trace(inputs.latents)
+            u = states[-1]
             u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
         else:
             u_here = inputs.u
@@ -154,7 +156,7 @@ class Pretzel(nn.Module):
             x = jnp.where(is_flow, self.adapter(seen, slot), words)
             y_vlm, vlm_cache = self.vlm(x, inputs.positions, None, caches.vlm if caches else None, segments)
         if not deep:
-            return Output(y_vlm, None, None, None, u, logdet)
+            return Output(y_vlm, None, None, None, u, logdet, states)
 
         image_in = self.embed_u(u_here) + self.embed_slot(slot)
         c = jnp.where(is_flow, image_in + self.w_vlm(y_vlm) if skips else image_in, self.embed_y(y_vlm))
@@ -166,7 +168,7 @@ class Pretzel(nn.Module):
         mean, scale = gaussian(self.head(y_d), "softplus", self.cfg.soft_clip)
         text = y_vlm + self.w_d(y_d).astype(y_vlm.dtype) if skips else y_vlm
         grown = Caches(vlm_cache, deep_cache) if caches else None
-        return Output(text, mean, scale, grown, u, logdet)
+        return Output(text, mean, scale, grown, u, logdet, states)
 
     def _words(self, inputs, tokens: jax.Array, modality: jax.Array, slot: jax.Array | None) -> jax.Array:
         """What the VLM is given at text and vit positions (B, S) of `inputs`: (B, S, E_vlm)."""
@@ -190,9 +192,14 @@ class Pretzel(nn.Module):
 
     def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The shallow flow: latents (B, M, N, D) -> u and its elementwise log-determinant, both (B, M, N, D) fp32."""
+        states, logdet = self._trace(latents)
+        return states[-1], logdet
+
+    def _trace(self, latents: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """Latents (B, M, N, D) -> what leaves each block of the shallow flow, and its log-determinant, (B, M, N, D) each."""
         B, M, N, D = latents.shape
-        u, logdet = self.shallow.forward(latents.reshape(B * M, N, D))
-        return u.reshape(B, M, N, D), logdet.reshape(B, M, N, D)
+        states, logdets = self.shallow.trace(latents.reshape(B * M, N, D))
+        return [h.reshape(latents.shape) for h in states], sum(logdets).reshape(latents.shape)
 
     def decode(self, u: jax.Array, schedule: Schedule | None = None) -> jax.Array:
         """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D), as `schedule` says (None: token by token)."""

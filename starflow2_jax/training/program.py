@@ -36,6 +36,7 @@ def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, dev
         accumulate=cfg.accumulate,
         ema_decay=cfg.ema,
         vlm_length=cfg.get("vlm_length", 0),
+        latent_penalty=cfg.get("latent_penalty", 0.0),
     )
     return jax.jit(guarded(step, config.get("faults")), donate_argnums=0)
 

@@ -15,6 +15,7 @@ from starflow2_jax import sequence, sharding
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.models import attention
+from starflow2_jax.models.flow import Flow
 from starflow2_jax.models.layers import Transformer, TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, split
 from starflow2_jax.stages import STAGES
@@ -228,6 +229,28 @@ def test_image_nll_is_the_jacobians():
         expected = 0.5 * (z[m] ** 2).sum() - np.linalg.slogdet(jacobian[part, part])[1]
         np.testing.assert_allclose(nll[m], expected, rtol=1e-7)  # attention's logits are fp32 all the same
     np.testing.assert_allclose(nll.sum(), 0.5 * (z**2).sum() - np.linalg.slogdet(jacobian)[1], rtol=1e-7)
+
+
+def test_the_penalty_of_the_intermediate_latents():
+    """STARFlow's: c times the sum over the shallow flow's blocks of mean h^2, over the images to be generated; the exact
+    likelihood beside it stays what it was."""
+    c, (state, frozen) = 0.5, start("text_to_image")
+    options = dict(noise=0.0, text_weight=TEXT_WEIGHT, ema_decay=EMA)
+    metrics = {
+        penalty: jax.jit(make_step(tiny.MODEL, STAGES["text_to_image"], OPTIMIZER, latent_penalty=penalty, **options))(
+            state, frozen, batch()
+        )[1]
+        for penalty in (0.0, c)
+    }
+    flow, wanted = Flow(tiny.CONFIG.shallow_chain), np.asarray(batch().image_weight) > 0
+    images = jnp.asarray(batch().latents[wanted])  # (images, N, D)
+    states, _ = jax.jit(lambda x: flow.apply({"params": tiny.params()["shallow"]}, x, method=Flow.trace))(images)
+    expected = c * sum(np.mean(np.float64(h) ** 2) for h in states)
+    assert len(states) == 2 and 0 < wanted.sum() < wanted.size
+    np.testing.assert_allclose(metrics[c]["penalty_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics[c]["image_loss"], metrics[0.0]["image_loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics[c]["loss"], metrics[c]["image_loss"] + expected, rtol=1e-5)
+    assert "penalty_loss" not in metrics[0.0] and metrics[c]["grad_norm"] != metrics[0.0]["grad_norm"]
 
 
 @pytest.mark.parametrize("chunk", (1, 5, 7, 12, 256))
