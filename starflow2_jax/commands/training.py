@@ -1,6 +1,7 @@
 """train, init, eval, quickstart."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -116,6 +117,8 @@ def _quickstart(args, _) -> None:
     from starflow2_jax import config as configs
 
     begin = time.time()
+    if args.smoke:  # most of it is compiling; read when JAX starts, which is below
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     experiment = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
     config = configs.load(experiment, runlocal=args.smoke)
     _devices(config.cpu_devices)
@@ -128,7 +131,7 @@ def _quickstart(args, _) -> None:
     Trainer(config, out / "checkpoint").run()
     trained = time.time()
     print("sampling and evaluating ...")
-    numbers, samples = evaluate(Sampler.restore(out / "checkpoint"), limit=20 if args.smoke else 300)
+    numbers, samples = evaluate(Sampler.restore(out / "checkpoint"), limit=10 if args.smoke else 300)
     times = {"train_seconds": trained - begin, "total_seconds": time.time() - begin}
     report = {**numbers, **{k: round(v, 1) for k, v in times.items()}, "smoke": args.smoke, "aims": AIMS}
     write_report(out, report, samples, out / "checkpoint" / "metrics" / "metrics.jsonl")
