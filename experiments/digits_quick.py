@@ -51,6 +51,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     base.patches = 0  # vision-tower patches of a row
     base.accumulate = 1  # micro-batches of a step
     base.text_weight = 1.0  # lambda of L_NF + lambda L_NTP
+    base.latent_penalty = 0.0  # of the squares of the shallow flow's latents; STARFlow's is 1e-4
     base.ema = 0.998
     base.caption_drop = 0.1
     base.optimizer = dict(
@@ -80,7 +81,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.peak_flops = 0.0  # FLOP/s of one device, for the MFU; 0: what its kind is known for
     if runlocal:
         for stack in (c.model.deep, c.model.shallow, c.model.vlm, c.model.vlm.vision):
-            stack.unroll = 1  # compiles faster, runs slower
+            stack.layers = stack.unroll = 1  # most of the time goes into compiling
         for s in c.stages.values():
             s.steps = 4
             s.optimizer.warmup = 2

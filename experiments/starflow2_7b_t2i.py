@@ -60,6 +60,7 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     base.patches = 0  # vision-tower patches of a row
     base.accumulate = 1  # micro-batches of a step
     base.text_weight = 1.0  # lambda of L_NF + lambda L_NTP
+    base.latent_penalty = 0.0  # of the squares of the shallow flow's latents; STARFlow's is 1e-4
     base.ema = 0.9999
     base.caption_drop = 0.1
     base.shares = {}

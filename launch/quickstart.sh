@@ -4,7 +4,7 @@
 #   launch/quickstart.sh [--out DIR] [--smoke]
 #
 #   --out DIR   where everything goes; relative to where you are
-#   --smoke     a few steps a stage: the same path in little time, the numbers mean nothing
+#   --smoke     a few steps a stage: the same path in about a minute, the numbers mean nothing
 #
 # Runs on the accelerator that JAX finds, else on the CPU. Makes .venv at the first call; see setup_env.sh for VENV and
 # PYTHON.

@@ -11,5 +11,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 use_env test
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+if [[ "${STARFLOW2_GOLDEN:-/}" != /* ]]; then # more golden files (tests/weights/test_golden.py), relative to where you are
+  export STARFLOW2_GOLDEN="$PWD/$STARFLOW2_GOLDEN"
+fi
 cd "$REPOSITORY"
 exec python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

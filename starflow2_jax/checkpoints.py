@@ -1,6 +1,6 @@
 """A checkpoint directory: enough to sample from it anywhere, restorable on another mesh than it was saved on.
 
-config.json     the experiment's config
+config.json     the experiment's config, and the number of this format
 codec.json      the codec
 tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
@@ -29,6 +29,8 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.keeping import Keep
 from starflow2_jax.models.codec import CODECS, Codec
 from starflow2_jax.models.inversion import Jacobi, Schedule
+
+FORMAT = 2  # 2: rotary pairs are halves of a head in the flows, too; what is saved by 1 means something else here
 
 
 class CheckpointError(UserError):
@@ -69,12 +71,17 @@ class CheckpointDirectory:
         self.write_config(config)
 
     def write_config(self, config: ConfigDict) -> None:
-        (self.folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+        (self.folder / "config.json").write_text(json.dumps({"format": FORMAT, **config.to_dict()}, indent=1))
 
     def config(self) -> ConfigDict:
         values = self._json("config.json")
         if not isinstance(values, dict) or not {"model", "stages"} <= set(values):
             raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
+        if (number := values.pop("format", 1)) != FORMAT:
+            raise CheckpointError(
+                f"{self.folder} has the checkpoint format {number}, but this version of starflow2 reads {FORMAT}, in which the "
+                "same weights mean something else; use the version that wrote it, or train again"
+            )
         return ConfigDict(_tuples(values)).lock()
 
     def codec(self) -> Codec:

@@ -25,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"starflow2: {error}", file=sys.stderr)
         return 2
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"starflow2: {reason}; name another path or make way there", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"starflow2: interrupted; {getattr(args, 'kept', 'nothing was written')}", file=sys.stderr)
         return 130

@@ -77,7 +77,8 @@ def _leaves(config: ConfigDict, prefix: str = "") -> typing.Iterator[str]:
 
 
 def build(cls: type, values: ConfigDict | dict):
-    """A dataclass from the values of its fields, nested ones included. Raises ConfigError for an unknown or missing field."""
+    """A dataclass from the values of its fields, nested ones included. Raises UserError for fields or values that do not fit, with
+    their place in front."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := set(values) - set(fields):
@@ -88,7 +89,10 @@ def build(cls: type, values: ConfigDict | dict):
     for name, value in values.items():
         nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
         if nested and value is not None:
-            value = build(nested[0], value)
+            try:
+                value = build(nested[0], value)
+            except UserError as error:
+                raise ConfigError(f"{name}: {error}") from None
         kwargs[name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**kwargs)

@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 from starflow2_jax import config as configs
 from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, content_hash
 from starflow2_jax.config import ConfigError
+from starflow2_jax.data.digits import KINDS
 from starflow2_jax.data.documents import (
     DocumentError,
     Image,
@@ -28,7 +29,9 @@ from starflow2_jax.data.documents import (
 )
 from starflow2_jax.data.pipeline import Shape, batches, collate
 from starflow2_jax.errors import UserError
+from starflow2_jax.models.flow import FlowBlockConfig
 from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.training import step
 from starflow2_jax.training.loop import Trainer
 
 QUICK = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
@@ -89,6 +92,27 @@ def test_a_config_that_describes_nothing(tmp_path):
         (dict(mesh=dict(data=3, fsdp=1, tensor=1)), ("data=3", "8 devices")),
         (dict(codec=dict(kind="patch", patch=4, image_channels=1)), ("model.grid", "(2, 2)")),
         (dict(model=dict(vlm=dict(vocabulary=10))), ("model.vlm.vocabulary",)),
+        (dict(order=()), ("order", "one at least")),
+        (dict(order=("joint", "joint")), ("order", "once")),
+        (dict(codec=dict(patch=3)), ("codec.patch=3", "8 pixels")),
+        (dict(codec=dict(patch=0)), ("codec.patch", "at least 1")),
+        (dict(codec=dict(image_channels=3)), ("codec.image_channels", "gray")),
+        (dict(model=dict(deep=dict(norm="layr"))), ("deep: norm", "'layr'", "'layer'?")),
+        (dict(model=dict(shallow=dict(activation="gelux"))), ("shallow: activation", "'gelux'", "'gelu'?")),
+        (dict(model=dict(shallow=dict(remat="fll"))), ("shallow: remat", "'fll'", "'full'?")),
+        (dict(model=dict(vlm=dict(kernel="spash"))), ("vlm: kernel", "'spash'", "'splash'?")),
+        (dict(model=dict(vlm=dict(dtype="bfloat"))), ("vlm: dtype", "'bfloat'", "'bfloat16'?")),
+        (dict(model=dict(deep=dict(layers=0))), ("deep: layers", "at least 1")),
+        (dict(model=dict(deep=dict(heads=3))), ("deep: heads=3", "width=128")),
+        (dict(model=dict(vlm=dict(kv_heads=3))), ("vlm: kv_heads=3", "heads=2")),
+        (dict(model=dict(vlm=dict(rotary_sections=(8, 8, 8)))), ("vlm: rotary_sections=(8, 8, 8)", "64")),
+        (dict(model=dict(deep_rotary_sections=(8, 8, 8))), ("deep_rotary_sections=(8, 8, 8)", "64")),
+        (dict(model=dict(deep_rotary_sections=(16, 16))), ("deep_rotary_sections", "three")),
+        (dict(model=dict(shallow=dict(heads=64))), ("heads have 2 channels", "multiple of 4")),
+        (dict(model=dict(shallow_blocks=0)), ("shallow_blocks", "at least 1")),
+        (dict(model=dict(vlm=dict(vision=dict(out_width=64)))), ("vlm.vision.out_width=64", "vlm.width=128")),
+        (dict(model=dict(vlm=dict(vision=dict(heads=32)))), ("vlm: vision: heads have 2", "multiple of 4")),
+        (dict(model=dict(vlm=dict(vision=dict(merge=0)))), ("vlm: vision: merge", "at least 1")),
     ],
 )
 def test_a_config_that_fits_nothing(tmp_path, change, saying):
@@ -97,6 +121,51 @@ def test_a_config_that_fits_nothing(tmp_path, change, saying):
         config.update(change)
     refused(UserError, Trainer, config, tmp_path / "run", saying=saying)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "option, value, near",
+    [("start", "tokn", "token"), ("scale", "softmax", "softplus"), ("positions", "rotate", "rotary")],
+)
+def test_a_flow_block_that_there_is_not(option, value, near):
+    given = dict(grid=(2, 3), channels=4, transformer=tiny.FLOW)
+    refused(UserError, FlowBlockConfig, **given, **{option: value}, saying=(option, f"{value!r}", f"{near!r}?"))
+
+
+@pytest.mark.parametrize(
+    "change, saying",
+    [
+        (dict(optimizer=dict(name="admw")), ("optimizer.name", "'admw'", "'adamw'?")),
+        (dict(optimizer=dict(moments="bfloat")), ("optimizer.moments", "'bfloat16'", "'bfloat'")),
+        (dict(optimizer=dict(offload=True)), ("optimizer.offload",)),
+        (dict(rows=15), ("stages.joint.rows=15", "multiple of 8")),
+        (dict(rows=0), ("rows", "at least 1")),
+        (dict(accumulate=0), ("accumulate", "at least 1")),
+        (dict(shares=dict.fromkeys(KINDS, 0.0)), ("share of 0",)),
+        (dict(shares=dict(raed=1.0)), ("'raed'", "read")),
+        (dict(vlm_length=9), ("stages.joint.vlm_length", "0")),
+    ],
+)
+def test_what_stops_a_late_stage_is_refused_before_the_first_begins(tmp_path, monkeypatch, change, saying):
+    monkeypatch.setattr(step, "HOST", "nowhere")  # a CPU's devices do reach the host's memory
+    config = configs.load(QUICK, runlocal=True).unlock()
+    config.stages.joint.update(change)
+    refused(UserError, Trainer(config, tmp_path / "run").run, progress=False, saying=("stage joint", *saying))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, saying",
+    [
+        (dict(data=dict(groups=5)), ("data.groups=5", "16 rows")),
+        (dict(faults=dict(spike="rolback")), ("faults.spike", "rollback", "'rolback'")),
+    ],
+)
+def test_what_stops_every_stage_is_refused_before_the_first_begins(tmp_path, change, saying):
+    config = configs.load(QUICK, runlocal=True).unlock()
+    config.update(change)
+    refused(UserError, Trainer(config, tmp_path / "run").run, progress=False, saying=saying)
+    assert not (tmp_path / "run").exists()
 
 
 # Checkpoints.
@@ -150,6 +219,17 @@ def test_no_checkpoint(tmp_path):
     refused(CheckpointError, everything, tmp_path / "foreign", saying=("not a checkpoint of this", "config.json"))
     (tmp_path / "foreign" / "config.json").write_text('{"architectures": ["Qwen2_5_VL"]}')
     refused(CheckpointError, CheckpointDirectory(tmp_path / "foreign").config, saying=("not a config of this program",))
+
+
+@pytest.mark.parametrize("number", (None, 1, 3))
+def test_a_checkpoint_of_another_format(copy, number):
+    """One without a number is from before rotary pairs became halves of a head; nothing in its shapes tells."""
+    values = json.loads((copy / "config.json").read_text())
+    values.pop("format")
+    (copy / "config.json").write_text(json.dumps(values if number is None else {**values, "format": number}))
+    saying = (str(copy), f"format {number or 1}", "reads 2", "train again")
+    refused(CheckpointError, everything, copy, saying=saying)
+    refused(CheckpointError, Trainer, configs.load(QUICK), copy, saying=saying)
 
 
 def test_a_checkpoint_without_steps(copy):
@@ -219,6 +299,18 @@ def test_images(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
     refused(DocumentError, read_image, tmp_path / "cut.png", 1, saying=("cut.png", "cannot be read"))
     refused(DocumentError, read_image, tmp_path, 1, saying=("cannot be read",))
+
+
+def test_images_of_16_bits_are_scaled_and_of_32_refused(tmp_path):
+    levels = np.arange(0, 256, 4, dtype=np.uint16).reshape(8, 8)
+    Pillow.fromarray(levels * 257).save(tmp_path / "deep.png")  # 65535 is white
+    assert Pillow.open(tmp_path / "deep.png").mode.startswith("I;16")
+    for channels in (1, 3):
+        wanted = np.repeat(levels[..., None] / np.float32(127.5) - 1, channels, axis=2)
+        np.testing.assert_allclose(read_image(tmp_path / "deep.png", channels), wanted, atol=1e-6)
+    for dtype in (np.int32, np.float32):
+        Pillow.fromarray(levels.astype(dtype)).save(tmp_path / "wide.tiff")
+        refused(DocumentError, read_image, tmp_path / "wide.tiff", 1, saying=("wide.tiff", "32 bits"))
 
 
 def test_images_survive_their_files(tmp_path):

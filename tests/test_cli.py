@@ -11,6 +11,7 @@ import pytest
 from PIL import Image as Pillow
 
 from starflow2_jax import cli
+from starflow2_jax.commands import training
 
 ROOT = Path(__file__).parent.parent
 SHRINK = [
@@ -80,6 +81,7 @@ def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkey
         (["train", "--config", "{root}/experiments/digits_quick.py", "--conf.seed=3"], "unknown argument '--conf.seed=3'"),
         (["sample", "--checkpoint", "missing", "--prompt", "draw a seven"], "there is no checkpoint directory"),
         (["sample", "--checkpoint", "missing", "--prompt", "draw a seven", "--num", "0"], "--num"),
+        (["eval", "--checkpoint", "missing", "--limit", "0"], "--limit is at least 10"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, message, tmp_path):
@@ -87,3 +89,20 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out, said", [("a file", "a file: File exists"), ("a file/below", "Not a directory")])
+@pytest.mark.parametrize("command", ("train", "sample"))
+def test_a_path_that_cannot_be_written_is_one_sentence(command, out, said, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a file").write_text("kept")
+    arguments = {
+        "train": ["--config", str(ROOT / "experiments/digits_quick.py"), "--runlocal", *SHRINK],
+        "sample": ["--checkpoint", str(checkpoint), "--prompt", "draw a seven", "--max-tokens", "1"],
+    }[command]
+    monkeypatch.setattr(training, "_devices", lambda count: None)  # this process has its own
+    if command == "train":
+        arguments += [f"--config.stages.{s}.rows=8" for s in ("pretrain", "joint")]
+    assert cli.main([command, *arguments, "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and Path("a file").read_text() == "kept"

@@ -1,9 +1,12 @@
 """train, init, eval, quickstart."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
+
+from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
@@ -89,11 +92,13 @@ def _init(args, overrides) -> None:
 def _add_eval(commands) -> None:
     p = commands.add_parser("eval", help="the digits report's numbers of a checkpoint", allow_abbrev=False)
     p.add_argument("--checkpoint", required=True)
-    p.add_argument("--limit", type=int, default=300, help="documents a task at most")
+    p.add_argument("--limit", type=int, default=300, help="documents a task at most; 10 at least")
     p.set_defaults(run=_eval)
 
 
 def _eval(args, _) -> None:
+    if args.limit < 10:
+        raise UserError("--limit is at least 10: one digit of each kind")
     from starflow2_jax.evaluation.digits import evaluate
     from starflow2_jax.sampling.engine import Sampler
 
@@ -112,6 +117,8 @@ def _quickstart(args, _) -> None:
     from starflow2_jax import config as configs
 
     begin = time.time()
+    if args.smoke:  # most of it is compiling; read when JAX starts, which is below
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     experiment = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
     config = configs.load(experiment, runlocal=args.smoke)
     _devices(config.cpu_devices)
@@ -124,7 +131,7 @@ def _quickstart(args, _) -> None:
     Trainer(config, out / "checkpoint").run()
     trained = time.time()
     print("sampling and evaluating ...")
-    numbers, samples = evaluate(Sampler.restore(out / "checkpoint"), limit=20 if args.smoke else 300)
+    numbers, samples = evaluate(Sampler.restore(out / "checkpoint"), limit=10 if args.smoke else 300)
     times = {"train_seconds": trained - begin, "total_seconds": time.time() - begin}
     report = {**numbers, **{k: round(v, 1) for k, v in times.items()}, "smoke": args.smoke, "aims": AIMS}
     write_report(out, report, samples, out / "checkpoint" / "metrics" / "metrics.jsonl")

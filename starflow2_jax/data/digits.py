@@ -6,7 +6,8 @@ import numpy as np
 from scipy.ndimage import affine_transform
 
 from starflow2_jax.data import tokenizer
-from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.documents import Document, Image, Text, without_caption
+from starflow2_jax.errors import UserError
 
 WORDS = (
     "zero one two three four five six seven eight nine ten "
@@ -97,7 +98,9 @@ class DigitDocuments:
         self, weights: dict[str, float], seed: int, caption_drop: float = 0.0, warp: float = 0.0, name: str = "train"
     ):
         if unknown := set(weights) - set(KINDS):
-            raise ValueError(f"unknown kinds of documents {sorted(unknown)}; there are {', '.join(KINDS)}")
+            raise UserError(f"unknown kinds of documents {sorted(unknown)} in shares; there are {', '.join(KINDS)}")
+        if not sum(weights.values()) > 0:
+            raise UserError("every kind of document has a share of 0; give one of them more")
         self.pixels, self.labels = split(name)
         self.of_label = [np.flatnonzero(self.labels == digit) for digit in range(10)]
         self.kinds = list(weights)
@@ -125,7 +128,7 @@ class DigitDocuments:
         askew = self._askew(rng)
         pixels = warped(self.pixels[i], rng) if askew else self.pixels[i]
         document = caption(self.labels[i], pixels, wording, askew)
-        return document[1:] if rng.random() < self.caption_drop else document
+        return without_caption(document) if rng.random() < self.caption_drop else document
 
     def _read(self, rng) -> Document:
         i, wording = rng.integers(len(self.labels)), rng.integers(len(READ))

@@ -47,12 +47,23 @@ def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
         return _read_array(Path(path))
     try:
         with Pillow.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
+            pixels = np.asarray(_levels(image, path).convert("L" if channels == 1 else "RGB"), np.float32)
     except FileNotFoundError:
         raise DocumentError(f"the image {path} does not exist") from None
+    except DocumentError:
+        raise
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise DocumentError(f"the image {path} cannot be read ({error}); give a PNG or JPEG file") from None
     return pixels.reshape(*pixels.shape[:2], channels) * (2 / peak) - 1
+
+
+def _levels(image: Pillow.Image, path) -> Pillow.Image:
+    """The image with 8 bits a level: Pillow would cut what is above 255 off. Raises DocumentError for 32 bits."""
+    if image.mode.startswith("I;16"):
+        return Pillow.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DocumentError(f"the image {path} has 32 bits a level, whose white is not known; save it with 8 or 16")
+    return image
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -140,6 +151,40 @@ class JsonlDocuments(Rows):
             return from_json(_parse(where, self.lines[index]), self.path.parent, self.channels)
         except DocumentError as error:
             raise DocumentError(f"{where}: {error}") from None
+
+
+class CaptionsDropped(Rows):
+    """The documents of `source`, endlessly repeated, a `share` of their captions left out: of other ones each time round.
+
+    Document i depends on (seed, i) alone, so a position in the data says all.
+    """
+
+    def __init__(self, source: Rows[Document], share: float, seed: int):
+        self.source, self.share, self.seed = source, share, seed
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> Document:
+        document = self.source[index % len(self.source)]
+        drop = np.random.default_rng((self.seed, index)).random() < self.share
+        return without_caption(document) if drop else document
+
+
+def without_caption(document: Document) -> Document:
+    """The document without the text that it opens with, where it predicts nothing but the image that it ends with.
+
+    Guidance compares with images that no words led to. Where words or other images are predicted too, they need the text.
+    """
+    *before, last = document
+    if not (isinstance(last, Image) and last.generate) or any(_predicted(part) for part in before):
+        return document
+    first = next(i for i, part in enumerate(document) if isinstance(part, Image))
+    return document[first:]
+
+
+def _predicted(part: Text | Image) -> bool:
+    return part.generate if isinstance(part, Image) else part.predict
 
 
 class Shown(Rows):

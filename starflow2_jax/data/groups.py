@@ -13,6 +13,12 @@ from starflow2_jax.data.pipeline import Encoder, Shape, batches
 from starflow2_jax.sequence import Sequence
 
 
+def require_groups(groups: int, rows: int) -> None:
+    """Raises ConfigError where a batch's rows cannot be cut into so many groups."""
+    if groups < 1 or rows % groups:
+        raise ConfigError(f"data.groups={groups} must divide the batch's {rows} rows")
+
+
 class GroupedBatches:
     """Endless batches, whose rows are cut into `groups` equal groups.
 
@@ -25,8 +31,7 @@ class GroupedBatches:
     """
 
     def __init__(self, source, encoder: Encoder, shape: Shape, groups: int = 1, threads: int = 0, rows=None):
-        if groups < 1 or shape.rows % groups:
-            raise ConfigError(f"data.groups={groups} must divide the batch's {shape.rows} rows")
+        require_groups(groups, shape.rows)
         self.rows, self.per_group, self.groups = shape.rows, shape.rows // groups, groups
         block = replace(shape, rows=self.per_group)
         mine = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})

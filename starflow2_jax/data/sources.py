@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import config as configs
 from starflow2_jax.data import digits, tokenizer
-from starflow2_jax.data.documents import DocumentError, Image, JsonlDocuments, Shown, Text
+from starflow2_jax.data.documents import CaptionsDropped, DocumentError, Image, JsonlDocuments, Shown, Text
 from starflow2_jax.models.codec import Codec, LatentCodec, PatchCodec
 from starflow2_jax.stages import STAGES, Stage
 
@@ -15,12 +15,13 @@ FITTED = 1000  # documents that a codec and a tokenizer are fitted to
 
 
 def documents(config: ConfigDict, stage: Stage, channels: int):
-    """The stage's source of documents: indexed, of known length. `channels`: of a picture, 1 or 3."""
+    """The stage's source of documents, by index; the stage's `shares` are of digits. `channels`: of a picture, 1 or 3."""
+    cfg = config.stages[stage.name]
+    seed = config.seed * len(STAGES) + list(STAGES).index(stage.name)
     if config.data.source != "digits":
         source = JsonlDocuments(config.data.source, channels)
+        source = CaptionsDropped(source, cfg.caption_drop, seed) if cfg.caption_drop else source
     else:
-        cfg = config.stages[stage.name]
-        seed = config.seed * len(STAGES) + list(STAGES).index(stage.name)
         shares = {kind: share for kind, share in cfg.shares.items() if share}
         source = digits.DigitDocuments(shares, seed, cfg.caption_drop, config.data.get("warp", 0.0))
     return Shown(source) if stage.name == "pretrain" else source
@@ -34,9 +35,14 @@ def make_codec(config: ConfigDict) -> Codec:
         return configs.build(LatentCodec, values)
     if kind != "patch":
         raise configs.ConfigError(f"codec.kind is 'patch' or 'latents', not {kind!r}")
+    if config.codec.patch < 1:
+        raise configs.ConfigError(f"codec.patch is at least 1, not {config.codec.patch}")
     if config.data.source == "digits":
-        return PatchCodec.fit(digits.split("train")[0], config.codec.patch)
-    images = [p.pixels for p in _parts(config) if isinstance(p, Image) and p.via == "flow"]
+        if config.codec.get("image_channels", 1) != 1:
+            raise configs.ConfigError("the digits are gray; set codec.image_channels to 1")
+        images = digits.split("train")[0]
+    else:
+        images = [p.pixels for p in _parts(config) if isinstance(p, Image) and p.via == "flow"]
     sizes = sorted({i.shape[:2] for i in images})
     if not sizes:
         raise DocumentError(

@@ -51,9 +51,9 @@ def images_of(document: Document) -> list[np.ndarray]:
     return [part.pixels for part in document if isinstance(part, Image)]
 
 
-def first_image(document: Document) -> np.ndarray:
-    """The document's first image, or faint noise, which is nobody's digit, where it has none."""
-    return next(iter(images_of(document)), np.random.default_rng(0).normal(-1, 1e-3, (8, 8, 1)))
+def correlation(images: list[np.ndarray], wanted: np.ndarray) -> float:
+    """Of the first image's pixels with those wanted; 0 where there is none, or nothing on it."""
+    return np.corrcoef(images[0].ravel(), wanted.ravel())[0, 1] if images and images[0].std() else 0.0
 
 
 def words_of(document: Document) -> list[str]:
@@ -77,9 +77,10 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
 
     wanted = np.repeat(np.arange(10), max(limit // 10, 1))
     prompts = [digits.caption(d, pixels[0], i)[:1] for i, d in enumerate(wanted)]
-    written = [first_image(d) for d in sampler.generate(prompts, WRITE, seed)]
-    numbers["digit_accuracy"] = np.mean(classify(written) == wanted)
-    grid = np.stack(written).reshape(10, -1, *written[0].shape)
+    written = [images_of(d)[:1] for d in sampler.generate(prompts, WRITE, seed)]
+    numbers["digit_accuracy"] = np.mean([_shows(images, [d]) for images, d in zip(written, wanted, strict=True)])
+    black = np.full_like(pixels[0], -1)  # shown where no image was written
+    grid = np.stack([images[0] if images else black for images in written]).reshape(10, -1, *black.shape)
 
     def answers(documents: list[Document], options: SampleOptions, title: str, show: int = 3) -> list[Document]:
         prompts = [split_answer(d)[0] for d in documents]
@@ -107,8 +108,9 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
     numbers["sum_image_accuracy"] = np.mean([_shows(images, [t]) for images, t in drawn]) if drawn else None
 
     found = answers([digits.mirror(pixels[i], i) for i in range(n)], MIRROR, "Mirroring")
-    pairs = [(first_image(a), pixels[i, :, ::-1]) for i, a in enumerate(found)]
-    numbers["mirror_correlation"] = np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs])
+    numbers["mirror_correlation"] = np.mean(
+        [correlation(images_of(a), pixels[i, :, ::-1]) for i, a in enumerate(found)]
+    )
 
     spans = [(a, b) for a in range(9) for b in range(a + 1, min(10, a + digits.LONGEST_COUNT))]
     spans = (spans * 2)[: max(limit // 5, 1)]
@@ -125,6 +127,7 @@ def evaluate(sampler: Sampler, limit: int = 300, seed: int = 0) -> tuple[dict[st
 
 
 def _shows(images: list[np.ndarray], wanted) -> bool:
+    """Are there as many images as `wanted`, one at least, and is each the digit it is to be?"""
     return len(images) == len(wanted) and bool((classify(images) == np.array(wanted)).all()) if images else False
 
 

@@ -109,10 +109,10 @@ def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, section
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate the pairs of channels (i, i + K/2) of x (B, S, H, K) by angles (B, S, K/2), or (S, K/2), in fp32.
+    """Rotate the pairs of channels (i, i + K/2) of x (B, S, H, K) by angles (B, S, K/2), or (S, K/2), in fp32 at least.
 
     STARFlow pairs (2i, 2i+1) instead; `weights/flow.py` sorts its channels, which leaves their products what they are.
     """
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -11,20 +11,22 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from starflow2_jax.errors import UserError, require_one_of
 from starflow2_jax.models import attention
 from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule, solve
-from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense, widened
 
 SOFTPLUS_ONE = 0.541324854612918  # softplus of this is 1
 TEXT_PAIRS = 8  # rotary pairs that a model which takes text gives to the text axis
+STARTS, SCALES, POSITIONS = ("token", "shift"), ("softplus", "exp"), ("rotary", "learned")
 
 # (mean, scale) conditional, (mean, scale) unconditional, each (B, c, D); indices of the predictions (c, 1) -> (mean, scale)
 Guide = Callable[[tuple, tuple, jax.Array], tuple]
 
 
 def gaussian(raw: jax.Array, scale: str, soft_clip: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Network output (..., 2D) -> mean and scale (..., D), fp32. `scale`: "softplus" (STARFlow) or "exp" (TarFlow)."""
-    raw = raw.astype(jnp.float32)
+    """Network output (..., 2D) -> mean and scale (..., D), fp32 at least. `scale`: "softplus" (STARFlow) or "exp" (TarFlow)."""
+    raw = widened(raw)
     if soft_clip:
         raw = soft_clip * jnp.tanh(raw / soft_clip)
     a, b = jnp.split(raw, 2, axis=-1)
@@ -32,8 +34,8 @@ def gaussian(raw: jax.Array, scale: str, soft_clip: float = 0.0) -> tuple[jax.Ar
 
 
 def normalize(h: jax.Array, mean: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """z = (h - mean) / scale and its elementwise log-determinant, fp32."""
-    return (h.astype(jnp.float32) - mean) / scale, -jnp.log(scale)
+    """z = (h - mean) / scale and its elementwise log-determinant, fp32 at least."""
+    return (widened(h) - mean) / scale, -jnp.log(scale)
 
 
 def grid_angles(grid, side, head_dim: int, theta: float, text: int | None) -> jax.Array:
@@ -57,7 +59,7 @@ def grid_angles(grid, side, head_dim: int, theta: float, text: int | None) -> ja
 
 @dataclass(frozen=True)
 class FlowBlockConfig:
-    """One block. `grid` (h, w) tokens in raster order, N = h w, of `channels` D."""
+    """One block. `grid` (h, w) tokens in raster order, N = h w, of `channels` D. Raises UserError for what does not fit."""
 
     grid: tuple[int, int]
     channels: int
@@ -75,8 +77,18 @@ class FlowBlockConfig:
     prefix_channels: int = 0  # text features as a prefix of the sequence
 
     def __post_init__(self):
-        if self.prefix_channels and self.positions == "rotary" and not self.rotary_text:
-            raise ValueError("a flow block with rotary positions and a prefix needs rotary_text")
+        for name, allowed in (("start", STARTS), ("scale", SCALES), ("positions", POSITIONS)):
+            require_one_of(name, getattr(self, name), allowed)
+        if self.positions != "rotary":
+            return
+        if self.prefix_channels and not self.rotary_text:
+            raise UserError("a flow block with rotary positions and a prefix needs rotary_text")
+        of_text, head = 2 * TEXT_PAIRS * self.rotary_text, self.transformer.head
+        if head <= of_text or (head - of_text) % 4:
+            raise UserError(
+                f"heads have {head} channels (width / heads), of which rotary positions take {of_text} for text and a "
+                "multiple of 4 for row and column"
+            )
 
 
 @struct.dataclass
@@ -97,7 +109,8 @@ class FlowBlock(nn.Module):
         c, t = self.cfg, self.cfg.transformer
         self.proj_in = dense(t.width, "proj_in", True, t.dtype)
         self.stack = Transformer(t)
-        self.proj_out = dense(2 * c.channels, "proj_out", True, "float32", gain=0.0)
+        wide = jnp.promote_types(t.dtype, jnp.float32).name
+        self.proj_out = dense(2 * c.channels, "proj_out", True, wide, gain=0.0)
         tokens = c.grid[0] * c.grid[1]
         if c.final_norm:
             self.norm = Norm("rms_zero")
@@ -120,7 +133,7 @@ class FlowBlock(nn.Module):
 
     def forward(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
         """h (B, N, D) -> z and the elementwise log-determinant, both (B, N, D) fp32, in raster order."""
-        h = self._order(h.astype(jnp.float32))
+        h = self._order(widened(h))
         B, _, D = h.shape
         seen = h[:, :-1]
         if self.cfg.start == "token":
@@ -151,7 +164,7 @@ class FlowBlock(nn.Module):
         With `guide`, a second pass under `unconditional`, its attention logits divided by `temperature`, is mixed in.
         The number of passes over each chunk, (B, chunks), is sown as "passes" into the collection "inversion".
         """
-        z = self._order(z.astype(jnp.float32))
+        z = self._order(widened(z))
         B, N, D = z.shape
         conditions = [(context, 1.0)] + ([(unconditional, temperature)] if guide else [])
         first = N - self.slots

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import UserError, require_one_of, require_positive
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
-from starflow2_jax.models.kernels import SAVED, attend_packed
+from starflow2_jax.models.kernels import PLATFORMS, SAVED, attend_packed
 from starflow2_jax.sharding import constrain, constrain_parameter
 
 LAYER_INPUT = "layer_input"
@@ -35,10 +35,15 @@ REMAT = {
 }
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """x in fp32, or in float64 where it is that."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in fp32, as PyTorch writes it: by erf, which a TPU computes in one pass, unlike jax.nn.gelu's erfc."""
-    x32 = x.astype(jnp.float32)
-    return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
+    """The exact GELU, in fp32 at least, as PyTorch writes it: by erf, which a TPU computes in one pass, unlike jax.nn.gelu's erfc."""
+    wide = widened(x)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 ACTIVATIONS = {
@@ -48,10 +53,14 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
+NORMS = ("layer", "rms", "rms_zero")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)). Raises UserError for values
+    that mean nothing or do not fit each other."""
 
     layers: int
     width: int  # E
@@ -70,11 +79,25 @@ class TransformerConfig:
     post_norm: bool = False  # RMS norm after attention and after the MLP
     dropout: float = 0.0  # of what a branch adds to the stream; only where a "dropout" key is given: in training
     layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
-    dtype: str = "float32"  # of the matrix products; norms, softmax and rotations are fp32 always
+    dtype: str = (
+        "float32"  # of the matrix products; norms, softmax and rotations are fp32 always (float64 is for tests)
+    )
     remat: str | bool = "none"  # a key of REMAT; older configs say False for "none", True for "full"
     kernel: str = "xla"  # of attention over whole rows, see kernels.py
     scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding
     unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
+
+    def __post_init__(self):
+        for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("dtype", DTYPES), ("kernel", PLATFORMS)):
+            require_one_of(name, getattr(self, name), allowed)
+        require_one_of("remat", self.remat_policy, REMAT)
+        require_positive(
+            layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, unroll=self.unroll
+        )
+        if not self.head_dim and self.width % self.heads:
+            raise UserError(f"heads={self.heads} must divide width={self.width}, or head_dim be given")
+        if self.heads % self.kv:
+            raise UserError(f"kv_heads={self.kv} must divide heads={self.heads}")
 
     @property
     def kv(self) -> int:
@@ -86,26 +109,28 @@ class TransformerConfig:
 
     @property
     def remat_policy(self) -> str:
-        """Raises UserError for an unknown one."""
-        name = {False: "none", True: "full"}.get(self.remat, self.remat)
-        if name not in REMAT:
-            raise UserError(f"remat is one of {', '.join(REMAT)}, not {name!r}")
-        return name
+        return {False: "none", True: "full"}.get(self.remat, self.remat)
+
+
+def require_sections(name: str, sections: tuple[int, ...], head: int) -> None:
+    """Raises UserError where rotary sections (of time, row, column) do not make up the pairs of a head's channels."""
+    if len(sections) != 3 or 2 * sum(sections) != head:
+        raise UserError(f"{name}={tuple(sections)} must be three numbers that sum to half of a head's {head} channels")
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, computed in fp32, returned in x's dtype."""
+    """LayerNorm or RMSNorm over the last axis, computed in fp32 at least, returned in x's dtype."""
 
     kind: str = "rms"
     eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        wide = widened(x)
         E = x.shape[-1]
         if self.kind == "layer":
-            x32 = x32 - jnp.mean(x32, -1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+            wide = wide - jnp.mean(wide, -1, keepdims=True)
+        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
         if self.kind == "rms_zero":
             y = y * (1 + self.param("scale", nn.initializers.zeros, (E,)))
         else:

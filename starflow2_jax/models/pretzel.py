@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax import sequence
+from starflow2_jax.errors import UserError, require_positive
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
 from starflow2_jax.models.inversion import Schedule
-from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense, require_sections
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.sequence import Sequence, Step
 
@@ -21,6 +22,8 @@ FROZEN = ("vlm",)  # parameter groups (top-level names) of pretrained parts; all
 
 @dataclass(frozen=True)
 class PretzelConfig:
+    """Raises UserError for streams that do not fit each other."""
+
     vlm: QwenConfig
     grid: tuple[int, int]  # image tokens, N = h w
     channels: int  # D
@@ -31,6 +34,17 @@ class PretzelConfig:
     deep_rotary_theta: float = 1e4
     deep_rotary_sections: tuple[int, ...] = (8, 12, 12)
     soft_clip: float = 0.0
+
+    def __post_init__(self):
+        h, w = self.grid
+        require_positive(grid=min(h, w), channels=self.channels, shallow_blocks=self.shallow_blocks)
+        require_positive(adapter_hidden=self.adapter_hidden)
+        require_sections("deep_rotary_sections", self.deep_rotary_sections, self.deep.head)
+        if self.vlm.vision and self.vlm.vision.out_width != self.vlm.width:
+            raise UserError(
+                f"vlm.vision.out_width={self.vlm.vision.out_width} must be vlm.width={self.vlm.width}, which reads it"
+            )
+        self.shallow_chain  # noqa: B018 - its blocks look at themselves
 
     @property
     def tokens(self) -> int:
@@ -72,6 +86,7 @@ class Output:
     caches: Caches | None = None
     u: jax.Array | None = None  # (B, M, N, D) fp32
     logdet: jax.Array | None = None  # (B, M, N, D) fp32, elementwise
+    states: list[jax.Array] | None = None  # (B, M, N, D) fp32 each: what leaves the shallow flow's blocks, u the last
 
 
 class Adapter(nn.Module):
@@ -121,10 +136,11 @@ class Pretzel(nn.Module):
         `vlm_length`, with closed skips only: the VLM runs over a row's positions that are no flow image and no padding,
         gathered into so many; its output is 0 at the others, and those gathered see no flow image. 0: over the whole row.
         """
-        u = logdet = reads = None
+        u = logdet = reads = states = None
         if isinstance(inputs, Sequence):
             reads = inputs.slot
-            u, logdet = self.encode(inputs.latents)
+            states, logdet = self._trace(inputs.latents)
+            u = states[-1]
             u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
         else:
             u_here = inputs.u
@@ -140,7 +156,7 @@ class Pretzel(nn.Module):
             x = jnp.where(is_flow, self.adapter(seen, slot), words)
             y_vlm, vlm_cache = self.vlm(x, inputs.positions, None, caches.vlm if caches else None, segments)
         if not deep:
-            return Output(y_vlm, None, None, None, u, logdet)
+            return Output(y_vlm, None, None, None, u, logdet, states)
 
         image_in = self.embed_u(u_here) + self.embed_slot(slot)
         c = jnp.where(is_flow, image_in + self.w_vlm(y_vlm) if skips else image_in, self.embed_y(y_vlm))
@@ -152,7 +168,7 @@ class Pretzel(nn.Module):
         mean, scale = gaussian(self.head(y_d), "softplus", self.cfg.soft_clip)
         text = y_vlm + self.w_d(y_d).astype(y_vlm.dtype) if skips else y_vlm
         grown = Caches(vlm_cache, deep_cache) if caches else None
-        return Output(text, mean, scale, grown, u, logdet)
+        return Output(text, mean, scale, grown, u, logdet, states)
 
     def _words(self, inputs, tokens: jax.Array, modality: jax.Array, slot: jax.Array | None) -> jax.Array:
         """What the VLM is given at text and vit positions (B, S) of `inputs`: (B, S, E_vlm)."""
@@ -176,9 +192,14 @@ class Pretzel(nn.Module):
 
     def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The shallow flow: latents (B, M, N, D) -> u and its elementwise log-determinant, both (B, M, N, D) fp32."""
+        states, logdet = self._trace(latents)
+        return states[-1], logdet
+
+    def _trace(self, latents: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """Latents (B, M, N, D) -> what leaves each block of the shallow flow, and its log-determinant, (B, M, N, D) each."""
         B, M, N, D = latents.shape
-        u, logdet = self.shallow.forward(latents.reshape(B * M, N, D))
-        return u.reshape(B, M, N, D), logdet.reshape(B, M, N, D)
+        states, logdets = self.shallow.trace(latents.reshape(B * M, N, D))
+        return [h.reshape(latents.shape) for h in states], sum(logdets).reshape(latents.shape)
 
     def decode(self, u: jax.Array, schedule: Schedule | None = None) -> jax.Array:
         """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D), as `schedule` says (None: token by token)."""

@@ -6,15 +6,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.errors import require_positive
 from starflow2_jax.models import attention
-from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig
+from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, require_sections
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
 from starflow2_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
 class QwenConfig:
-    """Text decoder (see TransformerConfig; the layer's options are fixed here to Qwen's) and vision tower."""
+    """Text decoder (see TransformerConfig; the layer's options are fixed here to Qwen's) and vision tower.
+
+    Raises UserError for sizes that do not fit each other.
+    """
 
     vocabulary: int  # V
     layers: int
@@ -36,6 +40,10 @@ class QwenConfig:
     kernel: str = "xla"
     scan: bool = True
     unroll: int = 1
+
+    def __post_init__(self):
+        require_positive(vocabulary=self.vocabulary, kv_heads=self.kv_heads, head_dim=self.head_dim)
+        require_sections("rotary_sections", self.rotary_sections, self.transformer.head)
 
     @property
     def transformer(self) -> TransformerConfig:

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image as Pillow
 
+from starflow2_jax.errors import UserError, require_positive
 from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense
 from starflow2_jax.sequence import VisionInput
 
 
 @dataclass(frozen=True)
 class VisionConfig:
+    """Raises UserError for sizes that do not fit each other."""
+
     layers: int
     width: int
     heads: int
@@ -36,6 +39,11 @@ class VisionConfig:
     remat: str | bool = "none"
     scan: bool = True
     unroll: int = 1
+
+    def __post_init__(self):
+        require_positive(patch=self.patch, merge=self.merge, temporal_patch=self.temporal_patch, window=self.window)
+        if (head := self.transformer.head) % 4:
+            raise UserError(f"heads have {head} channels (width / heads), but take a multiple of 4 for row and column")
 
     @property
     def patch_width(self) -> int:

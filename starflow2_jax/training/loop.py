@@ -12,12 +12,14 @@ from starflow2_jax import config as configs
 from starflow2_jax import distributed, sharding
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract
 from starflow2_jax.data import sources
-from starflow2_jax.data.groups import GroupedBatches, own_rows
+from starflow2_jax.data.groups import GroupedBatches, own_rows, require_groups
 from starflow2_jax.data.pipeline import Encoder, Shape
+from starflow2_jax.errors import UserError
 from starflow2_jax.files import new_folder, require_new
 from starflow2_jax.keeping import Keep
 from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger, peak_flops
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.optimizer import make_optimizer
@@ -25,7 +27,7 @@ from starflow2_jax.training.preemption import Preemption
 from starflow2_jax.training.profiling import Profiler
 from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step, require_rows
 from starflow2_jax.training.stage_run import StageRun, Tools
-from starflow2_jax.training.step import TrainState, finish, new_state, state_shardings
+from starflow2_jax.training.step import TrainState, finish, new_state, require_host, state_shardings
 from starflow2_jax.weights.qwen import load_config
 
 
@@ -35,6 +37,8 @@ class Trainer:
     def __init__(self, config: ConfigDict, folder: str | Path):
         if unknown := set(config.order) - (set(STAGES) & set(config.stages)):
             raise configs.ConfigError(f"unknown stages {sorted(unknown)} in order; there are {', '.join(STAGES)}")
+        if not config.order or len(set(config.order)) < len(config.order):
+            raise configs.ConfigError(f"order names each stage to run once, one at least, of {', '.join(STAGES)}")
         self.config = config
         keep = Keep(config.keep, config.get("keep_every", 0), config.get("keep_best", 0))
         self.checkpoints = CheckpointDirectory(folder, keep)
@@ -95,6 +99,7 @@ class Trainer:
         """The directory, made or gone on with; the processes of a run do it together."""
         if self.begun:
             self.checkpoints.pass_over_damaged()
+        self._require_stages()
         if distributed.primary():
             if self.begun:
                 self.checkpoints.write_config(self.config)
@@ -104,6 +109,29 @@ class Trainer:
         self.begun = True
         if not distributed.primary():  # fitted on another machine, it may differ in the last bit
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
+
+    def _require_stages(self) -> None:
+        """Raises UserError for what would stop a stage that is still to come, before anything is trained."""
+        Watch(self.config.get("faults"))
+        done, last = self.checkpoints.latest() or 0, 0
+        for name in self.config.order:
+            last += self.config.stages[name].steps
+            if last <= done:
+                continue
+            try:
+                self._require_stage(STAGES[name])
+            except UserError as error:
+                raise configs.ConfigError(f"stage {name}: {error}") from None
+
+    def _require_stage(self, stage: Stage) -> None:
+        data, cfg = self.config.data, self.config.stages[stage.name]
+        require_rows(self.config, stage, self.mesh)
+        require_groups(data.get("groups", 1), cfg.rows)
+        if cfg.optimizer.get("offload", False):
+            require_host(self.mesh)
+        self.step(stage, self.optimizer(stage))  # compiles nothing
+        if data.source == "digits":
+            sources.documents(self.config, stage, self.codec.image_channels)
 
     @classmethod
     def begin(cls, config: ConfigDict, folder: str | Path, vlm: str | Path) -> None:
@@ -133,7 +161,6 @@ class Trainer:
         if latest is not None and latest >= last:
             tools.bar.update(cfg.steps)
             return latest != stop_at
-        require_rows(self.config, stage, self.mesh)
         run = StageRun(self, stage, first, tools)
         if not run.run(last, stop_at):
             return False

@@ -14,6 +14,11 @@ def image_nll(output: Output, sequence: Sequence) -> jax.Array:
     return jnp.sum(0.5 * z**2 - logdet, axis=(2, 3))
 
 
+def latent_squares(output: Output) -> jax.Array:
+    """Squares of each image's intermediate latents (B, M), summed over its dimensions and the shallow flow's blocks."""
+    return sum(jnp.sum(h**2, axis=(2, 3)) for h in output.states)
+
+
 def text_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> jax.Array:

@@ -7,6 +7,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from starflow2_jax import sharding
 from starflow2_jax.config import ConfigError
+from starflow2_jax.errors import require_one_of
 
 # Of a stack's kernels, whose axis 0 is the layer: which axes are summed over, and which are new.
 MUON_AXES = {
@@ -27,8 +28,9 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     stacks, scaled to AdamW's usual step so that both take the same learning rate (arXiv 2502.16982); AdamW for the rest.
     adafactor: factored second moments, no first one (arXiv 1804.04235), without its scaling by the parameters' size, so
     that it takes AdamW's learning rate. `cfg.moments` "bfloat16": moments are kept in it, computed with in fp32.
-    `cfg.offload`: what the optimizer keeps lies in the host's memory between steps. Raises ConfigError for another name.
+    `cfg.offload`: what the optimizer keeps lies in the host's memory between steps. Raises UserError for another name.
     """
+    require_one_of("optimizer.name", cfg.name, ("adamw", "muon", "adafactor"))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, min(cfg.warmup, steps // 2), max(steps, 1), cfg.learning_rate * cfg.final_fraction
     )
@@ -46,8 +48,6 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
             optax.add_decayed_weights(cfg.weight_decay, mask=_decays),
             optax.scale_by_learning_rate(schedule),
         )
-    elif cfg.name != "adamw":
-        raise ConfigError(f"optimizer.name is 'adamw', 'adafactor' or 'muon', not {cfg.name!r}")
     if moments != "float32":
         update = kept_in(update, _moments(moments, cfg))
     update = optax.chain(optax.clip_by_global_norm(cfg.clip), update)

@@ -11,6 +11,7 @@ from starflow2_jax import sharding
 from starflow2_jax.checkpoints import abstract
 from starflow2_jax.config import ConfigError
 from starflow2_jax.data.pipeline import Shape
+from starflow2_jax.errors import require_positive
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.sequence import Sequence, VisionInput
 from starflow2_jax.stages import STAGES, Stage
@@ -35,6 +36,7 @@ def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, dev
         accumulate=cfg.accumulate,
         ema_decay=cfg.ema,
         vlm_length=cfg.get("vlm_length", 0),
+        latent_penalty=cfg.get("latent_penalty", 0.0),
     )
     return jax.jit(guarded(step, config.get("faults")), donate_argnums=0)
 
@@ -52,8 +54,9 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
 
 
 def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError where a stage's rows cannot be cut into micro-batches and spread over the mesh."""
+    """Raises UserError where a stage's rows cannot be cut into micro-batches and spread over the mesh."""
     cfg = config.stages[stage.name]
+    require_positive(rows=cfg.rows, length=cfg.length, accumulate=cfg.accumulate)
     spread = sharding.spread(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")

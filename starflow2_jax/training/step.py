@@ -39,26 +39,41 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool =
     layout = sharding.tree_shardings(shapes, mesh)
     if not offload:
         return layout
+    require_host(mesh)
+    return layout.replace(optimizer=sharding.tree_shardings(shapes.optimizer, mesh, HOST))
+
+
+def require_host(mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where the devices reach no memory of the host."""
     device = mesh.devices.flat[0]
     if HOST not in {memory.kind for memory in device.addressable_memories()}:
         raise ConfigError(
             f"optimizer.offload needs memory of the kind {HOST}, which {device.platform} does not have here"
         )
-    return layout.replace(optimizer=sharding.tree_shardings(shapes.optimizer, mesh, HOST))
 
 
 def loss_sums(
-    model: Pretzel, params: dict, stage: Stage, batch: Sequence, text_chunk: int, key: jax.Array, vlm_length: int = 0
+    model: Pretzel,
+    params: dict,
+    stage: Stage,
+    batch: Sequence,
+    text_chunk: int,
+    key: jax.Array,
+    vlm_length: int = 0,
+    latent_penalty: float = 0.0,
 ) -> dict[str, jax.Array]:
-    """Sums of the stage's losses over a batch: "image" in nats over dimensions, "text" in nats over tokens.
+    """Sums of the stage's losses over a batch: "image" in nats over dimensions, "text" in nats over tokens; "penalty" over
+    dimensions, where there is one.
 
-    `key`: of the dropout; `vlm_length`: as Pretzel's.
+    `key`: of the dropout; `vlm_length`: as Pretzel's; `latent_penalty`: factor of the intermediate latents' squares.
     """
     switches = dict(skips=stage.skips, deep=stage.deep, vlm_length=vlm_length)
     output = model.apply({"params": params}, batch, **switches, rngs={"dropout": key})
     sums = {}
     if stage.image_loss:
         sums["image"] = jnp.sum(batch.image_weight * losses.image_nll(output, batch))
+        if latent_penalty:
+            sums["penalty"] = latent_penalty * jnp.sum(batch.image_weight * losses.latent_squares(output))
     if stage.text_loss:
         head = model.apply({"params": params}, method=Pretzel.text_head)
         sums["text"] = losses.text_cross_entropy(output.text, head, *batch.text_targets(), text_chunk)
@@ -76,26 +91,29 @@ def make_step(
     ema_decay: float = 0.999,
     text_chunk: int = 256,
     vlm_length: int = 0,
+    latent_penalty: float = 0.0,
 ) -> Callable[[TrainState, dict, Sequence], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, frozen, batch) -> (state, metrics).
 
     `noise` (D,): deviation of the noise added to the latents; `text_weight`: lambda of L_NF + lambda L_NTP; `accumulate`:
     micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut changes nothing.
-    `vlm_length`: how many positions of a row the VLM runs over (see Pretzel; 0: all). Raises ConfigError for a stage whose
+    `vlm_length`: how many positions of a row the VLM runs over (see Pretzel; 0: all). `latent_penalty`: STARFlow's
+    regulariser (arXiv 2506.06276), so often the mean square of what leaves each block of the shallow flow. Raises ConfigError for a stage whose
     loss needs all of them.
     """
     if vlm_length and stage.vlm_on_images:
         raise ConfigError(f"stages.{stage.name}.vlm_length must be 0: the stage's loss needs the VLM at flow images")
 
     def loss_fn(moving, rest, batch, weights, key):
-        sums = loss_sums(model, rest | moving, stage, batch, text_chunk, key, vlm_length)
+        sums = loss_sums(model, rest | moving, stage, batch, text_chunk, key, vlm_length, latent_penalty)
         return sum(weights[name] * value for name, value in sums.items()), sums
 
     def step(state: TrainState, frozen: dict, batch: Sequence):
         key = jax.random.fold_in(state.key, state.step)
         batch = batch.replace(latents=batch.latents + noise * jax.random.normal(key, batch.latents.shape))
         totals = {k: jnp.maximum(v, 1.0) for k, v in losses.counts(batch).items()}
-        weights = {"image": 1 / totals["image"], "text": text_weight / totals["text"]}
+        totals["penalty"] = totals["image"]
+        weights = {"image": 1 / totals["image"], "penalty": 1 / totals["image"], "text": text_weight / totals["text"]}
         moving = {name: state.params[name] for name in stage.trains}
         rest = frozen | {k: v for k, v in state.params.items() if k not in moving}
         gradient = jax.grad(loss_fn, has_aux=True)

@@ -1,15 +1,19 @@
-"""One's own documents: the codec and the tokenizer that are fitted to them."""
+"""One's own documents: the codec and the tokenizer that are fitted to them, and the captions that are left out."""
 
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tiny
 
 from starflow2_jax import config as configs
 from starflow2_jax.data import sources
-from starflow2_jax.data.documents import write_image
+from starflow2_jax.data.documents import Document, Image, Text, without_caption, write_image
+from starflow2_jax.data.pipeline import Encoder, Shape, batches
 from starflow2_jax.errors import UserError
+from starflow2_jax.stages import STAGES
 
 QUICK = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
 
@@ -64,3 +68,74 @@ def test_images_that_no_codec_fits(tmp_path, sides, via, codec, saying):
     images = [np.zeros((4, side, 1), np.float32) for side in sides]
     with pytest.raises(UserError, match=saying):
         sources.make_codec(config_of(tmp_path, images, via, **codec))
+
+
+def captioned(folder: Path, drop: float, stage: str = "text_to_image"):
+    """A stage's documents: seven of a file, every one a caption and its image, but for the last, which is read."""
+    image = write_image(folder / "image", tiny.pixels(0)).name
+    lines = [[{"text": f"zebra {i}"}, {"image": image, "generate": True}] for i in range(6)]
+    lines.append([{"image": image}, {"text": "what is it?"}, {"text": "a zebra", "predict": True}])
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = configs.load(QUICK, [f"data.source={folder / 'data.jsonl'}", f"stages.{stage}.caption_drop={drop}"])
+    return sources.documents(config, STAGES[stage], 1)
+
+
+def captions(source, first: int, count: int) -> list[str]:
+    return [document[0].text if isinstance(document[0], Text) else "" for document in map(source.__getitem__, range(first, count))]  # fmt: skip
+
+
+def test_captions_of_a_file_are_dropped_as_often_as_asked(tmp_path):
+    said = captions(captioned(tmp_path, 0.1), 0, 7 * 300)
+    assert {len(set(said[i::7]) - {""}) for i in range(6)} == {1} and said[3] in ("zebra 3", "")
+    dropped = np.array([[text == "" for text in said[i::7]] for i in range(6)])
+    assert 0.07 < dropped.mean() < 0.13
+    assert dropped.any(1).all() and not dropped.all(1).any()  # each of them some time, none always
+    assert len(captioned(tmp_path, 0.1)[6]) == 3 and captions(captioned(tmp_path, 0.0), 0, 3) == [f"zebra {i}" for i in range(3)]  # fmt: skip
+
+
+def test_which_captions_are_dropped_depends_on_seed_stage_and_place_alone(tmp_path):
+    one, again, other = (captioned(tmp_path, 0.3, stage) for stage in ("text_to_image", "text_to_image", "joint"))
+    again[70]
+    assert captions(one, 0, 70) == captions(one, 0, 70) == captions(again, 0, 70)
+    assert captions(one, 0, 70) != captions(other, 0, 70)
+
+
+def test_a_saved_position_drops_the_same_captions(tmp_path):
+    def reader():
+        encoder = Encoder(tiny.tokenizer(), tiny.CODEC)
+        return iter(batches(captioned(tmp_path, 0.3), encoder, Shape(2, 40, 2), group=1, groups=2))
+
+    data, resumed = reader(), reader()
+    for _ in range(5):
+        next(data)
+    position = data.get_state()
+    wanted = [jax.tree.leaves(next(data)) for _ in range(4)]
+    next(resumed)
+    resumed.set_state(position)
+    for leaves in wanted:
+        assert all(np.array_equal(a, b) for a, b in zip(leaves, jax.tree.leaves(next(resumed)), strict=True))
+    assert len({leaves[0].tobytes() for leaves in wanted}) > 1
+
+
+PICTURE = Image(tiny.pixels(0), generate=True)
+SEEN = Image(tiny.pixels(0))
+
+
+@pytest.mark.parametrize(
+    "document, kept",
+    [
+        ([Text("a"), PICTURE], [PICTURE]),
+        ([Text("a"), Text("b"), PICTURE], [PICTURE]),
+        ([Text("as"), SEEN, Text("but mirrored"), PICTURE], [SEEN, Text("but mirrored"), PICTURE]),
+        ([PICTURE], [PICTURE]),
+        ([Text("a"), SEEN], None),
+        ([Text("a"), Text("b", predict=True), PICTURE], None),
+        ([Text("a"), PICTURE, PICTURE], None),
+        ([Text("a"), PICTURE, Text("b")], None),
+    ],
+)
+def test_what_a_caption_is(document: Document, kept: Document | None):
+    """Text that opens a document which predicts the image at its end and nothing else."""
+    left = without_caption(document)
+    wanted = document if kept is None else kept
+    assert len(left) == len(wanted) and all(a is b or a == b for a, b in zip(left, wanted, strict=True))

@@ -57,7 +57,7 @@ def random_params(module, *inputs) -> dict:
 
 @functools.cache
 def build(name: str) -> SimpleNamespace:
-    """A block, what it makes of h, its Jacobian (B, N, D, N, D) by autodiff, and its own inverse."""
+    """A block, what it makes of h, and its own inverse."""
     cfg = CONFIGS[name]
     block, context, h = FlowBlock(cfg), context_of(cfg), 1.5 * normal(1, B, N, D)
     params = random_params(block, h, context)
@@ -66,14 +66,37 @@ def build(name: str) -> SimpleNamespace:
     @jax.jit
     def run(h, context):
         z, logdet = forward(h, context)
-        J = jax.vmap(jax.jacfwd(lambda h, c: forward(h[None], jax.tree.map(lambda x: x[None], c))[0][0]))(h, context)
-        return z, logdet, J, forward(z, context, method=FlowBlock.inverse)
+        return z, logdet, forward(z, context, method=FlowBlock.inverse)
 
-    z, logdet, J, back = run(h, context)
+    z, logdet, back = run(h, context)
     return SimpleNamespace(
-        cfg=cfg, context=context, h=h, z=z, logdet=logdet, J=np.asarray(J), back=back,
+        cfg=cfg, context=context, params=params, h=h, z=z, logdet=logdet, back=back,
         forward=lambda h, context: run(h, context)[:2],
     )  # fmt: skip
+
+
+def float64(tree):
+    """The tree's fp32 arrays as float64; under `jax.enable_x64`."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if x.dtype == np.float32 else x, tree)
+
+
+@functools.cache
+def exact(name: str) -> SimpleNamespace:
+    """The same in float64 throughout, with the Jacobian (B, N, D, N, D) by autodiff."""
+    b = build(name)
+    block = FlowBlock(replace(b.cfg, transformer=replace(b.cfg.transformer, dtype="float64")))
+    with jax.enable_x64(True):
+        params, h, context = float64((b.params, b.h, b.context))
+        forward = functools.partial(block.apply, params)
+
+        @jax.jit
+        def run(h, context):
+            one = jax.jacfwd(lambda h, c: forward(h[None], jax.tree.map(lambda x: x[None], c))[0][0])
+            return *forward(h, context), jax.vmap(one)(h, context)
+
+        z, logdet, J = map(np.asarray, run(h, context))
+    assert z.dtype == logdet.dtype == J.dtype == np.float64
+    return SimpleNamespace(z=z, logdet=logdet, J=J)
 
 
 def scan(x, cfg, axis=1):
@@ -90,18 +113,20 @@ def test_inverse(name):
 
 @BLOCKS
 def test_log_determinant(name):
-    b = build(name)
-    sign, expected = np.linalg.slogdet(b.J.astype(np.float64).reshape(B, N * D, N * D))
-    np.testing.assert_allclose(b.logdet.sum((1, 2)), expected, atol=1e-4)
+    """In float64; and what fp32 makes of it is that to fp32's precision."""
+    e = exact(name)
+    sign, expected = np.linalg.slogdet(e.J.reshape(B, N * D, N * D))
+    np.testing.assert_allclose(e.logdet.sum((1, 2)), expected, atol=1e-9)
     assert (sign == 1).all() and np.abs(expected).min() > 1e-2
-    elementwise = np.log(np.einsum("bndnd->bnd", b.J))
-    np.testing.assert_allclose(b.logdet, elementwise, atol=1e-4)
+    np.testing.assert_allclose(e.logdet, np.log(np.einsum("bndnd->bnd", e.J)), atol=1e-9)
+    np.testing.assert_allclose(build(name).logdet, e.logdet, atol=1e-4)
+    np.testing.assert_allclose(build(name).z, e.z, atol=1e-4)
 
 
 @BLOCKS
 def test_jacobian_is_triangular_in_scan_order(name):
     b = build(name)
-    J = scan(scan(b.J, b.cfg, 1), b.cfg, 3)
+    J = scan(scan(exact(name).J, b.cfg, 1), b.cfg, 3)
     for n in range(N):
         own = J[:, n, :, n]
         assert (J[:, n, :, n + 1 :] == 0).all()
@@ -203,20 +228,24 @@ def test_alternating():
 def test_chain():
     """The chain's log-determinant is that of its (dense) Jacobian; each block reads against the one before."""
     c, h = chain(), normal(1, B, N, D)
-    alone = Context(prefix=c.contexts[0].prefix[:1])
-    trace = functools.partial(c.flow.apply, c.params, method=Flow.trace)
+    flow = Flow(tuple(replace(b, transformer=replace(b.transformer, dtype="float64")) for b in c.flow.blocks))
+    with jax.enable_x64(True):
+        params, x, prefix = float64((c.params, h, c.contexts[0].prefix))
+        trace = functools.partial(flow.apply, params, method=Flow.trace)
 
-    @jax.jit
-    def run(h):
-        J = jax.jacfwd(lambda x: trace(x[None], alone)[0])(h[0])
-        return trace(h, c.contexts[0]), c.flow.apply(c.params, h, c.contexts[0]), J
+        @jax.jit
+        def run(x):
+            J = jax.jacfwd(lambda x: trace(x[None], Context(prefix=prefix[:1]))[0])(x[0])
+            return trace(x, Context(prefix=prefix)), flow.apply(params, x, Context(prefix=prefix)), J
 
-    (states, logdets), (z, logdet), J = run(h)
-    np.testing.assert_allclose(z, states[-1], atol=1e-6)
-    np.testing.assert_allclose(logdet, sum(logdets), atol=1e-5)
-    np.testing.assert_allclose(c.inverse(z, c.contexts[0]), h, atol=1e-4)
-    first, total = (np.asarray(j[0], np.float64) for j in J)  # (N, D, N, D)
-    np.testing.assert_allclose(logdet[0].sum(), np.linalg.slogdet(total.reshape(N * D, N * D))[1], atol=1e-4)
+        (states, logdets), (z, logdet), J = jax.tree.map(np.asarray, run(x))
+    assert z.dtype == logdet.dtype == np.float64
+    np.testing.assert_allclose(z, states[-1], atol=1e-12)
+    np.testing.assert_allclose(logdet, sum(logdets), atol=1e-12)
+    np.testing.assert_allclose(c.inverse(z.astype(np.float32), c.contexts[0]), h, atol=1e-4)
+    first, total = (j[0] for j in J)  # (N, D, N, D)
+    expected = np.linalg.slogdet(total.reshape(N * D, N * D))[1]
+    np.testing.assert_allclose(logdet[0].sum(), expected, rtol=1e-7)  # attention's logits are fp32 all the same
     reads_first, reads = (np.abs(j).max((1, 3)) > 1e-6 for j in (first, total))
     assert (reads_first == np.tril(np.ones((N, N), bool))).all() and reads.all()
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
@@ -128,6 +129,31 @@ def test_closed_skips_leave_the_vlms_own_logits_bit_for_bit(batch):
     for part in ("text", "mean", "scale"):
         assert np.array_equal(getattr(with_zero, part), getattr(shut, part))
     assert np.abs(np.asarray(run(batch, tiny.params()).mean - shut.mean)).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict:
+    return jax.jit(lambda: init_params(tiny.MODEL, jax.random.key(0)))()
+
+
+def test_what_begins_at_zero(fresh):
+    """The skips, and the maps whose output makes Gaussians, which so begin with mean 0 and scale 1; nothing else that is a
+    kernel does."""
+    kernels = {path: leaf for path, leaf in flatten_dict(fresh, sep="/").items() if path.endswith("kernel")}
+    zero = {path for path, kernel in kernels.items() if not np.asarray(kernel).any()}
+    assert zero == {
+        "w_vlm/kernel", "w_d/kernel", "head/kernel", "shallow/block_0/proj_out/kernel", "shallow/block_1/proj_out/kernel"
+    }  # fmt: skip
+    assert set(fresh["w_vlm"]) == set(fresh["w_d"]) == {"kernel"} and not np.asarray(fresh["head"]["bias"]).any()
+
+
+def test_a_fresh_model_says_what_its_vlm_says(fresh, batch):
+    """With open skips, bit for bit; and its images are Gaussians of mean 0 and scale 1 that the shallow flow leaves alone."""
+    opened, closed = run(batch, fresh), run(batch, fresh, skips=False)
+    assert np.array_equal(opened.text, closed.text) and np.asarray(closed.text).std() > 0.1
+    assert not np.asarray(opened.mean).any() and np.allclose(opened.scale, 1, atol=1e-6)
+    CLOSE(opened.u, batch.latents)
+    CLOSE(opened.logdet, 0)
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract, content_hash
@@ -60,6 +62,32 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, resumed):
     assert mine.pop("time")["steps"] == theirs.pop("time")["steps"] == 6  # all else of the clock differs
     assert mine == theirs and mine["data"] and mine["stage_step"] == 2
     assert (undisturbed / "frozen.json").read_text() == (resumed / "frozen.json").read_text()
+
+
+def board(folder: Path) -> dict[tuple[str, int], float]:
+    """(tag, step) -> value of all TensorBoard files, read as TFRecords: length (8 bytes), its checksum (4), data, checksum."""
+    found = {}
+    for file in sorted((folder / "metrics").glob("events.*")):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            at += length + 16
+    return found
+
+
+def test_tensorboard_shows_what_the_metrics_say(undisturbed):
+    wanted = {
+        (f"{line['stage']}/{name}", line["step"]): np.float32(value)
+        for line in lines(undisturbed)
+        for name, value in line.items()
+        if name not in ("step", "stage")
+    }
+    shown = board(undisturbed)
+    assert {key: shown.get(key) for key in wanted} == wanted and len({tag for tag, _ in wanted}) > 6
+    timings = {tag for tag, _ in shown.keys() - wanted.keys()}  # these are there alone
+    assert {"joint/goodput_steps", "joint/input_wait_seconds"} <= timings
 
 
 def test_a_finished_run_does_nothing_more(resumed):

@@ -1,6 +1,7 @@
 """The losses against autodiff and float64, and the step against itself on another mesh and in another cut."""
 
 import re
+from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from starflow2_jax import sequence, sharding
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.models import attention
+from starflow2_jax.models.flow import Flow
 from starflow2_jax.models.layers import Transformer, TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, split
 from starflow2_jax.stages import STAGES
@@ -199,29 +201,56 @@ def test_a_mesh_that_does_not_fit_is_refused():
 
 
 def test_image_nll_is_the_jacobians():
-    """Against the slogdet of d z / d x of the whole map latents -> z, two images of one document."""
+    """Against the slogdet of d z / d x of the whole map latents -> z, two images of one document, in float64."""
     document = [Text("add"), Image(tiny.pixels(30), generate=True), Text(" and"), Image(tiny.pixels(31), generate=True)]
     single = tiny.alone(document)
     before = [t - 1 for t in np.flatnonzero(single.modality[0] == sequence.FLOW)]
 
     def run(latents):
         given = single.replace(latents=latents.reshape(single.latents.shape))
-        return tiny.MODEL.apply({"params": tiny.params()}, given), given
+        return model.apply({"params": params}, given), given
 
     def z_of(latents):
         output, _ = run(latents)
         z = (output.u.reshape(12, 4) - output.mean[0, jnp.array(before)]) / output.scale[0, jnp.array(before)]
         return z.reshape(-1)
 
-    flat = jnp.asarray(single.latents).reshape(-1)
-    z, jacobian = jax.jit(lambda x: (z_of(x), jax.jacfwd(z_of)(x)))(flat)
-    z, jacobian = np.float64(z).reshape(2, 24), np.float64(jacobian)
+    double = {name: replace(getattr(tiny.CONFIG, name), dtype="float64") for name in ("vlm", "shallow", "deep")}
+    model, flat = Pretzel(replace(tiny.CONFIG, **double)), np.float64(single.latents).reshape(-1)
+    tiny.params()  # made in fp32, as ever
+    with jax.enable_x64(True):
+        params = jax.tree.map(partial(jnp.asarray, dtype=jnp.float64), tiny.params())
+        everything = jax.jit(lambda x: (z_of(x), jax.jacfwd(z_of)(x), losses.image_nll(*run(x))[0]))
+        z, jacobian, nll = map(np.asarray, everything(flat))
+    assert z.dtype == jacobian.dtype == nll.dtype == np.float64
+    z = z.reshape(2, 24)
     assert not jacobian[:24, 24:].any() and np.abs(jacobian[24:, :24]).max() > 1e-3  # the second sees the first
-    nll = np.asarray(jax.jit(lambda x: losses.image_nll(*run(x)))(flat))[0]
     for m, part in enumerate((slice(0, 24), slice(24, 48))):
         expected = 0.5 * (z[m] ** 2).sum() - np.linalg.slogdet(jacobian[part, part])[1]
-        np.testing.assert_allclose(nll[m], expected, rtol=1e-4)
-    np.testing.assert_allclose(nll.sum(), 0.5 * (z**2).sum() - np.linalg.slogdet(jacobian)[1], rtol=1e-4)
+        np.testing.assert_allclose(nll[m], expected, rtol=1e-7)  # attention's logits are fp32 all the same
+    np.testing.assert_allclose(nll.sum(), 0.5 * (z**2).sum() - np.linalg.slogdet(jacobian)[1], rtol=1e-7)
+
+
+def test_the_penalty_of_the_intermediate_latents():
+    """STARFlow's: c times the sum over the shallow flow's blocks of mean h^2, over the images to be generated; the exact
+    likelihood beside it stays what it was."""
+    c, (state, frozen) = 0.5, start("text_to_image")
+    options = dict(noise=0.0, text_weight=TEXT_WEIGHT, ema_decay=EMA)
+    metrics = {
+        penalty: jax.jit(make_step(tiny.MODEL, STAGES["text_to_image"], OPTIMIZER, latent_penalty=penalty, **options))(
+            state, frozen, batch()
+        )[1]
+        for penalty in (0.0, c)
+    }
+    flow, wanted = Flow(tiny.CONFIG.shallow_chain), np.asarray(batch().image_weight) > 0
+    images = jnp.asarray(batch().latents[wanted])  # (images, N, D)
+    states, _ = jax.jit(lambda x: flow.apply({"params": tiny.params()["shallow"]}, x, method=Flow.trace))(images)
+    expected = c * sum(np.mean(np.float64(h) ** 2) for h in states)
+    assert len(states) == 2 and 0 < wanted.sum() < wanted.size
+    np.testing.assert_allclose(metrics[c]["penalty_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics[c]["image_loss"], metrics[0.0]["image_loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics[c]["loss"], metrics[c]["image_loss"] + expected, rtol=1e-5)
+    assert "penalty_loss" not in metrics[0.0] and metrics[c]["grad_norm"] != metrics[0.0]["grad_norm"]
 
 
 @pytest.mark.parametrize("chunk", (1, 5, 7, 12, 256))

@@ -15,8 +15,17 @@ from starflow2_jax.sampling import guidance
 from starflow2_jax.weights.flow import import_flow
 
 HERE = Path(__file__).parents[1] / "golden"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Raises FileNotFoundError where there are none: a test of nothing would pass."""
+    if not (files := sorted(folder.glob("*.npz"))):
+        raise FileNotFoundError(f"{folder.resolve()} (STARFLOW2_GOLDEN) has no .npz file")
+    return files
+
+
 FOLDERS = [HERE, *(Path(p) for p in [os.environ.get("STARFLOW2_GOLDEN")] if p)]
-FILES = [file for folder in FOLDERS for file in sorted(folder.glob("*.npz"))]
+FILES = [file for folder in FOLDERS for file in files_of(folder)]
 TOLERANCE = 1e-4  # of the largest number
 
 
@@ -124,6 +133,13 @@ def starflow(given, config):
         "loss_logdet": -logdet.mean(),
         **sample(given["noise"]),
     }, {"x", "text", "text_null", "noise"}
+
+
+def test_the_files_are_there(tmp_path):
+    names = {file.stem for file in FILES if file.parent == HERE}
+    assert names == {"starflow_latent", "starflow_latent_gated", "tarflow_pixel"}
+    with pytest.raises(FileNotFoundError, match="no .npz file"):
+        files_of(tmp_path / "none")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
