@@ -57,6 +57,7 @@ class SampleOptions:
             raise UserError(f"top_p is a probability, at most 1, not {self.top_p!r}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise UserError(f"stop is a tuple of texts, none of them empty, not {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(self.stop))
 
     @property
     def branches(self) -> tuple[str, ...]:
