@@ -61,8 +61,8 @@ def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkey
     command = ["sample", "--checkpoint", str(checkpoint), "--documents", "ask.jsonl", "--image-first", "--num", "2"]
     command += ["--max-tokens", "18", "--batch", "2", "--denoise", "--top-p", "0.9", "--text-temperature", "1"]
     assert cli.main([*command, "--out", "whole"]) == 0
-    # read, write, and the decoding of 4 and of 2 images: the last batch runs with as many rows as the first
-    assert "compiled 4 programs" in capsys.readouterr().err
+    # read, write, denoise, and the decoding of 4 and of 2 images: the last batch runs with as many rows as the first
+    assert "compiled 5 programs" in capsys.readouterr().err
     lines = (tmp_path / "whole/samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["document"] for line in lines] == [0, 0, 1, 1, 2, 2]
     (tmp_path / "cut").mkdir()
