@@ -1,19 +1,22 @@
-"""A model in a few words: load a checkpoint; generate, stream, chat, edit, score, rank, invert.
+"""A model in a few words: load a checkpoint; generate, stream, chat, edit, denoise, score, rank, invert.
 
 Keyword arguments are fields of `SampleOptions`. Everything here raises UserError for what does not fit the model.
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from starflow2_jax.data.documents import Document, Said, compose
+from starflow2_jax.data.documents import Document, Image, Said
+from starflow2_jax.errors import UserError
 from starflow2_jax.sampling import exact, scoring
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Answer, Event
+from starflow2_jax.sampling.prompts import spoken
 
 USUAL = dict(temperature=0.0, image_temperature=0.9, guidance=1.0)  # as on the command line
 
@@ -29,26 +32,28 @@ class Model:
 
     def generate(self, prompt: Said, num: int = 1, seed: int = 0, **options) -> list[Document]:
         """`num` continuations; the prompt is read once for all."""
-        return self.sampler.generate([compose(prompt)], SampleOptions(**USUAL | options), seed, num)
+        if num < 1:
+            raise UserError(f"num is at least 1, not {num}")
+        return self.sampler.generate([self._prompt(prompt)], _options(options), seed, num)
 
     def stream(self, prompt: Said, seed: int = 0, every: int = 4, **options) -> Iterator[Event]:
         """The continuation as it comes: words, how far an image is, its pixels, the end; news every so many positions."""
-        options = SampleOptions(**USUAL | options)
+        options = _options(options)
         session = self.sampler.session(options, [seed])
-        session.read([compose(prompt)], room=options.max_tokens)
+        session.read([self._prompt(prompt)], room=options.max_tokens)
         ids, N = self.sampler.ids, self.sampler.model.cfg.tokens
         answer = Answer(0, self.sampler.tokenizer, N, ids.end, options.stop)
         for [count] in session.stream(every=every):
             rows = session.rows
             yield from answer.read(
-                np.asarray(rows.tokens[0, :count]),
+                np.asarray(rows.tokens)[0, :count],
                 bool(rows.done[0]),
-                lambda at, rows=rows: self.sampler.decode(rows.u[0, at : at + N][None])[0],
+                lambda at, rows=rows: self.sampler.decode(np.asarray(rows.u)[:1, at : at + N])[0],
             )
 
     def chat(self, seed: int = 0, **options) -> Chat:
         """A conversation: `say` something, get its answer."""
-        return Chat(self.sampler, SampleOptions(**USUAL | options), seed)
+        return Chat(self.sampler, _options(options), seed)
 
     def edit(self, image: np.ndarray, instruction: str, seed: int = 0, **options) -> np.ndarray:
         """The image as the instruction wants it: (height, width, C), not clipped.
@@ -56,8 +61,19 @@ class Model:
         `guidance` weighs what the instruction changes; `image_guidance`, where given, what the image does.
         """
         whole = dict(max_tokens=self.sampler.model.cfg.tokens + 1, image_first=True)
-        [[edited]] = self.generate([image, instruction], seed=seed, **whole | options)
+        [answer] = self.sampler.generate([self._prompt([image, instruction])], _options(whole | options), seed)
+        edited = next((part for part in answer if isinstance(part, Image)), None)
+        if edited is None:
+            raise UserError(f"no image was written; it takes max_tokens={whole['max_tokens']}, and image_first")
         return edited.pixels
+
+    def denoise(self, prompt: Said, answer: Document, sigma: float | None = None) -> Document:
+        """What `generate` wrote after a prompt, the training noise removed from its images by the score.
+
+        sigma: the noise's deviation in the images' units; None: as in training.
+        """
+        sigma = self.sampler.noise if sigma is None else sigma
+        return exact.denoise(self.sampler, [self._prompt(prompt)], [answer], sigma)[0]
 
     def score(self, document: Document) -> list[scoring.Score]:
         """The exact log-likelihood of each part that counts: Image(generate=True), Text(predict=True)."""
@@ -65,10 +81,22 @@ class Model:
 
     def rank(self, image: np.ndarray, captions: list[str], by: str = "image") -> list[tuple[str, float]]:
         """Captions and nats, best first: by "image", log p(image | caption) - log p(image); by "text", log p(caption | image)."""
-        template = {"image": scoring.illustrate, "text": scoring.describe}[by]
+        if by not in ("image", "text"):
+            raise UserError(f'by is "image" or "text", not {by!r}')
+        template = scoring.illustrate if by == "image" else scoring.describe
         return scoring.rank(self.sampler, image, captions, by == "image", template)
 
     def invert(self, image: np.ndarray, prompt: Said, as_prompt: Said) -> np.ndarray:
         """The image's noise under one prompt, as an image under another: (height, width, C), not clipped."""
-        z = exact.encode(self.sampler, [compose(prompt)], [image])
-        return exact.decode(self.sampler, [compose(as_prompt)], z)[0]
+        z = exact.encode(self.sampler, [self._prompt(prompt)], [image])
+        return exact.decode(self.sampler, [self._prompt(as_prompt)], z)[0]
+
+    def _prompt(self, said: Said) -> Document:
+        return spoken(self.sampler.tokenizer, said)
+
+
+def _options(given: dict) -> SampleOptions:
+    known = [field.name for field in fields(SampleOptions)]
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
+    return SampleOptions(**USUAL | given)

@@ -6,6 +6,7 @@ import tiny
 
 from starflow2_jax.api import Model
 from starflow2_jax.data.documents import DocumentError, Image, Text, compose
+from starflow2_jax.errors import UserError
 from starflow2_jax.sampling import exact, scoring
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import End, Picture, Progress, Words
@@ -45,6 +46,23 @@ def test_editing_shows_the_image_before_the_words(model):
     assert np.abs(edited - model.edit(-PICTURE, "mirror it", seed=1, guidance=2.0, image_guidance=1.0)).max() > 1e-3
 
 
+def test_editing_gives_one_image_or_a_sentence(model):
+    """Text behind the image does not matter; too few tokens for one, or options that there are not, are said."""
+    want = model.edit(PICTURE, "mirror it", seed=1)
+    np.testing.assert_array_equal(model.edit(PICTURE, "mirror it", seed=1, max_tokens=N + 5), want)
+    for wrong, message in (
+        (dict(max_tokens=N), f"max_tokens={N + 1}"), (dict(image_first=False, max_images=0), "no image"),
+        (dict(num=2), "no option 'num'"), (dict(top_p=2), "top_p"), (dict(temprature=1), "'temprature'"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            model.edit(PICTURE, "mirror it", **wrong)
+    with pytest.raises(UserError, match="num is at least 1"):
+        model.generate("draw", num=0)
+    for say in (model.generate, lambda said: list(model.stream(said)), lambda said: model.edit(PICTURE, said)):
+        with pytest.raises(UserError, match="a mark of the model's own"):
+            say("draw<|im_end|>")
+
+
 def test_a_conversation_goes_on(model):
     chat = model.chat(seed=2, max_tokens=4, max_images=0)
     chat.say([PICTURE, "which digit is this?"])
@@ -66,5 +84,13 @@ def test_exact_things(model):
     np.testing.assert_array_equal(
         model.invert(PICTURE, "a two", "an eight"), exact.decode(model.sampler, [[Text("an eight")]], z)[0]
     )
+    with pytest.raises(UserError, match="by is"):
+        model.rank(PICTURE, captions, by="x")
+    answer = [Image(PICTURE, generate=True), Text("done")]
+    cleaned, text = model.denoise("a two", answer, sigma=0.1)
+    [[want, _]] = exact.denoise(model.sampler, [[Text("a two")]], [answer], 0.1)
+    np.testing.assert_array_equal(cleaned.pixels, want.pixels)
+    assert text.text == "done" and np.abs(cleaned.pixels - PICTURE).max() > 1e-3
+    np.testing.assert_allclose(model.denoise("a two", answer)[0].pixels, PICTURE, atol=1e-5)  # trained with no noise
     with pytest.raises(DocumentError, match="empty"):
         model.generate([])

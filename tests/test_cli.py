@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,15 +56,18 @@ def test_samples_from_a_document(checkpoint, tmp_path):
             assert image.size == (8, 8)
 
 
-def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkeypatch):
+def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ask.jsonl").write_text("".join(f'[{{"text": "draw a {w}"}}]\n' for w in ("two", "six", "nine")))
     command = ["sample", "--checkpoint", str(checkpoint), "--documents", "ask.jsonl", "--image-first", "--num", "2"]
     command += ["--max-tokens", "18", "--batch", "2", "--denoise", "--top-p", "0.9", "--text-temperature", "1"]
     assert cli.main([*command, "--out", "whole"]) == 0
+    # read, write, denoise, and the decoding of 4 and of 2 images: the last batch runs with as many rows as the first
+    assert "compiled 5 programs" in capsys.readouterr().err
     lines = (tmp_path / "whole/samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["document"] for line in lines] == [0, 0, 1, 1, 2, 2]
     (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "whole/run.json", tmp_path / "cut")
     (tmp_path / "cut/samples.jsonl").write_text("\n".join(lines[:5])[:-4])  # killed within the third document
     assert cli.main([*command, "--out", "cut"]) == 0
     assert (tmp_path / "cut/samples.jsonl").read_text().splitlines() == lines
@@ -71,6 +75,48 @@ def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkey
     for name in ("004_0.png", "005_0.png"):
         a, b = (np.asarray(Pillow.open(tmp_path / run / name), int) for run in ("whole", "cut"))
         assert np.abs(a - b).max() <= 1 and a.std() > 0
+
+
+def test_samples_of_two_runs_are_not_mixed(checkpoint, tmp_path, monkeypatch, capsys):
+    """Another file, seed, number, option, or samples that are not of a file: refused, and nothing is lost."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ask.jsonl").write_text('[{"text": "draw"}]\n')
+    (tmp_path / "other.jsonl").write_text('[{"text": "two"}]\n')
+    options = ["sample", "--checkpoint", str(checkpoint), "--max-tokens", "2", "--max-images", "0", "--out", "out"]
+    command = [*options, "--documents", "ask.jsonl"]
+    assert cli.main(command) == 0
+    before = (tmp_path / "out/samples.jsonl").read_text()
+    for change, named in (
+        (["--documents", "other.jsonl"], "documents"), (["--seed", "1"], "seed was 0 and not 1"), (["--num", "2"], "num"),
+        (["--guidance", "0"], "guidance"), (["--dtype", "bfloat16"], "dtype"), (["--denoise"], "denoise"),
+    ):  # fmt: skip
+        assert cli.main([*command, *change]) == 2
+        assert "another run" in (said := capsys.readouterr().err) and named in said
+    assert cli.main([*options, "--prompt", "draw"]) == 2
+    assert cli.main(command) == 0 and (tmp_path / "out/samples.jsonl").read_text() == before
+    options[-1] = "plain"
+    assert cli.main([*options, "--prompt", "draw"]) == 0 and cli.main([*options, "--prompt", "two"]) == 0
+    assert cli.main([*options, "--documents", "ask.jsonl"]) == 2
+    assert "not of --documents" in capsys.readouterr().err
+    (tmp_path / "ask.jsonl").write_text('[{"text": "draw"}]\n[{"text": "a<|im_end|>"}]\n')
+    assert cli.main([*command[:-3], "new", *command[-2:]]) == 2
+    assert "ask.jsonl, document 1: a text holds <|im_end|>" in capsys.readouterr().err
+
+
+def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys):
+    """The same answers in bfloat16 and over 8 devices as options say; sizes that do not fit are refused."""
+    monkeypatch.chdir(tmp_path)
+    Pillow.new("L", (8, 8), 200).save("scan.png")
+    (tmp_path / "captions.txt").write_text("a seven\na two\n")
+    command = ["rank", "--checkpoint", str(checkpoint), "--image", "scan.png", "--captions", "captions.txt"]
+    found = []
+    for devices in ([], ["--fsdp", "2", "--tensor", "2"], ["--dtype", "bfloat16"]):
+        assert cli.main([*command, *devices]) == 0
+        found.append([json.loads(line)["nats"] for line in capsys.readouterr().out.splitlines()])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-3)
+    assert found[2] != found[0] and np.abs(np.subtract(found[2], found[0])).max() < 2
+    assert cli.main([*command, "--tensor", "3"]) == 2 and "tensor=3" in capsys.readouterr().err
+    assert cli.main([*command, "--fsdp", "0"]) == 2 and "--fsdp is at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+from starflow2_jax.commands.model import add_model, restore
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text, read_image, write_image
+from starflow2_jax.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
 
 
 def add(commands) -> None:
     p = commands.add_parser("chat", help="talk with a model in the terminal", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True)
+    add_model(p)
     p.add_argument("--out", default="chat", help="folder for the images that it writes")
     p.add_argument("--temperature", type=float, default=0.0, help="of text; 0: the most likely token")
     p.add_argument("--image-temperature", type=float, default=0.9)
@@ -21,11 +23,11 @@ def add(commands) -> None:
 
 def run(args, _) -> None:
     from starflow2_jax.sampling.chat import Chat
-    from starflow2_jax.sampling.engine import SampleOptions, Sampler
+    from starflow2_jax.sampling.engine import SampleOptions
 
     if args.max_tokens < 1 or min(args.temperature, args.image_temperature, args.guidance) < 0:
         raise DocumentError("--max-tokens is at least 1, --guidance and temperatures at least 0")
-    sampler = Sampler.restore(args.checkpoint)
+    sampler = restore(args)
     options = SampleOptions(args.temperature, args.image_temperature, args.guidance, args.max_tokens)
     converse(Chat(sampler, options, args.seed), Path(args.out))
 
@@ -52,7 +54,7 @@ def converse(chat, out: Path) -> None:
                     out.mkdir(parents=True, exist_ok=True)
                     print(f"[{write_image(out / f'{number:03d}', part.pixels)}]")
                     number += 1
-        except DocumentError as error:
+        except UserError as error:
             print(f"! {error}")
         except KeyboardInterrupt:
             print("\ninterrupted")

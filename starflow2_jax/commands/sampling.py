@@ -1,10 +1,14 @@
 """sample, score, rank, invert, calibrate."""
 
+import hashlib
 import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
+from starflow2_jax.commands.model import add_model, restore
 from starflow2_jax.errors import UserError
 
 
@@ -15,7 +19,7 @@ def add(commands) -> None:
 
 def _add_sample(commands) -> None:
     p = commands.add_parser("sample", help="continue prompts with text and images", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True)
+    add_model(p)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text")
     what.add_argument("--document", help='JSON file: a list of {"text": ...} and {"image": path} parts')
@@ -48,33 +52,25 @@ def _add_sample(commands) -> None:
 
 def _sample(args, _) -> None:
     from starflow2_jax.data.documents import JsonlDocuments, Text, read_document
-    from starflow2_jax.data.tokenizer import chat
-    from starflow2_jax.sampling.engine import Sampler
-    from starflow2_jax.sampling.exact import denoise
 
     options = _options(args)
-    sampler, out = Sampler.restore(args.checkpoint), Path(args.out)
+    sampler, out = restore(args), Path(args.out)
     channels = sampler.codec.image_channels
     if args.documents:
         prompts = JsonlDocuments(args.documents, channels)
     else:
         prompts = [[Text(args.prompt)] if args.prompt is not None else read_document(args.document, channels)]
-    out.mkdir(parents=True, exist_ok=True)
     lines = out / "samples.jsonl"
-    done = _samples_in(lines, args.num) if args.documents else 0
+    done = _resume(out, _run(args, options, sampler), args.num) if args.documents else _anew(out)
+    rows = min(args.batch, len(prompts) - done)
     with (
         lines.open("a" if done else "w") as file,
         tqdm(total=len(prompts), initial=done, disable=not args.documents) as bar,
     ):
         for start in range(done, len(prompts), args.batch):
-            several = [prompts[i] for i in range(start, min(start + args.batch, len(prompts)))]
-            if args.chat:
-                several = [chat(sampler.tokenizer, [("user", prompt)]) for prompt in several]
+            several = [_prompt(args, sampler, prompts, i) for i in range(start, min(start + args.batch, len(prompts)))]
             first = args.seed + start * args.num
-            answers = sampler.generate(several, options, first, args.num)
-            if args.denoise:
-                answers = denoise(sampler, [p for p in several for _ in range(args.num)], answers, sampler.noise)
-            for i, answer in enumerate(answers):
+            for i, answer in enumerate(_answers(args, sampler, several, options, first, rows)):
                 parts = _write_parts(answer, out, f"{start * args.num + i:03d}")
                 line = {"document": start + i // args.num, "seed": first + i, "parts": parts}
                 file.write(json.dumps(line) + "\n")
@@ -84,6 +80,69 @@ def _sample(args, _) -> None:
             bar.update(len(several))
     listing = [json.loads(line)["parts"] for line in lines.read_text().splitlines()]
     (out / "samples.json").write_text(json.dumps(listing, indent=1))
+    print(f"compiled {len(sampler.programs)} programs", file=sys.stderr)
+
+
+def _prompt(args, sampler, prompts, index: int):
+    from starflow2_jax.data.documents import DocumentError
+    from starflow2_jax.data.tokenizer import chat
+    from starflow2_jax.sampling.prompts import spoken
+
+    try:
+        prompt = spoken(sampler.tokenizer, prompts[index])
+        return chat(sampler.tokenizer, [("user", prompt)]) if args.chat else prompt
+    except DocumentError as error:
+        where = f"{args.documents}, document {index}: "
+        raise DocumentError(
+            ("" if not args.documents or str(error).startswith(where) else where) + str(error)
+        ) from None
+
+
+def _answers(args, sampler, prompts, options, seed: int, rows: int):
+    from starflow2_jax.sampling.exact import denoise
+
+    answers = sampler.generate(prompts, options, seed, args.num, rows)
+    if args.denoise:
+        answers = denoise(sampler, [p for p in prompts for _ in range(args.num)], answers, sampler.noise)
+    return answers
+
+
+def _run(args, options, sampler) -> dict:
+    """What makes the answers to a file of documents, as JSON values."""
+    run = asdict(options) | {
+        "documents": hashlib.sha256(Path(args.documents).read_bytes()).hexdigest()[:16],
+        "checkpoint": str(Path(args.checkpoint).resolve()), "step": sampler.step, "dtype": args.dtype,
+        "seed": args.seed, "num": args.num, "chat": args.chat, "denoise": args.denoise,
+    }  # fmt: skip
+    return json.loads(json.dumps(run))
+
+
+def _resume(out: Path, run: dict, num: int) -> int:
+    """How many documents an earlier start of the same run has finished. Raises UserError where `out` holds another's."""
+    described = out / "run.json"
+    if described.is_file():
+        before = json.loads(described.read_text())
+        if wrong := [name for name in run if run[name] != before.get(name)]:
+            raise UserError(
+                f"{out} holds samples of another run, whose {wrong[0]} was {before.get(wrong[0])!r} and not "
+                f"{run[wrong[0]]!r}; name another --out, or remove it"
+            )
+    elif (out / "samples.jsonl").is_file():
+        raise UserError(f"{out} holds samples that are not of --documents; name another --out, or remove it")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / ".run.json"
+        partial.write_text(json.dumps(run, indent=1))
+        partial.rename(described)
+    return _samples_in(out / "samples.jsonl", num)
+
+
+def _anew(out: Path) -> int:
+    """A folder for samples of one prompt, which replace those of another. Raises UserError where a file's are there."""
+    if (out / "run.json").is_file():
+        raise UserError(f"{out} holds samples of --documents; name another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    return 0
 
 
 def _options(args):
@@ -124,7 +183,7 @@ def _write_parts(document, out: Path, name: str) -> list[dict]:
 
 def _add_score(commands) -> None:
     p = commands.add_parser("score", help="log-likelihood of each part that counts", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True)
+    add_model(p)
     p.add_argument("--document", required=True, help='JSON, or JSONL of many: parts with "predict" or "generate" count')
     p.add_argument("--out", help="JSONL file, one part a line (default: printed)")
     p.set_defaults(run=_score)
@@ -132,10 +191,9 @@ def _add_score(commands) -> None:
 
 def _score(args, _) -> None:
     from starflow2_jax.data.documents import JsonlDocuments, read_document
-    from starflow2_jax.sampling.engine import Sampler
     from starflow2_jax.sampling.scoring import score
 
-    sampler = Sampler.restore(args.checkpoint)
+    sampler = restore(args)
     read = JsonlDocuments if args.document.endswith(".jsonl") else lambda *a: [read_document(*a)]
     scores = score(sampler, list(read(args.document, sampler.codec.image_channels)))
     lines = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
@@ -149,7 +207,7 @@ def _score(args, _) -> None:
 
 def _add_rank(commands) -> None:
     p = commands.add_parser("rank", help="captions by how well they explain an image", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True)
+    add_model(p)
     p.add_argument("--image", required=True)
     p.add_argument("--captions", required=True, help="text file, one a line")
     p.add_argument("--by", choices=("image", "text"), default="image", help="p(image | caption), or p(caption | image)")
@@ -158,11 +216,10 @@ def _add_rank(commands) -> None:
 
 def _rank(args, _) -> None:
     from starflow2_jax.data.documents import read_image, read_text
-    from starflow2_jax.sampling.engine import Sampler
     from starflow2_jax.sampling.scoring import describe, illustrate, rank
 
     captions = [line for line in read_text(Path(args.captions)).splitlines() if line.strip()]
-    sampler = Sampler.restore(args.checkpoint)
+    sampler = restore(args)
     image = read_image(args.image, sampler.codec.image_channels)
     by_image = args.by == "image"
     for caption, nats in rank(sampler, image, captions, by_image, illustrate if by_image else describe):
@@ -171,7 +228,7 @@ def _rank(args, _) -> None:
 
 def _add_invert(commands) -> None:
     p = commands.add_parser("invert", help="an image's noise under one prompt as another's image", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True)
+    add_model(p)
     p.add_argument("--prompt", required=True, help="what the image is")
     p.add_argument("--image", required=True)
     p.add_argument("--as-prompt", required=True, help="what it is to be")
@@ -181,10 +238,9 @@ def _add_invert(commands) -> None:
 
 def _invert(args, _) -> None:
     from starflow2_jax.data.documents import Text, read_image, write_image
-    from starflow2_jax.sampling.engine import Sampler
     from starflow2_jax.sampling.exact import decode, encode
 
-    sampler = Sampler.restore(args.checkpoint)
+    sampler = restore(args)
     z = encode(sampler, [[Text(args.prompt)]], [read_image(args.image, sampler.codec.image_channels)])
     [image] = decode(sampler, [[Text(args.as_prompt)]], z)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

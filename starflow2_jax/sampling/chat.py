@@ -1,17 +1,16 @@
 """One conversation, turn by turn: what was read or written stays in the caches, generated images included."""
 
-import jax
-
 from starflow2_jax.data import tokenizer as tokenizers
-from starflow2_jax.data.documents import Document, DocumentError, Image, Said, Text, compose
+from starflow2_jax.data.documents import Document, DocumentError, Image, Said, Text
 from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
+from starflow2_jax.sampling.prompts import is_empty, spoken
 
 
 class Chat:
     """A session of one row. With a chat template of the tokenizer's, what is said is dressed by it; else it is read as it is.
 
-    A turn reads only what the template adds to the conversation. Raises ValueError for options with stop strings: what
-    they cut off would stay in the caches.
+    A turn reads only what the template adds to the conversation; an image that max_tokens cut off in the one before is not
+    part of it. Raises ValueError for options with stop strings: what they cut off would stay in the caches.
     """
 
     def __init__(self, sampler: Sampler, options: SampleOptions = AS_TRAINED, seed: int = 0):
@@ -24,19 +23,18 @@ class Chat:
     def say(self, said: Said, options: SampleOptions | None = None) -> Document:
         """Read on, and write an answer. `options`: of this turn, with the same guidance branches as the first ones.
 
-        Raises DocumentError for what does not fit the model; then the conversation stands as before.
+        Raises UserError for what does not fit the model; then the conversation stands as before.
         """
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
             raise ValueError("a conversation keeps its kinds of guidance, and takes no stop strings")
-        options, document = options or self.options, compose(said)
+        options, document = options or self.options, spoken(self.sampler.tokenizer, said)
+        if is_empty(document) and (self.turns or not options.image_first):
+            raise DocumentError("nothing was said; give some text or an image")
         turns = [*self.turns, ("user", document)]
         more = self._added(turns) if self.sampler.tokenizer.chat_template else document
-        if not more and not self.turns and not options.image_first:
-            raise DocumentError("nothing was said; give some text or an image")
-        ending = self._unfinished()
-        self._drop_part_of_image()
-        self.session.read([ending + more], room=options.max_tokens)
-        [answer] = self.session.write(options)
+        self.session.choose(options)
+        self.session.read([more], room=options.max_tokens)
+        [answer] = self.session.write()
         self.turns = [*turns, ("assistant", answer)]
         return answer
 
@@ -54,28 +52,9 @@ class Chat:
                 "give the whole conversation to `starflow2 sample --chat`"
             )
         text = text.removeprefix(told)
-        if self._last == self.sampler.ids.end:  # the model has closed its answer itself
+        if int(self.session.rows.token[0]) == self.sampler.ids.end:  # the model has closed its answer itself
             text = text.removeprefix("<|im_end|>")
         return unflat(text, images[len(known) :])
-
-    @property
-    def _last(self) -> int:
-        return int(self.session.rows.token[0])
-
-    def _unfinished(self) -> Document:
-        """What closes an image that is whole but for its end."""
-        whole = int(self.session.rows.in_image[0]) == self.sampler.model.cfg.tokens - 1
-        return [Text("<|vision_end|>")] if whole else []
-
-    def _drop_part_of_image(self) -> None:
-        """Take back an image that `max_tokens` cut off: nobody has seen it."""
-        rows = self.session.rows
-        inside = int(rows.in_image[0])
-        if inside == self.sampler.model.cfg.tokens - 1 or (inside < 0 and self._last != self.sampler.ids.vision_start):
-            return
-        back = inside + 2  # its tokens and <|vision_start|>
-        caches = jax.tree.map(lambda x: x if x.ndim > 1 else x - back, rows.caches)
-        self.session.rows = rows.replace(caches=caches, offset=rows.offset - 1, in_image=rows.in_image * 0 - 1)
 
 
 def flat(document: Document) -> tuple[str, list[Image]]:

@@ -40,6 +40,12 @@ class End:
 Event = Words | Progress | Picture | End
 
 
+def text_runs(tokens: np.ndarray) -> list[list[int]]:
+    """tokens (T,): a row's record -> the text tokens between its images, one list a run."""
+    pieces = np.split(tokens, np.flatnonzero(tokens == -1))
+    return [run for piece in pieces if (run := piece[piece >= 0].tolist())]
+
+
 class Answer:
     """Reads a row's positions as they come. Text is held back as long as it may be cut: half a character, or what may
     become a stop string."""
@@ -61,15 +67,15 @@ class Answer:
                 if self.stop:
                     yield from self._text(False)
                 continue
+            yield from self._text(True)
+            if self.ended:
+                return
             inside = int((tokens[self.at : self.at + self.N] == -1).sum())
             if inside < self.N:
                 if not done:
                     yield Progress(self.choice, self.images, inside / self.N)
                     return
                 break
-            yield from self._text(True)
-            if self.ended:
-                return
             yield Picture(self.choice, self.images, decode(self.at))
             self.at, self.images, self.run, self.told = self.at + self.N, self.images + 1, [], 0
         if self.ended is None:

@@ -24,7 +24,7 @@ def encode(sampler: Sampler, prompts: list[Document], images: list[np.ndarray], 
     """
     features = [layout(sampler, _with(prompt, image), closed=False) for prompt, image in _pairs(prompts, images)]
     found = np.zeros((len(features), sampler.model.cfg.tokens, sampler.model.cfg.channels), np.float32)
-    for rows, batch in batches(sampler, features, batch_size):
+    for rows, batch in batches(sampler, features, ("the noise",), batch_size):
         z = np.asarray(_noise(sampler.model, sampler.skips, sampler.params, batch))
         for row, i in enumerate(rows):
             found[i] = z[row, len(features[i]["latents"]) - 1]
@@ -40,7 +40,7 @@ def decode(sampler: Sampler, prompts: list[Document], z: np.ndarray, batch_size:
     blank = sampler.codec.decode(np.zeros((1, *sampler.codec.grid, sampler.codec.channels), np.float32))[0]
     features = [layout(sampler, _with(prompt, blank), closed=False) for prompt, _ in _pairs(prompts, z)]
     u = np.zeros(z.shape, np.float32)
-    for rows, batch in batches(sampler, features, batch_size):
+    for rows, batch in batches(sampler, features, ("the image of noise",), batch_size):
         given = rows + rows[-1:] * (len(batch.tokens) - len(rows))
         start = np.array([len(features[i]["tokens"]) for i in given], np.int32) - sampler.model.cfg.tokens - 2
         written = _write(sampler.model, sampler.skips, sampler.params, batch, start, np.asarray(z)[given])
@@ -62,7 +62,7 @@ def denoise(
     features = [layout(sampler, p + a, closed=False) for p, a in _pairs(prompts, answers)]
     variance = np.square(sigma / np.asarray(sampler.codec.std, np.float32))
     cleaned = list(answers)
-    for rows, batch in batches(sampler, features, batch_size):
+    for rows, batch in batches(sampler, features, ("the denoising",), batch_size):
         latents = np.asarray(_tweedie(sampler.model, sampler.skips, sampler.params, batch, variance))
         for row, i in enumerate(rows):
             own = latents[row, sum(map(_is_flow, prompts[i])) :].reshape(-1, *sampler.codec.grid, latents.shape[-1])

@@ -1,20 +1,32 @@
 """The state of a batch that is being read and written: caches, what the last position said, and each row's own options."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Caches, Pretzel
 from starflow2_jax.sharding import constrain_rows
+
+BUCKET = 32  # prompts and caches are as long as this times a power of two, so that few shapes are compiled
+WHOLE = ("max_tokens", "top_k", "max_images", "jacobi")  # options that are whole numbers
+LEAST = dict.fromkeys(
+    ("temperature", "image_temperature", "guidance", "image_guidance", "top_k", "top_p", "max_images", "tolerance"), 0
+) | {"max_tokens": 1, "jacobi": 1}
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How to write. All but `stop`, `jacobi`, `tolerance` and which guidance there is may differ from row to row for free."""
+    """How to write. All but `stop`, `jacobi`, `tolerance` and which guidance there is may differ from row to row for free.
+
+    Raises UserError for a value that means nothing.
+    """
 
     temperature: float = 1.0  # of text; 0: the most likely token
     image_temperature: float = 1.0  # tau in u = mu + tau sigma z
@@ -22,14 +34,30 @@ class SampleOptions:
     max_tokens: int = 128  # positions to write, image tokens included
     image_first: bool = False  # begin with an image
     top_k: int = 0  # draw text from the k most likely tokens; 0: from all
-    top_p: float = 1.0  # draw text from the fewest tokens of at least this probability
+    top_p: float = 1.0  # draw text from the fewest tokens of at least this probability; 0: the most likely one
     image_guidance: float | None = None  # given: `guidance` leaves out the text only, this one the images before, too
     linear: bool = False  # guidance by extrapolation (TarFlow) instead of Gaussian mixing (STARFlow)
     annealed: bool = False  # guidance grows over the image, w (i + 1) / (N - 1)
-    max_images: int | None = None  # 0: text only; None: as many as it likes
+    max_images: int | None = None  # of a turn, one that it finishes included; 0: text only; None: as many as it likes
     stop: tuple[str, ...] = ()  # strings that end the answer, and are left out of it
     jacobi: int = 1  # image tokens that are solved for at once; 1: one after another
     tolerance: float = 1e-3  # of a Jacobi pass's mean squared change, relative to the mean square
+
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in ("image_guidance", "max_images"):
+                continue
+            kind = Integral if name in WHOLE else Real
+            if not isinstance(value, kind) or not math.isfinite(value) or value < least:
+                raise UserError(
+                    f"{name} is a {'whole ' if kind is Integral else ''}number of at least {least}, not {value!r}"
+                )
+        if self.top_p > 1:
+            raise UserError(f"top_p is a probability, at most 1, not {self.top_p!r}")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise UserError(f"stop is a tuple of texts, none of them empty, not {self.stop!r}")
+        object.__setattr__(self, "stop", tuple(self.stop))
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -55,7 +83,11 @@ class Controls:
     image_next: jax.Array  # bool: what is drawn next is <|vision_start|>
 
     @classmethod
-    def of(cls, options: list[SampleOptions], branches: tuple[str, ...]) -> "Controls":
+    def of(
+        cls, options: list[SampleOptions], branches: tuple[str, ...], inside: np.ndarray | bool = False
+    ) -> "Controls":
+        """`inside` (B,): rows that are within an image; it counts as the first of the turn."""
+
         def every(name, dtype=np.float32):
             return np.array([getattr(o, name) for o in options], dtype)
 
@@ -69,8 +101,8 @@ class Controls:
             every("linear", bool),
             every("annealed", bool),
             every("max_tokens", np.int32),
-            np.array([-1 if o.max_images is None else o.max_images for o in options], np.int32),
-            every("image_first", bool),
+            np.array([-1 if o.max_images is None else o.max_images for o in options], np.int32) - inside,
+            every("image_first", bool) & ~np.asarray(inside),
         )
 
 
@@ -95,9 +127,10 @@ class Rows:
     done: jax.Array  # (B,) bool
     key: jax.Array  # (B,)
     controls: Controls
-    tokens: jax.Array  # (B, T) written in this turn; -1 an image token, -2 nothing
+    tokens: jax.Array  # (B, T) the turn's record; -1 an image token, -2 nothing
     u: jax.Array  # (B, T, D)
-    count: jax.Array  # (B,) of them written
+    begun: jax.Array  # (B,) image tokens that it begins with: those of an image that the turn before left open
+    count: jax.Array  # (B,) positions written in this turn; they stand behind
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -125,20 +158,39 @@ def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> 
         controls=Controls.of([SampleOptions()] * B, branches),
         tokens=jnp.zeros((B, 0), jnp.int32),
         u=jnp.zeros((B, 0, cfg.channels)),
+        begun=number(0),
         count=number(0),
     )
     return constrain_rows(rows)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def new_turn(controls: Controls, room: int, channels: int, idle: np.ndarray) -> dict:
-    """What a turn begins with: its options, and nothing written of at most `room` positions. idle (B,): rows that write none."""
-    B = len(idle)
+@partial(jax.jit, static_argnums=2)
+def new_turn(rows: Rows, controls: Controls, room: int, begun: np.ndarray, idle: np.ndarray) -> dict:
+    """What a turn begins with: its options, and a record with room for `room` positions, in which nothing is written yet
+    but the last `begun` (B,) image tokens of the one before. idle (B,): rows that write none."""
+    B, T, D = rows.u.shape
+    at = jnp.arange(room)
+    head = at < begun[:, None]
+    u = jnp.zeros((B, room, D))
+    if T:
+        before = jnp.clip((rows.begun + rows.count - begun)[:, None] + at, 0, T - 1)
+        u = jnp.where(head[..., None], jnp.take_along_axis(rows.u, before[..., None], axis=1), 0)
     fresh = dict(
-        controls=controls, tokens=jnp.full((B, room), -2, jnp.int32), u=jnp.zeros((B, room, channels)), done=idle,
-        count=jnp.zeros((B,), jnp.int32),
-    )  # fmt: skip
+        controls=controls, tokens=jnp.where(head, -1, -2), u=u, begun=begun, count=jnp.zeros_like(begun), done=idle
+    )
     return constrain_rows(fresh)
+
+
+@jax.jit
+def take_back(rows: Rows, count: np.ndarray) -> Rows:
+    """Forget the last `count` (B,) positions, in all lanes: an image that is not whole, its <|vision_start|> included."""
+    back = jnp.repeat(count, len(rows.offset) // len(count))
+    return rows.replace(
+        caches=rows.caches.rewind(rows.caches.length - back),
+        offset=rows.offset - (back > 0),  # within an image it stands still
+        token=jnp.where(count > 0, -1, rows.token),
+        in_image=jnp.where(count > 0, -1, rows.in_image),
+    )
 
 
 @jax.jit
@@ -174,3 +226,13 @@ def with_room(rows: Rows, slots: int) -> Rows:
         return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
     return rows.replace(caches=constrain_rows(jax.tree.map(grow, rows.caches)))
+
+
+def bucket(length: int) -> int:
+    """BUCKET times the least power of two that holds `length`."""
+    return BUCKET * power(-(-length // BUCKET))
+
+
+def power(count: int) -> int:
+    """The least power of two that is not below `count`, at least 1."""
+    return 1 << max(int(count) - 1, 0).bit_length()

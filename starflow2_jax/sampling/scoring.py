@@ -87,7 +87,7 @@ def score(sampler: Sampler, documents: list[Document], batch_size: int = BATCH) 
             )
     text = any(isinstance(part, Text) and part.predict for document in documents for part in document)
     scores: list[list[Score]] = [[] for _ in documents]
-    for rows, batch in batches(sampler, features, batch_size):
+    for rows, batch in batches(sampler, features, ("the score", text), batch_size):
         z, logdet, words = _measure(sampler.model, sampler.skips, text, sampler.params, batch)
         density = np.asarray(logdet - 0.5 * z**2).sum(-1) + z.shape[-1] * (
             sampler.codec.log_volume - 0.5 * math.log(2 * math.pi)
@@ -146,10 +146,12 @@ def layout(sampler: Sampler, document: Document, closed: bool = True) -> dict[st
     return features
 
 
-def batches(sampler: Sampler, features: list[dict], size: int = BATCH) -> Iterator[tuple[list[int], Sequence]]:
+def batches(
+    sampler: Sampler, features: list[dict], program: tuple, size: int = BATCH
+) -> Iterator[tuple[list[int], Sequence]]:
     """Documents of similar length together, padded, on the sampler's mesh: their indices, and one row for each.
 
-    Rows behind those only fill up the mesh.
+    Rows behind those only fill up the mesh. `program`: a name first, what they are for and what it is specialised to.
     """
     order = sorted(range(len(features)), key=lambda i: len(features[i]["tokens"]))
     for start in range(0, len(order), size):
@@ -163,6 +165,7 @@ def batches(sampler: Sampler, features: list[dict], size: int = BATCH) -> Iterat
             power(max(len(f["latents"]) for f in given)),
             bucket(patches) if patches else 0,
         )
+        sampler.uses((*program, shape), f"{program[0]} of {shape.rows} rows of {shape.length} positions")
         yield rows, jax.device_put(collate(given, shape), sharding.batch_sharding(sampler.mesh))
 
 

@@ -81,7 +81,8 @@ def read(program: Program, params, rows: Rows, batch: Sequence, lane: int, lengt
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def write(program: Program, params, rows: Rows, steps: jax.Array) -> Rows:
-    """Go on until every row is done, `steps` times at most. A step is a position, or with Jacobi a chunk of an image."""
+    """Go on until every row is done, `steps` times at most. A step is a position of each row, or with Jacobi a chunk of its
+    image: then those that write text go first and the others after them, so that none waits."""
 
     def unfinished(carry):
         step, rows = carry
@@ -94,12 +95,10 @@ def write(program: Program, params, rows: Rows, steps: jax.Array) -> Rows:
         slot = _next_image_token(program, rows)
         drawing = (slot >= 0) & ~rows.done
         text = ~drawing & ~rows.done
-        rows = jax.lax.cond(
-            jnp.any(text),
-            lambda r: _one_position(program, params, r, text),
-            lambda r: _image_chunk(program, params, r, drawing),
-            rows,
-        )
+        for active, go_on in ((text, _one_position), (drawing, _image_chunk)):
+            rows = jax.lax.cond(
+                jnp.any(active), partial(go_on, program, params, active=active), lambda rows: rows, rows
+            )
         return step + 1, rows
 
     return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), rows))[1]
@@ -130,8 +129,8 @@ def _image_chunk(program: Program, params, rows: Rows, active) -> Rows:
     """Solve for the next image tokens of the active rows by fixed-point passes over `jacobi` of them at once.
 
     u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (flow.md, "Jacobi"). After as many passes as tokens it is exact: token i is
-    right from pass i on. A row stops changing once a pass would move it by less than the tolerance, so what becomes of
-    it does not hang on the others.
+    right from pass i on. A row stops changing once a pass would move it by less than the tolerance, or after as many passes
+    as it has tokens in the chunk, so what becomes of it does not hang on the others.
     """
     c, N = program.jacobi, program.model.cfg.tokens
     begin = _next_image_token(program, rows)
@@ -155,7 +154,7 @@ def _image_chunk(program: Program, params, rows: Rows, active) -> Rows:
         new = jnp.stack([guess[:, 0], *later], axis=1)
         change, size = (jnp.sum(jnp.where(valid, x**2, 0), (1, 2)) for x in (new - u, new))
         passes = passes + ~settled
-        settled = settled | (change <= program.tolerance * size) | (number + 1 == c)
+        settled = settled | (change <= program.tolerance * size) | (number + 1 >= count)
         return number + 1, jnp.where(settled[:, None, None], u, new), settled, passes, output
 
     B, G, D = len(begin), program.lanes, program.model.cfg.channels
@@ -204,7 +203,7 @@ def _accept(program: Program, rows: Rows, output: Output, token, slots, u, count
 
     at = (
         jnp.arange(len(count))[:, None],
-        jnp.where(jnp.arange(c) < count[:, None], rows.count[:, None] + jnp.arange(c), -1),
+        jnp.where(jnp.arange(c) < count[:, None], (rows.begun + rows.count)[:, None] + jnp.arange(c), -1),
     )
     room = rows.tokens.shape[1]
     at = at[0], jnp.where(at[1] < 0, room, at[1])  # out of bounds is dropped
@@ -226,7 +225,7 @@ def _accept(program: Program, rows: Rows, output: Output, token, slots, u, count
         done=rows.done | ends | (total >= controls.max_tokens),
         controls=controls.replace(
             images_left=controls.images_left - (opens & (controls.images_left > 0)),
-            image_next=controls.image_next & ~some,
+            image_next=controls.image_next & ~opens,
         ),
         tokens=rows.tokens.at[at].set(written, mode="drop"),
         u=rows.u.at[at].set(u, mode="drop"),
@@ -276,8 +275,8 @@ def _draw_token(program: Program, params, rows: Rows, needed) -> jax.Array:
 
     free = needed & ~controls.image_next & (rows.in_image < 0)
     token = jax.lax.cond(jnp.any(free), drawn, lambda: jnp.full(needed.shape, vocabulary - 1, jnp.int32))
-    token = jnp.where(rows.in_image == program.model.cfg.tokens - 1, ids.vision_end, token)
-    return jnp.where(controls.image_next, ids.vision_start, token)
+    token = jnp.where(controls.image_next, ids.vision_start, token)
+    return jnp.where(rows.in_image == program.model.cfg.tokens - 1, ids.vision_end, token)
 
 
 def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import tiny
 from starflow2_jax.commands.chat import converse, parse
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import DocumentError, Image, Text, as_pillow
+from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.chat import Chat, flat, unflat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 
@@ -70,6 +71,40 @@ def test_an_image_that_was_cut_off(written):
     assert (np.asarray(anew.rows.caches.length)[0] == np.asarray(chat.session.rows.caches.length)[0]).all()
     assert anew.rows.token == chat.session.rows.token
     np.testing.assert_allclose(state(chat.session), state(anew), atol=1e-4)
+
+
+def test_a_refused_turn_leaves_all_as_it_was():
+    """Also behind an image that was cut off, however often."""
+    chat, other = (
+        Chat(sampler(), SampleOptions(max_tokens=3, image_first=True, guidance=1.0), seed=1) for _ in range(2)
+    )
+    for c in (chat, other):
+        c.say([Text("draw an eight")])
+    refused = ([Image(tiny.pixels(1, (8, 8)))], "", [], [Text("")], "a<|im_end|>", "draw " * 300)
+    for said in (*refused, *refused):
+        with pytest.raises(DocumentError):
+            chat.say(said)
+    with pytest.raises(UserError):
+        chat.say("draw", SampleOptions(image_first=True, max_images=0, guidance=1.0))
+    assert len(chat.turns) == 2
+    for name in ("token", "in_image", "offset", "drawn"):
+        np.testing.assert_array_equal(*(np.asarray(getattr(c.session.rows, name)) for c in (chat, other)))
+    np.testing.assert_array_equal(*(np.asarray(c.session.rows.caches.length) for c in (chat, other)))
+    for a, b in zip(
+        *(c.say("and now?", SampleOptions(max_tokens=N + 4, guidance=1.0)) for c in (chat, other)), strict=True
+    ):
+        assert a.text == b.text if isinstance(a, Text) else (a.pixels == b.pixels).all()
+
+
+def test_nothing_said_draws_nothing():
+    """Behind an image that was cut off, with a template or without."""
+    for template in (None, TEMPLATE):
+        chat = Chat(sampler(template), SampleOptions(max_tokens=3, image_first=True))
+        chat.say("draw an eight")
+        for said in ("", [], [Text("")]):
+            with pytest.raises(DocumentError, match="nothing was said"):
+                chat.say(said, SampleOptions(max_tokens=N + 4, max_images=0))
+    assert Chat(sampler(), SampleOptions(max_tokens=N + 1, image_first=True)).say("")  # an image of nothing said at all
 
 
 def test_refusals():

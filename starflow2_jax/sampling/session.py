@@ -1,0 +1,248 @@
+"""A batch of conversations: it reads documents, writes answers, reads on, forks.
+
+Its rows step together, each in its own mode (writing text, writing an image, done). A row starts an image when
+<|vision_start|> comes and returns to text after the image's last token.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax import sharding
+from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+from starflow2_jax.data.pipeline import Shape, collate
+from starflow2_jax.errors import UserError
+from starflow2_jax.sampling import rows as row
+from starflow2_jax.sampling import steps
+from starflow2_jax.sampling.events import text_runs
+from starflow2_jax.sampling.prompts import is_empty, require_no_image_tokens
+from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions, bucket, power
+from starflow2_jax.sampling.steps import Program
+
+if TYPE_CHECKING:
+    from starflow2_jax.sampling.engine import Sampler
+
+
+class Session:
+    """A batch of conversations with one sampler. What was read or written stays in the caches of both streams.
+
+    `options`: of all rows, or one of each; rows of one session share `stop`, `jacobi`, `tolerance` and which guidance
+    there is. Row i is a function of what it reads and of seeds[i], and of nothing else in the batch.
+    """
+
+    def __init__(
+        self, sampler: "Sampler", options: SampleOptions | Many[SampleOptions], seeds: Many[int], rows: int = 0
+    ):
+        self.sampler, self.size = sampler, len(seeds)
+        self.options = [options] * self.size if isinstance(options, SampleOptions) else list(options)
+        spare = max(rows - self.size, 0)
+        spare += -(self.size + spare) % sharding.spread(sampler.mesh)  # rows that only fill up the mesh
+        self.options += self.options[-1:] * spare
+        self.program = self._program(self.options)
+        branches = self.program.branches
+        with jax.set_mesh(sampler.mesh):
+            self.rows = row.empty_rows(sampler.model, _seeds(seeds, spare), branches)
+
+    def _program(self, options: list[SampleOptions]) -> Program:
+        one, sampler = options[0], self.sampler
+        shared = [(o.branches, o.stop, o.jacobi, o.tolerance) for o in options]
+        if any(s != shared[0] for s in shared):
+            raise ValueError("the rows of a session share stop, jacobi, tolerance and the kinds of guidance")
+        if any(o.image_first and o.max_images == 0 for o in options):
+            raise UserError("image_first asks for an image, but max_images is 0; change one of them")
+        filtered = any(o.top_k or o.top_p < 1 for o in options)
+        jacobi = min(one.jacobi, sampler.model.cfg.tokens)
+        return Program(sampler.model, sampler.ids, sampler.skips, one.branches, filtered, jacobi, one.tolerance)
+
+    @property
+    def longest(self) -> int:
+        """Positions that any row may yet write."""
+        return max(o.max_tokens for o in self.options)
+
+    @property
+    def computed(self) -> np.ndarray:
+        """(rows,): positions that were ever run for each row, in either stream; its branches for guidance not counted."""
+        return np.asarray(self.program.first(self.rows.computed))[: self.size]
+
+    def read(self, documents: list[Document | None], room: int = 0) -> None:
+        """Read on, a document a row (None or empty: nothing). `room`: positions to keep free behind it.
+
+        An image that `max_tokens` cut off is taken back first from a row that reads on, for nobody has seen it; one that
+        lacks only its end gets it. Raises DocumentError for a document that does not fit the model; then all is as before.
+        """
+        documents = [d or [] for d in documents] + [[]] * (len(self.options) - self.size)
+        for document in documents:
+            require_no_image_tokens(document)
+        whole = np.asarray(self.rows.in_image) == self.sampler.model.cfg.tokens - 1
+        ends = [
+            [Text("<|vision_end|>")] if w and not is_empty(d) else [] for w, d in zip(whole, documents, strict=True)
+        ]
+        lanes = {
+            "context": documents,
+            "images": [[p for p in d if isinstance(p, Image)] for d in documents],
+            "bare": [[]] * len(documents),
+        }
+        encoded = [
+            [self.sampler.encoder(e + d or [Text("")], closed=False) for e, d in zip(ends, lanes[kind], strict=True)]
+            for kind in ("context", *self.program.branches)
+        ]
+        lengths = np.array([len(f["tokens"]) for f in encoded[0]])
+        cut = np.where(lengths > 0, self._open(), 0).astype(np.int32)
+        self._make_room(lengths.max(), room, cut)
+        if cut.any():
+            with jax.set_mesh(self.sampler.mesh):
+                self.rows = row.take_back(self.rows, cut)
+        for lane, features in enumerate(encoded):
+            if any(len(f["tokens"]) for f in features):
+                self._read(lane, features)
+
+    def _open(self) -> np.ndarray:
+        """(rows,): positions of the image that a row is within, <|vision_start|> included; 0: of none."""
+        inside, last = np.asarray(self.rows.in_image), np.asarray(self.rows.token)
+        begun = (inside < 0) & (last == self.sampler.ids.vision_start)
+        partial = (inside >= 0) & (inside < self.sampler.model.cfg.tokens - 1)
+        return np.where(begun, 1, np.where(partial, inside + 2, 0))
+
+    def _read(self, lane: int, features: list[dict]) -> None:
+        lengths = np.array([len(f["tokens"]) for f in features], np.int32)
+        ends = np.array([f["positions"].max(initial=-1) + 1 for f in features], np.int32)
+        images, patches = (max(len(f.get(name, ())) for f in features) for name in ("latents", "patches"))
+        shape = Shape(len(features), bucket(lengths.max()), power(images), bucket(patches) if patches else 0)
+        given = self.sampler.place((collate(features, shape), lengths, ends))
+        self.rows = self._call(steps.read, self.rows, given[0], lane, *given[1:])
+
+    def write(self, options: SampleOptions | None = None) -> list[Document]:
+        """Each row's answer, until it ends itself or its `max_tokens` are written. `options`: of this turn.
+
+        An image that the last turn's `max_tokens` cut off goes on, and is part of the answer that finishes it.
+        """
+        for _ in self.stream(options, every=None):
+            pass
+        return self.written()
+
+    def stream(self, options: SampleOptions | None = None, every: int | None = 8) -> Iterator[np.ndarray]:
+        """`write`, stopping every so many steps: yields how many positions each row has written, (rows,)."""
+        self._begin(options)
+        return self.go_on(every)
+
+    def go_on(self, every: int | None = 8) -> Iterator[np.ndarray]:
+        """The rest of this turn."""
+        stop = self.options[0].stop
+        while not np.asarray(self.rows.done)[: self.size].all():
+            self.rows = self._call(steps.write, self.rows, jnp.int32(1 if stop else (every or self.longest)))
+            if stop:
+                self._stop(stop)
+            yield np.asarray(self.rows.count)[: self.size]
+
+    def choose(self, options: SampleOptions) -> None:
+        """Those of all rows in the turns to come. Raises ValueError where they need other branches for their guidance."""
+        if options.branches != self.program.branches:
+            raise ValueError("a session keeps its kinds of guidance: what they compare with has read along")
+        several = [options] * len(self.options)
+        self.program, self.options = self._program(several), several
+
+    def _begin(self, options: SampleOptions | None) -> None:
+        if options is not None:
+            self.choose(options)
+        asked = np.asarray(self.program.first(self.rows.computed)) > 0
+        if not all(some or o.image_first for some, o in zip(asked[: self.size], self.options, strict=False)):
+            raise DocumentError("a prompt is empty; give some text or an image")
+        within = self._open()
+        if any(o.max_images == 0 for o, open in zip(self.options, within, strict=True) if open):
+            raise DocumentError("an image is not finished, but max_images is 0; allow one, or read on, which drops it")
+        self._make_room(0, self.longest)
+        begun, idle = np.maximum(within - 1, 0).astype(np.int32), np.arange(len(within)) >= self.size
+        controls = Controls.of(self.options, self.program.branches, within > 0)
+        with jax.set_mesh(self.sampler.mesh):
+            fresh = row.new_turn(self.rows, controls, bucket(self.longest + begun.max()), begun, idle)
+            self.rows = self.rows.replace(**fresh)
+
+    def _stop(self, strings: tuple[str, ...]) -> None:
+        """End the rows whose text holds one of the strings, between two images."""
+
+        def found(tokens) -> bool:
+            texts = (self.sampler.tokenizer.decode(run, skip_special_tokens=True) for run in text_runs(tokens))
+            return any(s in text for text in texts for s in strings)
+
+        ended = np.array([found(tokens) for tokens in np.asarray(self.rows.tokens)])
+        self.rows = self.rows.replace(done=self.rows.done | self.sampler.place(ended))
+
+    def fork(self, indices: Many[int], seeds: Many[int], rows: int = 0) -> "Session":
+        """A session whose row i goes on from this one's row indices[i], with a seed of its own; nothing is run again."""
+        forked = Session(self.sampler, [self.options[i] for i in indices], seeds, rows)
+        spare = [indices[-1]] * (len(forked.options) - len(indices))
+        seeds = _seeds(seeds, len(spare))
+        with jax.set_mesh(self.sampler.mesh):
+            forked.rows = row.take(self.rows, np.array([*indices, *spare]), seeds)
+        return forked
+
+    def written(self) -> list[Document]:
+        """What each row has written in this turn; an image that is not whole is left out."""
+        tokens, u = np.asarray(self.rows.tokens)[: self.size], np.asarray(self.rows.u)
+        N = self.sampler.model.cfg.tokens
+        runs = [np.flatnonzero(r == -1) for r in tokens]
+        places = [(i, c) for i, run in enumerate(runs) for c in run[: len(run) // N * N : N]]
+        images: list[dict[int, np.ndarray]] = [{} for _ in tokens]
+        if places:
+            at, columns = np.array(places).T
+            pixels = self.sampler.decode(u[at[:, None], columns[:, None] + np.arange(N)])
+            for (i, c), image in zip(places, pixels, strict=True):
+                images[i][c] = image
+        return [self._document(r, found) for r, found in zip(tokens, images, strict=True)]
+
+    def _document(self, tokens: np.ndarray, images: dict[int, np.ndarray]) -> Document:
+        parts: Document = []
+        text: list[int] = []
+
+        def flush():
+            if words := self.sampler.tokenizer.decode(text, skip_special_tokens=True):
+                parts.append(Text(words, predict=True))
+            text.clear()
+
+        for column, token in enumerate(tokens):
+            if token >= 0:
+                text.append(int(token))
+            elif column in images:
+                flush()
+                parts.append(Image(images[column], generate=True))
+        flush()
+        return _before(parts, self.options[0].stop)
+
+    def _make_room(self, reading: int, writing: int, less: np.ndarray | int = 0) -> None:
+        """Caches for `reading` more positions and `writing` behind them, `less` (rows,) of those there being dropped before.
+        Raises DocumentError where they are too many."""
+        lengths = np.asarray(self.program.first(self.rows.caches.length))  # no branch has read more
+        used, most = int((lengths - less).max()), self.sampler.max_positions
+        if used + reading + writing > most:
+            raise DocumentError(
+                f"a prompt of {used + reading} positions and {writing} to generate exceed the {most} that the model was "
+                "made for; shorten the prompt or generate less"
+            )
+        slots = bucket(used + max(bucket(reading), reading + writing + self.program.jacobi))
+        if slots > self.rows.caches.slots:
+            with jax.set_mesh(self.sampler.mesh):
+                self.rows = row.with_room(self.rows, slots)
+
+    def _call(self, compiled, rows: Rows, *arguments) -> Rows:
+        shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))
+        what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.slots} positions"
+        self.sampler.uses((compiled.__name__, self.program, shapes), what)
+        return compiled(self.program, self.sampler.params, rows, *arguments)
+
+
+def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
+    """Any integers as 32 bits, and zeros for the spare rows."""
+    return np.array([*seeds, *[0] * spare], np.int64).astype(np.uint32)
+
+
+def _before(parts: Document, stop: tuple[str, ...]) -> Document:
+    """The parts up to the first of the stop strings."""
+    for i, part in enumerate(parts):
+        cuts = [part.text.index(s) for s in stop if isinstance(part, Text) and s in part.text]
+        if cuts:
+            return parts[:i] + ([Text(part.text[: min(cuts)], predict=True)] if min(cuts) else [])
+    return parts

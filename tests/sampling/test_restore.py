@@ -1,0 +1,94 @@
+"""A sampler from a checkpoint directory: in the type that was asked for, on the mesh that was asked for."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny_experiment import tiny_config
+
+from starflow2_jax import config as configs
+from starflow2_jax import sharding
+from starflow2_jax.checkpoints import CheckpointDirectory
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.codec import PatchCodec
+from starflow2_jax.models.pretzel import Pretzel, init_params, split
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sampling.exact import encode
+from starflow2_jax.sampling.scoring import score
+from starflow2_jax.sharding import make_mesh
+
+PICTURE = tiny.pixels(1, (8, 8))
+OPTIONS = SampleOptions(max_tokens=5, image_first=True, image_temperature=0.5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Random weights, none of them zero."""
+    config = tiny_config()
+    shapes = jax.eval_shape(lambda: init_params(Pretzel(configs.pretzel(config)), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def leaf(path, x):
+        name = sharding.path_name(path)
+        center = float(name.startswith("vlm") and name.endswith("scale"))
+        return jnp.asarray(center + (0.3 if "embedding" in name else 0.1) * rng.standard_normal(x.shape), jnp.float32)
+
+    frozen, trainable = split(jax.tree_util.tree_map_with_path(leaf, shapes))
+    folder = CheckpointDirectory(tmp_path_factory.mktemp("restore") / "run")
+    folder.create(config, PatchCodec((8, 8), 1, 4, (0.0,) * 16, (0.5,) * 16), tiny.tokenizer())
+    folder.save_frozen(frozen)
+    folder.save(3, {"params": trainable, "ema": {}}, {"stage": "joint", "stage_step": 3})
+    folder.wait()
+    return folder.folder
+
+
+def said_and_seen(sampler: Sampler):
+    """What it writes, what it makes of an image, and the session that wrote."""
+    session = sampler.session(OPTIONS, [1])
+    session.read([[Image(PICTURE), Text("mirror it")]])
+    session.write()
+    return np.asarray(session.rows.u)[0, 1:5], encode(sampler, [[Text("draw")]], [PICTURE]), session
+
+
+def test_bfloat16_is_near_what_float32_is(checkpoint):
+    plain, small = Sampler.restore(checkpoint), Sampler.restore(checkpoint, dtype="bfloat16")
+    assert plain.step == small.step == 3
+    types = {True: set(), False: set()}
+    for path, x in jax.tree_util.tree_leaves_with_path(small.params):
+        name = sharding.path_name(path)
+        stacked = "/layers_" in name and name.endswith("kernel")
+        types[stacked or name.endswith("embedding")].add(str(x.dtype))
+    assert types == {True: {"bfloat16"}, False: {"float32"}}
+    assert {str(x.dtype) for x in jax.tree.leaves(plain.params)} == {"float32"}
+    (u, z, session), (near_u, near_z, near) = map(said_and_seen, (plain, small))
+    for cache in (near.rows.caches.vlm, near.rows.caches.deep):
+        assert {str(x.dtype) for x in (*cache.keys, *cache.values)} == {"bfloat16"}
+    assert session.rows.caches.vlm.keys[0].dtype == jnp.float32
+    for exact, close in ((u, near_u), (z, near_z)):
+        error = np.sqrt(np.mean((exact - close) ** 2) / np.mean(exact**2))
+        assert close.dtype == np.float32 and 1e-5 < error < 0.02
+    with pytest.raises(UserError, match="dtype is float32 or bfloat16"):
+        Sampler.restore(checkpoint, dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_mesh_gives_the_same(checkpoint, dtype):
+    """The rows and the heads cut over it, what is written and what is scored stay."""
+    one, cut = (
+        Sampler.restore(checkpoint, mesh, dtype)
+        for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(fsdp=2, tensor=2))
+    )
+    kernel = cut.params["deep"]["layers_0"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (kernel.shape[0] // 2, kernel.shape[1] // 2)
+    (u, z, _), (same_u, same_z, session) = map(said_and_seen, (one, cut))
+    assert len(session.rows.caches.deep.keys[0].sharding.device_set) == 8
+    atol = 1e-4 if dtype is None else 0.05
+    np.testing.assert_allclose(same_u, u, atol=atol)
+    np.testing.assert_allclose(same_z, z, atol=atol)
+    document = [Text("draw"), Image(PICTURE, generate=True)]
+    nats = [score(s, [document])[0][0].nats for s in (one, cut)]
+    np.testing.assert_allclose(*nats, rtol=1e-4 if dtype is None else 1e-2)
