@@ -39,13 +39,14 @@ class Job:
 
     def say(self, event: Started | Event | Fault) -> None:
         try:
-            self.tell(event)
+            if not self.cancelled:
+                self.tell(event)
         except RuntimeError:  # its event loop is closed: nobody listens any more
             self.cancelled = True
 
     def fail(self, error: ApiError) -> None:
-        self.cancelled = True
         self.say(Fault(error))
+        self.cancelled = True
 
 
 @dataclass(eq=False)

@@ -176,24 +176,18 @@ class Worker(threading.Thread):
             self._report()
 
     def _advance(self) -> None:
-        """Go on with what enters: one piece while rows are being written, else until one is."""
-        while self.entering or self._next():
-            work, coming = self.entering
-            try:
-                if work.cancelled:
-                    self.entering = None
-                    continue
-                next(coming)
-            except StopIteration:
+        """Go on with what enters, by one piece."""
+        if self.entering is None and not self._next():
+            return
+        work, coming = self.entering
+        try:
+            if work.cancelled or next(coming, True):
                 self.entering = None
-                continue
-            except Exception as error:
-                self.entering = None
-                work.fail(told(error))
-                if any(x.is_deleted() for x in jax.tree.leaves(self.batch)):
-                    raise  # it took the batch with it
-            if self.running:
-                return
+        except Exception as error:
+            self.entering = None
+            work.fail(told(error))
+            if any(x.is_deleted() for x in jax.tree.leaves(self.batch)):
+                raise  # it took the batch with it
 
     def _next(self) -> bool:
         """Let the first that waits enter, if there is room for it."""
@@ -212,10 +206,11 @@ class Worker(threading.Thread):
         most = min(job.request.max_tokens or self.max_tokens, self._left(length))
         for lane, features in enumerate(lanes):
             used = int(rows.caches.length[lane])
-            for piece in pieces(features, PIECE):
+            for number, piece in enumerate(pieces(features, PIECE)):
+                if lane or number:
+                    yield
                 rows = self._read(rows, lane, piece, used)
                 used += len(piece["tokens"])
-                yield
         options = replace(job.request.options, max_tokens=most, jacobi=self.widest.jacobi)
         rows = self._new_turn(rows, [_for_branches(options, self.widest.branches)])
         job.say(Started(length, cached))

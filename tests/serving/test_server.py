@@ -1,12 +1,9 @@
 """The server as its clients have it: real HTTP, the openai package, the tiny random model."""
 
-import base64
 import copy
-import io
 import json
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,7 +12,21 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from live import KEY, LIMITS, openai_client, served
+from live import (
+    ASK,
+    KEY,
+    LIMITS,
+    TEMPLATE,
+    ask,
+    data_url,
+    held,
+    image_part,
+    openai_client,
+    pixels_of,
+    served,
+    the_same,
+    wait_until,
+)
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow
@@ -25,48 +36,6 @@ from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.scoring import rank
 
 N = tiny.CONFIG.tokens
-ASK = [{"role": "user", "content": "draw an eight"}]
-
-
-def data_url(image: Pillow.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def pixels_of(url: str) -> np.ndarray:
-    with Pillow.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
-        return np.asarray(image, np.float32)[..., None] / 127.5 - 1
-
-
-def image_part(url: str, **more) -> dict:
-    return {"type": "image_url", "image_url": {"url": url, **more}}
-
-
-def ask(client, messages=ASK, **options):
-    known = {
-        k: options.pop(k)
-        for k in ("max_tokens", "seed", "temperature", "top_p", "stop", "n", "stream", "stream_options")
-        if k in options
-    }
-    return client.chat.completions.create(model="tiny", messages=messages, extra_body=options, **known)
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
-
-
-def the_same(parts: list[dict], document) -> None:
-    """An answer of the server and one of the sampler."""
-    assert [p["type"] for p in parts] == ["text" if isinstance(p, Text) else "image_url" for p in document]
-    for part, want in zip(parts, document, strict=True):
-        if isinstance(want, Text):
-            assert part["text"] == want.text
-        else:
-            np.testing.assert_allclose(pixels_of(part["image_url"]["url"]), np.clip(want.pixels, -1, 1), atol=0.01)
 
 
 def test_text_and_images_out_are_the_samplers(client, sampler):
@@ -109,13 +78,6 @@ def test_image_in(client, sampler):
         assert ask(client, seen, max_tokens=3, max_images=0).usage.completion_tokens >= 1
     back = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "and now?"}]
     assert ask(client, back, max_tokens=2).usage.prompt_tokens > answer.usage.prompt_tokens + N
-
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
-    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def test_a_chat_template_and_jacobi_passes():
@@ -273,22 +235,6 @@ def test_rank(address, sampler):
     want = rank(sampler, np.asarray(scan, np.float32)[..., None] / 127.5 - 1, body["captions"])
     assert [a["caption"] for a in answer] == [caption for caption, _ in want]
     np.testing.assert_allclose([a["nats"] for a in answer], [nats for _, nats in want], rtol=1e-3)
-
-
-def held(worker):
-    """The device's thread stands still in a task until the event is set."""
-    from starflow2_jax.serving.worker import Task
-
-    entered, leave = threading.Event(), threading.Event()
-
-    def stand():
-        entered.set()
-        assert leave.wait(60)
-        yield
-
-    worker.submit(Task(stand()))
-    assert entered.wait(60)
-    return leave
 
 
 def test_full_queue(client, running):
