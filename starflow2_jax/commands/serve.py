@@ -56,11 +56,13 @@ def run(args, _) -> None:
         args.images, args.editing,
     )  # fmt: skip
     name = args.name or Path(args.checkpoint).resolve().name
-    server = Server(sampler, name, limits, args.host, args.port, args.api_key)
+    server = Server(
+        sampler, name, limits, args.host, args.port, args.api_key,
+        ready=lambda address: print(f"serving {name} on {address}", flush=True),
+    )  # fmt: skip
     print("compiling ...", flush=True)
     server.worker.warm()
     end_quietly()
-    print(f"serving {name} on http://{args.host}:{args.port}", flush=True)
     server.run()
     if server.worker.lost:
         raise SystemExit("the device has failed for good, the log says why; start the server again")

@@ -1,6 +1,7 @@
 """A sampler, its worker and uvicorn together; SIGTERM and SIGINT end them in order."""
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import uvicorn
@@ -29,14 +30,17 @@ class Limits:
 
 class Server(uvicorn.Server):
     """`run()` serves until it is told to end: running requests finish within the grace time, the others get 503. It ends
-    itself where the device has failed for good, `worker.lost`."""
+    itself where the device has failed for good, `worker.lost`. `ready` is called with the address once it listens."""
 
-    def __init__(self, sampler: Sampler, name: str, limits: Limits, host: str, port: int, key: str | None = None):
+    def __init__(
+        self, sampler: Sampler, name: str, limits: Limits, host: str, port: int, key: str | None = None,
+        ready: Callable[[str], None] = lambda address: None,
+    ):  # fmt: skip
         if not isinstance(sampler.codec, PatchCodec):
             raise UserError(
                 "this checkpoint writes latents, not pixels, so there is nothing to show; serve one with pixels"
             )
-        self.limits = limits
+        self.limits, self.ready = limits, ready
         if limits.images == "vit" and sampler.model.cfg.vlm.vision is None:
             raise UserError("--images vit needs a vision tower, which this model does not have")
         self.worker = Worker(
@@ -56,6 +60,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig, frame) -> None:
         self.worker.close(self.limits.grace)
         super().handle_exit(sig, frame)
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready(f"http://{self.config.host}:{self.servers[0].sockets[0].getsockname()[1]}")
 
     async def on_tick(self, counter: int) -> bool:
         """Ends the server when the worker has ended, too."""
