@@ -64,7 +64,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         if self.started:
-            self.ready(f"http://{self.config.host}:{self.servers[0].sockets[0].getsockname()[1]}")
+            host, port = self.config.host, self.servers[0].sockets[0].getsockname()[1]
+            self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
         """Ends the server when the worker has ended, too."""
