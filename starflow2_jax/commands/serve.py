@@ -19,6 +19,13 @@ def add(commands) -> None:
     p.add_argument("--max-body", type=int, default=32_000_000, help="bytes of a request")
     p.add_argument("--grace", type=float, default=20.0, help="seconds that running requests have at the end")
     p.add_argument("--jacobi", type=int, default=1, help="image tokens solved for at once")
+    p.add_argument(
+        "--keep", type=int, default=4, help="conversations that go on from their caches; 0: each is read anew"
+    )
+    p.add_argument(
+        "--images", choices=("flow", "vit"), default="flow", help="how images are seen that do not say `via`"
+    )
+    p.add_argument("--editing", action="store_true", help="take image_guidance, which needs half as much cache again")
     p.add_argument("--tensor", type=int, default=1, help="devices that the model is cut over")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrices and caches (default: the config's)")
     p.add_argument("--api-key", default=os.environ.get("STARFLOW2_API_KEY"), help="(default: $STARFLOW2_API_KEY)")
@@ -29,6 +36,8 @@ def run(args, _) -> None:
     names = ("rows", "max_queue", "max_tokens", "max_pixels", "max_body", "jacobi", "tensor")
     if wrong := [n for n in names if getattr(args, n) < 1]:
         raise UserError(f"--{wrong[0].replace('_', '-')} is at least 1")
+    if args.keep < 0:
+        raise UserError("--keep is at least 0")
     if not 0 <= args.grace <= 3600 or not 0 <= args.port < 65536 or args.api_key == "":
         raise UserError("--grace is from 0 to 3600, --port from 0 to 65535, and a key is not empty")
     try:
@@ -43,13 +52,18 @@ def run(args, _) -> None:
     mesh = make_mesh(data=1, tensor=args.tensor, devices=jax.devices()[: args.tensor])
     sampler = Sampler.restore(args.checkpoint, mesh, args.dtype)
     limits = Limits(
-        args.rows, args.max_queue, args.max_tokens, args.max_pixels, args.max_body, args.grace, args.jacobi
+        args.rows, args.max_queue, args.max_tokens, args.max_pixels, args.max_body, args.grace, args.jacobi, args.keep,
+        args.images, args.editing,
     )  # fmt: skip
     name = args.name or Path(args.checkpoint).resolve().name
-    server = Server(sampler, name, limits, args.host, args.port, args.api_key)
+    server = Server(
+        sampler, name, limits, args.host, args.port, args.api_key,
+        ready=lambda address: print(f"serving {name} on {address}", flush=True),
+    )  # fmt: skip
     print("compiling ...", flush=True)
     server.worker.warm()
     end_quietly()
-    print(f"serving {name} on http://{args.host}:{args.port}", flush=True)
     server.run()
+    if server.worker.lost:
+        raise SystemExit("the device has failed for good, the log says why; start the server again")
     print("the server has ended")

@@ -13,16 +13,21 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from starflow2_jax.data.documents import DocumentError
 from starflow2_jax.sampling.events import End, Event
-from starflow2_jax.sampling.scoring import describe, illustrate, rank
 from starflow2_jax.serving import completions
-from starflow2_jax.serving.errors import ApiError, bad
-from starflow2_jax.serving.requests import Intake, chat_request, check_model, rank_request
-from starflow2_jax.serving.worker import Fault, Job, Started, Task, Worker
+from starflow2_jax.serving.errors import ApiError, bad, told
+from starflow2_jax.serving.guards import AtMost, KnownHosts, refusal
+from starflow2_jax.serving.intake import Intake
+from starflow2_jax.serving.jobs import Fault, Job, Started, Task
+from starflow2_jax.serving.ranking import ranking
+from starflow2_jax.serving.requests import chat_request, check_model, rank_request
+from starflow2_jax.serving.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS = 60  # in which a request must have come in
@@ -43,6 +48,7 @@ class Service:
     intake: Intake
     key: str | None
     max_body: int  # bytes
+    host: str  # that it listens on
 
     async def body(self, request: Request) -> object:
         """The JSON of a request. Raises ApiError."""
@@ -57,10 +63,7 @@ class Service:
                         raise ApiError(413, f"a request may have {self.max_body} bytes", "too_large")
         except TimeoutError:
             raise ApiError(408, f"the request did not come in within {BODY_SECONDS} seconds", "timeout") from None
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            raise bad("the body is not valid JSON") from None
+        body = await run_in_threadpool(_parsed, data)
         check_model(body, self.name)
         return body
 
@@ -68,6 +71,17 @@ class Service:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key is not None and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "this server wants its API key: Authorization: Bearer KEY", "invalid_api_key")
+
+
+def _parsed(data: bytearray) -> object:
+    try:
+        body = json.loads(data)
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise bad("the body is not valid Unicode text") from None
+    except (ValueError, RecursionError):
+        raise bad("the body is not valid JSON") from None
+    return body
 
 
 def make_app(service: Service) -> Starlette:
@@ -83,7 +97,13 @@ def make_app(service: Service) -> Starlette:
         return JSONResponse(state, 200 if well else 503)
 
     async def models(request: Request) -> Response:
-        model = {"id": service.name, "object": "model", "created": 0, "owned_by": "starflow2"}
+        model = {
+            "id": service.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "starflow2",
+            "editing": service.intake.editing,
+        }
         return JSONResponse({"object": "list", "data": [model]})
 
     def guarded(endpoint: Callable[[Request], Awaitable[Response]]):
@@ -94,6 +114,10 @@ def make_app(service: Service) -> Starlette:
 
         return checked
 
+    places = service.worker.size + service.worker.max_queue
+    guards = [Middleware(AtMost, places)]
+    if service.key is None:
+        guards.insert(0, Middleware(KnownHosts, (service.host,)))
     return Starlette(
         routes=[
             Route("/", index),
@@ -104,17 +128,20 @@ def make_app(service: Service) -> Starlette:
         ],
         exception_handlers={
             ApiError: _api_error,
+            DocumentError: _api_error,
             HTTPException: _http_error,
             ClientDisconnect: _gone,
             Exception: _fault,
         },
+        middleware=guards,
     )
 
 
 async def _chat(service: Service, request: Request) -> Response:
-    wanted = await run_in_threadpool(chat_request, await service.body(request), service.intake)
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
-    job = Job(wanted, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+    body = await service.body(request)
+    job = await run_in_threadpool(_job, service, body, lambda e: loop.call_soon_threadsafe(events.put_nowait, e))
+    wanted = job.request
     service.worker.submit(job)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     gone = asyncio.ensure_future(_disconnected(request))
@@ -124,6 +151,10 @@ async def _chat(service: Service, request: Request) -> Response:
         lines = completions.stream(story, first, frame, wanted.include_usage)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     return JSONResponse(await completions.whole(story, first, frame, len(wanted.seeds)))
+
+
+def _job(service: Service, body: object, tell: Callable[[Event], None]) -> Job:
+    return service.worker.job(chat_request(body, service.intake), tell)
 
 
 async def _disconnected(request: Request) -> None:
@@ -155,18 +186,29 @@ async def _events(
 
 
 async def _rank(service: Service, request: Request) -> Response:
-    image, captions, by_image = await run_in_threadpool(rank_request, await service.body(request), service.intake)
-    sampler, template = service.worker.sampler, illustrate if by_image else describe
-    task = Task(lambda: rank(sampler, image, captions, by_image, template))
+    body = await service.body(request)
+    task, by = await run_in_threadpool(_task, service, body)
     service.worker.submit(task)
-    pairs = await asyncio.wrap_future(task.result)
+    result, gone = asyncio.wrap_future(task.result), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((result, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ClientDisconnect
+        pairs = result.result()
+    finally:
+        gone.cancel()
+        service.worker.cancel(task)
     data = [{"caption": caption, "nats": nats} for caption, nats in pairs]
-    return JSONResponse({"object": "list", "model": service.name, "by": "image" if by_image else "text", "data": data})
+    return JSONResponse({"object": "list", "model": service.name, "by": by, "data": data})
 
 
-async def _api_error(request: Request, error: ApiError) -> Response:
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
-    return JSONResponse(error.body(), error.status, headers.get(error.status))
+def _task(service: Service, body: object) -> tuple[Task, str]:
+    image, captions, by_image = rank_request(body, service.intake)
+    return Task(ranking(service.worker.sampler, image, captions, by_image)), "image" if by_image else "text"
+
+
+async def _api_error(request: Request, error: ApiError | DocumentError) -> Response:
+    return refusal(told(error))
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starflow2_jax.sampling.events import End, Event, Picture, Progress, Words
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.images import to_url
-from starflow2_jax.serving.worker import Started
+from starflow2_jax.serving.jobs import Started
 
 
 async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choices: int) -> dict:
@@ -50,6 +50,7 @@ def _usage(first: Started, ends: list[End]) -> dict:
     written = sum(end.tokens for end in ends)
     return {
         "prompt_tokens": first.prompt_tokens, "completion_tokens": written, "total_tokens": first.prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": first.cached},
     }  # fmt: skip
 
 

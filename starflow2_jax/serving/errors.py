@@ -1,6 +1,11 @@
 """What the server answers when it cannot do what was asked, in OpenAI's JSON form."""
 
+import logging
+
+from starflow2_jax.data.documents import DocumentError
+
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -17,3 +22,13 @@ class ApiError(Exception):
 
 def bad(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, code, param)
+
+
+def told(error: Exception) -> ApiError:
+    """What the client hears of it."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, DocumentError):
+        return ApiError(400, str(error), "invalid_prompt", "messages")
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "this request failed inside the server; its log says why", "internal_error")

@@ -3,38 +3,58 @@
 import base64
 import binascii
 import io
+import math
 
 import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
 from starflow2_jax.data.documents import as_pillow
+from starflow2_jax.models.qwen_vision import merged_grid, resized
 from starflow2_jax.serving.errors import ApiError, bad
+from starflow2_jax.serving.intake import Intake
 
-FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG"}
+FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG"}
 
 
 class Budget:
-    """Pixels that a request may still bring. They are counted from the files' headers, before anything is decoded."""
+    """Pixels and positions that the images of a request may still take. They are counted from the files' headers, before
+    anything is decoded: of each image what is larger, the file or what the model is shown of it."""
 
-    def __init__(self, pixels: int):
-        self.most = self.left = pixels
+    def __init__(self, intake: Intake):
+        self.intake, self.pixels, self.positions = intake, intake.max_pixels, intake.positions
 
-    def take(self, size: tuple[int, int], param: str) -> None:
-        self.left -= size[0] * size[1]
-        if self.left < 0:
+    def take(self, size: tuple[int, int], via: str, param: str) -> None:
+        """size: (width, height) of the file. Raises ApiError."""
+        if via == "flow":
+            shown, positions = self.intake.size, self.intake.tokens
+        else:
+            try:
+                shown = resized(self.intake.vision, size[::-1])
+                positions = math.prod(merged_grid(self.intake.vision, size[::-1]))
+            except ValueError as error:
+                raise bad(str(error), param) from None
+        self.pixels -= max(math.prod(size), math.prod(shown))
+        self.positions -= positions + 2  # and what opens and closes it
+        if self.pixels < 0:
             raise self.refusal(param)
+        if self.positions < 0:
+            message = (
+                f"the images of a request take more than the {self.intake.positions} positions of a row; send fewer"
+            )
+            raise ApiError(400, message, "context_length_exceeded", param)
 
     def refusal(self, param: str) -> ApiError:
-        message = f"the images of a request may have {self.most} pixels together; send smaller ones"
+        message = f"the images of a request may have {self.intake.max_pixels} pixels together; send smaller ones"
         return ApiError(413, message, "too_large", param)
 
 
-def from_url(url: object, channels: int, size: tuple[int, int] | None, budget: Budget, param: str) -> np.ndarray:
+def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
     """A data: URL of a PNG or JPEG file -> (height, width, channels) fp32 in [-1, 1]. Raises ApiError.
 
-    `size`: (height, width) that it is scaled to, its middle being kept where the proportions differ; None: as it is.
+    For `via` "flow" it is scaled to the model's size, its middle being kept where the proportions differ.
     """
+    channels, size = budget.intake.channels, budget.intake.size if via == "flow" else None
     if not isinstance(url, str) or not url.startswith("data:"):
         raise bad('an image is given as "data:image/png;base64,..."; this server fetches no addresses', param)
     head, _, body = url.removeprefix("data:").partition(",")
@@ -47,7 +67,7 @@ def from_url(url: object, channels: int, size: tuple[int, int] | None, budget: B
         raise bad("the image's data is not base64", param) from None
     try:
         with Pillow.open(io.BytesIO(data), formats=list(FORMATS.values())) as image:
-            budget.take(image.size, param)
+            budget.take(image.size, via, param)
             image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             if size is not None and image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1], Pillow.Resampling.LANCZOS)

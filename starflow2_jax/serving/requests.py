@@ -10,33 +10,31 @@ from starflow2_jax.data.documents import Document, Image, Text
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.images import Budget, from_url
+from starflow2_jax.serving.intake import Intake
 
 ROLES = ("system", "developer", "user", "assistant")
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "modalities")
-NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "parallel_tool_calls": True, "tools": [],
-           "response_format": {"type": "text"}}  # fmt: skip
+IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "modalities", "reasoning_effort", "verbosity", "prediction", "tool_choice",
+)  # fmt: skip
+NEUTRAL = {
+    "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "tools": [],
+    "functions": [], "parallel_tool_calls": True, "response_format": {"type": "text"},
+    # what clients of other OpenAI-compatible servers send
+    "repetition_penalty": 1, "length_penalty": 1, "min_p": 0, "best_of": 1, "num_beams": 1, "use_beam_search": False,
+    "ignore_eos": False, "skip_special_tokens": True, "stop_token_ids": [],
+}  # fmt: skip
 # name -> least, most
 NUMBERS = {
     "temperature": (0, 10), "top_p": (0, 1), "image_temperature": (0, 10), "guidance": (0, 100),
+    "image_guidance": (0, 100),
 }  # fmt: skip
 INTEGERS = {
-    "max_tokens": (1, 10**6), "max_completion_tokens": (1, 10**6), "n": (1, 10**6), "seed": (-(2**63), 2**63 - 1),
+    "max_tokens": (1, 2**31), "max_completion_tokens": (1, 2**31), "n": (1, 10**6), "seed": (-(2**63), 2**63 - 1),
     "top_k": (0, 10**6), "max_images": (0, 10**6),
 }  # fmt: skip
-FLAGS = ("stream", "image_first")
+FLAGS = ("stream", "image_first", "linear", "annealed")
 OTHERS = ("model", "messages", "stop", "stream_options")
-
-
-@dataclass(frozen=True)
-class Intake:
-    """What the model takes, and how much of it."""
-
-    channels: int
-    size: tuple[int, int]  # (height, width) of a flow image
-    vision: bool  # whether it has a vision tower
-    max_pixels: int
-    max_tokens: int
-    max_choices: int
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,26 @@ def chat_request(body: object, intake: Intake) -> ChatRequest:
     given = {name: _number(body, name, *NUMBERS[name], (int, float)) for name in NUMBERS}
     whole = {name: _number(body, name, *INTEGERS[name], (int,)) for name in INTEGERS}
     flags = {name: _typed(body, name, bool) or False for name in FLAGS}
-    most = whole["max_completion_tokens"] or whole["max_tokens"]
-    if most and most > intake.max_tokens:
-        raise bad(f"max_tokens may be {intake.max_tokens} at most on this server", "max_tokens")
     n = whole["n"] or 1
     if n > intake.max_choices:
         raise bad(f"n may be {intake.max_choices} at most on this server", "n")
     seed = secrets.randbits(32) if whole["seed"] is None else whole["seed"]
-    options = SampleOptions(
-        **{name: value for name, value in given.items() if value is not None},
-        top_k=whole["top_k"] or 0, max_images=whole["max_images"], image_first=flags["image_first"], stop=_stop(body),
-    )  # fmt: skip
-    if options.image_first and options.max_images == 0:
+    if given["image_guidance"] is not None and not intake.editing:
+        raise bad("image_guidance needs a server that was started with --editing", "image_guidance")
+    if flags["image_first"] and whole["max_images"] == 0:
         raise bad("image_first asks for an image, but max_images is 0", "max_images")
+    try:
+        options = SampleOptions(
+            **{name: value for name, value in given.items() if value is not None},
+            **{name: flags[name] for name in ("image_first", "linear", "annealed")},
+            top_k=whole["top_k"] or 0, max_images=whole["max_images"], stop=_stop(body),
+        )  # fmt: skip
+    except ValueError as error:
+        raise bad(str(error)) from None
     extras = _typed(body, "stream_options", dict) or {}
     return ChatRequest(
-        _turns(body.get("messages"), intake), options, most, [(seed + i) % 2**32 for i in range(n)],
+        _turns(body.get("messages"), intake), options, whole["max_completion_tokens"] or whole["max_tokens"],
+        [(seed + i) % 2**32 for i in range(n)],
         flags["stream"], _typed(extras, "include_usage", bool) or False,
     )  # fmt: skip
 
@@ -82,15 +84,16 @@ def rank_request(body: object, intake: Intake) -> tuple[np.ndarray, list[str], b
         raise bad("captions is a list of 1 to 64 texts, none of them empty", "captions")
     if (by := body.get("by", "image")) not in ("image", "text"):
         raise bad('by is "image" or "text"', "by")
-    image = from_url(body.get("image"), intake.channels, intake.size, Budget(intake.max_pixels), "image")
-    return image, captions, by == "image"
+    for i, caption in enumerate(captions):
+        intake.check_text(caption, intake.max_text, f"captions[{i}]")
+    return from_url(body.get("image"), "flow", Budget(intake), "image"), captions, by == "image"
 
 
 def _fields(body: object, known: set[str]) -> dict:
     if not isinstance(body, dict):
         raise bad("the body is a JSON object")
     for name, value in body.items():
-        if name in NEUTRAL and value in (None, NEUTRAL[name]):
+        if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
         if name not in known and name not in IGNORED:
             raise bad(f"{name!r} is not supported by this server; leave it out", name, "unsupported_parameter")
@@ -108,10 +111,14 @@ def _number(body: dict, name: str, least, most, kinds: tuple):
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, kinds)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
         raise bad(f"{name} is a number" + (" without fraction" if kinds == (int,) else ""), name, "invalid_type")
     if not least <= value <= most:
-        raise bad(f"{name} is from {least} to {most}, not {value}", name)
+        raise bad(f"{name} is from {least} to {most}", name)
     return value
 
 
@@ -126,20 +133,28 @@ def _stop(body: dict) -> tuple[str, ...]:
 def _turns(messages: object, intake: Intake) -> list[tuple[str, Document]]:
     if not isinstance(messages, list) or not messages:
         raise bad("messages is a list of at least one message", "messages")
-    budget, turns = Budget(intake.max_pixels), []
+    budget, turns, room = Budget(intake), [], intake.max_text
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise bad(f"a message has a role of {', '.join(ROLES)}", f"{where}.role")
         role = "system" if message["role"] == "developer" else message["role"]
-        turns.append((role, _content(message, intake, budget, where)))
+        default = "flow" if role == "assistant" else intake.images  # what the model drew is flow tokens
+        document = [
+            _part(part, intake, budget, default, f"{where}.content[{k}]")
+            for k, part in enumerate(_content(message, where))
+        ]
+        for text in (part.text for part in document if isinstance(part, Text)):
+            intake.check_text(text, room, where)
+            room -= len(text)
+        turns.append((role, document))
     if turns[-1][0] == "assistant":
         raise bad("the last message is the one to answer, so it is not the assistant's", "messages")
     return turns
 
 
-def _content(message: dict, intake: Intake, budget: Budget, where: str) -> Document:
-    """A message's text and images. What a message of ours gave as `parts` or `images` may be sent back as it came."""
+def _content(message: dict, where: str) -> list:
+    """A message's parts. What a message of ours gave as `parts` or `images` may be sent back as it came."""
     content = message.get("parts") or message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(parts, list):
@@ -149,20 +164,19 @@ def _content(message: dict, intake: Intake, budget: Budget, where: str) -> Docum
         if not isinstance(images, list):
             raise bad("images is a list of image_url parts", f"{where}.images")
         parts = parts + images
-    return [_part(p, intake, budget, f"{where}.content[{k}]") for k, p in enumerate(parts)]
+    return parts
 
 
-def _part(part: object, intake: Intake, budget: Budget, where: str) -> Text | Image:
+def _part(part: object, intake: Intake, budget: Budget, via: str, where: str) -> Text | Image:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind != "image_url" or not isinstance(part.get("image_url"), dict):
         raise bad('a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}', where)
-    via = part["image_url"].get("via", "flow")
+    via = part["image_url"].get("via", via)
     if via not in ("flow", "vit") or (via == "vit" and not intake.vision):
         raise bad('via is "flow", or "vit" where the model has a vision tower', f"{where}.image_url.via")
-    size = intake.size if via == "flow" else None
-    return Image(from_url(part["image_url"].get("url"), intake.channels, size, budget, where), via=via)
+    return Image(from_url(part["image_url"].get("url"), via, budget, where), via=via)
 
 
 def check_model(body: object, name: str) -> None:

@@ -1,6 +1,7 @@
 """A sampler, its worker and uvicorn together; SIGTERM and SIGINT end them in order."""
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import uvicorn
@@ -9,7 +10,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.app import Service, make_app
-from starflow2_jax.serving.requests import Intake
+from starflow2_jax.serving.intake import Intake
 from starflow2_jax.serving.worker import Worker
 
 
@@ -22,24 +23,34 @@ class Limits:
     max_body: int = 32_000_000  # bytes of a request
     grace: float = 20.0  # seconds that running requests have when the server is told to end
     jacobi: int = 1  # image tokens solved for at once
+    keep: int = 4  # conversations whose caches are kept
+    images: str = "flow"  # how images are seen whose `via` is not given
+    editing: bool = False  # rows have the lane for `image_guidance`
 
 
 class Server(uvicorn.Server):
-    """`run()` serves until it is told to end: running requests finish within the grace time, the others get 503."""
+    """`run()` serves until it is told to end: running requests finish within the grace time, the others get 503. It ends
+    itself where the device has failed for good, `worker.lost`. `ready` is called with the address once it listens."""
 
-    def __init__(self, sampler: Sampler, name: str, limits: Limits, host: str, port: int, key: str | None = None):
+    def __init__(
+        self, sampler: Sampler, name: str, limits: Limits, host: str, port: int, key: str | None = None,
+        ready: Callable[[str], None] = lambda address: None,
+    ):  # fmt: skip
         if not isinstance(sampler.codec, PatchCodec):
             raise UserError(
                 "this checkpoint writes latents, not pixels, so there is nothing to show; serve one with pixels"
             )
-        self.limits = limits
-        self.worker = Worker(sampler, limits.rows, limits.max_tokens, limits.max_queue, jacobi=limits.jacobi)
-        vision = sampler.model.cfg.vlm.vision is not None
-        intake = Intake(
-            sampler.codec.image_channels, tuple(sampler.codec.image_size), vision, limits.max_pixels,
-            self.worker.max_tokens, limits.rows,
+        self.limits, self.ready = limits, ready
+        if limits.images == "vit" and sampler.model.cfg.vlm.vision is None:
+            raise UserError("--images vit needs a vision tower, which this model does not have")
+        self.worker = Worker(
+            sampler, limits.rows, limits.max_tokens, limits.max_queue, jacobi=limits.jacobi, keep=limits.keep,
+            editing=limits.editing,
         )  # fmt: skip
-        app = make_app(Service(self.worker, name, intake, key, limits.max_body))
+        intake = Intake.of(
+            sampler, max_pixels=limits.max_pixels, max_choices=limits.rows, images=limits.images, editing=limits.editing
+        )
+        app = make_app(Service(self.worker, name, intake, key, limits.max_body, host))
         config = uvicorn.Config(
             app, host, port, log_level="warning", server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=int(limits.grace) + 5,
@@ -49,6 +60,16 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig, frame) -> None:
         self.worker.close(self.limits.grace)
         super().handle_exit(sig, frame)
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.config.host, self.servers[0].sockets[0].getsockname()[1]
+            self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the server when the worker has ended, too."""
+        return await super().on_tick(counter) or not self.worker.is_alive()
 
     def run(self, sockets=None) -> None:
         self.worker.start()

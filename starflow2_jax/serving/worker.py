@@ -4,67 +4,52 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.data.documents import Document, DocumentError, Text
-from starflow2_jax.data.tokenizer import chat
+from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
-from starflow2_jax.sampling.engine import Sampler, Session, bucket
-from starflow2_jax.sampling.events import Answer, Event, Picture
-from starflow2_jax.sampling.rows import Rows, SampleOptions
-from starflow2_jax.serving.errors import ApiError
+from starflow2_jax.sampling.engine import BUCKET, Sampler, bucket, power
+from starflow2_jax.sampling.events import Answer, End, Event, Picture, Words
+from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions
+from starflow2_jax.serving.errors import ApiError, told
+from starflow2_jax.serving.jobs import Fault, Job, Started, Task
+from starflow2_jax.serving.kept import Conversations
+from starflow2_jax.serving.prompts import Turns, encode, identity, pieces, prompt
 from starflow2_jax.serving.requests import ChatRequest
 
 # Every row has the guidance branch and the cut of the vocabulary, so that one program serves all requests: without
 # guidance its weight is 0, and top_p 1 keeps all tokens.
 WIDEST = SampleOptions(guidance=1.0, top_p=0.5)
+PIECE = 256  # positions of a prompt that are read before the running rows go on
 log = logging.getLogger(__name__)
 _put = jax.jit(row.put, donate_argnums=0)
 
 
-@dataclass(frozen=True)
-class Started:
-    """The prompt has been read."""
-
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Nothing more comes of this request."""
-
-    error: ApiError
-
-
 @dataclass(eq=False)
-class Job:
-    """A chat request in the worker's hands. `tell` is called from the worker's thread."""
+class Writing:
+    """A choice of a job in its row."""
 
-    request: ChatRequest
-    tell: Callable[[Started | Event | Fault], None]
-    cancelled: bool = False
-    read: Rows | None = None  # its prompt, of one row, once it has been read
-    options: SampleOptions | None = None
-    placed: int = 0  # choices that have got a row
-
-
-@dataclass(eq=False)
-class Task:
-    """Something else that needs the device."""
-
-    run: Callable[[], object]
-    result: Future = field(default_factory=Future)
+    job: Job
+    options: SampleOptions
+    answer: Answer
+    turns: Turns  # of the conversation that it answers
+    said: Document = field(default_factory=list)
 
 
 class Worker(threading.Thread):
-    """`rows` requests at once, the others wait, `max_queue` at most; a row holds `positions`, of which `max_tokens` written."""
+    """`rows` requests at once, the others wait, `max_queue` at most; a row holds `positions`, of which `max_tokens` written.
+
+    The rows of the last `keep` answers are kept: a request that continues such a conversation reads only what is new.
+    `editing`: rows have the guidance branch that leaves out the text alone, too.
+    """
 
     def __init__(
         self,
@@ -74,27 +59,54 @@ class Worker(threading.Thread):
         max_queue: int = 32,
         chunk: int = 4,
         jacobi: int = 1,
+        keep: int = 4,
+        editing: bool = False,
     ):
         super().__init__(name="device", daemon=True)
         self.sampler, self.size, self.max_queue, self.chunk = sampler, rows, max_queue, chunk
+        # The encoder remembers the texts it has seen, which is right for captions in training; here they are people's.
+        sampler.encoder.tokenize = partial(sampler.tokenizer.encode, add_special_tokens=False)
         self.max_tokens = min(max_tokens, sampler.max_positions - 1)
         self.positions = sampler.max_positions
-        self.widest = replace(WIDEST, jacobi=jacobi)
-        self.slots, self.written = bucket(self.positions + jacobi), bucket(self.max_tokens)
+        self.widest = replace(WIDEST, jacobi=jacobi, image_guidance=1.0 if editing else None)
+        # A step writes up to `jacobi` positions behind the last one, a piece of a prompt fills up to BUCKET.
+        self.slots, self.written = _rounded(self.positions + max(jacobi, BUCKET - 1)), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
+        self.entering: tuple[Job | Task, Iterator[None]] | None = None  # what is being read, or solved piece by piece
+        self.conversations = Conversations(sampler, self.widest, keep)
         self.news = threading.Condition()
         self.closing: float | None = None  # when the running requests are given up
+        self.lost = False  # whether the device has failed for good
         self.batch = self._empty()
-        self.writing: list[tuple[Job, Answer] | None] = [None] * rows
+        self.writing: list[Writing | None] = [None] * rows
+
+    def job(self, request: ChatRequest, tell: Callable[[Started | Event | Fault], None]) -> Job:
+        """The request with its prompt encoded; this needs no device. Raises ApiError and DocumentError."""
+        lanes = encode(self.sampler, prompt(self.sampler, request.turns), self.widest.branches)
+        length = len(lanes[0]["tokens"])
+        if not length and not request.options.image_first:
+            raise DocumentError("a prompt is empty; give some text or an image")
+        self._left(length)
+        return Job(request, identity(request.turns), lanes, tell)
+
+    def _left(self, length: int) -> int:
+        """Positions that may be written behind a prompt."""
+        if length >= self.positions:
+            raise ApiError(
+                400, f"a prompt of {length} positions leaves none of the {self.positions} of a row for an answer; shorten "
+                "the prompt", "context_length_exceeded", "messages",
+            )  # fmt: skip
+        return min(self.max_tokens, self.positions - length)
 
     def warm(self) -> None:
         """Before the thread starts: compile what every request needs, by answering one with an image."""
         options = SampleOptions(image_first=True)
         most = min(self.max_tokens, self.sampler.model.cfg.tokens + 2)
         request = ChatRequest([("user", [Text("image")])], options, most, [0], stream=False, include_usage=False)
-        self.submit(Job(request, lambda event: None))
-        while self.waiting or self.running:
+        self.submit(self.job(request, lambda event: None))
+        while self.waiting or self.entering or self.running:
             self._turn()
+        self.conversations.kept.clear()
 
     def submit(self, work: Job | Task) -> None:
         """Raises ApiError 429 where too many wait, 503 where the server is closing."""
@@ -106,9 +118,12 @@ class Worker(threading.Thread):
             self.waiting.append(work)
             self.news.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, work: Job | Task) -> None:
+        """It leaves the queue at once, or its row before the next chunk."""
         with self.news:
-            job.cancelled = True
+            work.cancelled = True
+            if work in self.waiting:
+                self.waiting.remove(work)
             self.news.notify()
 
     def close(self, seconds: float) -> None:
@@ -122,105 +137,133 @@ class Worker(threading.Thread):
         return sum(w is not None for w in self.writing)
 
     def run(self) -> None:
-        while True:
-            with self.news:
-                while not self.waiting and not self.running and self.closing is None:
-                    self.news.wait()
-                if self.closing is not None and (not self.running or time.monotonic() > self.closing):
-                    break
-            try:
-                self._turn()
-            except Exception:
-                log.exception("a step of the batch failed; its requests are given up")
-                self._give_up(ApiError(500, "the model failed while this was written; try again", "model_failed"))
-                self.batch = self._empty()
-        self._give_up(_closing())
+        try:
+            while self._wait():
+                try:
+                    self._turn()
+                except Exception:
+                    log.exception("a step of the batch failed; its requests are given up")
+                    self._give_up(ApiError(500, "the model failed while this was written; try again", "model_failed"))
+                    self.batch = self._empty()
+        except Exception:
+            log.exception("the device has failed for good")
+            self.lost = True
+        finally:
+            self.close(0)  # whatever ended the thread, nobody waits for it in vain
+            self._refuse_waiting()
+            if self.entering:
+                self.entering[0].fail(_closing())
+            self._give_up(_closing())
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False: the end."""
+        with self.news:
+            while not self.waiting and not self._busy and self.closing is None:
+                self.news.wait()
+            return self.closing is None or (self._busy and time.monotonic() <= self.closing)
+
+    @property
+    def _busy(self) -> bool:
+        return self.running > 0 or self.entering is not None
 
     def _turn(self) -> None:
         if self.closing is not None:
             self._refuse_waiting()
-        self._free([i for i, w in enumerate(self.writing) if w and w[0].cancelled])
-        while (work := self._next()) is not None:
-            if isinstance(work, Task):
-                _finish(work)
-            else:
-                self._admit(work)
+        self._free([i for i, w in enumerate(self.writing) if w and w.job.cancelled])
+        self._advance()
         if self.running:
-            program = self.session.program
-            self.batch = steps.write(program, self.sampler.params, self.batch, jnp.int32(self.chunk))
+            self.batch = steps.write(self.program, self.sampler.params, self.batch, jnp.int32(self.chunk))
             self._report()
 
-    def _next(self) -> Job | Task | None:
-        """The first that waits, if it can be served now; a job stays first until all of its choices have rows."""
-        with self.news:
-            while self.waiting and isinstance(first := self.waiting[0], Job) and first.cancelled:
-                self.waiting.popleft()
-            if not self.waiting:
-                return None
-            if isinstance(self.waiting[0], Task):
-                return self.waiting.popleft()
-            return self.waiting[0] if None in self.writing else None
-
-    def _admit(self, job: Job) -> None:
-        """Read its prompt, if that is not done yet, and give its next choice a row."""
-        try:
-            if job.read is None:
-                job.read = self._read(job)
-        except Exception as error:
-            self.waiting.remove(job)
-            job.tell(Fault(_told(error)))
+    def _advance(self) -> None:
+        """Go on with what enters, by one piece."""
+        if self.entering is None and not self._next():
             return
-        index, seed = self.writing.index(None), job.request.seeds[job.placed]
-        self.batch = _put(self.batch, index, row.take(job.read, np.array([0]), np.array([seed], np.uint32)))
-        answer = Answer(
-            job.placed, self.sampler.tokenizer, self.sampler.model.cfg.tokens, self.sampler.ids.end, job.options.stop
-        )  # fmt: skip
-        self.writing[index] = job, answer
-        job.placed += 1
-        if job.placed == len(job.request.seeds):
-            job.read = None
-            with self.news:
-                self.waiting.remove(job)
+        work, coming = self.entering
+        try:
+            if work.cancelled or next(coming, True):
+                self.entering = None
+        except Exception as error:
+            self.entering = None
+            work.fail(told(error))
+            if any(x.is_deleted() for x in jax.tree.leaves(self.batch)):
+                raise  # it took the batch with it
 
-    def _read(self, job: Job) -> Rows:
-        """The request's prompt in a row of its own, ready to be put into the batch. Raises DocumentError."""
-        document = prompt(self.sampler, job.request)
-        length = len(self.sampler.encoder(document, closed=False)["tokens"]) if document else 0
-        left = self.positions - length
-        most = job.request.max_tokens or max(1, min(self.max_tokens, left))
-        if most > left:
-            raise ApiError(
-                400, f"a prompt of {length} positions and {most} to generate exceed the {self.positions} of a row; "
-                "shorten the prompt or lower max_tokens", "context_length_exceeded", "messages",
-            )  # fmt: skip
-        job.options = replace(job.request.options, max_tokens=most, jacobi=self.widest.jacobi)
-        session = self.sampler.session(self.widest, [0])
-        session.rows = row.with_room(session.rows, self.slots)
-        session.options = [job.options]
-        if document:
-            session.read([document])
-        session.stream()  # begins the turn
-        job.tell(Started(length))
-        return _widened(session.rows, self.written)
+    def _next(self) -> bool:
+        """Let the first that waits enter, if there is room for it."""
+        with self.news:
+            if not self.waiting or (isinstance(self.waiting[0], Job) and None not in self.writing):
+                return False
+            work = self.waiting.popleft()
+        self.entering = work, self._enter(work) if isinstance(work, Job) else _solve(work)
+        return True
+
+    def _enter(self, job: Job) -> Iterator[None]:
+        """Read its prompt piece by piece, then give each choice a row as rows become free."""
+        turns, rows, lanes = self._beginning(job)
+        cached = int(rows.caches.length[0])
+        length = cached + len(lanes[0]["tokens"])
+        most = min(job.request.max_tokens or self.max_tokens, self._left(length))
+        for lane, features in enumerate(lanes):
+            used = int(rows.caches.length[lane])
+            for number, piece in enumerate(pieces(features, PIECE)):
+                if lane or number:
+                    yield
+                rows = self._read(rows, lane, piece, used)
+                used += len(piece["tokens"])
+        options = replace(job.request.options, max_tokens=most, jacobi=self.widest.jacobi)
+        rows = self._new_turn(rows, [_for_branches(options, self.widest.branches)])
+        job.say(Started(length, cached))
+        for choice, seed in enumerate(job.request.seeds):
+            while None not in self.writing:
+                yield
+            index = self.writing.index(None)
+            self.batch = _put(self.batch, index, row.take(rows, np.array([0]), np.array([seed], np.uint32)))
+            cfg, tokenizer = self.sampler.model.cfg, self.sampler.tokenizer
+            answer = Answer(choice, tokenizer, cfg.tokens, self.sampler.ids.end, options.stop)
+            self.writing[index] = Writing(job, options, answer, turns)
+
+    def _beginning(self, job: Job) -> tuple[Turns, Rows, list[dict]]:
+        """The conversation, a row that holds what has been read of it, and the features to be read."""
+        if found := self.conversations.go_on(job.request.turns, job.identity):
+            turns, rows, document = found
+            return turns, row.with_room(rows, self.slots), encode(self.sampler, document, self.widest.branches)
+        return job.request.turns, row.with_room(self._session(1).rows, self.slots), job.lanes
+
+    def _read(self, rows: Rows, lane: int, piece: dict[str, np.ndarray], used: int) -> Rows:
+        """Read a piece of a prompt into a lane that has read `used` positions."""
+        length, patches = len(piece["tokens"]), len(piece.get("patches", ()))
+        room = bucket(length) if used + bucket(length) <= self.slots else _rounded(length)
+        shape = Shape(1, room, power(len(piece["latents"])), bucket(patches) if patches else 0)
+        end = piece["positions"].max() + 1
+        given = self.sampler.place((collate([piece], shape), np.array([length], np.int32), np.array([end], np.int32)))
+        return steps.read(self.program, self.sampler.params, rows, given[0], lane, *given[1:])
 
     def _report(self) -> None:
         tokens, count, done = jax.device_get((self.batch.tokens, self.batch.count, self.batch.done))
-        for i, held in enumerate(self.writing):
-            if held is None:
+        for i, writing in enumerate(self.writing):
+            if writing is None:
                 continue
-            job, answer = held
+            job, answer = writing.job, writing.answer
             try:
                 for event in answer.read(tokens[i, : count[i]], bool(done[i]), lambda at, i=i: self._pixels(i, at)):
-                    if isinstance(event, Picture) and not np.isfinite(event.pixels).all():
-                        raise ApiError(
-                            500, "the model wrote an image that is no image; try another seed", "model_failed"
-                        )
-                    job.tell(event)
+                    self._heard(i, event)
+                    job.say(event)
             except Exception as error:
-                job.tell(Fault(_told(error)))
-                self.cancel(job)
+                job.fail(told(error))
             if answer.ended or job.cancelled:
                 self._free([i])
+
+    def _heard(self, index: int, event: Event) -> None:
+        writing = self.writing[index]
+        if isinstance(event, Picture):
+            if not np.isfinite(event.pixels).all():
+                raise ApiError(500, "the model wrote an image that is no image; try another seed", "model_failed")
+            writing.said.append(Image(event.pixels))
+        elif isinstance(event, Words):
+            writing.said.append(Text(event.text))
+        elif isinstance(event, End) and not writing.options.stop:  # what a stop string cut off has been read, too
+            self.conversations.keep([*writing.turns, ("assistant", writing.said)], self.batch, index)
 
     def _pixels(self, index: int, at: int) -> np.ndarray:
         return self.sampler.decode(self.batch.u[index, at : at + self.sampler.model.cfg.tokens][None])[0]
@@ -236,57 +279,41 @@ class Worker(threading.Thread):
         with self.news:
             refused, self.waiting = self.waiting, deque()
         for work in refused:
-            if isinstance(work, Task):
-                work.result.set_exception(_closing())
-            else:
-                work.tell(Fault(_closing()))
-                work.cancelled = True
+            work.fail(_closing())
 
     def _give_up(self, error: ApiError) -> None:
         """Whoever has a row."""
-        if self.closing is not None:
-            self._refuse_waiting()
-        for job in {held[0] for held in self.writing if held}:
-            job.tell(Fault(error))
-            self.cancel(job)
+        for job in {w.job for w in self.writing if w}:
+            job.fail(error)
         self.writing = [None] * self.size
 
+    def _session(self, size: int):
+        return self.sampler.session(self.widest, [0] * size)
+
     def _empty(self) -> Rows:
-        self.session: Session = self.sampler.session(self.widest, [0] * self.size)
-        empty = row.with_room(self.session.rows, self.slots)
-        return _widened(empty.replace(done=jnp.ones_like(empty.done)), self.written)
+        session = self._session(self.size)
+        self.program = session.program
+        rows = self._new_turn(row.with_room(session.rows, self.slots), [self.widest] * self.size)
+        return rows.replace(done=jnp.ones_like(rows.done))
+
+    def _new_turn(self, rows: Rows, options: list[SampleOptions]) -> Rows:
+        controls, idle = Controls.of(options, self.widest.branches), np.zeros(len(options), bool)
+        return rows.replace(**row.new_turn(controls, self.written, self.sampler.codec.channels, idle))
 
 
-def prompt(sampler: Sampler, request: ChatRequest) -> Document:
-    """The document that the answer continues: by the chat template, or, without one, what was said as it is, <|im_end|>
-    behind what the model said."""
-    if sampler.tokenizer.chat_template:
-        return chat(sampler.tokenizer, request.turns)
-    parts = [[*said, Text("<|im_end|>")] if role == "assistant" else said for role, said in request.turns]
-    return [part for said in parts for part in said]
+def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOptions:
+    """The same guidance in rows that have both branches: without `image_guidance` all of it compares with nothing."""
+    if len(branches) < 2 or options.image_guidance is not None:
+        return options
+    return replace(options, guidance=0.0, image_guidance=options.guidance)
 
 
-def _widened(rows: Rows, length: int) -> Rows:
-    """With room for `length` positions in the record of what is written."""
-    B, T, D = rows.u.shape
-    tokens = jnp.full((B, length), -2, jnp.int32).at[:, :T].set(rows.tokens)
-    return rows.replace(tokens=tokens, u=jnp.zeros((B, length, D)).at[:, :T].set(rows.u))
+def _rounded(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
 
 
-def _finish(task: Task) -> None:
-    try:
-        task.result.set_result(task.run())
-    except Exception as error:
-        task.result.set_exception(_told(error))
-
-
-def _told(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, DocumentError):
-        return ApiError(400, str(error), "invalid_prompt", "messages")
-    log.error("a request failed", exc_info=error)
-    return ApiError(500, "this request failed inside the server; its log says why", "internal_error")
+def _solve(task: Task) -> Iterator[None]:
+    task.result.set_result((yield from task.pieces))
 
 
 def _closing() -> ApiError:

@@ -1,9 +1,11 @@
 """The page in a headless Chromium: a script types, clicks and looks. Needs chromium and chromedriver on PATH."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
+from live import LIMITS, served
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -12,6 +14,12 @@ from selenium.webdriver.support.ui import WebDriverWait
 from starflow2_jax.data.documents import as_pillow
 
 pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def running(sampler):
+    with served(sampler, replace(LIMITS, editing=True)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,11 @@ def test_edits(page, picture):
     find(page, "#tab-edit").click()
     find(page, "#edit [name=image]").send_keys(picture)
     put(page, "#edit [name=text]", "mirror it")
+    put(page, "#edit [name=image_guidance]", "1000")
+    send(page, "edit")
+    assert "image_guidance is from 0 to 100" in find(page, "#wrong").text
+    put(page, "#edit [name=image_guidance]", "1.5")
+    page.execute_script("linear.value = 'true'")
     send(page, "edit")
     assert sizes(page, "#edit .say.user img") == [60] and sizes(page, "#edit .say.assistant img") == [6]
 

@@ -1,12 +1,9 @@
 """The server as its clients have it: real HTTP, the openai package, the tiny random model."""
 
-import base64
 import copy
-import io
 import json
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,57 +12,30 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from live import KEY, LIMITS, openai_client, served
+from live import (
+    ASK,
+    KEY,
+    LIMITS,
+    TEMPLATE,
+    ask,
+    data_url,
+    held,
+    image_part,
+    openai_client,
+    pixels_of,
+    served,
+    the_same,
+    wait_until,
+)
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow
 from starflow2_jax.data.tokenizer import chat
+from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.scoring import rank
 
 N = tiny.CONFIG.tokens
-ASK = [{"role": "user", "content": "draw an eight"}]
-
-
-def data_url(image: Pillow.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def pixels_of(url: str) -> np.ndarray:
-    with Pillow.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
-        return np.asarray(image, np.float32)[..., None] / 127.5 - 1
-
-
-def image_part(url: str, **more) -> dict:
-    return {"type": "image_url", "image_url": {"url": url, **more}}
-
-
-def ask(client, messages=ASK, **options):
-    known = {
-        k: options.pop(k)
-        for k in ("max_tokens", "seed", "temperature", "top_p", "stop", "n", "stream", "stream_options")
-        if k in options
-    }
-    return client.chat.completions.create(model="tiny", messages=messages, extra_body=options, **known)
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
-
-
-def the_same(parts: list[dict], document) -> None:
-    """An answer of the server and one of the sampler."""
-    assert [p["type"] for p in parts] == ["text" if isinstance(p, Text) else "image_url" for p in document]
-    for part, want in zip(parts, document, strict=True):
-        if isinstance(want, Text):
-            assert part["text"] == want.text
-        else:
-            np.testing.assert_allclose(pixels_of(part["image_url"]["url"]), np.clip(want.pixels, -1, 1), atol=0.01)
 
 
 def test_text_and_images_out_are_the_samplers(client, sampler):
@@ -110,22 +80,15 @@ def test_image_in(client, sampler):
     assert ask(client, back, max_tokens=2).usage.prompt_tokens > answer.usage.prompt_tokens + N
 
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
-    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 def test_a_chat_template_and_jacobi_passes():
     """A server that is warm, solves for three image tokens at once, and whose tokenizer has a chat template."""
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.chat_template = TEMPLATE
     model = Sampler(tiny.MODEL, tiny.params(), tokenizer, tiny.CODEC, max_positions=256)
     with served(model, replace(LIMITS, rows=2, jacobi=3), warm=True) as (server, address):
-        programs = len(server.worker.sampler.programs)
+        programs = steps.read._cache_size(), steps.write._cache_size()
         answer = ask(openai_client(address), max_tokens=N + 4, seed=5, image_first=True)
-        assert len(server.worker.sampler.programs) == programs  # it had compiled all that this takes
+        assert (steps.read._cache_size(), steps.write._cache_size()) == programs  # it had compiled all that this takes
     document = chat(tokenizer, [("user", [Text("draw an eight")])])
     [want] = model.generate([document], SampleOptions(max_tokens=N + 4, image_first=True, jacobi=3), seed=5)
     the_same(answer.choices[0].message.parts, want)
@@ -201,13 +164,21 @@ BAD = [
     ({"messages": [{"role": "user", "content": [image_part("data:image/png;base64,AAAA")]}]}, 400, "cannot be read"),
     ({"messages": [{"role": "user", "content": [image_part("data:image/gif;base64,AAAA")]}]}, 400, "base64 data URL"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, "last message"),
-    ({"messages": [{"role": "user", "content": "draw " * 300}]}, 400, "exceed the 256"),
-    ({"messages": [{"role": "user", "content": "draw " * 100}], "max_tokens": 200}, 400, "exceed the 256"),
+    ({"messages": [{"role": "user", "content": "draw " * 300}]}, 400, "leaves none of the 256"),
     ({"temperature": "hot"}, 400, "temperature is a number"),
     ({"temperature": -1}, 400, "temperature is from"),
     ({"guidance": float("nan")}, 400, "guidance is a number"),
     ({"max_tokens": 1.5}, 400, "without fraction"),
-    ({"max_tokens": 201}, 400, "at most on this server"),
+    ({"max_tokens": 0}, 400, "max_tokens is from 1"),
+    ({"max_tokens": 10**400}, 400, "max_tokens is from 1"),
+    ({"temperature": 10**400}, 400, "temperature is from"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "not valid Unicode"),
+    ({"\ud800": 1}, 400, "not valid Unicode"),
+    ({"messages": [{"role": "user", "content": "a <|vision_start|>"}]}, 400, "may not hold '<|vision_start|>'"),
+    ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 400, "more than a row could hold"),
+    ({"image_guidance": 1.0}, 400, "started with --editing"),
+    ({"linear": 1}, 400, "linear has the wrong type"),
+    ({"guidence": 1.0}, 400, "'guidence' is not supported"),
     ({"n": 4}, 400, "n may be 3"),
     ({"stop": [1]}, 400, "stop is"),
     ({"stream": "yes"}, 400, "wrong type"),
@@ -266,16 +237,6 @@ def test_rank(address, sampler):
     np.testing.assert_allclose([a["nats"] for a in answer], [nats for _, nats in want], rtol=1e-3)
 
 
-def held(worker):
-    """The device's thread stands still in a task until the event is set."""
-    from starflow2_jax.serving.worker import Task
-
-    entered, leave = threading.Event(), threading.Event()
-    worker.submit(Task(lambda: (entered.set(), leave.wait(60))))
-    assert entered.wait(60)
-    return leave
-
-
 def test_full_queue(client, running):
     worker = running[0].worker
     leave = held(worker)
@@ -308,11 +269,11 @@ def test_a_client_that_leaves_frees_its_row(address, running, client, stream, mo
         else:
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/v1/chat/completions", json=body, timeout=1)
-        wait_until(lambda: begun and begun[0][0].cancelled)
+        wait_until(lambda: begun and begun[0].job.cancelled)
     go_on.set()
     wait_until(lambda: not worker.running and not worker.waiting)
-    [(_, answer)] = begun
-    assert answer.ended is None
+    [writing] = begun
+    assert writing.answer.ended is None
     monkeypatch.undo()
     assert ask(client, max_tokens=2).choices
 
@@ -321,16 +282,16 @@ def test_a_fault_leaves_the_others_alone(client, running, monkeypatch):
     """A request that fails in reading, and one that fails in its answer, beside one that does not."""
     worker = running[0].worker
     want = ask(client, max_tokens=30, seed=1, image_first=True).choices[0].message.parts
-    read, pixels = worker._read, worker._pixels
+    beginning, pixels = worker._beginning, worker._pixels
 
     def broken(job):
         if job.request.seeds == [666]:
             raise RuntimeError("broken")
-        return read(job)
+        return beginning(job)
 
-    monkeypatch.setattr(worker, "_read", broken)
+    monkeypatch.setattr(worker, "_beginning", broken)
     monkeypatch.setattr(
-        worker, "_pixels", lambda i, at: pixels(i, at) * (np.nan if worker.writing[i][0].request.seeds == [667] else 1)
+        worker, "_pixels", lambda i, at: pixels(i, at) * (np.nan if worker.writing[i].job.request.seeds == [667] else 1)
     )
     leave = held(worker)
     with ThreadPoolExecutor(3) as pool:

@@ -1,0 +1,58 @@
+"""What stands before the endpoints: who may name this server, and how many requests are in it at once."""
+
+import ipaddress
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from starflow2_jax.serving.errors import ApiError, bad
+
+
+class KnownHosts:
+    """Only requests to `names`, localhost or an IP address: a page of another site that has its own name lead here (DNS
+    rebinding) reaches nothing."""
+
+    def __init__(self, app: ASGIApp, names: tuple[str, ...]):
+        self.app, self.names = app, {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._known(Request(scope).headers.get("host", "")):
+            error = bad(
+                "this server goes by another name; without an API key it answers to --host, localhost and addresses"
+            )
+            await refusal(error)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _known(self, host: str) -> bool:
+        name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+        try:
+            return name.lower() in self.names or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+
+class AtMost:
+    """`count` requests that bring something at once; the others are refused before their bodies are read."""
+
+    def __init__(self, app: ASGIApp, count: int):
+        self.app, self.count, self.inside = app, count, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+        elif self.inside >= self.count:
+            error = ApiError(429, f"{self.count} requests are here already; try again later", "queue_full")
+            await refusal(error)(scope, receive, send)
+        else:
+            self.inside += 1
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.inside -= 1
+
+
+def refusal(error: ApiError) -> JSONResponse:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
+    return JSONResponse(error.body(), error.status, headers.get(error.status))

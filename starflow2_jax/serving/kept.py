@@ -1,0 +1,75 @@
+"""Conversations whose rows outlive their answers, so that the next turn reads only what is new."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.data.documents import Document, DocumentError, Text
+from starflow2_jax.sampling import rows as row
+from starflow2_jax.sampling.chat import Chat
+from starflow2_jax.sampling.engine import Sampler, bucket
+from starflow2_jax.sampling.rows import Rows, SampleOptions
+from starflow2_jax.serving.prompts import Turns, identity, prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A conversation whose last answer is finished, and the row that has read and written all of it."""
+
+    turns: Turns
+    rows: Rows
+
+
+class Conversations:
+    """The `most` that were used last."""
+
+    def __init__(self, sampler: Sampler, options: SampleOptions, most: int):
+        self.sampler, self.options, self.most = sampler, options, most
+        self.kept: OrderedDict[tuple, Kept] = OrderedDict()  # by `identity`, the one used last at the end
+
+    def keep(self, turns: Turns, batch: Rows, index: int) -> None:
+        """Keep a copy of a row of the batch, and let the one go that has not been used for longest."""
+        if not self.most:
+            return
+        rows = row.take(batch, np.array([index]), np.zeros(1, np.uint32))
+        self.kept[key := identity(turns)] = Kept(turns, _cut(rows, bucket(int(rows.caches.length[0]))))
+        self.kept.move_to_end(key)
+        if len(self.kept) > self.most:
+            self.kept.popitem(last=False)
+
+    def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, Document] | None:
+        """For `turns`, of identity `asked`, that continue a kept conversation: they with its own images, a copy of its row,
+        and what is to be read behind it. None: nothing that is kept helps."""
+        known = max((k for k in self.kept if asked[: len(k)] == k), key=len, default=None)
+        if known is None:
+            return None
+        self.kept.move_to_end(known)
+        kept = self.kept[known]
+        turns = kept.turns + turns[len(known) :]
+        talk = Chat(self.sampler, self.options)
+        talk.session.rows = row.take(kept.rows, np.array([0]), np.zeros(1, np.uint32))
+        talk.turns = kept.turns
+        try:
+            if self.sampler.tokenizer.chat_template:
+                added = talk._added(turns)
+            else:
+                closing = [] if talk._last == self.sampler.ids.end else [Text("<|im_end|>")]
+                added = closing + prompt(self.sampler, turns[len(known) :])
+        except DocumentError:  # the template writes earlier turns in another way
+            return None
+        document = talk._unfinished() + added
+        talk._drop_part_of_image()
+        # Draws count from 0, as in a row that reads all of it: a seed means the same with and without the caches.
+        rows = talk.session.rows.replace(drawn=jnp.zeros(1, jnp.int32))
+        return (turns, rows, document) if document else None
+
+
+@partial(jax.jit, static_argnums=1)
+def _cut(rows: Rows, slots: int) -> Rows:
+    """With caches of `slots` positions at most, and without the record of what was written."""
+    caches = jax.tree.map(lambda x: x[:, :, :slots] if x.ndim > 1 else x, rows.caches)
+    return rows.replace(caches=caches, tokens=rows.tokens[:, :0], u=rows.u[:, :0])

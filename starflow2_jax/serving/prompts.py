@@ -1,0 +1,79 @@
+"""A request's prompt: turns -> document -> the features that every lane of a row reads -> pieces of them."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from starflow2_jax import sequence
+from starflow2_jax.data.documents import Document, Image, Text, as_pillow
+from starflow2_jax.data.tokenizer import chat
+from starflow2_jax.sampling.engine import Sampler
+
+Turns = list[tuple[str, Document]]
+
+
+def prompt(sampler: Sampler, turns: Turns) -> Document:
+    """The document that the answer continues: by the chat template, or, without one, what was said as it is, <|im_end|>
+    behind what the model said."""
+    if sampler.tokenizer.chat_template:
+        return chat(sampler.tokenizer, turns)
+    parts = [[*said, Text("<|im_end|>")] if role == "assistant" else said for role, said in turns]
+    return [part for said in parts for part in said]
+
+
+def encode(sampler: Sampler, document: Document, branches: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
+    """What each lane of a row reads of a document: its own, then those of `SampleOptions.branches`. Raises DocumentError."""
+    images = [part for part in document if isinstance(part, Image)]
+    lanes = [document, *({"images": images, "bare": []}[branch] for branch in branches)]
+    return [sampler.encoder(lane or [Text("")], closed=False) for lane in lanes]
+
+
+def pieces(features: dict[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
+    """Features of a document in runs of `most` positions, more where an image would be cut: read one behind the other
+    they are the document. Rotary positions of each begin at 0."""
+    modality, begin = features["modality"], 0
+    inside = (modality[1:] == modality[:-1]) & (modality[1:] != sequence.TEXT)  # whether a cut behind t cuts an image
+    while begin < len(modality):
+        end = min(begin + most, len(modality))
+        while end < len(modality) and inside[end - 1]:
+            end += 1
+        yield _piece(features, begin, end)
+        begin = end
+
+
+def _piece(features: dict[str, np.ndarray], begin: int, end: int) -> dict[str, np.ndarray]:
+    def images(kind: int) -> tuple[int, int]:
+        of_kind = features["modality"] == kind
+        starts = np.cumsum(np.diff(of_kind.astype(np.int8), prepend=0) == 1)
+        return tuple(int(starts[t - 1]) if t else 0 for t in (begin, end))
+
+    found = {name: features[name][begin:end] for name in ("tokens", "modality", "text_weight", "positions")}
+    found["positions"] = found["positions"] - found["positions"][0, 0]
+    first, last = images(sequence.FLOW)
+    found |= {name: features[name][first:last] for name in ("latents", "image_weight")}
+    if "patches" in features:
+        first, last = images(sequence.VIT)
+        mine = (features["image"] >= first) & (features["image"] < last)
+        found |= {name: features[name][mine] for name in ("patches", "coordinates", "image", "window")}
+        for name in ("image", "window"):
+            found[name] = found[name] - found[name].min(initial=2**31 - 1)
+    return found
+
+
+def identity(turns: Turns) -> tuple:
+    """Equal for conversations that say the same: roles, text, and images by their 8-bit pixels, as a PNG file has them."""
+    return tuple((role, _said(document)) for role, document in turns)
+
+
+def _said(document: Document) -> tuple:
+    parts: list[tuple] = []
+    for part in document:
+        if isinstance(part, Image):
+            digest = hashlib.sha256(as_pillow(part.pixels).tobytes()).digest()
+            parts.append((part.via, part.pixels.shape, digest))
+        elif parts and parts[-1][0] == "text":
+            parts[-1] = ("text", parts[-1][1] + part.text)
+        elif part.text:
+            parts.append(("text", part.text))
+    return tuple(parts)

@@ -1,0 +1,145 @@
+"""Requests as other people's programs send them, and the guidance of editing."""
+
+import base64
+import io
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import tiny
+from live import LIMITS, ask, data_url, image_part, openai_client, served, the_same
+from PIL import Image as Pillow
+
+from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.models.qwen_vision import merged_grid
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.serving.server import Server
+
+N = tiny.CONFIG.tokens
+
+
+def jpeg(size: tuple[int, int]) -> str:
+    file = io.BytesIO()
+    as_pillow(tiny.pixels(3)).resize(size).convert("RGB").save(file, "JPEG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def understanding(sampler):
+    """A server whose images go through the vision tower unless they say otherwise."""
+    with served(sampler, replace(LIMITS, images="vit")) as (_, address):
+        yield address
+
+
+def lmms_eval() -> dict:
+    """lmms-eval's models/openai_compatible.py: the images, then the question; its default of 1024 new tokens."""
+    images = [image_part(f"data:image/png;base64,{data_url(as_pillow(tiny.pixels(k))).split(',')[1]}") for k in (1, 2)]
+    content = [*images, {"type": "text", "text": "which one is an eight?"}]
+    return {
+        "messages": [{"role": "user", "content": content}], "max_tokens": 1024, "temperature": 0, "model": "tiny",
+    }  # fmt: skip
+
+
+def vlmevalkit() -> dict:
+    """VLMEvalKit's api/gpt.py: a system text, parts with `detail`, n, and what its configs pass on."""
+    url = {"url": f"data:image/jpeg;base64,{jpeg((40, 60))}", "detail": "high"}
+    content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "which digit is this?"}]
+    messages = [{"role": "system", "content": "answer with one word"}, {"role": "user", "content": content}]
+    return {
+        "model": "tiny", "messages": messages, "n": 1, "temperature": 0, "max_tokens": 1024, "seed": 42,
+        "presence_penalty": 0, "top_logprobs": None,
+    }  # fmt: skip
+
+
+def reasoning_client() -> dict:
+    """What is sent to models that think: another name for max_tokens, hints that change nothing here."""
+    return {
+        "model": "tiny", "messages": [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "eight?"}],
+        "max_completion_tokens": 4096, "reasoning_effort": "low", "response_format": {"type": "text"}, "tools": None,
+        "stream_options": None, "something_new": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("payload", [lmms_eval, vlmevalkit, reasoning_client])
+def test_evaluation_harnesses(understanding, sampler, payload):
+    body = payload()
+    answer = httpx.post(f"{understanding}/v1/chat/completions", json=body, trust_env=False, timeout=60)
+    assert answer.status_code == 200, answer.text
+    answer = answer.json()
+    assert isinstance(answer["choices"][0]["message"]["content"], str | None)
+    assert answer["usage"]["completion_tokens"] <= min(LIMITS.max_tokens, 256 - answer["usage"]["prompt_tokens"])
+    if payload is vlmevalkit:  # seen whole by the tower, not cropped to the model's own size
+        h, w = merged_grid(tiny.VISION, (60, 40))
+        texts = len(sampler.tokenizer.encode("answer with one word")) + len(
+            sampler.tokenizer.encode("which digit is this?")
+        )
+        assert answer["usage"]["prompt_tokens"] == texts + 2 + h * w
+
+
+def test_images_are_seen_as_the_server_is_told(understanding, address):
+    """Unless they say so themselves; and what the model drew comes back as it was drawn."""
+    scan = Pillow.new("L", (16, 16))
+    flow, (h, w) = N + 2, merged_grid(tiny.VISION, (16, 16))
+    assert h * w + 2 != flow
+    for place, via, positions in (
+        (understanding, {}, h * w + 2), (understanding, {"via": "flow"}, flow), (address, {}, flow),
+        (address, {"via": "vit"}, h * w + 2),
+    ):  # fmt: skip
+        content = [image_part(data_url(scan), **via), {"type": "text", "text": "!"}]
+        answer = ask(openai_client(place), [{"role": "user", "content": content}], max_tokens=1, max_images=0)
+        assert answer.usage.prompt_tokens == positions + 1
+    drawn = {"role": "assistant", "parts": [image_part(data_url(scan))]}
+    told = ask(openai_client(understanding), [drawn, {"role": "user", "content": "!"}], max_tokens=1, max_images=0)
+    assert told.usage.prompt_tokens == flow + 2  # <|im_end|>
+
+
+def test_a_tower_that_is_not_there(sampler):
+    blind = replace(tiny.CONFIG, vlm=replace(tiny.CONFIG.vlm, vision=None))
+    model = Sampler(Pretzel(blind), tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
+    with pytest.raises(UserError, match="--images vit needs a vision tower"):
+        Server(model, "tiny", replace(LIMITS, images="vit"), "127.0.0.1", 0)
+
+
+def test_more_than_is_left_is_what_is_left(client):
+    """max_tokens beyond the row or the server's limit is cut, as other servers do it."""
+    for words, most, written in ((230, 10**6, 26), (10, 10**9, LIMITS.max_tokens)):
+        messages = [{"role": "user", "content": "!" * words}]
+        answer = ask(client, messages, max_tokens=most, image_first=True, temperature=0)
+        ended = answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens == written or (ended and answer.usage.completion_tokens < written)
+
+
+@pytest.fixture(scope="module")
+def editing(sampler):
+    with served(sampler, replace(LIMITS, editing=True)) as (_, address):
+        yield openai_client(address)
+
+
+GUIDED = [
+    dict(guidance=0.7, image_guidance=1.6), dict(guidance=0.7, image_guidance=1.6, linear=True),
+    dict(image_guidance=2.0, annealed=True), dict(guidance=1.3), dict(guidance=1.3, linear=True, annealed=True), dict(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("guided", GUIDED)
+def test_guidance_of_an_edit(editing, client, sampler, guided):
+    """As the sampler draws it; rows without `image_guidance` are beside those with it what they are elsewhere."""
+    scan = as_pillow(tiny.pixels(3))
+    content = [image_part(data_url(scan)), {"type": "text", "text": "mirror it"}]
+    wanted = dict(max_tokens=N + 2, image_first=True)
+    given = [Image(np.asarray(scan, np.float32)[..., None] / 127.5 - 1), Text("mirror it")]
+    [want] = sampler.generate([given], SampleOptions(**wanted, **guided), seed=2)
+    places = [editing] if "image_guidance" in guided else [editing, client]
+    for place in places:
+        answer = ask(place, [{"role": "user", "content": content}], seed=2, **wanted, **guided)
+        the_same(answer.choices[0].message.parts, want)
+
+
+def test_a_client_can_see_whether_it_may_edit(editing, client):
+    assert [c.models.list().data[0].editing for c in (editing, client)] == [True, False]
+    with pytest.raises(openai.BadRequestError, match="started with --editing"):
+        ask(client, image_guidance=1.0)

@@ -1,0 +1,78 @@
+"""`starflow2 serve` as a user starts and ends it: a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from live import ask, openai_client, wait_until
+from tiny_experiment import tiny_config
+
+from starflow2_jax import cli
+from starflow2_jax.training.loop import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    config = tiny_config()
+    for stage in config.stages.values():
+        stage.steps = 1
+    Trainer(config, folder).run(progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("grace, finished", [(60, True), (0, False)])
+def test_sigterm_ends_it_in_order(checkpoint, grace, finished):
+    """While an answer is written: it is finished, or refused in words, and the process ends with 0."""
+    command = [
+        sys.executable,
+        "-m",
+        "starflow2_jax.cli",
+        "serve",
+        "--checkpoint",
+        checkpoint,
+        "--port",
+        0,
+        "--grace",
+        grace,
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(map(str, command), env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = next(line.split()[-1] for line in process.stdout if line.startswith("serving tiny on "))
+            client = openai_client(address)
+
+            def asked(stream=False):  # until it is told to end, or for as long as a row has room
+                return ask(client, max_tokens=10**6, max_images=0, temperature=5.0, n=8, stop="never", stream=stream)
+
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(asked)
+                wait_until(lambda: httpx.get(f"{address}/health", trust_env=False).json()["running"], 120)
+                process.send_signal(signal.SIGTERM)
+                if finished:
+                    assert len(answer.result(120).choices) == 8
+                else:
+                    with pytest.raises(openai.InternalServerError, match="closing") as refused:
+                        answer.result(120)
+                    assert refused.value.status_code == 503
+            rest = process.stdout.read()
+            assert process.wait(60) == 0 and rest.strip().endswith("the server has ended")
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--rows", "0"], "--rows is at least 1"), (["--keep", "-1"], "--keep is at least 0"), (["--port", "70000"], "--port from 0")],
+)  # fmt: skip
+def test_options_that_cannot_be(checkpoint, options, message, capsys):
+    assert cli.main(["serve", "--checkpoint", str(checkpoint), *options]) == 2
+    assert message in capsys.readouterr().err
