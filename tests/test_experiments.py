@@ -10,9 +10,11 @@ import pytest
 
 from starflow2_jax import config as configs
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
+from starflow2_jax.sharding import AXES
 from starflow2_jax.stages import STAGES as STAGE_TABLE
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.program import require_rows
 from starflow2_jax.training.step import new_state
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -40,6 +42,15 @@ def test_builds_at_full_size(size, stage):
     )
     assert layers == pytest.approx(3.63, abs=0.01)  # 2 x 4 + 24 layers of width 3072
     assert 3.63 < count(trainable) < 3.72
+
+
+@pytest.mark.parametrize("experiment", sorted(EXPERIMENTS.glob("starflow2_*.py")), ids=lambda path: path.stem)
+def test_rows_can_be_grouped_cut_and_spread(experiment):
+    """On a slice of 256, or as many devices as the mesh names."""
+    config = configs.load(experiment)
+    sizes = [256 if config.mesh.get(axis, 1) == -1 else config.mesh.get(axis, 1) for axis in AXES]
+    for name in config.order:
+        require_rows(config, STAGE_TABLE[name], jax.sharding.AbstractMesh(tuple(sizes), AXES))
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,7 @@ class GroupedBatches:
     """
 
     def __init__(self, source, encoder: Encoder, shape: Shape, groups: int = 1, threads: int = 0, rows=None):
-        if groups < 1 or shape.rows % groups:
-            raise ConfigError(f"data.groups={groups} must divide the batch's {shape.rows} rows")
-        self.rows, self.per_group, self.groups = shape.rows, shape.rows // groups, groups
+        self.rows, self.per_group, self.groups = shape.rows, rows_of_a_group(shape.rows, groups), groups
         block = replace(shape, rows=self.per_group)
         mine = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})
         threads = max(1, threads // len(mine)) if threads else 0
@@ -68,6 +66,13 @@ class GroupedBatches:
         rows = np.concatenate([held[g] for g in groups]) if len(groups) > 1 else held[groups[0]]
         offset = groups[0] * self.per_group
         return rows[(slice(first - offset, last - offset), *index[1:])]
+
+
+def rows_of_a_group(rows: int, groups: int) -> int:
+    """Raises ConfigError where a batch's rows cannot be cut into so many groups."""
+    if groups < 1 or rows % groups:
+        raise ConfigError(f"data.groups={groups} must divide the batch's {rows} rows")
+    return rows // groups
 
 
 def own_rows(sharding: NamedSharding, rows: int) -> list[int]:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from starflow2_jax import sharding
 from starflow2_jax.checkpoints import abstract
 from starflow2_jax.config import ConfigError
+from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.data.pipeline import Shape
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.sequence import Sequence, VisionInput
@@ -52,11 +53,12 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
 
 
 def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError where a stage's rows cannot be cut into micro-batches and spread over the mesh."""
+    """Raises ConfigError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
     spread = sharding.spread(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
+    rows_of_a_group(cfg.rows, config.data.get("groups", 1))
 
 
 def held(stage: Stage) -> str:
