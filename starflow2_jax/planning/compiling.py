@@ -85,7 +85,7 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     with jax.set_mesh(mesh):
         state, frozen, batch = program.abstract_arguments(config, model, stage, optimizer, mesh)
-        step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels))
+        step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels), mesh)
         compiled = _compile(step, devices, state, frozen, batch)
     moving = {name: state.params[name] for name in stage.trains}
     still = {name: tree for name, tree in state.params.items() if name not in moving}

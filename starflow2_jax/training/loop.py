@@ -143,7 +143,7 @@ class Trainer:
         return batch_shape(self.config, stage)
 
     def step(self, stage: Stage, optimizer):
-        return jitted_step(self.config, self.model, stage, optimizer, self.codec.std)
+        return jitted_step(self.config, self.model, stage, optimizer, self.codec.std, self.mesh)
 
     def optimizer(self, stage: Stage):
         cfg = self.config.stages[stage.name]

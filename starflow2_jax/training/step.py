@@ -47,6 +47,20 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool =
     return layout.replace(optimizer=sharding.tree_shardings(shapes.optimizer, mesh, HOST))
 
 
+def offloaded(step: Callable) -> Callable:
+    """`step`, what the optimizer keeps in the host's memory between steps; `state_shardings` places it there to begin with.
+
+    It goes around all that computes with a state: of computations in the host's memory XLA leaves scalars on the device.
+    """
+
+    def run(state: TrainState, *arguments):
+        state = state.replace(optimizer=jax.device_put(state.optimizer, jax.memory.Space.Device))
+        new, metrics = step(state, *arguments)
+        return new.replace(optimizer=jax.device_put(new.optimizer, jax.memory.Space.Host)), metrics
+
+    return run
+
+
 def loss_sums(
     model: Pretzel, params: dict, stage: Stage, batch: Sequence, text_chunk: int, key: jax.Array, vlm_length: int = 0
 ) -> dict[str, jax.Array]:
