@@ -94,6 +94,7 @@ class Trainer:
         distributed.barrier("everybody has looked whether there is a checkpoint")
         if self.checkpoints.exists():
             self.checkpoints.pass_over_damaged()
+            self.checkpoints.pass_over_unreadable(self.mesh)
         if distributed.primary():
             if self.checkpoints.exists():
                 self.checkpoints.write_config(self.config)
