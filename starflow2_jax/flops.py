@@ -1,4 +1,4 @@
-"""Floating-point operations of one training step, counted by hand from the sizes of the model and what a stage runs."""
+"""Floating-point operations of a training step and of the sampler's, counted by hand from the sizes of what is run."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
