@@ -22,6 +22,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.mesh = dict(data=1, fsdp=1, sequence=1, tensor=1)
     if runlocal:
         return c
+    c.data.groups = 1
     for stream in STREAMS:
         c.model[stream].kernel = "cudnn"
     for stage in c.stages.values():

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from starflow2_jax import config as configs
 
 
-def get_config(runlocal: bool = False) -> ConfigDict:
+def get_config(runlocal: bool = False, chip: str = "") -> ConfigDict:
     base = Path(__file__).with_name("starflow2_7b_t2i.py")
-    return configs.load(base, runlocal=runlocal, vlm="7b", order=("text_to_image", "image_to_text", "joint")).unlock()
+    order = ("text_to_image", "image_to_text", "joint")
+    return configs.load(base, runlocal=runlocal, vlm="7b", order=order, chip=chip).unlock()

@@ -5,18 +5,24 @@
     starflow2 train --config experiments/starflow2_7b_t2i.py --out runs/7b --config.data.source=captions.jsonl
 
 The sizes are the paper's (arXiv 2605.08029); rows, steps and optimizer are not published and are this project's choice.
-Images are latents of a 16 x 16 grid with 32 channels, as .npy files.
+Images are latents of a 16 x 16 grid with 32 channels, as .npy files. On a slice of TPUs add the chip, which decides kernel,
+rows and remat as in the plans of docs/benchmarks/plans: --config experiments/starflow2_7b_t2i.py:v5p, :v5e or :v6e.
 """
 
 from dataclasses import asdict
 
 from ml_collections import ConfigDict
 
+from starflow2_jax.config import ConfigError
 from starflow2_jax.weights.qwen import QWEN2_5_VL
 
+ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024}  # of a batch on slices of 256 v5e, 64 v5p (128 cores), 256 v6e
 
-def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] = ("text_to_image",)) -> ConfigDict:
-    """`order`: the stages up to the one to run; those that a directory has done already are passed over.
+
+def get_config(
+    runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] = ("text_to_image",), chip: str = ""
+) -> ConfigDict:
+    """`order`: the stages up to the one to run; those that a directory has done already are passed over. `chip`: of ROWS.
 
     `runlocal`: everything small, on digits and with a VLM trained from nothing, for a look at the path on one machine.
     """
@@ -94,7 +100,22 @@ def get_config(runlocal: bool = False, vlm: str = "7b", order: tuple[str, ...] =
     c.keep_best = 0  # checkpoints; also those of the lowest loss
     c.faults = dict(nonfinite="skip", spike="skip", deviations=8.0, window=100, most=10)  # see training/faults.py
     c.peak_flops = 0.0  # FLOP/s of one device, for the MFU; 0: what its kind is known for
-    return small(c) if runlocal else c
+    if runlocal:
+        return small(c)
+    return for_slice(c, chip) if chip else c
+
+
+def for_slice(c: ConfigDict, chip: str) -> ConfigDict:
+    """What fits and is fast on a slice of such chips, as planned."""
+    if chip not in ROWS:
+        raise ConfigError(f"this experiment knows the chips {', '.join(ROWS)}, not {chip!r}")
+    for stage in c.stages.values():
+        stage.rows = ROWS[chip]
+    for stream in ("vlm", "shallow", "deep"):
+        c.model[stream].kernel = "splash"
+    if c.order[-1] == "text_to_image" or (c.order[-1], chip) == ("joint", "v5p"):  # there is memory for it
+        c.model.shallow.remat = c.model.deep.remat = "dots"
+    return c
 
 
 def small(c: ConfigDict) -> ConfigDict:

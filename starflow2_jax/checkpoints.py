@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,6 +32,7 @@ from starflow2_jax.models.codec import CODECS, Codec
 from starflow2_jax.models.inversion import Jacobi, Schedule
 
 FORMAT = 2  # 2: rotary pairs are halves of a head in the flows, too; what is saved by 1 means something else here
+TREES = ("params", "ema", "optimizer")  # of a step
 
 
 class CheckpointError(UserError):
@@ -222,13 +224,44 @@ class CheckpointDirectory:
         if distributed.primary():
             _, damaged = self._newest_whole()
             for number in damaged:
-                places = (self.folder / "damaged" / f"{number}.{i}" for i in range(10**6))
-                place = next(place for place in places if not place.exists())
-                place.parent.mkdir(exist_ok=True)
-                self._step(number).rename(place)
+                self._put_away(number)
         distributed.barrier("damaged steps passed over")
         if self._manager is not None:
             self._manager.reload()
+
+    def pass_over_unreadable(self, mesh: jax.sharding.Mesh) -> None:
+        """After `pass_over_damaged`: is the newest step one without a list of files, since the run was killed before that was
+        written, it is read; if it cannot be, it is moved to damaged/, said on stderr, and the one before is looked at.
+
+        All processes call it together, each reads its shards. Raises CheckpointError where no other step is left.
+        """
+        while (number := self.latest()) is not None and not manifest.has(self._step(number)):
+            faults = [fault for fault in distributed.gather(self._unreadable(number, mesh)) if fault]
+            if not faults:
+                return
+            if len(self._steps()) == 1:
+                raise CheckpointError(f"{faults[0]}, and there is no other step; restore it from a copy")
+            print(f"WARNING: {faults[0]}; looking at the step before", file=sys.stderr)
+            if distributed.primary():
+                self._put_away(number)
+            distributed.barrier(f"unreadable step {number} passed over")
+            self.manager.reload()
+
+    def _unreadable(self, number: int, mesh: jax.sharding.Mesh) -> str | None:
+        """What is wrong with a step's arrays, as far as reading them tells."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            for item in (item for item in TREES if self.has(number, item)):
+                try:
+                    self._read(partial(_restore_all, checkpointer, self._step(number) / item, mesh), f"step {number}")
+                except CheckpointError as error:
+                    return str(error)
+        return None
+
+    def _put_away(self, number: int) -> None:
+        places = (self.folder / "damaged" / f"{number}.{i}" for i in range(10**6))
+        place = next(place for place in places if not place.exists())
+        place.parent.mkdir(exist_ok=True)
+        self._step(number).rename(place)
 
     def _newest_whole(self, unread: tuple[str, ...] = ()) -> tuple[int | None, list[int]]:
         """The newest step that is whole, and the damaged ones after it. `unread`: items that are not looked at."""
@@ -296,6 +329,11 @@ def abstract(tree, mesh: jax.sharding.Mesh):
         tree,
         sharding.tree_shardings(tree, mesh),
     )
+
+
+def _restore_all(checkpointer: ocp.StandardCheckpointer, item: Path, mesh: jax.sharding.Mesh):
+    """Whatever trees it holds, spread over a mesh."""
+    return checkpointer.restore(item, abstract(checkpointer.metadata(item).item_metadata.tree, mesh))
 
 
 def _reading(tree: dict) -> int:

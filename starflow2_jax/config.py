@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import typing
 from pathlib import Path
 
@@ -23,13 +24,18 @@ class ConfigError(UserError):
 def load(path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, **arguments) -> ConfigDict:
     """Run `get_config(runlocal, **arguments)` of an experiment file, apply "key.sub=value" overrides, lock it.
 
-    Raises ConfigError.
+    FILE:CHIP adds the argument `chip`, for experiments that know what suits which TPU. Raises ConfigError.
     """
+    if not Path(path).is_file():
+        path, _, chip = str(path).partition(":")
+        arguments |= {"chip": chip} if chip else {}
     spec = importlib.util.spec_from_file_location("experiment", path)
     if spec is None or not Path(path).is_file():
         raise ConfigError(f"there is no experiment file {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if "chip" in arguments and "chip" not in inspect.signature(module.get_config).parameters:
+        raise ConfigError(f"{path} is the same for all chips; leave out :{arguments['chip']}")
     config = module.get_config(runlocal, **arguments).lock()
     for override in overrides:
         key, equals, value = override.partition("=")

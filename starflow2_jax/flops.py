@@ -1,6 +1,6 @@
-"""Floating-point operations of one training step, counted by hand from the sizes of the model and what a stage runs."""
+"""Floating-point operations of a training step and of the sampler's, counted by hand from the sizes of what is run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from starflow2_jax.data.pipeline import Shape
@@ -13,6 +13,10 @@ RULE = (
     "matrix products only; a frozen parameter costs 2 FLOP a token forward and 2 more where a gradient passes through, a "
     "trained one 6; attention as if causal over whole rows, counted as half; recomputation not counted; all positions of "
     "a batch count, padding too"
+)
+SAMPLING_RULE = (
+    "matrix products only, 2 FLOP a parameter and position; read: from empty caches, attention as if causal; write: one text "
+    "position of each row and of its guidance, caches half full"
 )
 FROM_INPUTS = ("full", "offload")  # remat policies that make a layer again from its input, wherever that is kept
 
@@ -57,12 +61,55 @@ def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: i
 
     What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
     """
+    return _sums(_terms(cfg, stage, shape, text_chunk))
+
+
+def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, slots: int, lanes: int) -> dict[str, Flops]:
+    """FLOP of the sampler's `read`, of slots / 2 positions of each row, and of one turn of its `write`, in `lanes` cache rows
+    of each row. What is counted: `SAMPLING_RULE`; executed is attention over all `slots` of the caches."""
+    length = slots // 2
+    images = rows * max(1, length // (cfg.tokens + 2))
+    read = [*_forward_streams(cfg, stage, rows, length, slots, length / 2)]
+    for _ in range(cfg.shallow_blocks):
+        read += _forward("shallow flow", cfg.shallow, images, cfg.tokens, cfg.tokens, cfg.tokens / 2)
+        read.append(_Term("shallow flow", 2.0 * 3 * cfg.channels * cfg.shallow.width * images * cfg.tokens, 1))
+    write = [*_forward_streams(cfg, stage, rows * lanes, 1, slots, slots / 2)]
+    write.append(_Term("text head", 2.0 * cfg.vlm.vocabulary * cfg.vlm.width * rows, 1))
+    return {"read": _sums(read), "write": _sums(write)}
+
+
+def _sums(terms: Iterable[_Term]) -> Flops:
     model: dict[str, float] = {}
     hardware: dict[str, float] = {}
-    for term in _terms(cfg, stage, shape, text_chunk):
+    for term in terms:
         model[term.part] = model.get(term.part, 0.0) + term.forward * term.needed * term.times
         hardware[term.part] = hardware.get(term.part, 0.0) + term.forward * (term.times + term.again)
     return Flops(model, hardware)
+
+
+def _forward_streams(
+    cfg: PretzelConfig, stage: Stage, rows: int, length: int, slots: int, seen: float
+) -> Iterator[_Term]:
+    """Both streams over (rows, length) with caches of `slots`, of which a position sees `seen` on average."""
+    E, E_vlm, D = cfg.deep.width, cfg.vlm.width, cfg.channels
+    linear = {
+        "adapter": cfg.adapter_hidden * (D + E_vlm),
+        "embeddings": E * (D + E_vlm),
+        "Gaussian head": 2 * D * E,
+    }
+    if stage.skips:
+        linear["skips"] = 2 * E * E_vlm
+    for part, parameters in linear.items():
+        yield _Term(part, 2.0 * parameters * rows * length, 1)
+    yield from _forward("VLM", cfg.vlm.transformer, rows, length, slots, seen)
+    yield from _forward("deep flow", cfg.deep, rows, length, slots, seen)
+
+
+def _forward(part: str, c: TransformerConfig, rows: int, length: int, keys: int, seen: float) -> Iterator[_Term]:
+    """A stack's forward pass over (rows, length), attention multiplying all `keys`."""
+    yield _Term(part, 2.0 * c.layers * sum(matrices(c)) * rows * length, 1)
+    products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * keys
+    yield _Term(f"{part} attention", products, 1, needed=seen / keys)
 
 
 def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> Iterator[_Term]:

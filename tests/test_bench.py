@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
+from tiny_experiment import tiny_config
 
 from starflow2_jax import cli, flops
 from starflow2_jax import config as configs
@@ -60,6 +61,16 @@ def test_training(tmp_path, monkeypatch):
     shares = [op["share"] for op in found["profile"]]
     assert 1 < len(shares) <= 10 and shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-6
     assert any("dot" in op["operation"] or "fusion" in op["operation"] for op in found["profile"])
+
+
+def test_a_compiled_step_takes_what_it_gave(tmp_path):
+    """On any mesh, with an optimizer in the host's memory and a policy that may skip its update."""
+    cfg = tiny_config(mesh=dict(data=2, fsdp=2, tensor=2), faults=dict(nonfinite="skip", spike="skip"))
+    cfg.stages.pretrain.optimizer.offload = True
+    built = program.build(cfg, "pretrain", tmp_path / "none")
+    for _ in range(2):
+        loss = built.run()["loss"]
+    assert np.isfinite(loss) and int(built.state.step) == 2
 
 
 def test_matrix_peak_is_of_one_device(monkeypatch):

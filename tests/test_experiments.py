@@ -10,13 +10,17 @@ import pytest
 
 from starflow2_jax import config as configs
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
+from starflow2_jax.planning.plan import settings
+from starflow2_jax.sharding import AXES
 from starflow2_jax.stages import STAGES as STAGE_TABLE
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.program import require_rows
 from starflow2_jax.training.step import new_state
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STAGES = {"t2i": "text_to_image", "adapter": "image_to_text", "joint": "joint"}
+CHIPS = {"v5e": 256, "v5p": 64, "v6e": 256}
 FROZEN = {"7b": 8.292, "3b": 3.755}  # billions of parameters of the published VLMs, tied head once
 
 
@@ -40,6 +44,39 @@ def test_builds_at_full_size(size, stage):
     )
     assert layers == pytest.approx(3.63, abs=0.01)  # 2 x 4 + 24 layers of width 3072
     assert 3.63 < count(trainable) < 3.72
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [p.name for p in sorted(EXPERIMENTS.glob("starflow2_*.py"))]
+    + [f"starflow2_7b_{stage}.py:{chip}" for stage in STAGES for chip in CHIPS],
+)
+def test_rows_can_be_grouped_cut_and_spread(experiment):
+    """On a slice of 256, or as many devices as the mesh names."""
+    config = configs.load(EXPERIMENTS / experiment)
+    sizes = [256 if config.mesh.get(axis, 1) == -1 else config.mesh.get(axis, 1) for axis in AXES]
+    for name in config.order:
+        require_rows(config, STAGE_TABLE[name], jax.sharding.AbstractMesh(tuple(sizes), AXES))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_planned_is_what_is_trained(stage, chip):
+    """Settings and mesh of the kept plans are the experiments' own for that chip."""
+    [kept] = json.loads((EXPERIMENTS.parent / f"docs/benchmarks/plans/{stage}_{chip}.json").read_text())
+    config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py:{chip}")
+    assert settings(config, STAGE_TABLE[STAGES[stage]]) == kept["settings"]
+    assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"fsdp": CHIPS[chip]} and config.mesh.fsdp == -1
+    assert kept["topology"].startswith(chip) and kept["chips"] == CHIPS[chip]
+
+
+def test_a_chip_that_an_experiment_does_not_know():
+    with pytest.raises(configs.ConfigError, match="knows the chips v5e, v5p, v6e, not 'v4'"):
+        configs.load(EXPERIMENTS / "starflow2_7b_joint.py:v4")
+    with pytest.raises(configs.ConfigError, match="is the same for all chips; leave out :v5e"):
+        configs.load(EXPERIMENTS / "digits_quick.py:v5e")
+    with pytest.raises(configs.ConfigError, match="there is no experiment file .*none.py"):
+        configs.load(EXPERIMENTS / "none.py:v5e")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def tiny_config(**changes) -> ConfigDict:
 
 def drill_config(**changes) -> ConfigDict:
     """For processes that are killed: one stage, saved every few steps, four groups of rows."""
-    c = tiny_config(cpu_devices=4, save_every=3, mesh=dict(data=-1, fsdp=2, tensor=1), order=("pretrain",))
+    c = tiny_config(cpu_devices=4, save_every=3, mesh=dict(data=-1, fsdp=2, sequence=1, tensor=1), order=("pretrain",))
     c.data.groups = 4
     c.stages.pretrain.steps = 14
     c.update(changes)

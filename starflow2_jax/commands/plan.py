@@ -18,6 +18,10 @@ def add(commands) -> None:
     p.add_argument("--search", action="store_true", help="try rows, meshes and remat policies, and rank them")
     p.add_argument("--rows-per-chip", default="1,2,4", help="that --search tries")
     p.add_argument("--tensor", default="1,4", help="sizes of the tensor axis that --search tries")
+    p.add_argument("--sequence", default="1", help="sizes of the sequence axis that --search tries")
+    p.add_argument(
+        "--data", default="1", help="sizes of the data axis that --search tries; fsdp gets the chips that are left"
+    )
     p.add_argument("--remat", default="full,dots", help="policies that --search tries")
     p.set_defaults(run=_plan)
 
@@ -47,11 +51,8 @@ def _plan(args, overrides) -> None:
 def _search(args, config, stage, topology, devices) -> None:
     from starflow2_jax.planning import plan, search
 
-    choices = list(
-        search.candidates(
-            topology.chips, _numbers(args, "rows_per_chip"), _numbers(args, "tensor"), args.remat.split(",")
-        )
-    )
+    rows, tensors, sequences, datas = (_numbers(args, name) for name in ("rows_per_chip", "tensor", "sequence", "data"))
+    choices = list(search.candidates(topology.chips, rows, tensors, args.remat.split(","), sequences, datas))
     ranked = search.search(config, stage, choices, lambda c: plan.plan_step(c, stage, topology, devices), print)
     print(search.table(ranked))
     _write(args.json, [{"choice": c.names(), "failure": c.failure, "plan": c.plan and c.plan.json()} for c in ranked])

@@ -13,12 +13,6 @@ from starflow2_jax.data.pipeline import Encoder, Shape, batches
 from starflow2_jax.sequence import Sequence
 
 
-def require_groups(groups: int, rows: int) -> None:
-    """Raises ConfigError where a batch's rows cannot be cut into so many groups."""
-    if groups < 1 or rows % groups:
-        raise ConfigError(f"data.groups={groups} must divide the batch's {rows} rows")
-
-
 class GroupedBatches:
     """Endless batches, whose rows are cut into `groups` equal groups.
 
@@ -31,8 +25,7 @@ class GroupedBatches:
     """
 
     def __init__(self, source, encoder: Encoder, shape: Shape, groups: int = 1, threads: int = 0, rows=None):
-        require_groups(groups, shape.rows)
-        self.rows, self.per_group, self.groups = shape.rows, shape.rows // groups, groups
+        self.rows, self.per_group, self.groups = shape.rows, rows_of_a_group(shape.rows, groups), groups
         block = replace(shape, rows=self.per_group)
         mine = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})
         threads = max(1, threads // len(mine)) if threads else 0
@@ -73,6 +66,13 @@ class GroupedBatches:
         rows = np.concatenate([held[g] for g in groups]) if len(groups) > 1 else held[groups[0]]
         offset = groups[0] * self.per_group
         return rows[(slice(first - offset, last - offset), *index[1:])]
+
+
+def rows_of_a_group(rows: int, groups: int) -> int:
+    """Raises ConfigError where a batch's rows cannot be cut into so many groups."""
+    if groups < 1 or rows % groups:
+        raise ConfigError(f"data.groups={groups} must divide the batch's {rows} rows")
+    return rows // groups
 
 
 def own_rows(sharding: NamedSharding, rows: int) -> list[int]:

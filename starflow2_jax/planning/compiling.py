@@ -24,6 +24,7 @@ from starflow2_jax.sampling.engine import bucket, in_type, weights_in_type
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import program
 from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.step import HOST
 
 # What libtpu would else ask a machine that is no TPU, or say about it.
 QUIET = {
@@ -53,6 +54,7 @@ class Program:
     compiled: jax.stages.Compiled
     mesh: jax.sharding.Mesh
     arguments: dict[str, float] = field(default_factory=dict)
+    host: float = 0  # bytes a chip of arguments that lie in the host's memory
 
 
 def tpu_devices(topology: Topology) -> list:
@@ -85,12 +87,13 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     with jax.set_mesh(mesh):
         state, frozen, batch = program.abstract_arguments(config, model, stage, optimizer, mesh)
-        step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels))
+        step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels), mesh)
         compiled = _compile(step, devices, state, frozen, batch)
     moving = {name: state.params[name] for name in stage.trains}
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
-    return Program(compiled, mesh, {name: bytes_a_chip(tree) for name, tree in kinds.items()})
+    held = {name: bytes_a_chip(tree) for name, tree in kinds.items()}
+    return Program(compiled, mesh, held, bytes_a_chip(kinds, host=True))
 
 
 def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, slots: int) -> dict[str, Program]:
@@ -161,9 +164,9 @@ def _size(number: str, unit: str) -> float:
     return float(number) * 1024 ** " KMGT".index(unit or " ")
 
 
-def bytes_a_chip(tree) -> float:
-    """What one chip holds of arrays that are sharded, without the compiler's padding."""
-    leaves = jax.tree.leaves(tree)
+def bytes_a_chip(tree, host: bool = False) -> float:
+    """What one chip holds of arrays that are sharded, or what the host holds for it; without the compiler's padding."""
+    leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == host]
     return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=float) * _width(x.dtype) for x in leaves))
 
 

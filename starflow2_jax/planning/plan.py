@@ -7,12 +7,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from starflow2_jax import config as configs
-from starflow2_jax import flops
+from starflow2_jax import flops, sharding
 from starflow2_jax.planning import compiling
 from starflow2_jax.planning.chips import Topology
 from starflow2_jax.planning.compiling import DoesNotFit, Program
 from starflow2_jax.planning.costs import ROOFLINE, Analysis, Costs
 from starflow2_jax.planning.hlo import Module
+from starflow2_jax.sampling.engine import bucket
 from starflow2_jax.stages import Stage
 from starflow2_jax.training.program import batch_shape
 
@@ -29,7 +30,8 @@ class Plan:
     fits: bool
     memory: float  # bytes of a chip
     peak: float  # bytes of it in use at most
-    arguments: dict[str, float]  # bytes by what they are
+    arguments: dict[str, float]  # bytes of it by what they are
+    host: float = 0  # bytes in the host's memory
     temporary: float = 0  # bytes: activations, gathered parameters, gradients
     flops_by_hand: dict[str, float] = field(default_factory=dict)  # by part of the model, `flops.RULE`
     hardware_by_hand: float = 0  # with recomputation, attention as its kernel does it
@@ -41,6 +43,7 @@ class Plan:
     memory_seconds: float = 0
     exposed_seconds: float = 0  # waiting for the interconnect
     tokens_per_second: float = 0  # positions of all chips
+    seconds_a_token: float = 0  # of the sampler: until each row has its next one, or read one
     mfu: float = 0
     largest: list[tuple[float, str]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
@@ -92,12 +95,19 @@ def plan_sampler(
         )  # fmt: skip
         plan.advice = ["fewer rows or slots, or a larger tensor axis, which splits the caches' heads"]
         return [plan]
+    B, lanes = rows + -rows % sharding.spread(programs["read"].mesh), 2
+    hand = flops.sampling_flops(configs.pretzel(config), stage, B, bucket(slots), lanes)
     for name, program in programs.items():
         what = f"sampler, {name}: {'half of the slots' if name == 'read' else 'one position a row'}"
         chosen = {"rows": rows, "slots": slots, "guidance": True}
         plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
+        plan.flops_by_hand = {part: value / topology.chips for part, value in hand[name].model.items()}
+        plan.hardware_by_hand = hand[name].executed / topology.chips
+        plan.rules["flops"] = flops.SAMPLING_RULE
         costs = _measure(plan, program, topology)
-        plan.tokens_per_second = rows * (slots // 2 if name == "read" else 1) / costs.seconds
+        tokens = slots // 2 if name == "read" else 1  # of a row
+        plan.tokens_per_second, plan.seconds_a_token = rows * tokens / costs.seconds, costs.seconds / tokens
+        plan.mfu = hand[name].mfu(costs.seconds, topology.chips, topology.chip.flops)
         plans.append(plan)
     return plans
 
@@ -116,7 +126,7 @@ def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
 def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     """Fill in what the compiled program says."""
     memory = program.compiled.memory_analysis()
-    plan.mesh, plan.arguments = dict(program.mesh.shape), program.arguments
+    plan.mesh, plan.arguments, plan.host = dict(program.mesh.shape), program.arguments, program.host
     plan.temporary = memory.temp_size_in_bytes
     plan.peak = (
         memory.argument_size_in_bytes
@@ -169,10 +179,15 @@ def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
             "more chips on the fsdp axis (mesh.fsdp=-1, data=1), over which parameters and optimizer are spread"
         )
         said.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor")
+        if not cfg.optimizer.get("offload", False):
+            said.append("stages.*.optimizer.offload=True: what the optimizer keeps goes to the host's memory")
     streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].get("remat") not in ("full", True)]
     if streams:
         said.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
     if any(config.model[part].get("kernel", "xla") == "xla" for part in ("vlm", "deep")):
         said.append("kernel=splash in model.vlm, model.deep and model.shallow: no attention matrix in memory")
+    said.append(
+        "mesh.tensor or mesh.sequence above 1: several chips share a row's heads or positions, and its activations"
+    )
     said.append(f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows, or shorter ones")
     return said

@@ -14,6 +14,8 @@ def text(plan: Plan) -> str:
     lines += [f"  {'activations, temporary':<22}{_size(plan.temporary):>12}"]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines += [f"  {'peak':<22}{_size(plan.peak):>12}  of {_size(plan.memory)}: {verdict}"]
+    if plan.host:
+        lines += [f"  {'and in the host memory':<22}{_size(plan.host):>12}"]
     if not plan.fits:
         lines += _does_not_fit(plan)
     lines += ["FLOP of a chip and step"]
@@ -36,6 +38,8 @@ def text(plan: Plan) -> str:
     lines += [f"predicted {plan.tokens_per_second:,.0f} positions a second"]
     if plan.mfu:
         lines[-1] += f", MFU {plan.mfu:.1%}"
+    if plan.seconds_a_token:
+        lines[-1] += f", {plan.seconds_a_token:.3g} s a token of a row"
     lines += [f"  roofline: {plan.rules['roofline']}"]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Tries rows, mesh shapes and remat policies, and ranks what fits."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Candidate:
         """A copy of the config with this choice."""
         config = config.copy_and_resolve_references().unlock()
         config.stages[stage.name].rows = self.rows
+        config.data.groups = math.gcd(self.rows, config.data.get("groups", 1))  # the plan does not depend on it
         config.mesh.update(self.mesh)
         for stream in STREAMS:
             config.model[stream].remat = self.remat
@@ -36,14 +38,24 @@ class Candidate:
 
     def names(self) -> str:
         mesh = " ".join(f"{k}={v}" for k, v in self.mesh.items() if v > 1) or "one chip"
-        return f"rows={self.rows} {mesh} remat={self.remat}"
+        return f"rows={self.rows} {mesh} remat={self.remat}" if self.rows else mesh
 
 
-def candidates(chips: int, rows_a_chip: list[int], tensors: list[int], remats: list[str]) -> Iterator[Candidate]:
-    """Every combination; a tensor axis leaves the other chips to fsdp. Rows are a multiple of the places they lie on."""
-    for tensor, each, remat in itertools.product(tensors, rows_a_chip, remats):
-        if chips % tensor == 0:
-            yield Candidate(each * chips, dict(data=1, fsdp=chips // tensor, tensor=tensor), remat)
+def candidates(
+    chips: int, rows_a_chip: list[int], tensors: list[int], remats: list[str], sequences=(1,), datas=(1,)
+) -> Iterator[Candidate]:
+    """Every combination; fsdp gets the chips that data, sequence and tensor leave. Rows are a multiple of the places they lie on.
+
+    Sizes that do not divide the chips make one candidate each, a failure.
+    """
+    for data, sequence, tensor in itertools.product(datas, sequences, tensors):
+        mesh = dict(data=data, sequence=sequence, tensor=tensor)
+        fsdp, over = divmod(chips, data * sequence * tensor)
+        if over or not fsdp:
+            yield Candidate(0, mesh, "", failure=f"does not divide {chips} chips")
+            continue
+        for each, remat in itertools.product(rows_a_chip, remats):
+            yield Candidate(each * chips, mesh | dict(fsdp=fsdp), remat)
 
 
 def search(
@@ -58,14 +70,19 @@ def search(
     `make`: a config's plan; `tell` is given a line about each as it is done.
     """
     for number, choice in enumerate(choices, 1):
-        try:
-            choice.plan = make(choice.apply(config, stage))
-            if not choice.plan.fits:
-                choice.failure = f"does not fit: needs {choice.plan.peak / 2**30:.1f} GiB"
-        except (UserError, jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            choice.failure = f"does not compile: {str(error).splitlines()[0][:120]}"
+        if not choice.failure:
+            _plan(choice, config, stage, make)
         tell(f"{number} of {len(choices)}: {choice.names()}: {choice.failure or f'MFU {choice.plan.mfu:.1%}'}")
     return sorted(choices, key=lambda c: (bool(c.failure), -c.plan.tokens_per_second if c.plan else 0))
+
+
+def _plan(choice: Candidate, config: ConfigDict, stage: Stage, make: Callable[[ConfigDict], Plan]) -> None:
+    try:
+        choice.plan = make(choice.apply(config, stage))
+        if not choice.plan.fits:
+            choice.failure = f"does not fit: needs {choice.plan.peak / 2**30:.1f} GiB"
+    except (UserError, jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        choice.failure = f"does not compile: {str(error).splitlines()[0][:120]}"
 
 
 def table(ranked: list[Candidate]) -> str:

@@ -60,7 +60,7 @@ class Ledger:
                 lost = max(0.0, self._began - meta["at"])
                 self.seconds["restart"] += lost
                 self._before += lost
-        self._saved = self.split()
+        self._save()
 
     @property
     def total(self) -> float:
@@ -68,13 +68,18 @@ class Ledger:
 
     def state(self, ended: bool = False) -> dict:
         counts = {"steps": self.steps, "tokens": self.tokens, "flops": self.flops, "restarts": self.restarts}
-        self._saved = self.split()
+        self._save()
         return {"seconds": dict(self.seconds), "total": self.total, "at": time.time(), "ended": ended, **counts}
 
-    def rewind(self, steps: int) -> None:
-        """The run goes back by `steps` steps: what they took since the last save is lost."""
-        self.seconds["restart"] += self.split()["steps"] - self._saved["steps"]
-        self.steps -= steps
+    def _save(self) -> None:
+        self._saved = self.split(), (self.steps, self.tokens, self.flops)
+
+    def rewind(self) -> None:
+        """The run goes back to its last save: steps since then do not count, and what they took is lost."""
+        (saved, counts), now = self._saved, self.split()
+        self.steps, self.tokens, self.flops = counts
+        self.seconds["restart"] += sum(now[kind] - saved[kind] for kind in ("steps", "input"))
+        self.seconds["input"] = saved["input"]
 
     @contextlib.contextmanager
     def time(self, kind: str) -> Iterator[None]:

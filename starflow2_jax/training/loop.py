@@ -12,7 +12,7 @@ from starflow2_jax import config as configs
 from starflow2_jax import distributed, sharding
 from starflow2_jax.checkpoints import CheckpointDirectory, abstract
 from starflow2_jax.data import sources
-from starflow2_jax.data.groups import GroupedBatches, own_rows, require_groups
+from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder, Shape
 from starflow2_jax.errors import UserError
 from starflow2_jax.files import new_folder, require_new
@@ -99,6 +99,7 @@ class Trainer:
         """The directory, made or gone on with; the processes of a run do it together."""
         if self.begun:
             self.checkpoints.pass_over_damaged()
+            self.checkpoints.pass_over_unreadable(self.mesh)
         self._require_stages()
         if distributed.primary():
             if self.begun:
@@ -126,7 +127,6 @@ class Trainer:
     def _require_stage(self, stage: Stage) -> None:
         data, cfg = self.config.data, self.config.stages[stage.name]
         require_rows(self.config, stage, self.mesh)
-        require_groups(data.get("groups", 1), cfg.rows)
         if cfg.optimizer.get("offload", False):
             require_host(self.mesh)
         self.step(stage, self.optimizer(stage))  # compiles nothing
@@ -172,7 +172,7 @@ class Trainer:
         return batch_shape(self.config, stage)
 
     def step(self, stage: Stage, optimizer):
-        return jitted_step(self.config, self.model, stage, optimizer, self.codec.std)
+        return jitted_step(self.config, self.model, stage, optimizer, self.codec.std, self.mesh)
 
     def optimizer(self, stage: Stage):
         cfg = self.config.stages[stage.name]

@@ -28,7 +28,7 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     stacks, scaled to AdamW's usual step so that both take the same learning rate (arXiv 2502.16982); AdamW for the rest.
     adafactor: factored second moments, no first one (arXiv 1804.04235), without its scaling by the parameters' size, so
     that it takes AdamW's learning rate. `cfg.moments` "bfloat16": moments are kept in it, computed with in fp32.
-    `cfg.offload`: what the optimizer keeps lies in the host's memory between steps. Raises UserError for another name.
+    (`cfg.offload` is the step's matter: `step.offloaded`.) Raises UserError for another name.
     """
     require_one_of("optimizer.name", cfg.name, ("adamw", "muon", "adafactor"))
     schedule = optax.warmup_cosine_decay_schedule(
@@ -50,8 +50,7 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
         )
     if moments != "float32":
         update = kept_in(update, _moments(moments, cfg))
-    update = optax.chain(optax.clip_by_global_norm(cfg.clip), update)
-    return offloaded(update) if _option(cfg, "offload", False) else update
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
 
 
 def _option(cfg, name: str, default):
@@ -84,16 +83,6 @@ def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransfo
         return updates, cast(state, jnp.float32, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), jnp.float32, dtype), update)
-
-
-def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, its state in the host's memory between updates; `step.state_shardings` places it there to begin with."""
-
-    def update(grads, state, params=None):
-        updates, state = inner.update(grads, jax.device_put(state, jax.memory.Space.Device), params)
-        return updates, jax.device_put(state, jax.memory.Space.Host)
-
-    return optax.GradientTransformation(inner.init, update)
 
 
 def _decays(params):

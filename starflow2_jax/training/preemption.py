@@ -34,7 +34,10 @@ class Preemption:
             signal.signal(signal.SIGTERM, before)
 
     def reached(self, step: int) -> bool:
-        """Is the run to end after `step`? Every process asks after every step, and all hear yes after the same one."""
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+        """Is the run to end after `step`? Every process asks after every step, and all hear yes after the same one.
+
+        From then on the answer stays yes: JAX's service says it of one step only, which may be a stage's last.
+        """
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+            self._told.set()
         return self._told.is_set()

@@ -10,24 +10,27 @@ from ml_collections import ConfigDict
 from starflow2_jax import sharding
 from starflow2_jax.checkpoints import abstract
 from starflow2_jax.config import ConfigError
+from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.data.pipeline import Shape
 from starflow2_jax.errors import require_positive
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.sequence import Sequence, VisionInput
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import guarded
-from starflow2_jax.training.step import make_step, new_state, state_shardings
+from starflow2_jax.training.step import TrainState, make_step, new_state, offloaded, state_shardings
 
 PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
-def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations):
+def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations, mesh):
     """(state, frozen, batch, limit) -> (state, metrics), compiled when it is first called; the state is donated.
+
+    The new state lies on `mesh` as the old one does, so that a compiled step takes what it gave.
 
     `deviations` (D,): the codec's, of latent channels. `limit` (): see `faults.guarded`.
     """
     cfg = config.stages[stage.name]
-    step = make_step(
+    update = make_step(
         model,
         stage,
         optimizer,
@@ -38,7 +41,11 @@ def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, dev
         vlm_length=cfg.get("vlm_length", 0),
         latent_penalty=cfg.get("latent_penalty", 0.0),
     )
-    return jax.jit(guarded(step, config.get("faults")), donate_argnums=0)
+    step = guarded(update, config.get("faults"))
+    if cfg.optimizer.get("offload", False):
+        step = offloaded(step)
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, stage, optimizer, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 
 def find_stage(config: ConfigDict, text: str | None) -> Stage:
@@ -54,12 +61,13 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
 
 
 def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError where a stage's rows cannot be cut into micro-batches and spread over the mesh."""
+    """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
     require_positive(rows=cfg.rows, length=cfg.length, accumulate=cfg.accumulate)
     spread = sharding.spread(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
+    rows_of_a_group(cfg.rows, config.data.get("groups", 1))
 
 
 def held(stage: Stage) -> str:
@@ -76,29 +84,30 @@ def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
     return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.get("vlm_length", 0))
 
 
+def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> TrainState:
+    """Shapes, types and shardings of a stage's state; no memory, no devices."""
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    mine = {name: tree for name, tree in params.items() if in_tree(name, held(stage))}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), mine, key=key)
+    layout = state_shardings(state, mesh, config.stages[stage.name].optimizer.get("offload", False))
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, layout)
+
+
 def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> tuple:
-    """Shapes, types and shardings of the step's state, frozen parameters and batch; no memory, no devices.
+    """Shapes, types and shardings of the step's state, frozen parameters and batch.
 
     A VLM that this config does not pretrain itself comes from a published checkpoint, which is bfloat16.
     """
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    mine = {name: tree for name, tree in params.items() if in_tree(name, held(stage))}
-    rest = {name: tree for name, tree in params.items() if name not in mine}
+    rest = {name: tree for name, tree in params.items() if not in_tree(name, held(stage))}
     if "pretrain" not in config.order:
         rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), rest)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), mine, key=key)
     rows = sharding.batch_sharding(mesh)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), empty_batch(model.cfg, batch_shape(config, stage))
     )  # fmt: skip
-    offload = config.stages[stage.name].optimizer.get("offload", False)
-    state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        state,
-        state_shardings(state, mesh, offload),
-    )
-    return state, abstract(rest, mesh), batch
+    return abstract_state(config, model, stage, optimizer, mesh), abstract(rest, mesh), batch
 
 
 def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:

@@ -55,7 +55,7 @@ class StageRun:
         self.pending: deque[tuple[int, dict]] = deque()  # steps not looked at yet
         self.since_log = (tools.ledger.split(), 0.0)  # and the tokens since then
         self.recent: list[float] = []  # losses since the last save
-        self.called, self.told = False, False
+        self.called = False
 
     def run(self, last: int, stop_at: int | None) -> bool:
         """Go on to step `last` of the whole run. Returns whether it got there; raises Preempted, NonFiniteLoss, LossSpike."""
@@ -65,11 +65,11 @@ class StageRun:
         while self.number < last:
             self._step()
             number = self.number
-            self.told = tools.preemption.reached(number) or self.told
-            saves = number < last and (number % config.save_every == 0 or number == stop_at or self.told)
+            told = tools.preemption.reached(number)
+            saves = number < last and (number % config.save_every == 0 or number == stop_at or told)
             logs = number % config.log_every == 0 or number == last
             if not self._look(0 if saves or logs else 1):
-                logged = min(logged, self.number)
+                logged = self.number
                 continue
             if logs:
                 self._log(number - logged)
@@ -77,7 +77,7 @@ class StageRun:
             tools.bar.update()
             if saves:
                 self._save(ended=number == stop_at)
-            if self.told and number < last:
+            if told and number < last:
                 raise Preempted
             if number == stop_at and number < last:
                 return False
@@ -117,13 +117,14 @@ class StageRun:
 
     def _go_back(self, bad: int) -> None:
         """To the last checkpoint's parameters; the data goes on after what was read."""
-        tools, checkpoints, before = self.tools, self.trainer.checkpoints, self.number
+        tools, checkpoints = self.tools, self.trainer.checkpoints
         self.pending.clear()
         with tools.ledger.time("restart"):
             checkpoints.wait()
             self.state, self.frozen, _ = self.trainer._begin(self.stage, self.optimizer, checkpoints.latest())
         self.number = self.first + int(self.state.step)
-        tools.ledger.rewind(before - self.number)
+        tools.ledger.rewind()
+        self.since_log = (tools.ledger.split(), tools.ledger.tokens)
         self.watch.rewind(self.number)
         tools.metrics.rewind(self.number)
         self.recent.clear()

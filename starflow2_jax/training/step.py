@@ -52,6 +52,20 @@ def require_host(mesh: jax.sharding.Mesh) -> None:
         )
 
 
+def offloaded(step: Callable) -> Callable:
+    """`step`, what the optimizer keeps in the host's memory between steps; `state_shardings` places it there to begin with.
+
+    It goes around all that computes with a state: of computations in the host's memory XLA leaves scalars on the device.
+    """
+
+    def run(state: TrainState, *arguments):
+        state = state.replace(optimizer=jax.device_put(state.optimizer, jax.memory.Space.Device))
+        new, metrics = step(state, *arguments)
+        return new.replace(optimizer=jax.device_put(new.optimizer, jax.memory.Space.Host)), metrics
+
+    return run
+
+
 def loss_sums(
     model: Pretzel,
     params: dict,

@@ -1,5 +1,7 @@
 """Every attention kernel against softmax written out, on packed rows, forward and backward."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,23 @@ def test_cudnn_on_packed_rows(stream):
     compare(lambda q, k, v: attend_packed(q, k, v, segments, "cudnn"), arrays, segments, 2e-2)
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.parametrize("stream", STREAMS)
+def test_cudnn_on_rows_that_are_cut(stream):
+    """Each half of the queries by itself, as a device of a mesh with two on the sequence axis has them."""
+    arrays, segments = inputs(stream, dtype=jnp.bfloat16)
+
+    def run(q, k, v):
+        halves = [
+            kernels._on_a_device(q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None,
+                                 kernel="cudnn", temperature=1.0)
+            for half in (slice(0, S // 2), slice(S // 2, S))
+        ]  # fmt: skip
+        return jnp.concatenate(halves, axis=1)
+
+    compare(run, arrays, segments, 2e-2)
+
+
 # Two heads of keys and values over two or four devices: split, or shared by two; rows that cannot be split: whole everywhere.
 @pytest.mark.parametrize(
     "kernel, mesh, rows",
@@ -94,22 +113,48 @@ def test_kernels_on_a_mesh(kernel, mesh, rows):
         compare(run, arrays, segments, 1e-5)
 
 
-def test_cudnn_is_told_of_documents(monkeypatch):
-    """What is handed to cuDNN, lowered for an NVIDIA GPU without one: causal, with a bias where documents are packed."""
+@pytest.fixture
+def cudnn_anywhere(monkeypatch):
+    monkeypatch.setattr(kernels, "PLATFORMS", kernels.PLATFORMS | {"cudnn": None})
+
+
+# Of one device: heads of the queries, heads of the keys, queries.
+@pytest.mark.parametrize(
+    "mesh, local",
+    [(None, (4, 2, S)), (dict(data=4, tensor=2), (2, 1, S)), (dict(data=4, sequence=2), (4, 2, S // 2))],
+)
+def test_cudnn_is_told_of_documents(monkeypatch, cudnn_anywhere, mesh, local):
+    """What is handed to cuDNN, lowered for an NVIDIA GPU without one: causal, with a bias where documents are packed or where
+    a row is cut, and then the bias alone says what is visible."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(kernels, "PLATFORMS", kernels.PLATFORMS | {"cudnn": None})
     (q, k, v, _), segments = inputs("vlm", dtype=jnp.bfloat16)
 
     def lowered(segments):
         traced = jax.jit(lambda q, k, v: attend_packed(q, k, v, segments, "cudnn")).trace(q, k, v)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
-    packed, single = lowered(segments), lowered(None)
-    assert "__cudnn$fmhaScaleBiasSoftmax" in packed and "__cudnn$fmhaSoftmax" in single
-    for text in (packed, single):
-        assert "mask_type" in text and "CAUSAL" in text
+    with jax.set_mesh(sharding.make_mesh(**mesh)) if mesh else contextlib.nullcontext():
+        packed, single = lowered(segments), lowered(None)
+    H, J, queries = local
+    cut = queries < S
+    for text, bias in ((packed, "2"), (single, "1" if cut else "")):
+        [call] = (line for line in text.splitlines() if "@__cudnn$fmha" in line)
+        assert ("fmhaScaleBiasSoftmax" if bias else "fmhaSoftmax") in call
+        assert ("NO_MASK" if cut else "CAUSAL") in call
+        operands = [f"2x{queries}x{H}x{K}", *[f"2x{S}x{J}x{K}"] * 2, *([f"{bias}x1x{queries}x{S}"] if bias else [])]
+        assert f": ({', '.join(f'tensor<{shape}xbf16>' for shape in operands)}) ->" in call
+
+
+@pytest.mark.parametrize("mesh", (dict(data=4, tensor=2), dict(data=2, sequence=4)))
+def test_what_cudnn_is_told_is_right(monkeypatch, cudnn_anywhere, mesh):
+    """Mask and causality as they are handed to it, computed by JAX's own attention in its place."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: plain(*a, **k | {"implementation": "xla"}))
+    arrays, segments = inputs("vlm", dtype=jnp.bfloat16)
+    with jax.set_mesh(sharding.make_mesh(**mesh)):
+        compare(lambda q, k, v: attend_packed(q, k, v, jnp.asarray(segments), "cudnn"), arrays, segments, 2e-2)
 
 
 @pytest.mark.parametrize(

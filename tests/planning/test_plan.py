@@ -57,6 +57,11 @@ def test_plans_of_the_sampler(small):
     stage = find_stage(small, "joint")
     read, write = plan.plan_sampler(small, stage, TOPOLOGY, jax.devices()[:8], rows=8, slots=64)
     assert read.arguments == write.arguments and read.fits and write.fits
+    for made in (read, write):
+        assert made.flops_compiled == pytest.approx(made.hardware_by_hand, rel=0.05)
+        assert 0 < sum(made.flops_by_hand.values()) < made.hardware_by_hand and made.mfu > 0
+    assert write.seconds_a_token == write.seconds and read.seconds_a_token == read.seconds / 32
+    assert "s a token of a row" in report.text(write) and "half full" in report.text(write)
     layers = small.model.vlm.layers * small.model.vlm.kv_heads * small.model.vlm.head_dim
     layers += small.model.deep.layers * small.model.deep.width
     lengths = 2 * 2 * 4  # of each stream's two lanes
@@ -87,6 +92,19 @@ def test_search_survives_what_does_not_compile(small):
     assert small.stages.text_to_image.rows == 8  # the config is not touched
 
 
+def test_search_over_all_axes():
+    """What does not divide the chips is said, not left out."""
+    found = list(search.candidates(8, [1, 2], [1, 3], ["full", "dots"], sequences=[2], datas=[1, 2, 16]))
+    meshes = {
+        tuple(c.mesh.get(axis) for axis in ("data", "fsdp", "sequence", "tensor")) for c in found if not c.failure
+    }
+    assert meshes == {(1, 4, 2, 1), (2, 2, 2, 1)}
+    assert len(found) == 2 * 2 * 2 + 4 and {c.rows for c in found} == {0, 8, 16}
+    failures = [c for c in found if c.failure]
+    assert [c.names() for c in failures][:2] == ["sequence=2 tensor=3", "data=2 sequence=2 tensor=3"]
+    assert {c.failure for c in failures} == {"does not divide 8 chips"}
+
+
 def test_out_of_memory_says_what_to_change(small):
     error = compiling.out_of_memory(XLA_SAYS)
     assert error.needed == 33.6 * 2**30
@@ -99,6 +117,15 @@ def test_out_of_memory_says_what_to_change(small):
     full.advice = plan.advice(full, small, stage)
     said = report.text(full)
     assert "does not fit: 33.60 GiB of 16.00 GiB" in said and "deep/dot_general" in said and "accumulate=2" in said
+    for change in (
+        "mesh.fsdp",
+        "optimizer.moments",
+        "optimizer.offload",
+        "mesh.tensor",
+        "mesh.sequence",
+        "kernel=splash",
+    ):
+        assert change in said
 
 
 @pytest.mark.parametrize("text, chips_", [("v5p:4x4x4", 64), ("v5e:16x16", 256), ("v6e:16x16", 256), ("v4:4x4x8", 128)])

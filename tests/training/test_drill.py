@@ -28,13 +28,13 @@ pytestmark = [pytest.mark.drill, pytest.mark.usefixtures("compile_once")]
 class Launched:
     """launch/local.sh with two processes; what it says is read while it runs."""
 
-    def __init__(self, out: Path, cache: Path):
+    def __init__(self, out: Path, cache: Path, *overrides: str):
         command = [ROOT / "launch/local.sh", "--restarts", "4", "--", "train", "--config", EXPERIMENT, "--out", out]
         env = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": str(ROOT / "tests") + ":" + str(ROOT)}
         env |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
         self.out, self.said, self.pids, self.news = out, [], [], threading.Condition()
         self.process = subprocess.Popen(
-            [*map(str, command), "--compilation-cache", str(cache)],
+            [*map(str, command), "--compilation-cache", str(cache), *overrides],
             env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT,
         )  # fmt: skip
         self.listener = threading.Thread(target=self._listen)
@@ -120,6 +120,25 @@ def test_two_processes_compute_what_one_does(undisturbed, tmp_path):
         assert one["tokens"] == two["tokens"]
         np.testing.assert_allclose([one["loss"], one["grad_norm"]], [two["loss"], two["grad_norm"]], rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), final(tmp_path / "run"), final(undisturbed))
+
+
+def test_two_processes_cut_rows_positions_and_heads(cache, tmp_path):
+    """The joint stage over all axes but one, against one process that cuts rows alone: losses and norms of gradients."""
+    stages = {"pretrain": 1, "joint": 2}
+    said = dict(order=tuple(stages), **{f"stages.{name}.steps": steps for name, steps in stages.items()})
+    said |= {f"mesh.{axis}": size for axis, size in dict(data=1, fsdp=2, sequence=2, tensor=2).items()}
+    overrides = [f"--config.{key}={value}" for key, value in said.items()]
+    launched = Launched(tmp_path / "two", cache, *overrides)
+    assert launched.finish() == 0, "".join(launched.said)
+    config = drill_config(order=tuple(stages), mesh=dict(data=8, fsdp=1, tensor=1))
+    for name, steps in stages.items():
+        config.stages[name].steps = steps
+    Trainer(config, tmp_path / "one").run(progress=False)
+    assert [line["stage"] for line in lines(tmp_path / "two")] == ["pretrain", "joint", "joint"]
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert one["tokens"] == two["tokens"]
+        wanted, found = ([line[name] for name in line if name.endswith(("loss", "norm"))] for line in (one, two))
+        np.testing.assert_allclose(wanted, found, rtol=1e-4)
 
 
 def test_one_process_goes_on_with_what_two_saved(undisturbed, tmp_path):

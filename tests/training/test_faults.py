@@ -165,6 +165,29 @@ def test_what_a_fault_cost_is_counted_as_restart(monkeypatch):
     assert orderly.split()["total"] == 10 and orderly.restarts == 0
 
 
+def test_steps_that_are_lost_count_nowhere(monkeypatch):
+    """Five steps, saved; three more that the run goes back from: speed and MFU are of the five."""
+    clock = Clock(monkeypatch)
+    ledger = Ledger()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with ledger.waiting(None):
+                clock.now += 1
+            clock.now += 3
+            ledger.steps, ledger.tokens, ledger.flops = ledger.steps + 1, ledger.tokens + 10, ledger.flops + 7.0
+
+    steps(5)
+    ledger.state()
+    before = ledger.summary(1.0)
+    steps(3)
+    ledger.rewind()
+    after = ledger.summary(1.0)
+    assert ledger.split() == {"steps": 15, "input": 5, "checkpoint": 0, "compile": 0, "restart": 12, "total": 32}
+    for name in ("steps", "step_seconds", "input_wait_seconds", "tokens_per_second", "mfu"):
+        assert after[name] == before[name]
+
+
 def test_compilation_is_noticed():
     ledger = Ledger()
     with ledger.noticing_compilations(), ledger.time("checkpoint"):

@@ -5,12 +5,14 @@ import math
 import os
 import shutil
 import signal
+import struct
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
 from starflow2_jax import manifest
@@ -21,6 +23,7 @@ from starflow2_jax.keeping import Keep
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training import loop, program
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss
+from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.preemption import Preempted
 
@@ -112,6 +115,31 @@ def test_a_bad_batch_is_passed_over_from_the_last_checkpoint(trainer, monkeypatc
     assert all(math.isfinite(line["loss"]) for line in lines(t))
     assert applied(t) == sum(line["tokens"] for line in lines(t)[:12])
     assert summary["steps"] == 16 and summary["seconds"]["restart"] > 0
+
+
+def test_after_going_back_speed_is_of_the_steps_since(trainer, monkeypatch):
+    """Logs at every third step, saves at every fourth; what was lost is in none of the logs' time or counts."""
+    monkeypatch.setattr(Documents, "bad", 300)
+    monkeypatch.setattr(Documents, "bad_loss", math.nan)
+    logs, marks, rewind, speed = [], [0], Ledger.rewind, Ledger.speed
+
+    def rewound(self):
+        rewind(self)
+        marks.append(self.steps)
+
+    def logged(self, before, steps, tokens, *arguments):
+        logs.append((steps, self.steps - marks[-1], tokens, self.split()["restart"] - before["restart"]))
+        marks.append(self.steps)
+        return speed(self, before, steps, tokens, *arguments)
+
+    monkeypatch.setattr(Ledger, "rewind", rewound)
+    monkeypatch.setattr(Ledger, "speed", logged)
+    t = trainer(log_every=3, faults=dict(nonfinite="rollback", spike="ignore", **FAULTS))
+    summary = t.run(progress=False)
+    assert summary["faults"]["rollbacks"] == 1 and any(steps not in (1, 3) for steps, *_ in logs)
+    assert all(steps == since for steps, since, *_ in logs)
+    assert all(restart == 0 for *_, restart in logs)
+    assert all(200 < tokens / steps < 8 * 72 for steps, _, tokens, _ in logs)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +261,35 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one(trainer, capfd):
     assert lines(t) == lines(wanted) and applied(t) == applied(wanted) > 0
 
 
+@pytest.mark.parametrize("listed", (True, False))
+def test_a_step_whose_list_was_never_written_is_read_first(trainer, capfd, listed):
+    """Killed between the two; its data is damaged, the one before is whole, with a list or without."""
+    wanted = trainer("whole")
+    wanted.run(progress=False)
+    trainer().run(progress=False, stop_at=8)
+    steps = trainer().checkpoints.folder / "steps"
+    (steps / "8" / manifest.NAME).unlink()
+    if not listed:
+        (steps / "4" / manifest.NAME).unlink()
+    damage(steps / "8", "params/d", "cut")
+    t = trainer()
+    t.run(progress=False)
+    said = capfd.readouterr().err
+    assert "WARNING: step 8" in said and "looking at the step before" in said and "step 4" not in said
+    assert [place.name for place in (t.checkpoints.folder / "damaged").iterdir()] == ["8.0"]
+    assert lines(t) == lines(wanted) and applied(t) == applied(wanted) > 0
+
+
+def test_the_only_step_stays_where_it_is(trainer):
+    trainer().run(progress=False, stop_at=4)
+    step = trainer().checkpoints.folder / "steps" / "4"
+    (step / manifest.NAME).unlink()
+    damage(step, "params/d", "cut")
+    with pytest.raises(CheckpointError, match="step 4 .* cannot be restored.*there is no other step"):
+        trainer().run(progress=False)
+    assert step.is_dir()
+
+
 def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
     wanted = trainer("whole")
     wanted.run(progress=False)
@@ -253,6 +310,19 @@ def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
     assert lines(t) == lines(wanted) and summary["restarts"] == 1
 
 
+def board(t: Trainer) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows: scalars by tag and step. A record is a length (8 bytes), its checksum (4), so many bytes, theirs."""
+    [path] = (t.checkpoints.folder / "metrics").glob("events.out.tfevents.*")
+    content, found = path.read_bytes(), {}
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + length])
+        for value in event.summary.value:
+            found.setdefault(value.tag, {})[event.step] = value.simple_value
+        content = content[16 + length :]
+    return found
+
+
 def test_a_profile_and_a_summary(trainer):
     t = trainer()
     t.peak, flops = 1e9, training_flops(t.model.cfg, STAGES["pretrain"], t.shape(STAGES["pretrain"])).total
@@ -265,3 +335,15 @@ def test_a_profile_and_a_summary(trainer):
     assert summary["mfu"] == pytest.approx(16 * flops / (training * 1e9 * 8))
     tokens = sum(line["tokens"] for line in lines(t))
     assert summary["tokens_per_second"] == pytest.approx(tokens / training)
+    shown = board(t)
+    names = {name.removeprefix("pretrain/") for name in shown} - set(lines(t)[0])
+    goodput = {f"goodput_{kind}" for kind in summary["share"]}
+    assert names == goodput | {"step_seconds", "input_wait_seconds", "tokens_per_second", "mfu"}
+    assert all(set(values) == set(range(1, 17)) for values in shown.values())
+    for step in range(1, 17):
+        now = {name: shown[f"pretrain/{name}"][step] for name in names}
+        assert sum(now[name] for name in goodput) == pytest.approx(1, abs=1e-5)
+        assert now["mfu"] == pytest.approx(flops / (now["step_seconds"] * 1e9 * 8), rel=1e-5)
+        tokens = shown["pretrain/tokens"][step]
+        assert now["tokens_per_second"] == pytest.approx(tokens / now["step_seconds"], rel=1e-5)
+        assert 0 <= now["input_wait_seconds"] < now["step_seconds"]

@@ -1,0 +1,78 @@
+"""Real plans of a shrunk experiment on four TPUs that are described only, by the command, in a process of its own."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = f"""
+from starflow2_jax import config as configs
+
+def get_config(runlocal=False):
+    c = configs.load({str(ROOT / "experiments" / "starflow2_7b_joint.py")!r}, runlocal=True).unlock()
+    c.stages.joint.optimizer.offload = True
+    return c
+"""
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPUs' compiler, is not installed"
+)
+
+
+def planned(folder: Path, *arguments: str) -> tuple[list[dict], str]:
+    """What `starflow2 plan` on v5e:2x2 writes, and what it says."""
+    (folder / "experiment.py").write_text(EXPERIMENT)
+    command = [sys.executable, "-m", "starflow2_jax.cli", "plan", "--config", str(folder / "experiment.py")]
+    command += ["--topology", "v5e:2x2", "--json", str(folder / "plan.json"), *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "plan.json").read_text()), done.stdout
+
+
+def test_a_step_whose_optimizer_lies_in_the_hosts_memory(tmp_path):
+    """With a policy that may skip its update, as all 7B experiments have it."""
+    [made], said = planned(tmp_path)
+    assert made["fits"] and made["mesh"]["fsdp"] == 4 and not made["unknown_loops"]
+    assert made["flops_compiled"] == pytest.approx(made["hardware_by_hand"], rel=0.05)
+    assert made["arguments"]["optimizer"] == 0
+    assert made["host"] == pytest.approx(2 * made["arguments"]["trained"], rel=0.01)  # two moments
+    assert sum(made["arguments"].values()) < made["peak"] < made["memory"]
+    assert made["seconds"] > 0 and made["collectives"] and "in the host memory" in said
+
+
+def test_the_samplers_steps(tmp_path):
+    """Where a head of keys has one query, as in `write`'s deep flow, attention is no matrix product on a TPU."""
+    (read, write), said = planned(tmp_path, "--sampler", "--slots", "128", "--rows", "64")
+    assert [plan["what"].split(":")[0] for plan in (read, write)] == ["sampler, read", "sampler, write"]
+    assert read["flops_compiled"] == pytest.approx(read["hardware_by_hand"], rel=0.05)
+    products = write["hardware_by_hand"] - 2 * write["flops_by_hand"]["deep flow attention"]  # its caches are half full
+    assert write["flops_compiled"] == pytest.approx(products, rel=0.05)
+    for plan in (read, write):
+        assert plan["seconds_a_token"] > 0 and plan["mfu"] > 0
+    assert said.count("s a token of a row") == 2
+
+
+def test_a_search(tmp_path):
+    arguments = (
+        "--search",
+        "--rows-per-chip",
+        "2",
+        "--tensor",
+        "1,3",
+        "--data",
+        "2",
+        "--sequence",
+        "2",
+        "--remat",
+        "full",
+    )
+    ranked, said = planned(tmp_path, *arguments)
+    assert [c["choice"] for c in ranked] == ["rows=8 data=2 sequence=2 remat=full", "data=2 sequence=2 tensor=3"]
+    assert ranked[0]["plan"]["fits"] and ranked[0]["plan"]["mesh"] == dict(data=2, fsdp=1, sequence=2, tensor=1)
+    assert ranked[1]["failure"] == "does not divide 4 chips" and "does not divide 4 chips" in said
