@@ -31,14 +31,14 @@ class Chat:
         if is_empty(document) and (self.turns or not options.image_first):
             raise DocumentError("nothing was said; give some text or an image")
         turns = [*self.turns, ("user", document)]
-        more = self._added(turns) if self.sampler.tokenizer.chat_template else document
+        more = self.added(turns) if self.sampler.tokenizer.chat_template else document
         self.session.choose(options)
         self.session.read([more], room=options.max_tokens)
         [answer] = self.session.write()
         self.turns = [*turns, ("assistant", answer)]
         return answer
 
-    def _added(self, turns: list[tuple[str, Document]]) -> Document:
+    def added(self, turns: list[tuple[str, Document]]) -> Document:
         """What the template's text of the conversation has behind what is in the caches."""
         new = tokenizers.chat(self.sampler.tokenizer, turns)
         if not self.turns:

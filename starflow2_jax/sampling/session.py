@@ -77,28 +77,36 @@ class Session:
         documents = [d or [] for d in documents] + [[]] * (len(self.options) - self.size)
         for document in documents:
             require_no_image_tokens(document)
-        whole = np.asarray(self.rows.in_image) == self.sampler.model.cfg.tokens - 1
-        ends = [
-            [Text("<|vision_end|>")] if w and not is_empty(d) else [] for w, d in zip(whole, documents, strict=True)
-        ]
-        lanes = {
-            "context": documents,
-            "images": [[p for p in d if isinstance(p, Image)] for d in documents],
-            "bare": [[]] * len(documents),
-        }
-        encoded = [
-            [self.sampler.encoder(e + d or [Text("")], closed=False) for e, d in zip(ends, lanes[kind], strict=True)]
-            for kind in ("context", *self.program.branches)
-        ]
-        lengths = np.array([len(f["tokens"]) for f in encoded[0]])
-        cut = np.where(lengths > 0, self._open(), 0).astype(np.int32)
+        encoded = [self.encode(d, i) for i, d in enumerate(documents)]
+        lengths = np.array([len(own["tokens"]) for own, *_ in encoded])
+        cut = np.where(lengths > 0, self._open(), 0)
         self._make_room(lengths.max(), room, cut)
-        if cut.any():
-            with jax.set_mesh(self.sampler.mesh):
-                self.rows = row.take_back(self.rows, cut)
-        for lane, features in enumerate(encoded):
+        self._take_back(cut)
+        for lane, features in enumerate(zip(*encoded, strict=True)):
             if any(len(f["tokens"]) for f in features):
                 self._read(lane, features)
+
+    def encode(self, document: Document, index: int = 0) -> list[dict[str, np.ndarray]]:
+        """What each lane of row `index` would read of a document: its own, then those of `SampleOptions.branches`.
+
+        Behind an image that lacks only its end all lanes read that first. Raises DocumentError.
+        """
+        whole = int(self.rows.in_image[index]) == self.sampler.model.cfg.tokens - 1
+        end = [Text("<|vision_end|>")] if whole and not is_empty(document) else []
+        lanes = {"context": document, "images": [p for p in document if isinstance(p, Image)], "bare": []}
+        return [
+            self.sampler.encoder(end + lanes[kind] or [Text("")], closed=False)
+            for kind in ("context", *self.program.branches)
+        ]
+
+    def settle(self) -> None:
+        """Take the images back that `max_tokens` cut off: a row is not within one any more."""
+        self._take_back(self._open())
+
+    def _take_back(self, cut: np.ndarray) -> None:
+        if cut.any():
+            with jax.set_mesh(self.sampler.mesh):
+                self.rows = row.take_back(self.rows, cut.astype(np.int32))
 
     def _open(self) -> np.ndarray:
         """(rows,): positions of the image that a row is within, <|vision_start|> included; 0: of none."""
@@ -107,7 +115,7 @@ class Session:
         partial = (inside >= 0) & (inside < self.sampler.model.cfg.tokens - 1)
         return np.where(begun, 1, np.where(partial, inside + 2, 0))
 
-    def _read(self, lane: int, features: list[dict]) -> None:
+    def _read(self, lane: int, features: Many[dict]) -> None:
         lengths = np.array([len(f["tokens"]) for f in features], np.int32)
         ends = np.array([f["positions"].max(initial=-1) + 1 for f in features], np.int32)
         images, patches = (max(len(f.get(name, ())) for f in features) for name in ("latents", "patches"))

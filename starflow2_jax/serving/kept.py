@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.data.documents import Document, DocumentError, Text
+from starflow2_jax.data.documents import DocumentError, Text
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling.chat import Chat
-from starflow2_jax.sampling.engine import Sampler, bucket
-from starflow2_jax.sampling.rows import Rows, SampleOptions
+from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.rows import Rows, SampleOptions, bucket
 from starflow2_jax.serving.prompts import Turns, identity, prompt
 
 
@@ -41,9 +41,9 @@ class Conversations:
         if len(self.kept) > self.most:
             self.kept.popitem(last=False)
 
-    def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, Document] | None:
+    def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, list[dict]] | None:
         """For `turns`, of identity `asked`, that continue a kept conversation: they with its own images, a copy of its row,
-        and what is to be read behind it. None: nothing that is kept helps."""
+        and what its lanes are to read behind it. None: nothing that is kept helps."""
         known = max((k for k in self.kept if asked[: len(k)] == k), key=len, default=None)
         if known is None:
             return None
@@ -55,17 +55,18 @@ class Conversations:
         talk.turns = kept.turns
         try:
             if self.sampler.tokenizer.chat_template:
-                added = talk._added(turns)
+                added = talk.added(turns)
             else:
-                closing = [] if talk._last == self.sampler.ids.end else [Text("<|im_end|>")]
-                added = closing + prompt(self.sampler, turns[len(known) :])
+                ended = int(kept.rows.token[0]) == self.sampler.ids.end
+                added = [] if ended else [Text("<|im_end|>")]
+                added += prompt(self.sampler, turns[len(known) :])
         except DocumentError:  # the template writes earlier turns in another way
             return None
-        document = talk._unfinished() + added
-        talk._drop_part_of_image()
+        lanes = talk.session.encode(added)
+        talk.session.settle()
         # Draws count from 0, as in a row that reads all of it: a seed means the same with and without the caches.
         rows = talk.session.rows.replace(drawn=jnp.zeros(1, jnp.int32))
-        return (turns, rows, document) if document else None
+        return (turns, rows, lanes) if len(lanes[0]["tokens"]) else None
 
 
 @partial(jax.jit, static_argnums=1)

@@ -22,13 +22,6 @@ def prompt(sampler: Sampler, turns: Turns) -> Document:
     return [part for said in parts for part in said]
 
 
-def encode(sampler: Sampler, document: Document, branches: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
-    """What each lane of a row reads of a document: its own, then those of `SampleOptions.branches`. Raises DocumentError."""
-    images = [part for part in document if isinstance(part, Image)]
-    lanes = [document, *({"images": images, "bare": []}[branch] for branch in branches)]
-    return [sampler.encoder(lane or [Text("")], closed=False) for lane in lanes]
-
-
 def pieces(features: dict[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
     """Features of a document in runs of `most` positions, more where an image would be cut: read one behind the other
     they are the document. Rotary positions of each begin at 0."""

@@ -16,13 +16,13 @@ from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
-from starflow2_jax.sampling.engine import BUCKET, Sampler, bucket, power
+from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.events import Answer, End, Event, Picture, Words
-from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions
+from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
 from starflow2_jax.serving.errors import ApiError, told
 from starflow2_jax.serving.jobs import Fault, Job, Started, Task
 from starflow2_jax.serving.kept import Conversations
-from starflow2_jax.serving.prompts import Turns, encode, identity, pieces, prompt
+from starflow2_jax.serving.prompts import Turns, identity, pieces, prompt
 from starflow2_jax.serving.requests import ChatRequest
 
 # Every row has the guidance branch and the cut of the vocabulary, so that one program serves all requests: without
@@ -77,12 +77,13 @@ class Worker(threading.Thread):
         self.news = threading.Condition()
         self.closing: float | None = None  # when the running requests are given up
         self.lost = False  # whether the device has failed for good
+        self.fresh = self._session(1)  # nothing said yet
         self.batch = self._empty()
         self.writing: list[Writing | None] = [None] * rows
 
     def job(self, request: ChatRequest, tell: Callable[[Started | Event | Fault], None]) -> Job:
         """The request with its prompt encoded; this needs no device. Raises ApiError and DocumentError."""
-        lanes = encode(self.sampler, prompt(self.sampler, request.turns), self.widest.branches)
+        lanes = self.fresh.encode(prompt(self.sampler, request.turns))
         length = len(lanes[0]["tokens"])
         if not length and not request.options.image_first:
             raise DocumentError("a prompt is empty; give some text or an image")
@@ -226,8 +227,8 @@ class Worker(threading.Thread):
     def _beginning(self, job: Job) -> tuple[Turns, Rows, list[dict]]:
         """The conversation, a row that holds what has been read of it, and the features to be read."""
         if found := self.conversations.go_on(job.request.turns, job.identity):
-            turns, rows, document = found
-            return turns, row.with_room(rows, self.slots), encode(self.sampler, document, self.widest.branches)
+            turns, rows, lanes = found
+            return turns, row.with_room(rows, self.slots), lanes
         return job.request.turns, row.with_room(self._session(1).rows, self.slots), job.lanes
 
     def _read(self, rows: Rows, lane: int, piece: dict[str, np.ndarray], used: int) -> Rows:
@@ -266,7 +267,8 @@ class Worker(threading.Thread):
             self.conversations.keep([*writing.turns, ("assistant", writing.said)], self.batch, index)
 
     def _pixels(self, index: int, at: int) -> np.ndarray:
-        return self.sampler.decode(self.batch.u[index, at : at + self.sampler.model.cfg.tokens][None])[0]
+        u = np.asarray(self.batch.u)[index, at : at + self.sampler.model.cfg.tokens]
+        return self.sampler.decode(u[None])[0]
 
     def _free(self, indices: list[int]) -> None:
         for i in indices:
@@ -297,8 +299,9 @@ class Worker(threading.Thread):
         return rows.replace(done=jnp.ones_like(rows.done))
 
     def _new_turn(self, rows: Rows, options: list[SampleOptions]) -> Rows:
-        controls, idle = Controls.of(options, self.widest.branches), np.zeros(len(options), bool)
-        return rows.replace(**row.new_turn(controls, self.written, self.sampler.codec.channels, idle))
+        begun, idle = np.zeros(len(options), np.int32), np.zeros(len(options), bool)
+        controls = Controls.of(options, self.widest.branches, idle)
+        return rows.replace(**row.new_turn(rows, controls, self.written, begun, idle))
 
 
 def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOptions:

@@ -45,7 +45,7 @@ def test_a_turn_reads_only_what_is_new():
     answer = chat.say(asked)
     assert any(isinstance(part, Image) for part in answer)
     computed = int(chat.session.computed[0])
-    more = chat._added([*chat.turns, ("user", [Text("and now?")])])
+    more = chat.added([*chat.turns, ("user", [Text("and now?")])])
     text, images = flat(more)
     assert images == [] and text == "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
     chat.session.read([more])

@@ -67,8 +67,8 @@ def test_the_next_turn_reads_only_what_is_new(talking, most):
             messages += [mine, say(text)]
             said = [Text(text)]
         computed = int(chat.session.computed[0])
-        if turn and not model.tokenizer.chat_template and chat._last != model.ids.end:
-            said = [Text("<|im_end|>"), *said]  # the server closes what the model has said
+        if turn and not model.tokenizer.chat_template and int(chat.session.rows.token[0]) != model.ids.end:
+            chat.session.read([[Text("<|im_end|>")]])  # the server closes what the model has said
         want = chat.say(said)
         answer = ask(client, messages, **STILL, **{**DRAW, "max_tokens": most})
         the_same(answer.choices[0].message.parts, want)
