@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 
 from starflow2_jax import cli
 from starflow2_jax.commands import training
+from starflow2_jax.sampling.engine import Sampler
 
 ROOT = Path(__file__).parent.parent
 SHRINK = [
@@ -61,9 +62,13 @@ def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkey
     (tmp_path / "ask.jsonl").write_text("".join(f'[{{"text": "draw a {w}"}}]\n' for w in ("two", "six", "nine")))
     command = ["sample", "--checkpoint", str(checkpoint), "--documents", "ask.jsonl", "--image-first", "--num", "2"]
     command += ["--max-tokens", "18", "--batch", "2", "--denoise", "--top-p", "0.9", "--text-temperature", "1"]
+    rows, generate = [], Sampler.generate
+    monkeypatch.setattr(Sampler, "generate", lambda *a: (rows.append(a[-1]), generate(*a))[1])
     assert cli.main([*command, "--out", "whole"]) == 0
-    # read, write, denoise, and the decoding of 4 and of 2 images: the last batch runs with as many rows as the first
-    assert "compiled 5 programs" in capsys.readouterr().err
+    assert rows == [2, 2]  # the last batch runs with as many as the first
+    assert (
+        "compiled 5 programs" in capsys.readouterr().err
+    )  # read, write, denoise, and the decoding of 4 and of 2 images
     lines = (tmp_path / "whole/samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["document"] for line in lines] == [0, 0, 1, 1, 2, 2]
     (tmp_path / "cut").mkdir()
