@@ -228,7 +228,7 @@ def test_denoising_a_gaussian_is_shrinkage():
 
 
 def test_the_command_line(sampler, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Sampler, "restore", classmethod(lambda cls, folder: sampler))
+    monkeypatch.setattr(Sampler, "restore", classmethod(lambda cls, *_: sampler))
     monkeypatch.chdir(tmp_path)
     image = write_image(tmp_path / "scan", tiny.pixels(0))
     (tmp_path / "one.json").write_text(json.dumps([{"text": "draw"}, {"image": "scan.png", "generate": True}]))

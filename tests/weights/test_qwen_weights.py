@@ -160,7 +160,8 @@ def test_what_a_config_leaves_out_is_the_references_default(tmp_path):
     path, values = tmp_path / "config.json", published("7b")
     for name in ("rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"):
         del values[name]
-    values["vision_config"] = {"hidden_size": 1280, "out_hidden_size": 3584}
+    values |= {"hidden_size": 2048, "num_attention_heads": 16}  # which the default of 8 key/value heads divides
+    values["vision_config"] = {"hidden_size": 1280, "out_hidden_size": 2048}
     path.write_text(json.dumps(values))
     cfg, theirs = qwen.read_config(path, "float32"), Qwen2_5_VLConfig.from_dict(values)
     assert (cfg.norm_eps, cfg.kv_heads, cfg.tied_head) == (1e-5, theirs.text_config.num_key_value_heads, False)
