@@ -6,7 +6,7 @@ tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
 steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position; files.json (manifest.py)
 damaged/        steps that a run found damaged and passed over
-inversion.json  where `starflow2 calibrate` was run: how the shallow flow is inverted fastest
+inversion.json  where `starflow2 calibrate` was run: how both flows are inverted fastest
 """
 
 import json
@@ -107,7 +107,7 @@ class CheckpointDirectory:
         (self.folder / "inversion.json").write_text(json.dumps(report, indent=1))
 
     def inversion(self, blocks: int) -> Schedule | None:
-        """How the shallow flow, of `blocks` blocks, is inverted: the solvers of inversion.json, or None without one."""
+        """How each of `blocks` blocks, the deep flow the last, is inverted: inversion.json's solvers, or None without one."""
         path = self.folder / "inversion.json"
         if not path.exists():
             return None
@@ -118,7 +118,7 @@ class CheckpointDirectory:
             raise CheckpointError(f"{path} is damaged ({error!r}); remove it and calibrate again") from None
         if len(schedule) != blocks:
             raise CheckpointError(
-                f"{path} is of a shallow flow of {len(schedule)} blocks, not {blocks}; remove it and calibrate again"
+                f"{path} is of flows of {len(schedule)} blocks, not {blocks}; remove it and calibrate again"
             )
         return schedule
 

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -25,15 +24,14 @@ def forget_what_was_compiled():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Trainers of one config compile the same programs: this file compiles each once."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.2), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    """Many tests compile the same programs: what takes long is compiled once for all processes of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    for name, value in (
+        ("compilation_cache_dir", folder / "compiled"),
+        ("persistent_cache_min_compile_time_secs", 0.2),
+    ):
+        os.environ[f"JAX_{name.upper()}"] = str(value)  # for the processes that tests start
+        jax.config.update(f"jax_{name}", str(value) if isinstance(value, Path) else value)

@@ -24,9 +24,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 def config(*more: str) -> ConfigDict:
     return configs.load(EXPERIMENT, [*SMALL, *more], runlocal=True)
 

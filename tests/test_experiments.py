@@ -24,9 +24,6 @@ CHIPS = {"v5e": 256, "v5p": 64, "v6e": 256}
 FROZEN = {"7b": 8.292, "3b": 3.755}  # billions of parameters of the published VLMs, tied head once
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 def count(tree) -> float:
     return sum(np.prod(x.shape, dtype=float) for x in jax.tree.leaves(tree)) / 1e9
 

@@ -3,12 +3,16 @@
 from starflow2_jax.errors import UserError
 
 
-def add_model(parser) -> None:
+def add_model(parser, fsdp: bool = True) -> None:
+    """`fsdp`: whether rows can be cut, too; a server's come one by one."""
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of matrices and caches (default: the config's)"
     )
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that parameters and rows are cut over")
+    if fsdp:
+        parser.add_argument("--fsdp", type=int, default=1, help="devices that parameters and rows are cut over")
+    else:
+        parser.set_defaults(fsdp=1)
     parser.add_argument(
         "--tensor", type=int, default=1, help="devices that heads, hidden channels and words are cut over"
     )

@@ -43,7 +43,7 @@ def _add_sample(commands) -> None:
     p.add_argument("--max-images", type=int, help="of an answer; 0: text only")
     p.add_argument("--image-first", action="store_true", help="begin the answer with an image")
     p.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be given several times")
-    p.add_argument("--jacobi", type=int, default=1, help="image tokens solved for at once; 1: one after another")
+    p.add_argument("--jacobi", type=int, default=0, help="image tokens solved for at once; 0: as calibrated, else 1")
     p.add_argument("--denoise", action="store_true", help="remove the training noise from the images, by the score")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples")
@@ -149,7 +149,7 @@ def _options(args):
     """The command line as SampleOptions. Raises UserError for numbers that mean nothing."""
     from starflow2_jax.sampling.rows import SampleOptions
 
-    least = dict(num=1, batch=1, max_tokens=1, jacobi=1, guidance=0, image_guidance=0, temperature=0, text_temperature=0,
+    least = dict(num=1, batch=1, max_tokens=1, jacobi=0, guidance=0, image_guidance=0, temperature=0, text_temperature=0,
                  top_k=0, top_p=0, max_images=0)  # fmt: skip
     if wrong := [n for n, low in least.items() if getattr(args, n) is not None and not getattr(args, n) >= low]:
         raise UserError(f"--{wrong[0].replace('_', '-')} is at least {least[wrong[0]]}")
@@ -248,7 +248,7 @@ def _invert(args, _) -> None:
 
 
 def _add_calibrate(commands) -> None:
-    p = commands.add_parser("calibrate", help="measure the fastest inverse of the shallow flow", allow_abbrev=False)
+    p = commands.add_parser("calibrate", help="measure the fastest inverse of both flows", allow_abbrev=False)
     p.add_argument("--checkpoint", required=True, help="it gets inversion.json, and samples by it from then on")
     p.add_argument("--tolerance", type=float, default=1e-3, help="relative squared error of a block's output at most")
     p.add_argument("--batch", type=int, default=16, help="images decoded at a time")

@@ -16,7 +16,7 @@ from starflow2_jax.data.documents import Document
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.inversion import Schedule
+from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, init_params, split
 from starflow2_jax.sampling.rows import SampleOptions, bucket, power
@@ -43,6 +43,7 @@ class Sampler:
     """A model, its parameters, tokenizer and codec. `skips`: whether the stage that made the parameters opened them."""
 
     schedule: Schedule | None = None  # how the shallow flow is inverted; None: token by token
+    deep: Jacobi = SEQUENTIAL  # how the deep flow is, where SampleOptions.jacobi does not say
     noise: float = 0.0  # deviation of the noise that images had in training, in their units
     step: int | None = None  # of the checkpoint
 
@@ -89,7 +90,9 @@ class Sampler:
         codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
         model = Pretzel(for_sampling(model.cfg))
         sampler = cls(model, params, tokenizer, codec, stage.skips, config.max_positions, mesh)
-        sampler.schedule = checkpoints.inversion(model.cfg.shallow_blocks)
+        if solvers := checkpoints.inversion(model.cfg.shallow_blocks + 1):
+            *shallow, sampler.deep = solvers
+            sampler.schedule = tuple(shallow)
         sampler.noise, sampler.step = config.noise, number
         return sampler
 

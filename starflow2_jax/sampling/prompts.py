@@ -1,6 +1,7 @@
 """What a user says, before the model reads it. Special tokens mark turns and images; in a text of one's own they are refused,
 for the tokenizer would take them for those marks."""
 
+import re
 from itertools import groupby
 
 from starflow2_jax.data.documents import Document, DocumentError, Said, Text, compose
@@ -9,17 +10,21 @@ from starflow2_jax.data.tokenizer import SPECIAL_TOKENS
 IMAGE_TOKENS = SPECIAL_TOKENS[3:]  # where they stand in a document is said by its Image parts alone
 
 
+def special_tokens(tokenizer) -> re.Pattern[str]:
+    """Any of them, as a text would hold it."""
+    named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(named | {*SPECIAL_TOKENS}))))
+
+
 def spoken(tokenizer, said: Said) -> Document:
     """A user's own words and images as a document. Raises DocumentError where a text holds a special token.
 
     Neighbouring texts count as one: a chat template joins them.
     """
-    document = compose(said)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    document, special = compose(said), special_tokens(tokenizer)
     texts = ["".join(p.text for p in run) for words, run in groupby(document, lambda p: isinstance(p, Text)) if words]
-    for token in special:
-        if any(token in text for text in texts):
-            raise DocumentError(f"a text holds {token}, which is a mark of the model's own and no word; leave it out")
+    if found := next(filter(None, map(special.search, texts)), None):
+        raise DocumentError(f"a text holds {found[0]}, which is a mark of the model's own and no word; leave it out")
     return document
 
 

@@ -16,9 +16,10 @@ from starflow2_jax.sharding import constrain_rows
 
 BUCKET = 32  # prompts and caches are as long as this times a power of two, so that few shapes are compiled
 WHOLE = ("max_tokens", "top_k", "max_images", "jacobi")  # options that are whole numbers
-LEAST = dict.fromkeys(
-    ("temperature", "image_temperature", "guidance", "image_guidance", "top_k", "top_p", "max_images", "tolerance"), 0
-) | {"max_tokens": 1, "jacobi": 1}
+LEAST = {
+    "max_tokens": 1, "temperature": 0, "image_temperature": 0, "guidance": 0, "image_guidance": 0, "top_k": 0, "top_p": 0,
+    "max_images": 0, "jacobi": 0, "tolerance": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SampleOptions:
     annealed: bool = False  # guidance grows over the image, w (i + 1) / (N - 1)
     max_images: int | None = None  # of a turn, one that it finishes included; 0: text only; None: as many as it likes
     stop: tuple[str, ...] = ()  # strings that end the answer, and are left out of it
-    jacobi: int = 1  # image tokens that are solved for at once; 1: one after another
+    jacobi: int = 0  # image tokens that are solved for at once; 1: one after another; 0: as calibrated, else as 1
     tolerance: float = 1e-3  # of a Jacobi pass's mean squared change, relative to the mean square
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ from starflow2_jax import sharding
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.errors import UserError
+from starflow2_jax.models.inversion import Jacobi
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.events import text_runs
@@ -55,8 +56,9 @@ class Session:
         if any(o.image_first and o.max_images == 0 for o in options):
             raise UserError("image_first asks for an image, but max_images is 0; change one of them")
         filtered = any(o.top_k or o.top_p < 1 for o in options)
-        jacobi = min(one.jacobi, sampler.model.cfg.tokens)
-        return Program(sampler.model, sampler.ids, sampler.skips, one.branches, filtered, jacobi, one.tolerance)
+        solver = Jacobi(one.jacobi, one.tolerance) if one.jacobi else sampler.deep
+        chunk = min(solver.chunk, sampler.model.cfg.tokens)
+        return Program(sampler.model, sampler.ids, sampler.skips, one.branches, filtered, chunk, solver.tolerance)
 
     @property
     def longest(self) -> int:

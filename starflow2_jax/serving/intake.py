@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from starflow2_jax.data.tokenizer import SPECIAL_TOKENS
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.prompts import special_tokens
 from starflow2_jax.serving.errors import ApiError, bad
 
 
@@ -29,12 +29,10 @@ class Intake:
     def of(cls, sampler: Sampler, **limits) -> "Intake":
         """What this sampler takes; `limits`: the fields from max_pixels on."""
         tokenizer, cfg = sampler.tokenizer, sampler.model.cfg
-        named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special = re.compile("|".join(map(re.escape, sorted(named | {*SPECIAL_TOKENS}))))
         max_text = sampler.max_positions * max(map(len, tokenizer.get_vocab()))  # what has more cannot fit a row
         return cls(
             sampler.codec.image_channels, tuple(sampler.codec.image_size), cfg.tokens, cfg.vlm.vision,
-            sampler.max_positions, max_text, special, **limits,
+            sampler.max_positions, max_text, special_tokens(tokenizer), **limits,
         )  # fmt: skip
 
     def check_text(self, text: str, most: int, param: str) -> None:

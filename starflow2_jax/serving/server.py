@@ -22,7 +22,7 @@ class Limits:
     max_pixels: int = 16_000_000  # of the images of a request together
     max_body: int = 32_000_000  # bytes of a request
     grace: float = 20.0  # seconds that running requests have when the server is told to end
-    jacobi: int = 1  # image tokens solved for at once
+    jacobi: int = 0  # image tokens solved for at once; 0: as calibrated, else 1
     keep: int = 4  # conversations whose caches are kept
     images: str = "flow"  # how images are seen whose `via` is not given
     editing: bool = False  # rows have the lane for `image_guidance`

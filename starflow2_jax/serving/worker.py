@@ -58,7 +58,7 @@ class Worker(threading.Thread):
         max_tokens: int = 512,
         max_queue: int = 32,
         chunk: int = 4,
-        jacobi: int = 1,
+        jacobi: int = 0,
         keep: int = 4,
         editing: bool = False,
     ):
@@ -69,15 +69,16 @@ class Worker(threading.Thread):
         self.max_tokens = min(max_tokens, sampler.max_positions - 1)
         self.positions = sampler.max_positions
         self.widest = replace(WIDEST, jacobi=jacobi, image_guidance=1.0 if editing else None)
+        self.fresh = self._session(1)  # nothing said yet
         # A step writes up to `jacobi` positions behind the last one, a piece of a prompt fills up to BUCKET.
-        self.slots, self.written = _rounded(self.positions + max(jacobi, BUCKET - 1)), bucket(self.max_tokens)
+        beyond = max(self.fresh.program.jacobi, BUCKET - 1)
+        self.slots, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
         self.entering: tuple[Job | Task, Iterator[None]] | None = None  # what is being read, or solved piece by piece
         self.conversations = Conversations(sampler, self.widest, keep)
         self.news = threading.Condition()
         self.closing: float | None = None  # when the running requests are given up
         self.lost = False  # whether the device has failed for good
-        self.fresh = self._session(1)  # nothing said yet
         self.batch = self._empty()
         self.writing: list[Writing | None] = [None] * rows
 

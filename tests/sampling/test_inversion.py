@@ -278,16 +278,17 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
     assert cli.main(["calibrate", "--checkpoint", str(checkpoint), "--tolerance", "1e-4", "--batch", "3"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((checkpoint / "inversion.json").read_text())
-    assert report["step"] == 3 and report["batch"] == 3 and report["error"] < 1e-3 and len(report["blocks"]) == 2
+    assert report["step"] == 3 and report["batch"] == 3 and report["error"] < 1e-3 and len(report["blocks"]) == 3
     assert report["sequential_seconds"] > 0 and report["seconds"] > 0 and "inversion.json" in printed
     for block in report["blocks"]:
         assert {"solver", "passes", "seconds", "error"} <= set(block) and block["error"] <= 1e-4
         assert [c["solver"]["chunk"] for c in block["candidates"]] == [1, 4]
     sampler = Sampler.restore(checkpoint)
-    assert sampler.schedule == tuple(Jacobi(**block["solver"]) for block in report["blocks"])
+    assert (*sampler.schedule, sampler.deep) == tuple(Jacobi(**block["solver"]) for block in report["blocks"])
 
     # By hand, a schedule so loose that one can see it is used, and one that is exact.
-    session = sampler.session(SampleOptions(max_tokens=tiny.CONFIG.tokens + 1, image_first=True), [0])
+    options = SampleOptions(guidance=1.0, max_tokens=tiny.CONFIG.tokens + 1, image_first=True)
+    session = sampler.session(replace(options, jacobi=1), [0])
     session.write()
     u = session.rows.u[:, 1 : tiny.CONFIG.tokens + 1]
     sampler.schedule = None
@@ -296,7 +297,11 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
         for block in report["blocks"]:
             block["solver"] = asdict(Jacobi(4, tolerance))
         (checkpoint / "inversion.json").write_text(json.dumps(report))
-        assert np.allclose(Sampler.restore(checkpoint).decode(u), exact, atol=1e-4) == same
+        restored = Sampler.restore(checkpoint)
+        assert np.allclose(restored.decode(u), exact, atol=1e-4) == same
+        session = restored.session(options, [0])
+        session.write()
+        assert np.allclose(session.rows.u[:, 1 : tiny.CONFIG.tokens + 1], u, atol=1e-4) == same
 
 
 @pytest.mark.parametrize(

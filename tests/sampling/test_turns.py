@@ -140,7 +140,7 @@ def test_special_tokens_are_no_words(sampler):
 BAD = [
     dict(temperature=-0.1), dict(image_temperature=float("nan")), dict(guidance=-1), dict(image_guidance=-1),
     dict(guidance=float("inf")), dict(max_tokens=0), dict(max_tokens=2.5), dict(top_k=-1), dict(top_p=1.1), dict(top_p=-1),
-    dict(max_images=-1), dict(jacobi=0), dict(tolerance=-1), dict(stop="end"), dict(stop=("",)), dict(temperature="hot"),
+    dict(max_images=-1), dict(jacobi=-1), dict(tolerance=-1), dict(stop="end"), dict(stop=("",)), dict(temperature="hot"),
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENT = ROOT / "tests" / "tiny_experiment.py"
 STEPS = drill_config().stages.pretrain.steps
 
-pytestmark = [pytest.mark.drill, pytest.mark.usefixtures("compile_once")]
+pytestmark = pytest.mark.drill
 
 
 class Launched:

@@ -27,8 +27,6 @@ from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.preemption import Preempted
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 BAD = "~"  # in a document: its batch makes the loss bad
 
 

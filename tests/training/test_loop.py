@@ -19,8 +19,6 @@ from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training.faults import NonFiniteLoss
 from starflow2_jax.training.loop import Trainer
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 
 def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics" / "metrics.jsonl").read_text().splitlines()]
