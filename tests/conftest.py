@@ -29,9 +29,7 @@ def compile_once(tmp_path_factory):
     """Many tests compile the same programs: what takes long is compiled once for all processes of a run."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    for name, value in (
-        ("compilation_cache_dir", folder / "compiled"),
-        ("persistent_cache_min_compile_time_secs", 0.2),
-    ):
+    settings = {"compilation_cache_dir": str(folder / "compiled"), "persistent_cache_min_compile_time_secs": 0.2}
+    for name, value in settings.items():
         os.environ[f"JAX_{name.upper()}"] = str(value)  # for the processes that tests start
-        jax.config.update(f"jax_{name}", str(value) if isinstance(value, Path) else value)
+        jax.config.update(f"jax_{name}", value)
