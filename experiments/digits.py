@@ -2,9 +2,9 @@
 
     starflow2 train --config experiments/digits.py --out runs/digits
 
-It is experiments/digits_quick.py with more steps; the page of the numbers is made by the quickstart's evaluation:
+It is experiments/digits_quick.py with more steps. The quickstart's numbers and page of it:
 
-    starflow2 eval --checkpoint runs/digits
+    starflow2 eval --checkpoint runs/digits --out runs/digits_report
 """
 
 from pathlib import Path

@@ -106,8 +106,11 @@ class CheckpointDirectory:
     def write_inversion(self, report: dict) -> None:
         (self.folder / "inversion.json").write_text(json.dumps(report, indent=1))
 
-    def inversion(self, blocks: int) -> Schedule | None:
-        """How each of `blocks` blocks, the deep flow the last, is inverted: inversion.json's solvers, or None without one."""
+    def inversion(self, blocks: int, step: int | None = None) -> Schedule | None:
+        """How each of `blocks` blocks, the deep flow the last, is inverted: inversion.json's solvers, or None without one.
+
+        That it was measured at another step than `step` is said on stderr.
+        """
         path = self.folder / "inversion.json"
         if not path.exists():
             return None
@@ -119,6 +122,11 @@ class CheckpointDirectory:
         if len(schedule) != blocks:
             raise CheckpointError(
                 f"{path} is of flows of {len(schedule)} blocks, not {blocks}; remove it and calibrate again"
+            )
+        if step is not None and values.get("step") != step:
+            print(
+                f"WARNING: {path} was measured at step {values.get('step')}, not {step}; calibrate again",
+                file=sys.stderr,
             )
         return schedule
 

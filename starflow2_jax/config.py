@@ -61,11 +61,23 @@ def assign(config: ConfigDict, key: str, text: str) -> None:
         value = text if isinstance(old, str) else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(old, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(old):
+    if not _is_like(value := _widened(value, old), old):
         raise ConfigError(f"config key {key!r} takes a {type(old).__name__} such as {old!r}, not {text!r}")
     node[last] = value
+
+
+def _widened(value, old):
+    """Integers become floats where the old value has them."""
+    if isinstance(value, tuple) and isinstance(old, tuple) and old:
+        return tuple(_widened(x, old[0]) for x in value)
+    return float(value) if type(value) is int and isinstance(old, float) else value
+
+
+def _is_like(value, old) -> bool:
+    """Whether types agree, those within a tuple included; an empty one says nothing of them."""
+    if type(value) is not type(old):
+        return False
+    return not isinstance(old, tuple) or not old or all(_is_like(x, old[0]) for x in value)
 
 
 def _nearest(config: ConfigDict, key: str) -> str:

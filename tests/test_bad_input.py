@@ -62,6 +62,8 @@ def refused(error: type, call, *args, saying: tuple[str, ...], **kwargs) -> None
         ("noise=loud", ("'noise' takes a float", "'loud'")),
         ("order=joint", ("'order' takes a tuple",)),
         ("model.deep=3", ("is a group", "model.deep.layers")),
+        ("model.grid=(4.0,4.0)", ("takes a tuple such as (4, 4)", "(4.0,4.0)")),
+        ("order=(1,)", ("'order' takes a tuple",)),
         ("seed", ("needs a value",)),
     ],
 )
@@ -73,6 +75,8 @@ def test_right_overrides():
     config = configs.load(QUICK, ["noise=0", "stages.joint.steps=7", "data.source=my=file.jsonl", "order=('joint',)"])
     assert config.noise == 0.0 and type(config.noise) is float and config.stages.joint.steps == 7
     assert config.data.source == "my=file.jsonl" and config.order == ("joint",)
+    mean = configs.load(QUICK, ["model.vlm.vision.mean=(0, 0.5, 1)"]).model.vlm.vision.mean
+    assert mean == (0.0, 0.5, 1.0) and {type(x) for x in mean} == {float}
 
 
 def test_a_config_that_describes_nothing(tmp_path):
@@ -376,3 +380,11 @@ def test_documents_too_long_for_a_row(document, saying):
     shape = Shape(1, 40, 2, 16)
     refused(DocumentError, collate, [tiny.encoder()(document)], shape, saying=saying)
     refused(DocumentError, next, iter(batches([document], tiny.encoder(), shape)), saying=saying)
+
+
+def test_images_for_the_vision_tower_where_a_stage_has_no_room_for_them():
+    seen, saying = (
+        [Image(tiny.pixels(0, (4, 4)), via="vit")],
+        ("needs 4 patches", "holds 0", "raise stages.NAME.patches"),
+    )
+    refused(DocumentError, next, iter(batches([seen], tiny.encoder(), Shape(1, 40, 2))), saying=saying)

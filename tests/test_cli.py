@@ -10,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as Pillow
+from tiny_experiment import tiny_config
 
 from starflow2_jax import cli
-from starflow2_jax.commands import training
-from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax import config as configs
+from starflow2_jax.commands import sampling, training
+from starflow2_jax.evaluation import digits
+from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.training.loop import Trainer
+from starflow2_jax.training.preemption import Preempted
 
 ROOT = Path(__file__).parent.parent
 SHRINK = [
@@ -94,9 +100,13 @@ def test_samples_of_two_runs_are_not_mixed(checkpoint, tmp_path, monkeypatch, ca
     for change, named in (
         (["--documents", "other.jsonl"], "documents"), (["--seed", "1"], "seed was 0 and not 1"), (["--num", "2"], "num"),
         (["--guidance", "0"], "guidance"), (["--dtype", "bfloat16"], "dtype"), (["--denoise"], "denoise"),
+        ([], "solvers"),
     ):  # fmt: skip
+        if named == "solvers":  # calibrated in between
+            monkeypatch.setattr(Sampler, "deep", Jacobi(4))
         assert cli.main([*command, *change]) == 2
         assert "another run" in (said := capsys.readouterr().err) and named in said
+    monkeypatch.setattr(Sampler, "deep", SEQUENTIAL)
     assert cli.main([*options, "--prompt", "draw"]) == 2
     assert cli.main(command) == 0 and (tmp_path / "out/samples.jsonl").read_text() == before
     options[-1] = "plain"
@@ -106,6 +116,81 @@ def test_samples_of_two_runs_are_not_mixed(checkpoint, tmp_path, monkeypatch, ca
     (tmp_path / "ask.jsonl").write_text('[{"text": "draw"}]\n[{"text": "a<|im_end|>"}]\n')
     assert cli.main([*command[:-3], "new", *command[-2:]]) == 2
     assert "ask.jsonl, document 1: a text holds <|im_end|>" in capsys.readouterr().err
+
+
+def test_a_refused_prompt_loses_nothing_of_what_was_there(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", "--checkpoint", str(checkpoint), "--max-tokens", "2", "--max-images", "0", "--prompt"]
+    assert cli.main([*command, "draw"]) == 0
+    before = {path.name: path.read_text() for path in Path("samples").iterdir()}
+    assert set(before) == {"samples.json", "samples.jsonl"} and all(before.values())
+    assert cli.main([*command, "draw " * 300]) == 2 and "positions" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in Path("samples").iterdir()} == before
+
+
+def test_every_option_of_sampling_arrives(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampling, "restore", lambda args: seen.append(sampling._options(args)) or sys.exit())
+    options = {
+        "guidance": 2.0, "image-guidance": 1.5, "temperature": 0.7, "text-temperature": 0.3, "top-k": 5, "top-p": 0.8,
+        "max-tokens": 33, "max-images": 2, "jacobi": 4,
+    }  # fmt: skip
+    given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    flags = ["--linear", "--annealed", "--image-first", "--stop", "a", "--stop", "b"]
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--checkpoint", "none", "--prompt", "draw", *given, *flags])
+    assert seen == [
+        SampleOptions(
+            temperature=0.3, image_temperature=0.7, guidance=2.0, max_tokens=33, image_first=True, top_k=5, top_p=0.8,
+            image_guidance=1.5, linear=True, annealed=True, max_images=2, stop=("a", "b"), jacobi=4,
+        )
+    ]  # fmt: skip
+
+
+def test_chat_in_the_terminal(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = iter(["draw a seven", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert cli.main(["chat", "--checkpoint", str(checkpoint), "--max-tokens", "18", "--temperature", "0"]) == 0
+    assert "Say something" in capsys.readouterr().out and not list(lines)
+    assert cli.main(["chat", "--checkpoint", str(checkpoint), "--guidance", "-1"]) == 2
+
+
+def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
+    """Trained, evaluated, shown; once more on the same folder it tells the time of the training, not of looking at it."""
+    config = tiny_config()
+    config.order = ("pretrain", "text_to_image")
+    for name in config.order:
+        config.stages[name].steps = 2
+    numbers = dict.fromkeys(set(digits.AIMS) - {"train_seconds", "total_seconds"}, 0.5)
+    samples = {"grid": np.zeros((10, 1, 8, 8, 1)), "examples": []}
+    limits = []
+    monkeypatch.setattr(configs, "load", lambda path, runlocal: config)
+    monkeypatch.setattr(training, "_devices", lambda count: None)
+    monkeypatch.setattr(digits, "evaluate", lambda sampler, limit: (limits.append(limit), (dict(numbers), samples))[1])
+    seconds = []
+    for _ in range(2):
+        assert cli.main(["quickstart", "--out", str(tmp_path / "q"), "--smoke"]) == 0
+        report = json.loads((tmp_path / "q/report.json").read_text())
+        assert set(report) == set(digits.AIMS) | {"smoke", "aims"} and report["aims"] == digits.AIMS and report["smoke"]
+        assert report.items() >= numbers.items() and report["total_seconds"] >= report["train_seconds"] > 0
+        seconds.append(report["train_seconds"])
+        assert f"open {tmp_path / 'q/index.html'}" in capsys.readouterr().out
+        assert Pillow.open(tmp_path / "q/samples.png").width > 0
+        assert "text to image" in (tmp_path / "q/index.html").read_text()
+    assert seconds[1] == pytest.approx(seconds[0], abs=5) and limits == [10, 10]
+    assert cli.main(["eval", "--checkpoint", str(tmp_path / "q/checkpoint"), "--out", str(tmp_path / "again")]) == 0
+    assert limits[-1] == 300 and {path.name for path in (tmp_path / "again").iterdir()} == {
+        "index.html", "report.json", "samples.png",
+    }  # fmt: skip
+
+    def told_to_end(*args, **kwargs):
+        raise Preempted
+
+    monkeypatch.setattr(Trainer, "run", told_to_end)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quickstart", "--out", str(tmp_path / "q")])
+    assert ended.value.code == 75 and "the same command goes on" in capsys.readouterr().err
 
 
 def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys):

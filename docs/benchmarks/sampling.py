@@ -4,7 +4,7 @@
     python docs/benchmarks/sampling.py --mid --images 1 8                                      # a random one of width 512
 
 The PyTorch side is what one writes first: both streams token by token through a key/value cache, then each block of the
-shallow flow likewise. Noise is zero on both sides, so that their images can be compared; both take turns, medians.
+shallow flow likewise. Both sides draw with the same noise, so that their images can be compared; they take turns, medians.
 """
 
 import argparse
@@ -134,22 +134,22 @@ class Reference:
         return mean, torch.nn.functional.softplus(scale + SOFTPLUS_ONE)
 
     @torch.no_grad()
-    def generate(self, tokens: np.ndarray):
-        """tokens (B, S), ending with <|vision_start|> -> latents (B, N, D) without noise."""
-        c, p = self.cfg, self.p
+    def generate(self, tokens: np.ndarray, noise: np.ndarray):
+        """tokens (B, S), ending with <|vision_start|>, and noise (B, N, D) -> latents (B, N, D)."""
+        c, p, noise = self.cfg, self.p, torch.tensor(noise)
         B, S = tokens.shape
         caches, (h, w) = ([], []), c.grid
         x = p["vlm"]["token_embedding"]["embedding"][torch.tensor(tokens)]
-        mean, _ = self.step(x, torch.arange(S)[:, None].expand(S, 3), None, caches)
+        mean, scale = self.step(x, torch.arange(S)[:, None].expand(S, 3), None, caches)
         u = []
         for n in range(h * w):
-            u.append(mean)
+            u.append(new := mean + scale * noise[:, n])
             a = p["adapter"]
-            hidden = mean @ a["in"]["kernel"] + a["in"]["bias"] + a["slot"]["embedding"][n]
+            hidden = new @ a["in"]["kernel"] + a["in"]["bias"] + a["slot"]["embedding"][n]
             x = torch.nn.functional.gelu(hidden) @ a["out"]["kernel"] + a["out"]["bias"]
-            image_in = mean @ p["embed_u"]["kernel"] + p["embed_u"]["bias"] + p["embed_slot"]["embedding"][n]
+            image_in = new @ p["embed_u"]["kernel"] + p["embed_u"]["bias"] + p["embed_slot"]["embedding"][n]
             where = torch.tensor([[S, S + n // w, S + n % w]])
-            mean, _ = self.step(x[:, None], where, image_in[:, None], caches)
+            mean, scale = self.step(x[:, None], where, image_in[:, None], caches)
         z = torch.stack(u, 1)
         for i, block in reversed(list(enumerate(c.shallow_chain))):
             z = self.invert(i, block, z)
@@ -172,9 +172,19 @@ class Reference:
         return h.flip(1) if block.flip else h
 
 
+def noise_of(sampler: Sampler, count: int) -> np.ndarray:
+    """(count, N, D): what row i draws with seed i; its first draw is <|vision_start|>."""
+    N, D = sampler.model.cfg.tokens, sampler.model.cfg.channels
+
+    def one(seed):
+        return [jax.random.normal(jax.random.fold_in(jax.random.key(seed), 1 + n), (D,)) for n in range(N)]
+
+    return np.asarray(jax.vmap(lambda seed: jnp.stack(one(seed)))(jnp.arange(count, dtype=jnp.uint32)))
+
+
 def ours(sampler: Sampler, count: int, jacobi: int):
     N = sampler.model.cfg.tokens
-    options = SampleOptions(0, 0, max_tokens=N + 1, image_first=True, jacobi=jacobi, tolerance=1e-3)
+    options = SampleOptions(0, 1, max_tokens=N + 1, image_first=True, jacobi=jacobi, tolerance=1e-3)
     sampler.schedule = (Jacobi(jacobi, 1e-3),) * sampler.model.cfg.shallow_blocks if jacobi > 1 else None
     session = sampler.session(options, [0])
     session.read([[Text("draw a seven")]])
@@ -199,10 +209,10 @@ def main() -> None:
     h, w = sampler.model.cfg.grid
     print(jax.devices()[0].device_kind, len(jax.devices()), "devices, jax", jax.__version__, "torch", torch.__version__)
     for count in a.images:
-        tokens = np.array([[*text, sampler.ids.vision_start]] * count)
+        tokens, noise = np.array([[*text, sampler.ids.vision_start]] * count), noise_of(sampler, count)
 
-        def theirs(tokens=tokens):
-            latents = reference.generate(tokens).numpy().reshape(len(tokens), h, w, -1)
+        def theirs(tokens=tokens, noise=noise):
+            latents = reference.generate(tokens, noise).numpy().reshape(len(tokens), h, w, -1)
             return np.asarray(sampler.codec.decode(latents))
 
         runs = {"reference": theirs} | {

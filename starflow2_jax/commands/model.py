@@ -1,4 +1,4 @@
-"""What all commands that read a checkpoint take: where it lies, over which devices it is cut, in which type it runs."""
+"""What the commands that run a checkpoint take: where it lies, over which devices it is cut, in which type it runs."""
 
 from starflow2_jax.errors import UserError
 

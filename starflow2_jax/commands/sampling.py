@@ -63,20 +63,18 @@ def _sample(args, _) -> None:
     lines = out / "samples.jsonl"
     done = _resume(out, _run(args, options, sampler), args.num) if args.documents else _anew(out)
     rows = min(args.batch, len(prompts) - done)
-    with (
-        lines.open("a" if done else "w") as file,
-        tqdm(total=len(prompts), initial=done, disable=not args.documents) as bar,
-    ):
+    with tqdm(total=len(prompts), initial=done, disable=not args.documents) as bar:
         for start in range(done, len(prompts), args.batch):
             several = [_prompt(args, sampler, prompts, i) for i in range(start, min(start + args.batch, len(prompts)))]
             first = args.seed + start * args.num
-            for i, answer in enumerate(_answers(args, sampler, several, options, first, rows)):
-                parts = _write_parts(answer, out, f"{start * args.num + i:03d}")
-                line = {"document": start + i // args.num, "seed": first + i, "parts": parts}
-                file.write(json.dumps(line) + "\n")
-                if not args.documents:
-                    print(f"{i:03d}", *(p.get("text") or f"[{out / p['image']}]" for p in parts))
-            file.flush()
+            answers = _answers(args, sampler, several, options, first, rows)
+            with lines.open("a" if start else "w") as file:
+                for i, answer in enumerate(answers):
+                    parts = _write_parts(answer, out, f"{start * args.num + i:03d}")
+                    line = {"document": start + i // args.num, "seed": first + i, "parts": parts}
+                    file.write(json.dumps(line) + "\n")
+                    if not args.documents:
+                        print(f"{i:03d}", *(p.get("text") or f"[{out / p['image']}]" for p in parts))
             bar.update(len(several))
     listing = [json.loads(line)["parts"] for line in lines.read_text().splitlines()]
     (out / "samples.json").write_text(json.dumps(listing, indent=1))
@@ -113,6 +111,7 @@ def _run(args, options, sampler) -> dict:
         "documents": hashlib.sha256(Path(args.documents).read_bytes()).hexdigest()[:16],
         "checkpoint": str(Path(args.checkpoint).resolve()), "step": sampler.step, "dtype": args.dtype,
         "seed": args.seed, "num": args.num, "chat": args.chat, "denoise": args.denoise,
+        "solvers": [asdict(solver) for solver in (*(sampler.schedule or ()), sampler.deep)],
     }  # fmt: skip
     return json.loads(json.dumps(run))
 
@@ -237,28 +236,40 @@ def _add_invert(commands) -> None:
 
 
 def _invert(args, _) -> None:
-    from starflow2_jax.data.documents import Text, read_image, write_image
+    from starflow2_jax.data.documents import read_image, write_image
     from starflow2_jax.sampling.exact import decode, encode
+    from starflow2_jax.sampling.prompts import spoken
 
     sampler = restore(args)
-    z = encode(sampler, [[Text(args.prompt)]], [read_image(args.image, sampler.codec.image_channels)])
-    [image] = decode(sampler, [[Text(args.as_prompt)]], z)
+    here, there = (spoken(sampler.tokenizer, prompt) for prompt in (args.prompt, args.as_prompt))
+    z = encode(sampler, [here], [read_image(args.image, sampler.codec.image_channels)])
+    [image] = decode(sampler, [there], z)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     print(f"written: {write_image(Path(args.out), image)}")
 
 
 def _add_calibrate(commands) -> None:
-    p = commands.add_parser("calibrate", help="measure the fastest inverse of both flows", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True, help="it gets inversion.json, and samples by it from then on")
+    about = (
+        "measure the fastest inverse of both flows: the checkpoint gets inversion.json, and samples by it from then on"
+    )
+    p = commands.add_parser("calibrate", help=about, allow_abbrev=False)
+    add_model(p, fsdp=False)
+    p.add_argument(
+        "--prompt", action="append", default=[], help="what images are asked for with; may be given several times"
+    )
+    p.add_argument("--guidance", type=float, default=1.0, help="of the images; nothing changes by it without a prompt")
     p.add_argument("--tolerance", type=float, default=1e-3, help="relative squared error of a block's output at most")
-    p.add_argument("--batch", type=int, default=16, help="images decoded at a time")
+    p.add_argument("--batch", type=int, default=16, help="images drawn at a time")
     p.set_defaults(run=_calibrate)
 
 
 def _calibrate(args, _) -> None:
     from starflow2_jax.sampling.inversion import calibrate_checkpoint, table
+    from starflow2_jax.sampling.prompts import spoken
 
-    if args.batch < 1 or not args.tolerance >= 0:
-        raise UserError("--batch is at least 1, --tolerance at least 0")
-    print(table(calibrate_checkpoint(args.checkpoint, args.tolerance, args.batch)))
+    if args.batch < 1 or not args.tolerance >= 0 or not args.guidance >= 0:
+        raise UserError("--batch is at least 1, --tolerance and --guidance at least 0")
+    sampler = restore(args, data=1)
+    prompts = [spoken(sampler.tokenizer, prompt) for prompt in args.prompt or [""]]
+    print(table(calibrate_checkpoint(sampler, args.checkpoint, prompts, args.guidance, args.tolerance, args.batch)))
     print(f"written: {Path(args.checkpoint) / 'inversion.json'}")

@@ -1,5 +1,6 @@
 """`starflow2 serve`: the HTTP server, from the command line."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def run(args, _) -> None:
         sampler, name, limits, args.host, args.port, args.api_key,
         ready=lambda address: print(f"serving {name} on {address}", flush=True),
     )  # fmt: skip
-    print("compiling ...", flush=True)
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("starflow2_jax").setLevel(logging.INFO)  # what is compiled is told
     server.worker.warm()
     end_quietly()
     server.run()

@@ -30,7 +30,7 @@ def _add_train(commands) -> None:
     p.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (or JAX_COORDINATOR_ADDRESS)")
     p.add_argument("--processes", metavar="N", help="how many there are (or JAX_NUM_PROCESSES)")
     p.add_argument("--process", metavar="I", help="which of them this is, from 0 (or JAX_PROCESS_ID)")
-    p.set_defaults(run=_train, kept="the last checkpoint stands")
+    p.set_defaults(run=_train, kept="what is saved stands, the same command goes on")
 
 
 def _train(args, overrides) -> None:
@@ -44,17 +44,22 @@ def _train(args, overrides) -> None:
     from starflow2_jax import distributed
 
     distributed.initialize(args)
+    summary = _trained(config, out, args.profile)
+    if distributed.primary():
+        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in summary["share"].items())
+        print(f"checkpoint: {out}\ntime: {shares} (more in {out}/metrics/summary.json)")
+
+
+def _trained(config, out: str | Path, profile: int = 0) -> dict:
+    """Train what is not done yet. Returns the summary; exits with RESTART after a SIGTERM."""
     from starflow2_jax.training.loop import Trainer
     from starflow2_jax.training.preemption import RESTART, Preempted
 
     try:
-        summary = Trainer(config, out).run(profile=args.profile)
+        return Trainer(config, out).run(profile=profile)
     except Preempted:
         print("starflow2: told to end (SIGTERM); all is saved, the same command goes on", file=sys.stderr)
         raise SystemExit(RESTART) from None
-    if distributed.primary():
-        shares = ", ".join(f"{kind} {share:.1%}" for kind, share in summary["share"].items())
-        print(f"checkpoint: {out}\ntime: {shares} (more in {out}/metrics/summary.json)")
 
 
 def _devices(cpu_devices: int) -> None:
@@ -93,47 +98,49 @@ def _add_eval(commands) -> None:
     p = commands.add_parser("eval", help="the digits report's numbers of a checkpoint", allow_abbrev=False)
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--limit", type=int, default=300, help="documents a task at most; 10 at least")
+    p.add_argument("--out", help="folder for report.json, index.html and samples.png, as the quickstart makes them")
     p.set_defaults(run=_eval)
 
 
 def _eval(args, _) -> None:
     if args.limit < 10:
         raise UserError("--limit is at least 10: one digit of each kind")
-    from starflow2_jax.evaluation.digits import evaluate
+    _report(args.checkpoint, args.limit, args.out)
+
+
+def _report(checkpoint: str | Path, limit: int, out: str | Path | None, trained: float | None = None, **more) -> None:
+    """Evaluate, print, and where `out` says so write the page. `trained`: seconds of the training."""
+    from starflow2_jax.evaluation.digits import AIMS, evaluate
+    from starflow2_jax.evaluation.report import write_report
     from starflow2_jax.sampling.engine import Sampler
 
-    numbers, _ = evaluate(Sampler.restore(args.checkpoint), args.limit)
+    begin = time.time()
+    numbers, samples = evaluate(Sampler.restore(checkpoint), limit)
+    if trained is not None:
+        numbers |= {"train_seconds": round(trained, 1), "total_seconds": round(trained + time.time() - begin, 1)}
+    numbers |= more
     print(json.dumps(numbers, indent=1))
+    if out:
+        write_report(out, {**numbers, "aims": AIMS}, samples, Path(checkpoint) / "metrics" / "metrics.jsonl")
+        print(f"open {Path(out) / 'index.html'}")
 
 
 def _add_quickstart(commands) -> None:
     p = commands.add_parser("quickstart", help="train, sample and evaluate on real digits", allow_abbrev=False)
     p.add_argument("--out", default="quickstart")
     p.add_argument("--smoke", action="store_true", help="the same path, a few steps of each stage")
-    p.set_defaults(run=_quickstart, kept="the last checkpoint stands")
+    p.set_defaults(run=_quickstart, kept="what is saved stands, the same command goes on")
 
 
 def _quickstart(args, _) -> None:
     from starflow2_jax import config as configs
 
-    begin = time.time()
     if args.smoke:  # most of it is compiling; read when JAX starts, which is below
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     experiment = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
     config = configs.load(experiment, runlocal=args.smoke)
     _devices(config.cpu_devices)
-    from starflow2_jax.evaluation.digits import AIMS, evaluate
-    from starflow2_jax.evaluation.report import write_report
-    from starflow2_jax.sampling.engine import Sampler
-    from starflow2_jax.training.loop import Trainer
-
-    out = Path(args.out)
-    Trainer(config, out / "checkpoint").run()
-    trained = time.time()
+    checkpoint = Path(args.out) / "checkpoint"
+    spent = _trained(config, checkpoint)["seconds"]  # of all starts, where it was interrupted
     print("sampling and evaluating ...")
-    numbers, samples = evaluate(Sampler.restore(out / "checkpoint"), limit=10 if args.smoke else 300)
-    times = {"train_seconds": trained - begin, "total_seconds": time.time() - begin}
-    report = {**numbers, **{k: round(v, 1) for k, v in times.items()}, "smoke": args.smoke, "aims": AIMS}
-    write_report(out, report, samples, out / "checkpoint" / "metrics" / "metrics.jsonl")
-    print(json.dumps({k: v for k, v in report.items() if k != "aims"}, indent=1))
-    print(f"open {out / 'index.html'}")
+    _report(checkpoint, 10 if args.smoke else 300, args.out, spent["total"], smoke=args.smoke)

@@ -177,15 +177,16 @@ def batches(
     want = lengths(shape, encoder.vision is not None)
     if shape.vlm_length:
         want["vlm_length"] = shape.vlm_length
+    room = {"patches": 0, **want} if encoder.vision else want  # of images shown via "vit" there may be none in a stage
 
     def encode(document: Document) -> dict[str, np.ndarray]:
         features = encoder(document)
         if shape.vlm_length:
             features["vlm_length"] = _off_images(document, features["modality"])
-        for name, most in want.items():
+        for name, most in room.items():
             if len(features[name]) > most:
                 raise DocumentError(
-                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise the sizes of the batch"
+                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise stages.NAME.{name}"
                 )
         return {name: features[name] for name in want}
 

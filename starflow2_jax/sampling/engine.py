@@ -90,7 +90,7 @@ class Sampler:
         codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
         model = Pretzel(for_sampling(model.cfg))
         sampler = cls(model, params, tokenizer, codec, stage.skips, config.max_positions, mesh)
-        if solvers := checkpoints.inversion(model.cfg.shallow_blocks + 1):
+        if solvers := checkpoints.inversion(model.cfg.shallow_blocks + 1, number):
             *shallow, sampler.deep = solvers
             sampler.schedule = tuple(shallow)
         sampler.noise, sampler.step = config.noise, number
@@ -123,7 +123,7 @@ class Sampler:
         """
         if not prompts:
             return []
-        seeds = seed + np.arange(len(prompts) * samples)
+        seeds = [seed + i for i in range(len(prompts) * samples)]
         session = self.session(options, seeds[::samples], rows)
         session.read(prompts, room=session.longest)
         if samples > 1:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from starflow2_jax.checkpoints import CheckpointDirectory
+from starflow2_jax.data.documents import Document
 from starflow2_jax.models.flow import NO_CONTEXT, Context, Flow, Guide
 from starflow2_jax.models.inversion import GUESSES, SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
@@ -38,7 +39,9 @@ class Measurement:
     """One solver on one block."""
 
     solver: Jacobi
-    passes: int  # runs of the network over a chunk: of each chunk those of its slowest row, summed
+    passes: (
+        int  # runs of the network over a chunk: of each chunk those of its slowest row, summed (deep: of all chunks)
+    )
     seconds: float  # of the compiled inverse
     error: float  # against token by token: mean squared difference / mean square, of the worst row
 
@@ -102,8 +105,11 @@ def _invert(flow: Flow, schedule: Schedule, params: dict, z, on: Conditions):
     return h, sown["inversion"]
 
 
-def calibrate_deep(sampler: Sampler, tolerance: float = 1e-3, batch: int = 16) -> tuple[list[Measurement], np.ndarray]:
-    """The deep flow as the sampler runs it, both streams and guidance, on `batch` images; and the exact ones, u (batch, N, D).
+def calibrate_deep(
+    sampler: Sampler, prompts: list[Document], guidance: float = 1.0, tolerance: float = 1e-3, batch: int = 16
+) -> tuple[list[Measurement], np.ndarray]:
+    """The deep flow as the sampler runs it, in both streams, on `batch` images, the prompts in turn; and the exact images,
+    u (batch, N, D).
 
     Its guess is the sampler's own, the noise under the Gaussian of a chunk's first token, so chunks are all that differ.
     """
@@ -111,41 +117,56 @@ def calibrate_deep(sampler: Sampler, tolerance: float = 1e-3, batch: int = 16) -
     measured, exact = [], None
     for solver in (s for s in candidates(N, tolerance) if s.guess == SEQUENTIAL.guess):
         options = SampleOptions(
-            guidance=1.0, max_tokens=N + 1, image_first=True, jacobi=solver.chunk, tolerance=tolerance
+            guidance=guidance, max_tokens=N + 1, image_first=True, jacobi=solver.chunk, tolerance=tolerance
         )
         times = []
         for _ in range(RUNS + 1):
             session = sampler.session(options, range(batch))
+            session.read([prompts[i % len(prompts)] for i in range(batch)], room=N + 1)
+            before = np.asarray(session.rows.passes)
             begin = time.perf_counter()
             for _ in session.stream(every=None):
                 pass
             times.append(time.perf_counter() - begin)
         u = np.asarray(session.rows.u)[:batch, 1 : N + 1]
         exact = u if exact is None else exact
-        passes = int(np.max(session.rows.passes[:batch])) - 1  # one is of <|vision_start|>
+        passes = int(np.max((session.rows.passes - before)[:batch])) - 1  # one is of <|vision_start|>
         measured.append(Measurement(solver, passes, statistics.median(times[1:]), relative_error(u, exact)))
     return measured, exact
 
 
-def calibrate_checkpoint(folder: str | Path, tolerance: float = 1e-3, batch: int = 16) -> dict:
-    """Calibrate both flows on `batch` images that the model draws itself, and write inversion.json.
+def calibrate_checkpoint(
+    sampler: Sampler,
+    folder: str | Path,
+    prompts: list[Document],
+    guidance: float = 1.0,
+    tolerance: float = 1e-3,
+    batch: int = 16,
+) -> dict:
+    """Calibrate both flows on `batch` images that the model of `folder` draws itself, and write inversion.json there.
 
     Returns what is written: each block's solver with its passes, seconds and error, all candidates, the deep flow as the last
-    block; of the whole shallow flow the seconds and error. Raises CheckpointError.
+    block; of the whole shallow flow the seconds and error. Raises DocumentError for a prompt that does not fit the model.
     """
-    sampler = Sampler.restore(folder)
+    with jax.set_mesh(sampler.mesh):
+        report = _calibrated(sampler, prompts, guidance, tolerance, batch)
+    CheckpointDirectory(folder).write_inversion(report)
+    return report
+
+
+def _calibrated(sampler: Sampler, prompts: list[Document], guidance: float, tolerance: float, batch: int) -> dict:
     flow, params = Flow(sampler.model.cfg.shallow_chain), sampler.params["shallow"]
-    deep, u = calibrate_deep(sampler, tolerance, batch)
+    deep, u = calibrate_deep(sampler, prompts, guidance, tolerance, batch)
     measured = calibrate(flow, params, u, tolerance)
     chosen = [fastest(m, tolerance) for m in measured]
     exact, _, sequential_seconds = _measure(flow, params, u, UNCONDITIONAL, (SEQUENTIAL,) * len(chosen))
     h, _, seconds = _measure(flow, params, u, UNCONDITIONAL, tuple(m.solver for m in chosen))
-    checkpoint = CheckpointDirectory(folder)
-    report = {
+    return {
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
-        "step": checkpoint.require_latest(),
+        "step": sampler.step,
         "batch": batch,
+        "guidance": guidance,
         "tolerance": tolerance,
         "seconds": seconds,
         "sequential_seconds": sequential_seconds,
@@ -155,8 +176,6 @@ def calibrate_checkpoint(folder: str | Path, tolerance: float = 1e-3, batch: int
             for best, rows in zip([*chosen, fastest(deep, tolerance)], [*measured, deep], strict=True)
         ],
     }
-    checkpoint.write_inversion(report)
-    return report
 
 
 def table(report: dict) -> str:

@@ -16,14 +16,16 @@ def special_tokens(tokenizer) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(named | {*SPECIAL_TOKENS}))))
 
 
-def spoken(tokenizer, said: Said) -> Document:
-    """A user's own words and images as a document. Raises DocumentError where a text holds a special token.
+def texts(document: Document) -> list[str]:
+    """Neighbours as one text: a chat template joins them."""
+    runs = groupby(document, lambda part: isinstance(part, Text))
+    return ["".join(part.text for part in run) for words, run in runs if words]
 
-    Neighbouring texts count as one: a chat template joins them.
-    """
+
+def spoken(tokenizer, said: Said) -> Document:
+    """A user's own words and images as a document. Raises DocumentError where a text holds a special token."""
     document, special = compose(said), special_tokens(tokenizer)
-    texts = ["".join(p.text for p in run) for words, run in groupby(document, lambda p: isinstance(p, Text)) if words]
-    if found := next(filter(None, map(special.search, texts)), None):
+    if found := next(filter(None, map(special.search, texts(document))), None):
         raise DocumentError(f"a text holds {found[0]}, which is a mark of the model's own and no word; leave it out")
     return document
 

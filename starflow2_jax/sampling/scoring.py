@@ -16,6 +16,7 @@ from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.likelihood import image_noise, text_nll
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling.engine import Sampler, bucket, power
+from starflow2_jax.sampling.prompts import require_no_image_tokens
 from starflow2_jax.sequence import Sequence
 
 BATCH = 16  # documents that are read at once
@@ -137,7 +138,8 @@ def rank(
 
 
 def layout(sampler: Sampler, document: Document, closed: bool = True) -> dict[str, np.ndarray]:
-    """The features of one document. Raises DocumentError where the model has no room for it."""
+    """The features of one document. Raises DocumentError where the model has no room for it, or a text holds image tokens."""
+    require_no_image_tokens(document)
     features = sampler.encoder(document, closed)
     if (length := len(features["tokens"])) > sampler.max_positions:
         raise DocumentError(

@@ -56,7 +56,7 @@ class Session:
         if any(o.image_first and o.max_images == 0 for o in options):
             raise UserError("image_first asks for an image, but max_images is 0; change one of them")
         filtered = any(o.top_k or o.top_p < 1 for o in options)
-        solver = Jacobi(one.jacobi, one.tolerance) if one.jacobi else sampler.deep
+        solver = Jacobi(int(one.jacobi), one.tolerance) if one.jacobi else sampler.deep
         chunk = min(solver.chunk, sampler.model.cfg.tokens)
         return Program(sampler.model, sampler.ids, sampler.skips, one.branches, filtered, chunk, solver.tolerance)
 
@@ -238,15 +238,20 @@ class Session:
                 self.rows = row.with_room(self.rows, slots)
 
     def _call(self, compiled, rows: Rows, *arguments) -> Rows:
-        shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))
-        what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.slots} positions"
-        self.sampler.uses((compiled.__name__, self.program, shapes), what)
-        return compiled(self.program, self.sampler.params, rows, *arguments)
+        return call(self.sampler, self.program, compiled, rows, *arguments)
+
+
+def call(sampler: "Sampler", program: Program, compiled, rows: Rows, *arguments) -> Rows:
+    """`steps.read` or `steps.write` on rows, noted where it must be compiled first."""
+    shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))
+    what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.slots} positions"
+    sampler.uses((compiled.__name__, program, shapes), what)
+    return compiled(program, sampler.params, rows, *arguments)
 
 
 def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
     """Any integers as 32 bits, and zeros for the spare rows."""
-    return np.array([*seeds, *[0] * spare], np.int64).astype(np.uint32)
+    return np.array([int(seed) % 2**32 for seed in seeds] + [0] * spare, np.uint32)
 
 
 def _before(parts: Document, stop: tuple[str, ...]) -> Document:

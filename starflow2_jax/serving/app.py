@@ -94,6 +94,7 @@ def make_app(service: Service) -> Starlette:
         worker = service.worker
         well = worker.is_alive() and worker.closing is None
         state = {"status": "ok" if well else "closing", "running": worker.running, "waiting": len(worker.waiting)}
+        state["programs"] = len(worker.sampler.programs)  # compiled so far
         return JSONResponse(state, 200 if well else 503)
 
     async def models(request: Request) -> Response:

@@ -25,21 +25,22 @@ class Kept:
 
 
 class Conversations:
-    """The `most` that were used last."""
+    """The `most` that were used last. What one was before its last turn goes first."""
 
     def __init__(self, sampler: Sampler, options: SampleOptions, most: int):
         self.sampler, self.options, self.most = sampler, options, most
         self.kept: OrderedDict[tuple, Kept] = OrderedDict()  # by `identity`, the one used last at the end
 
     def keep(self, turns: Turns, batch: Rows, index: int) -> None:
-        """Keep a copy of a row of the batch, and let the one go that has not been used for longest."""
+        """Keep a copy of a row of the batch, and let one go where there are too many."""
         if not self.most:
             return
         rows = row.take(batch, np.array([index]), np.zeros(1, np.uint32))
         self.kept[key := identity(turns)] = Kept(turns, _cut(rows, bucket(int(rows.caches.length[0]))))
         self.kept.move_to_end(key)
         if len(self.kept) > self.most:
-            self.kept.popitem(last=False)
+            earlier = (k for k in self.kept if any(len(k) < len(other) and other[: len(k)] == k for other in self.kept))
+            del self.kept[next(earlier, next(iter(self.kept)))]
 
     def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, list[dict]] | None:
         """For `turns`, of identity `asked`, that continue a kept conversation: they with its own images, a copy of its row,

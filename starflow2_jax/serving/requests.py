@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.sampling.prompts import texts
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.images import Budget, from_url
@@ -144,7 +145,7 @@ def _turns(messages: object, intake: Intake) -> list[tuple[str, Document]]:
             _part(part, intake, budget, default, f"{where}.content[{k}]")
             for k, part in enumerate(_content(message, where))
         ]
-        for text in (part.text for part in document if isinstance(part, Text)):
+        for text in texts(document):
             intake.check_text(text, room, where)
             room -= len(text)
         turns.append((role, document))

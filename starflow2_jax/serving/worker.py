@@ -19,6 +19,7 @@ from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.events import Answer, End, Event, Picture, Words
 from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
+from starflow2_jax.sampling.session import call
 from starflow2_jax.serving.errors import ApiError, told
 from starflow2_jax.serving.jobs import Fault, Job, Started, Task
 from starflow2_jax.serving.kept import Conversations
@@ -174,7 +175,7 @@ class Worker(threading.Thread):
         self._free([i for i, w in enumerate(self.writing) if w and w.job.cancelled])
         self._advance()
         if self.running:
-            self.batch = steps.write(self.program, self.sampler.params, self.batch, jnp.int32(self.chunk))
+            self.batch = call(self.sampler, self.program, steps.write, self.batch, jnp.int32(self.chunk))
             self._report()
 
     def _advance(self) -> None:
@@ -239,7 +240,7 @@ class Worker(threading.Thread):
         shape = Shape(1, room, power(len(piece["latents"])), bucket(patches) if patches else 0)
         end = piece["positions"].max() + 1
         given = self.sampler.place((collate([piece], shape), np.array([length], np.int32), np.array([end], np.int32)))
-        return steps.read(self.program, self.sampler.params, rows, given[0], lane, *given[1:])
+        return call(self.sampler, self.program, steps.read, rows, given[0], lane, *given[1:])
 
     def _report(self) -> None:
         tokens, count, done = jax.device_get((self.batch.tokens, self.batch.count, self.batch.done))

@@ -75,7 +75,7 @@ class Watch:
         seen += "" if bad else f", above the limit of {limit:.4g},"
         if action == "abort":
             kind = NonFiniteLoss if bad else LossSpike
-            raise kind(f"{seen} at {standing}: lower the learning rate and start again from it")
+            raise kind(f"{seen} at {standing}: lower the learning rate and start again")
         if self.since_save > self.cfg["most"]:
             raise LossSpike(
                 f"{seen} at {standing}; more than faults.most={self.cfg['most']} steps since then went wrong"

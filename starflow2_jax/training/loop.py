@@ -100,6 +100,7 @@ class Trainer:
         if self.begun:
             self.checkpoints.pass_over_damaged()
             self.checkpoints.pass_over_unreadable(self.mesh)
+            self._require_same_steps()
         self._require_stages()
         if distributed.primary():
             if self.begun:
@@ -110,6 +111,25 @@ class Trainer:
         self.begun = True
         if not distributed.primary():  # fitted on another machine, it may differ in the last bit
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
+
+    def _require_same_steps(self) -> None:
+        """Raises ConfigError where the config puts the stages that the directory has done elsewhere."""
+        if not (done := self.checkpoints.latest()):
+            return
+        meta, order = self.checkpoints.meta(done), list(self.config.order)
+        name, own = meta["stage"], meta["stage_step"]
+        before = sum(self.config.stages[n].steps for n in order[: order.index(name)]) if name in order else None
+        folder, steps = self.checkpoints.folder, self.config.stages[name].steps if name in order else 0
+        if before is None or before + own != done or own > steps:
+            raise configs.ConfigError(
+                f"{folder} stands at step {done}, {own} of them in {name}, where this config's order and steps do not come by; "
+                "keep those of what is done, or name another --out"
+            )
+        if own < steps and not self.checkpoints.has(done, "optimizer"):
+            raise configs.ConfigError(
+                f"stage {name} of {folder} has ended after {own} steps, and its optimizer was not kept, so that it cannot go on "
+                f"to {steps}; leave stages.{name}.steps at {own}, or name another --out"
+            )
 
     def _require_stages(self) -> None:
         """Raises UserError for what would stop a stage that is still to come, before anything is trained."""
@@ -187,8 +207,7 @@ class Trainer:
         return GroupedBatches(source, self.encoder(stage), shape, data.get("groups", 1), data.threads, rows)
 
     def encoder(self, stage: Stage) -> Encoder:
-        vision = self.model.cfg.vlm.vision if self.config.stages[stage.name].patches else None
-        return Encoder(self.tokenizer, self.codec, vision)
+        return Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision)
 
     def _begin(self, stage: Stage, optimizer, latest: int | None) -> tuple[TrainState, dict, object]:
         """State, frozen parameters and data position: from the last checkpoint what it has, fresh what it lacks."""

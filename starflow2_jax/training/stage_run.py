@@ -106,7 +106,9 @@ class StageRun:
         while len(self.pending) > leave:
             number, values = self.pending.popleft()
             values = {name: float(value) for name, value in values.items()}
-            standing = f"step {number} ({self.stage.name}); the last good checkpoint is step {self.trainer.checkpoints.latest()}"
+            latest = self.trainer.checkpoints.latest()
+            left = "there is no checkpoint yet" if latest is None else f"the last good checkpoint is step {latest}"
+            standing = f"step {number} ({self.stage.name}); {left}"
             if self.watch.judge(number, values, standing) == "rollback":
                 self._go_back(number)
                 return False

@@ -10,6 +10,7 @@ import tiny
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.evaluation import digits as evaluation
 from starflow2_jax.evaluation.digits import correlation, evaluate, held_out_nll
 from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.pretzel import Output
@@ -61,6 +62,73 @@ def test_images_are_judged_one_by_one():
     numbers, samples = evaluate(sampler(answer), LIMIT)
     assert numbers["digit_accuracy"] == 0.5
     assert np.array_equal(samples["grid"][3, 0], scan[3]) and (samples["grid"][3, 1] == -1).all()
+
+
+def oracle(spoil=lambda kind, i: False):
+    """A sampler's `generate` that answers right from the prompts alone; `spoil`: which answers of a kind are wrong somewhere."""
+    held_out, labels = digits.split("held_out")
+    label = {scan.tobytes(): int(digit) for scan, digit in zip(held_out, labels, strict=True)}
+    train, digit_of = digits.split("train")
+    scan = [train[np.flatnonzero(digit_of == digit)[0]] for digit in range(10)]
+
+    def words(*numbers) -> Text:
+        return Text(" " + " ".join(digits.WORDS[n] if isinstance(n, int) else n for n in numbers), predict=True)
+
+    def drawn(digit: int) -> Image:
+        return Image(scan[digit % 10], generate=True)
+
+    def answer(prompt, options, i: int) -> list:
+        seen = [part.pixels for part in prompt if isinstance(part, Image)]
+        said = " ".join(part.text for part in prompt if isinstance(part, Text)).replace("?", " ").split()
+        asked = [digits.WORDS.index(word) for word in said if word in digits.WORDS]
+        if options is evaluation.MIRROR:
+            return [Image(seen[0] if spoil("mirror", i) else np.flip(seen[0], 1), generate=True)]
+        if len(seen) == 2:
+            a, b = (label[x.tobytes()] for x in seen)
+            total, other = a + b, a + b + 1 if a + b < 18 else 17
+            picture = [drawn(other if spoil("sum image", i) else total)] if total < 10 else []
+            return [words(a, "plus", b, "is", other if spoil("sum text", i) else total), *picture]
+        if seen:
+            return [words(label[seen[0].tobytes()] + spoil("read", i))]
+        if len(asked) == 2:
+            spoilt, last = spoil("count word", i), asked[1]
+            return [
+                part
+                for n in range(asked[0], last + 1)
+                for part in (words(n + (n == last and spoilt)), drawn(n + (n == last and spoil("count image", i))))
+            ]
+        return [drawn(asked[0])]
+
+    return lambda prompts, options, seed: [answer(prompt, options, i) for i, prompt in enumerate(prompts)]
+
+
+NUMBERS = {
+    None: "", "read": "read_accuracy", "sum text": "sum_text_accuracy", "sum image": "sum_image_accuracy",
+    "mirror": "mirror_correlation", "count word": "count_accuracy", "count image": "count_accuracy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_what_is_right_counts_and_nothing_else(kind):
+    """Every fourth answer is wrong in one respect, and one number says so."""
+    spoilt = sampler(None)
+    spoilt.generate = oracle(lambda which, i: which == kind and i % 4 == 0)
+    numbers, _ = evaluate(spoilt, LIMIT)
+    numbers.pop("nll_nats_per_dim")
+    name = NUMBERS[kind]
+    wrong = numbers.pop(name, None)
+    assert all(value == pytest.approx(1) for value in numbers.values()) and len(numbers) == (6 if kind is None else 5)
+    if kind == "sum image":  # asked for where the sum is below ten
+        labels = digits.split("held_out")[1]
+        pairs = np.random.default_rng(0).integers(0, len(labels), (LIMIT, 2))
+        below = labels[pairs].sum(1) < 10
+        assert wrong == pytest.approx(1 - below[::4].sum() / below.sum()) and wrong < 1
+    elif kind == "mirror":
+        scans = digits.split("held_out")[0][:LIMIT]
+        unlike = [np.corrcoef(x.ravel(), x[:, ::-1].ravel())[0, 1] for x in scans[::4]]
+        assert wrong == pytest.approx((15 + sum(unlike)) / LIMIT) and wrong < 0.95
+    elif kind:
+        assert wrong == pytest.approx(0.75)
 
 
 def test_correlation():

@@ -14,13 +14,14 @@ import tiny
 from starflow2_jax import cli
 from starflow2_jax import config as configs
 from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError
+from starflow2_jax.data.documents import Text
 from starflow2_jax.models.flow import Context, Flow, FlowBlock, FlowBlockConfig
 from starflow2_jax.models.inversion import GUESSES, SEQUENTIAL, Jacobi, solve
 from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.sampling import guidance, inversion
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.sampling.inversion import Conditions, Measurement, calibrate, candidates, fastest
+from starflow2_jax.sampling.inversion import Conditions, Measurement, calibrate, calibrate_deep, candidates, fastest
 
 QUICK = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
 
@@ -275,7 +276,8 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
     """The command writes what the sampler then decodes by."""
     monkeypatch.setattr(inversion, "candidates", lambda _, tolerance: [Jacobi(1, tolerance), Jacobi(4, tolerance)])
     assert Sampler.restore(checkpoint).schedule is None
-    assert cli.main(["calibrate", "--checkpoint", str(checkpoint), "--tolerance", "1e-4", "--batch", "3"]) == 0
+    command = ["calibrate", "--checkpoint", str(checkpoint), "--tolerance", "1e-4", "--batch", "3", "--tensor", "2"]
+    assert cli.main([*command, "--prompt", "draw", "--prompt", "an eight"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((checkpoint / "inversion.json").read_text())
     assert report["step"] == 3 and report["batch"] == 3 and report["error"] < 1e-3 and len(report["blocks"]) == 3
@@ -284,6 +286,7 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
         assert {"solver", "passes", "seconds", "error"} <= set(block) and block["error"] <= 1e-4
         assert [c["solver"]["chunk"] for c in block["candidates"]] == [1, 4]
     sampler = Sampler.restore(checkpoint)
+    assert capsys.readouterr().err == ""
     assert (*sampler.schedule, sampler.deep) == tuple(Jacobi(**block["solver"]) for block in report["blocks"])
 
     # By hand, a schedule so loose that one can see it is used, and one that is exact.
@@ -296,12 +299,35 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
     for tolerance, same in ((10.0, False), (0.0, True)):
         for block in report["blocks"]:
             block["solver"] = asdict(Jacobi(4, tolerance))
-        (checkpoint / "inversion.json").write_text(json.dumps(report))
+        (checkpoint / "inversion.json").write_text(json.dumps(report | {"step": 2}))
         restored = Sampler.restore(checkpoint)
         assert np.allclose(restored.decode(u), exact, atol=1e-4) == same
         session = restored.session(options, [0])
         session.write()
         assert np.allclose(session.rows.u[:, 1 : tiny.CONFIG.tokens + 1], u, atol=1e-4) == same
+        assert "was measured at step 2, not 3; calibrate again" in capsys.readouterr().err
+
+
+def test_what_is_measured_of_the_deep_flow():
+    """Guided, with prompts of two lengths: the error and passes of a loose solver, against images drawn apart."""
+    sampler = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=64)
+    N, prompts, tolerance = tiny.CONFIG.tokens, [[Text("draw an eight")], [Text("two")]], 0.3
+    measured, exact = calibrate_deep(sampler, prompts, 1.5, tolerance, batch=3)
+    assert [m.solver for m in measured] == [Jacobi(c, tolerance) for c in (1, 2, 4, N)]
+    assert measured[0].error == 0 and measured[0].passes == N
+    options = SampleOptions(guidance=1.5, max_tokens=N + 1, image_first=True, tolerance=tolerance)
+    drawn = {}
+    for chunk in (1, N):
+        session = sampler.session(replace(options, jacobi=chunk), range(3))
+        session.read([prompts[0], prompts[1], prompts[0]])
+        session.write()
+        drawn[chunk] = np.asarray(session.rows.u)[:3, 1 : N + 1]
+    np.testing.assert_allclose(exact, drawn[1], atol=1e-5)
+    assert (
+        measured[-1].error == pytest.approx(inversion.relative_error(drawn[N], drawn[1]), rel=1e-3)
+        and measured[-1].error > 1e-4
+    )
+    assert 1 < measured[-1].passes < N and min(m.seconds for m in measured) > 0
 
 
 @pytest.mark.parametrize(

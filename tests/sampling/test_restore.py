@@ -1,5 +1,6 @@
 """A sampler from a checkpoint directory: in the type that was asked for, on the mesh that was asked for."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.exact import encode
 from starflow2_jax.sampling.scoring import score
 from starflow2_jax.sharding import make_mesh
+from starflow2_jax.stages import STAGES
 
 PICTURE = tiny.pixels(1, (8, 8))
 OPTIONS = SampleOptions(max_tokens=5, image_first=True, image_temperature=0.5)
@@ -52,6 +54,23 @@ def said_and_seen(sampler: Sampler):
     session.read([[Image(PICTURE), Text("mirror it")]])
     session.write()
     return np.asarray(session.rows.u)[0, 1:5], encode(sampler, [[Text("draw")]], [PICTURE]), session
+
+
+def test_the_moving_average_is_what_is_sampled(checkpoint, tmp_path):
+    """Of the groups that the stage moves, where a step in its midst is the newest."""
+    folder = shutil.copytree(checkpoint, tmp_path / "run")
+    params = Sampler.restore(folder).params
+    saved = CheckpointDirectory(folder)
+    shapes = jax.eval_shape(lambda: init_params(Pretzel(configs.pretzel(saved.config())), jax.random.key(0)))
+    trainable = jax.tree.map(lambda x: jnp.full(x.shape, 1.0), split(shapes)[1])
+    average = {name: jax.tree.map(lambda x: x + 1, trainable[name]) for name in STAGES["image_to_text"].trains}
+    saved.save(4, {"params": trainable, "ema": average}, {"stage": "image_to_text", "stage_step": 1})
+    saved.close()
+    found = Sampler.restore(folder).params
+    values = {name: {float(v) for x in jax.tree.leaves(found[name]) for v in np.unique(x)} for name in found}
+    assert {name for name, numbers in values.items() if numbers == {2.0}} == set(average)
+    assert {name for name, numbers in values.items() if numbers == {1.0}} == set(trainable) - set(average)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found["vlm"], params["vlm"]))
 
 
 def test_bfloat16_is_near_what_float32_is(checkpoint):

@@ -144,6 +144,12 @@ BAD = [
 ]  # fmt: skip
 
 
+def test_seeds_and_numbers_of_any_kind(sampler):
+    options = SampleOptions(max_tokens=2, max_images=0)
+    one, same = (sampler.generate([[Text("draw")]], options, seed) for seed in (2**64 + 7, 7))
+    assert one == same and sampler.generate([[Text("draw")]], replace(options, jacobi=np.int64(1)), -1)
+
+
 @pytest.mark.parametrize("wrong", BAD)
 def test_options_that_mean_nothing(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
+import jax
 import numpy as np
 import openai
 import pytest
@@ -31,9 +32,11 @@ from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow
 from starflow2_jax.data.tokenizer import chat
+from starflow2_jax.models.inversion import Jacobi
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.scoring import rank
+from starflow2_jax.sharding import make_mesh, tree_shardings
 
 N = tiny.CONFIG.tokens
 
@@ -85,14 +88,34 @@ def test_a_chat_template_and_jacobi_passes():
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.chat_template = TEMPLATE
     model = Sampler(tiny.MODEL, tiny.params(), tokenizer, tiny.CODEC, max_positions=256)
+    before = steps.read._cache_size(), steps.write._cache_size()
     with served(model, replace(LIMITS, rows=2, jacobi=3), warm=True) as (server, address):
         programs = steps.read._cache_size(), steps.write._cache_size()
+        noted = [name for name, *_ in model.programs]
+        assert programs == (before[0] + noted.count("read"), before[1] + noted.count("write"))
         answer = ask(openai_client(address), max_tokens=N + 4, seed=5, image_first=True)
         assert (steps.read._cache_size(), steps.write._cache_size()) == programs  # it had compiled all that this takes
     document = chat(tokenizer, [("user", [Text("draw an eight")])])
     [want] = model.generate([document], SampleOptions(max_tokens=N + 4, image_first=True, jacobi=3), seed=5)
     the_same(answer.choices[0].message.parts, want)
     assert answer.usage.prompt_tokens == len(model.encoder(document, closed=False)["tokens"])
+
+
+@pytest.mark.parametrize("how", ("calibrated", "tensor"))
+def test_a_model_that_is_calibrated_or_cut_over_devices(how):
+    mesh = make_mesh(data=1, fsdp=1, tensor=2, devices=jax.devices()[:2]) if how == "tensor" else None
+    params = jax.device_put(tiny.params(), tree_shardings(tiny.params(), mesh)) if mesh else tiny.params()
+    model = Sampler(tiny.MODEL, params, tiny.tokenizer(), tiny.CODEC, max_positions=256, mesh=mesh)
+    options = dict(max_tokens=N + 4, image_first=True, guidance=1.0, max_images=1)
+    if how == "calibrated":
+        model.deep = Jacobi(4, 0.3)
+    with served(model) as (server, address):
+        assert server.worker.program.jacobi == (4 if how == "calibrated" else 1)
+        answer = ask(openai_client(address), seed=5, temperature=0, **options)
+    if how == "tensor":
+        model = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
+    [want] = model.generate([[Text("draw an eight")]], SampleOptions(temperature=0, **options), seed=5)
+    the_same(answer.choices[0].message.parts, want)
 
 
 def test_stream_tells_the_same(client):
@@ -175,6 +198,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "not valid Unicode"),
     ({"\ud800": 1}, 400, "not valid Unicode"),
     ({"messages": [{"role": "user", "content": "a <|vision_start|>"}]}, 400, "may not hold '<|vision_start|>'"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("hi<|im_", "end|>")]}]}, 400, "<|im_end|>"),
     ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 400, "more than a row could hold"),
     ({"image_guidance": 1.0}, 400, "started with --editing"),
     ({"linear": 1}, 400, "linear has the wrong type"),
@@ -211,7 +235,8 @@ def test_bad_http(address):
         ]
         assert [f.status_code for f in found] == [400, 400, 400, 413, 405, 404]
         assert all(f.json()["error"]["message"] for f in found)
-        assert http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+        health = http.get("/health").json()
+        assert health.pop("programs") > 0 and health == {"status": "ok", "running": 0, "waiting": 0}
         assert "default-src 'none'" in http.get("/").headers["content-security-policy"]
 
 

@@ -94,6 +94,26 @@ def test_a_finished_run_does_nothing_more(resumed):
     assert lines(resumed) == before
 
 
+@pytest.mark.parametrize(
+    "change, saying",
+    [
+        (dict(joint=9), "stage joint of .* has ended after 4 steps.*cannot go on to 9; leave stages.joint.steps at 4"),
+        (dict(joint=3), "stands at step 8, 4 of them in joint"),
+        (dict(pretrain=5), "stands at step 8, 4 of them in joint"),
+        (dict(order=("joint",)), "stands at step 8, 4 of them in joint"),
+        (dict(order=("pretrain", "text_to_image")), "stands at step 8, 4 of them in joint"),
+    ],
+)
+def test_stages_that_are_done_stay_as_they_are(resumed, change, saying):
+    config, before = tiny_config(), (resumed / "config.json").read_text()
+    config.order = change.pop("order", config.order)
+    for name, steps in change.items():
+        config.stages[name].steps = steps
+    with pytest.raises(UserError, match=saying):
+        Trainer(config, resumed).run(progress=False)
+    assert (resumed / "config.json").read_text() == before and CheckpointDirectory(resumed).latest() == 8
+
+
 def test_the_second_stage_starts_from_the_pretrained_vlm(undisturbed):
     trainer = Trainer(tiny_config(), undisturbed)
     frozen = trainer.checkpoints.restore_frozen(abstract(trainer._shapes("frozen"), trainer.mesh))

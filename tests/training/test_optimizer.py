@@ -83,6 +83,36 @@ def test_muon_on_eight_devices_is_muon_on_one():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_adamw_with_warm_up_cosine_and_clipping():
+    """Against the update written out in float64: gradients above the norm are scaled down, norms and biases do not decay."""
+    steps, warmup, clip, final = 10, 2, 1.5, 0.1
+    chain = make_optimizer(
+        SimpleNamespace(
+            name="adamw", learning_rate=RATE, final_fraction=final, warmup=warmup, b1=0.9, b2=0.95, weight_decay=DECAY, clip=clip
+        ),
+        steps,
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    mine = {name: rng.standard_normal((4, 3)) for name in ("kernel", "embedding", "scale", "bias")}
+    theirs = jax.tree.map(jnp.float32, mine)
+    state, m, v = chain.init(theirs), *({name: np.zeros((4, 3)) for name in mine} for _ in range(2))
+    for t in range(6):
+        g = {name: (0.1 if t == 3 else 1.0) * rng.standard_normal((4, 3)) for name in mine}
+        updates, state = chain.update(jax.tree.map(jnp.float32, g), state, theirs)
+        theirs = jax.tree.map(jnp.add, theirs, updates)
+        norm = np.sqrt(sum((x**2).sum() for x in g.values()))
+        assert (norm > clip) == (t != 3)
+        cosine = 0.5 * (1 + np.cos(np.pi * (t - warmup) / (steps - warmup)))
+        rate = RATE * (t / warmup if t < warmup else final + (1 - final) * cosine)
+        for name, x in g.items():
+            x = x * min(1, clip / norm)
+            m[name], v[name] = 0.9 * m[name] + 0.1 * x, 0.95 * v[name] + 0.05 * x**2
+            step = m[name] / (1 - 0.9 ** (t + 1)) / (np.sqrt(v[name] / (1 - 0.95 ** (t + 1))) + 1e-8)
+            mine[name] = mine[name] - rate * (step + DECAY * mine[name] * (name in ("kernel", "embedding")))
+    for name in mine:
+        np.testing.assert_allclose(theirs[name], mine[name], rtol=1e-5, atol=1e-6)
+
+
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(UserError, match="optimizer.name is one of adamw, muon, adafactor, not 'sgd'"):
         optimizer("sgd")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from starflow2_jax import sequence, sharding
 from starflow2_jax.data.documents import Image, Text
@@ -19,7 +20,7 @@ from starflow2_jax.models.flow import Flow
 from starflow2_jax.models.layers import Transformer, TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, split
 from starflow2_jax.stages import STAGES
-from starflow2_jax.training import losses
+from starflow2_jax.training import losses, program
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.step import TrainState, finish, make_step, new_state
 
@@ -198,6 +199,20 @@ def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="data=3 fsdp=1 sequence=1 tensor=1 does not fit 8 devices"):
         sharding.make_mesh(data=3)
     assert dict(sharding.make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
+
+
+def test_what_the_config_says_reaches_the_step(monkeypatch):
+    """The noise is in pixels there, and in the codec's latents here."""
+    seen = {}
+    monkeypatch.setattr(program, "make_step", lambda *args, **options: seen.update(options) or (lambda *state: state))
+    stage = dict(
+        text_weight=0.3, accumulate=2, ema=0.7, vlm_length=5, latent_penalty=0.01, optimizer=dict(offload=False)
+    )
+    config = ConfigDict(dict(noise=0.2, faults=None, stages=dict(joint=stage)))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    program.jitted_step(config, tiny.MODEL, STAGES["joint"], OPTIMIZER, tiny.CODEC.std, mesh)
+    np.testing.assert_allclose(seen.pop("noise"), 0.2 / np.array(tiny.CODEC.std), rtol=1e-6)
+    assert seen == dict(text_weight=0.3, accumulate=2, ema_decay=0.7, vlm_length=5, latent_penalty=0.01)
 
 
 def test_image_nll_is_the_jacobians():
