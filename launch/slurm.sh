@@ -83,7 +83,9 @@ case "$ACTION" in
   cancel)
     : "${JOB:?set JOB to the number of the job}"
     run scontrol update "JobId=$JOB" Requeue=0 # else the job would queue itself again
-    run scancel --signal=TERM "$JOB"
+    # A job that waits cannot be signalled, it is cancelled; after that the signal finds nothing, which is no fault.
+    run scancel --state=PENDING "$JOB"
+    run scancel --quiet --signal=TERM "$JOB" || true
     ;;
   *) fail "there is no action $ACTION; without one, the help is shown" ;;
 esac

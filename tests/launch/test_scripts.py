@@ -102,6 +102,9 @@ XPK = [
 SBATCH = [
     "--time=24:00:00", "--signal=TERM@300", "--requeue", "--open-mode=append", f"--output={Path.cwd()}/slurm-%j.log", f"--chdir={ROOT}",
 ]  # fmt: skip
+CANCEL = [
+    ["scontrol", "update", "JobId=7", "Requeue=0"], ["scancel", "--state=PENDING", "7"], ["scancel", "--quiet", "--signal=TERM", "7"],
+]  # fmt: skip
 WRAP = f"--wrap=exec {ROOT}/launch/slurm.sh job {ESCAPED}"
 SLURM = [
     (
@@ -117,7 +120,7 @@ SLURM = [
     ),
     ("tail", {"JOB": "7"}, [["tail", "-n", "50", "-F", f"{Path.cwd()}/slurm-7.log"]]),
     ("tail", {"JOB": "7", "LOGS": "launch/.."}, [["tail", "-n", "50", "-F", f"{Path.cwd()}/slurm-7.log"]]),
-    ("cancel", {"JOB": "7"}, [["scontrol", "update", "JobId=7", "Requeue=0"], ["scancel", "--signal=TERM", "7"]]),
+    ("cancel", {"JOB": "7"}, CANCEL),
 ]  # fmt: skip
 CASES = [(s, *c) for s, cases in (("tpu_pod", TPU_POD), ("gke", XPK), ("slurm", SLURM)) for c in cases]
 
