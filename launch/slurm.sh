@@ -15,6 +15,9 @@
 #         folder that exists, else where you are; GRACE=300: seconds before the end of TIME at which training is told to
 #         save (SIGTERM); RESTARTS=50: how often the job is queued again, after that or a fault. VENV as in setup_env.sh.
 # tail, cancel: JOB, the number that submit printed; tail: LOGS as in submit.
+#
+# submit makes the Python environment, so that jobs that begin together find it made and none installs beneath another.
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 PER="${PER:-gpu}" GPUS="${GPUS:-8}" CPUS="${CPUS:-8}" RESTARTS="${RESTARTS:-50}"
@@ -39,6 +42,7 @@ submit() {
   [[ -z "${PARTITION:-}" ]] || options+=(--partition="$PARTITION")
   [[ -z "${ACCOUNT:-}" ]] || options+=(--account="$ACCOUNT")
   train_command "$@"
+  [[ -n "$DRY_RUN" ]] || use_env cuda # exports VENV, which the job then takes as it is
   run sbatch --parsable --job-name="${NAME:-starflow2}" --nodes="${NODES:-1}" --gpus-per-node="$GPUS" \
     --ntasks-per-node="$tasks" --cpus-per-task=$((GPUS * CPUS / tasks)) --time="${TIME:-24:00:00}" \
     --signal="TERM@${GRACE:-300}" --requeue --open-mode=append --output="$folder/slurm-%j.log" --chdir="$REPOSITORY" \
@@ -53,11 +57,7 @@ job() {
     JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((GPUS - 1)))"
     export JAX_LOCAL_DEVICE_IDS
   fi
-  if [[ -z "$DRY_RUN" ]]; then
-    # shellcheck source=setup_env.sh
-    source "$REPOSITORY/launch/setup_env.sh"
-    use_env cuda
-  fi
+  [[ -n "$DRY_RUN" ]] || use_env cuda
   # When one process ends, the others have a while to end too, saving included; what then hangs on a lost peer is killed.
   options=(--kill-on-bad-exit=0 --wait=120)
   # srun takes the processors of a task from its own option alone.

@@ -133,11 +133,14 @@ def call(tmp_path):
     for tool in TOOLS:
         (folder / tool).write_text(RECORDER)
         (folder / tool).chmod(0o755)
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").symlink_to("/bin/true")
 
     def call(script: str, arguments: str, variables: dict):
         record = tmp_path / "record"
         record.write_text("")
         base = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(tmp_path), "RECORD": str(record)}
+        base["VENV"] = str(tmp_path / "venv")
         command = ["bash", LAUNCH / f"{script}.sh", *shlex.split(arguments)]
         done = subprocess.run(command, env=base | variables, capture_output=True, text=True, check=False)
         return done, [shlex.split(line) for line in record.read_text().splitlines()]
@@ -188,17 +191,72 @@ def test_a_failed_command_ends_the_script(call):
 
 
 @pytest.mark.parametrize("code, restarts, queued", [("0", "0", False), ("2", "0", False), ("75", "0", True), ("1", "49", True), ("75", "50", False)])  # fmt: skip
-def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, queued):
+def test_a_job_is_queued_again_by_its_exit_code(call, code, restarts, queued):
     """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not."""
-    python = tmp_path / "venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.symlink_to("/bin/true")
-    variables = {"STAND_IN_EXIT": code, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts, "VENV": str(tmp_path / "venv"),
+    variables = {"STAND_IN_EXIT": code, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts,
                  "PER": "node", "GPUS": "4", "SLURM_CPUS_PER_TASK": "32"}  # fmt: skip
     done, commands = call("slurm", f"job {shlex.join(TRAIN)}", variables)
     assert commands[0] == ["srun", "--cpus-per-task=32", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
     assert commands[1:] == ([["scontrol", "requeue", "7"]] if queued else [])
     assert done.returncode == int(code)  # the stand-in of scontrol ends with it, too
+
+
+# A Python that makes environments which hold only itself, and records what its pip is called for. While the first one
+# installs it calls another script that wants the same environment, and goes on when that waits for its turn or installs.
+PYTHON = """#!/bin/bash
+case "$*" in
+  "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+  "-m pip install "*)
+    echo "$TURN installs ${*: -1}" >>"$RECORD"
+    if [[ "$TURN" == second ]]; then echo >"$PIPE"; fi
+    if [[ "$TURN" == first ]]; then
+      TURN=second bash -c "$SCRIPT" 9>&- &
+      read -r <"$PIPE"
+    fi
+    ;;
+esac
+"""
+FLOCK = """#!/bin/bash
+if [[ "$TURN" == second ]]; then echo >"$PIPE"; fi
+exec %s "$@"
+"""
+SBATCH_STAND_IN = '#!/bin/bash\necho "sbatch with $VENV" >>"$RECORD"\n'
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """checkout(script, variables) -> (process, recorded lines): run in a copy of the repository that has no environment."""
+    tools = {"a_python": PYTHON, "flock": FLOCK % shutil.which("flock"), "sbatch": SBATCH_STAND_IN}
+    shutil.copytree(LAUNCH, tmp_path / "repository/launch")
+    for name in ("setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / "repository")
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    os.mkfifo(tmp_path / "pipe")
+
+    def checkout(script: str, **variables):
+        base = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "PYTHON": "a_python", "RECORD": str(tmp_path / "record"),
+                "PIPE": str(tmp_path / "pipe"), "SCRIPT": script}  # fmt: skip
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path / "repository", env=base | variables, capture_output=True,
+                              text=True, check=False, timeout=30)  # fmt: skip
+        return done, (tmp_path / "record").read_text().splitlines()
+
+    return checkout
+
+
+def test_scripts_that_begin_together_make_one_environment(checkout, tmp_path):
+    script = 'set -euo pipefail; source launch/setup_env.sh; use_env cuda; echo "$TURN has $VENV" >>"$RECORD"'
+    done, record = checkout(script, TURN="first")
+    made = tmp_path / "repository/.venv"
+    assert sorted(record) == [f"first has {made}", "first installs .[cuda]", f"second has {made}"], done.stderr
+
+
+def test_submit_makes_the_environment_of_the_job(checkout, tmp_path):
+    made = tmp_path / "repository/.venv"
+    done, record = checkout("launch/slurm.sh submit; launch/slurm.sh submit", TURN="submit", **RUN)
+    assert record == ["submit installs .[cuda]", f"sbatch with {made}", f"sbatch with {made}"], done.stderr
 
 
 COUNTING = """
