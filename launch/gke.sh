@@ -60,6 +60,22 @@ storage() {
     --readonly=false --auto-mount=true --size=1
 }
 
+# As `quoted`, for bash, in a form that YAML reads as well: XPK also puts the command of GPU nodes into a double-quoted
+# string of YAML, where %q's backslashes are errors, but not \x27.
+quoted_for_yaml() {
+  local word words=()
+  for word; do
+    if [[ ! "$word" =~ ^[[:alnum:]_@%+=:,./-]+$ ]]; then
+      word="${word//\\/\\x5c}"
+      word="${word//\'/\\x27}"
+      word="${word//\"/\\x22}"
+      word="\$'${word//$'\n'/\\x0a}'"
+    fi
+    words+=("$word")
+  done
+  echo "${words[*]}"
+}
+
 start() {
   local image=(--base-docker-image="${BASE_IMAGE:-python:3.11}" --script-dir="$REPOSITORY")
   local extra=tpu before="" join=""
@@ -77,7 +93,7 @@ start() {
   # 1: a fault in Python, such as a lost peer; XPK itself starts again after 127 and above, that is after signals.
   run xpk workload create "${WHERE[@]}" --workload "$NAME" "${MACHINES[@]}" "${image[@]}" \
     --max-restarts="${RESTARTS:-50}" --restart-on-exit-codes="1,$RESTART_CODE" --termination-grace-period-seconds=300 \
-    --command="$before$join$(quoted "${TRAIN[@]}")"
+    --command="$before$join$(quoted_for_yaml "${TRAIN[@]}")"
 }
 
 stop() {

@@ -1,6 +1,7 @@
 """The launch scripts, run with stand-ins of gcloud, xpk and so on that write down what they were called with."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -59,9 +60,10 @@ SLICES = ["--tpu-type=v6e-256", "--num-slices=2"]
 WORKLOAD = ["xpk", "workload", "create", *IN, "--workload", "joint"]
 RESTARTED = ["--max-restarts=50", "--restart-on-exit-codes=1,75", "--termination-grace-period-seconds=300"]
 ESCAPED = shlex.join(TRAIN).replace("'an experiment.py'", "an\\ experiment.py")
+FOR_YAML = shlex.join(TRAIN).replace("'an experiment.py'", "$'an experiment.py'")
 SUBMIT = [
     *WORKLOAD, *SLICES, "--base-docker-image=python:3.11", f"--script-dir={ROOT}", *RESTARTED,
-    f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {ESCAPED}",
+    f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {FOR_YAML}",
 ]  # fmt: skip
 JOIN = (
     "export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES "
@@ -83,7 +85,7 @@ XPK = [
     (
         "start", {**GKE, "GPU": "h200-141gb-8", "IMAGE": "ours:1"},
         [[*WORKLOAD, "--device-type=h200-141gb-8", "--num-nodes=1", "--docker-image=ours:1", *RESTARTED,
-          f"--command={JOIN}{ESCAPED}"]],
+          f"--command={JOIN}{FOR_YAML}"]],
     ),
     ("list", GKE, [["xpk", "workload", "list", *IN]]),
     (
@@ -175,6 +177,19 @@ def test_a_missing_variable_is_named_and_nothing_is_run(call, missing, script, a
 def test_a_folder_of_logs_that_is_not_there_is_named(call):
     done, commands = call("slurm", "submit", {**RUN, "LOGS": "/nowhere"})
     assert done.returncode == 2 and "there is no folder /nowhere; set LOGS" in done.stderr and commands == []
+
+
+@pytest.mark.parametrize("more", [[], ["--config.order=('joint',)"], ["a \"b\" \\c 'd'\n$e `f`", "", "*"]])
+def test_the_command_of_gpu_nodes_is_read_by_bash_and_by_yaml(call, more):
+    """XPK puts it into a double-quoted string of YAML, as it is, and bash runs it."""
+    done, commands = call("gke", f"start {shlex.join(more)}", {**GKE, "GPU": "h200-141gb-8", "IMAGE": "ours:1"})
+    command = commands[0][-1].removeprefix("--command=")
+    assert re.fullmatch(r'([^"\\\n]|\\x[0-9a-f]{2})+', command), done.stderr
+    printed = ["bash", "-c", command.replace(JOIN, r"printf '%s\0' ")]
+    assert subprocess.run(printed, capture_output=True, text=True, check=True).stdout.split("\0")[:-1] == [
+        *TRAIN,
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("script", ["tpu_pod", "gke", "slurm"])
