@@ -13,7 +13,8 @@
 # submit: CONFIG; OUT, a folder that all nodes see; NODES=1; GPUS=8, of a node; PER=gpu: one process a GPU, or PER=node;
 #         CPUS=8, of a GPU; TIME=24:00:00; PARTITION and ACCOUNT, where the cluster wants them; NAME=starflow2; LOGS, a
 #         folder that exists, else where you are; GRACE=300: seconds before the end of TIME at which training is told to
-#         save (SIGTERM); RESTARTS=50: how often the job is queued again, after that or a fault. VENV as in setup_env.sh.
+#         save (SIGTERM); RESTARTS=50: how often the job is queued again, after that or a fault; ENDED, a file that
+#         gets the job's exit code when it is over and not queued again (a sweep names one). VENV as in setup_env.sh.
 # tail, cancel: JOB, the number that submit printed; tail: LOGS as in submit.
 #
 # submit makes the Python environment, so that jobs that begin together find it made and none installs beneath another.
@@ -60,15 +61,22 @@ job() {
   [[ -n "$DRY_RUN" ]] || use_env cuda
   # When one process ends, the others have a while to end too, saving included; what then hangs on a lost peer is killed.
   options=(--kill-on-bad-exit=0 --wait=120)
+  [[ -z "${ENDED:-}" ]] || run rm -f "$ENDED"
   # srun takes the processors of a task from its own option alone.
   run srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${options[@]}" "$@" || code=$?
-  [[ -z "$DRY_RUN" && $code != 0 && $code != 2 ]] || exit "$code"
+  [[ -z "$DRY_RUN" ]] || exit 0
+  ((code != 0 && code != 2)) || over "$code"
   if ((${SLURM_RESTART_COUNT:-0} >= RESTARTS)); then
     echo "slurm.sh: exit code $code after $RESTARTS restarts; not queued again" >&2
-    exit "$code"
+    over "$code"
   fi
   echo "slurm.sh: exit code $code ($RESTART_CODE: saved in time); queued again" >&2
-  run scontrol requeue "$SLURM_JOB_ID"
+  run scontrol requeue "$SLURM_JOB_ID" || over "$code" # refused, as after `cancel`
+}
+
+over() {
+  [[ -z "${ENDED:-}" ]] || echo "$1" >"$ENDED"
+  exit "$1"
 }
 
 case "$ACTION" in

@@ -14,7 +14,8 @@ LAUNCH = ROOT / "launch"
 TOOLS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "scancel", "tail", "tar", "rm", "starflow2")
 RECORDER = """#!/bin/bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >>"$RECORD"
-exit "${STAND_IN_EXIT:-0}"
+code="$(basename "$0")_EXIT"
+exit "${!code:-${STAND_IN_EXIT:-0}}"
 """
 TRAIN = ["starflow2", "train", "--config", "an experiment.py", "--out", "/bucket/run", "--distributed"]
 RUN = {"CONFIG": "an experiment.py", "OUT": "/bucket/run"}
@@ -206,14 +207,19 @@ def test_a_failed_command_ends_the_script(call):
 
 
 @pytest.mark.parametrize("code, restarts, queued", [("0", "0", False), ("2", "0", False), ("75", "0", True), ("1", "49", True), ("75", "50", False)])  # fmt: skip
-def test_a_job_is_queued_again_by_its_exit_code(call, code, restarts, queued):
-    """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not."""
-    variables = {"STAND_IN_EXIT": code, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts,
-                 "PER": "node", "GPUS": "4", "SLURM_CPUS_PER_TASK": "32"}  # fmt: skip
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, queued, refused):
+    """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not. If not, the job says it is over."""
+    ended = tmp_path / "ended"
+    variables = {"srun_EXIT": code, "scontrol_EXIT": str(int(refused)), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts,
+                 "PER": "node", "GPUS": "4", "SLURM_CPUS_PER_TASK": "32", "ENDED": str(ended)}  # fmt: skip
     done, commands = call("slurm", f"job {shlex.join(TRAIN)}", variables)
-    assert commands[0] == ["srun", "--cpus-per-task=32", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
-    assert commands[1:] == ([["scontrol", "requeue", "7"]] if queued else [])
-    assert done.returncode == int(code)  # the stand-in of scontrol ends with it, too
+    assert commands[0] == ["rm", "-f", str(ended)]
+    assert commands[1] == ["srun", "--cpus-per-task=32", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
+    assert commands[2:] == ([["scontrol", "requeue", "7"]] if queued else [])
+    goes_on = queued and not refused
+    assert done.returncode == (0 if goes_on else int(code))
+    assert (ended.read_text() if ended.exists() else "") == ("" if goes_on else f"{code}\n")
 
 
 # A Python that makes environments which hold only itself, and records what its pip is called for. While the first one
