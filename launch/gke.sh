@@ -8,7 +8,7 @@
 #   start           submit the workload NAME: arguments are those of `starflow2 train`
 #   list            the cluster's workloads
 #   tail            follow the workload's log
-#   stop            delete the workload: it saves first
+#   stop            delete the workload, and wait until it has saved and ended
 #   restart         stop, then start
 #   delete          delete the cluster
 #
@@ -98,6 +98,8 @@ start() {
 
 stop() {
   run xpk workload delete "${WHERE[@]}" --workload "$NAME" --force
+  # Deleted is not ended: a workload that is started now would train beside the one that saves.
+  run kubectl wait --for=delete pod --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --timeout=600s
 }
 
 tail_log() {

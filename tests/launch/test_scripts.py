@@ -70,7 +70,10 @@ JOIN = (
     "export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES "
     "JAX_PROCESS_ID=$NODE_RANK && "
 )
-REMOVE = ["xpk", "workload", "delete", *IN, "--workload", "joint", "--force"]
+REMOVE = [
+    ["xpk", "workload", "delete", *IN, "--workload", "joint", "--force"],
+    ["kubectl", "wait", "--for=delete", "pod", "--selector=jobset.sigs.k8s.io/jobset-name=joint", "--timeout=600s"],
+]
 XPK = [
     ("cluster", GKE, [["xpk", "cluster", "create", *IN, "--tpu-type=v6e-256", "--num-slices=1", "--on-demand"]]),
     (
@@ -97,8 +100,8 @@ XPK = [
              "--selector=jobset.sigs.k8s.io/jobset-name=joint"],
         ],
     ),
-    ("stop", GKE, [REMOVE]),
-    ("restart", {**GKE, "SLICES": "2"}, [REMOVE, SUBMIT]),
+    ("stop", GKE, REMOVE),
+    ("restart", {**GKE, "SLICES": "2"}, [*REMOVE, SUBMIT]),
     ("delete", GKE, [["xpk", "cluster", "delete", *IN, "--force"]]),
 ]  # fmt: skip
 
