@@ -8,7 +8,7 @@
 #   start           submit the workload NAME: arguments are those of `starflow2 train`
 #   list            the cluster's workloads
 #   tail            follow the workload's log
-#   stop            delete the workload: it saves first
+#   stop            delete the workload, and wait until it has saved and ended
 #   restart         stop, then start
 #   delete          delete the cluster
 #
@@ -60,6 +60,22 @@ storage() {
     --readonly=false --auto-mount=true --size=1
 }
 
+# As `quoted`, for bash, in a form that YAML reads as well: XPK also puts the command of GPU nodes into a double-quoted
+# string of YAML, where %q's backslashes are errors, but not \x27.
+quoted_for_yaml() {
+  local word words=()
+  for word; do
+    if [[ ! "$word" =~ ^[[:alnum:]_@%+=:,./-]+$ ]]; then
+      word="${word//\\/\\x5c}"
+      word="${word//\'/\\x27}"
+      word="${word//\"/\\x22}"
+      word="\$'${word//$'\n'/\\x0a}'"
+    fi
+    words+=("$word")
+  done
+  echo "${words[*]}"
+}
+
 start() {
   local image=(--base-docker-image="${BASE_IMAGE:-python:3.11}" --script-dir="$REPOSITORY")
   local extra=tpu before="" join=""
@@ -77,11 +93,13 @@ start() {
   # 1: a fault in Python, such as a lost peer; XPK itself starts again after 127 and above, that is after signals.
   run xpk workload create "${WHERE[@]}" --workload "$NAME" "${MACHINES[@]}" "${image[@]}" \
     --max-restarts="${RESTARTS:-50}" --restart-on-exit-codes="1,$RESTART_CODE" --termination-grace-period-seconds=300 \
-    --command="$before$join$(quoted "${TRAIN[@]}")"
+    --command="$before$join$(quoted_for_yaml "${TRAIN[@]}")"
 }
 
 stop() {
   run xpk workload delete "${WHERE[@]}" --workload "$NAME" --force
+  # Deleted is not ended: a workload that is started now would train beside the one that saves.
+  run kubectl wait --for=delete pod --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --timeout=600s
 }
 
 tail_log() {

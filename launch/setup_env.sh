@@ -15,9 +15,24 @@ fail() {
 }
 
 make_env() {
-  local dir="$1" extras="$2" python="${PYTHON:-python3}" wanted stamp
+  local dir="$1" extras="$2" wanted stamp
   stamp="$dir/.installed-${extras:-core}"
   wanted="$(cd "$REPOSITORY" && { pwd && cat setup.py pyproject.toml constraints.txt; } | cksum)"
+  ! up_to_date || return 0
+  # One at a time: who waited finds it made. Where there is no flock, or a file system without locks, it says so and goes on.
+  (
+    flock 9 || true
+    if ! up_to_date; then build; fi
+  ) 9>"$dir.lock"
+}
+
+# This and the next are make_env's, and read its variables.
+up_to_date() {
+  "$dir/bin/python" -c "" 2>/dev/null && [[ "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]
+}
+
+build() {
+  local python="${PYTHON:-python3}"
   if ! "$dir/bin/python" -c "" 2>/dev/null; then
     command -v "$python" >/dev/null || fail "There is no $python; install Python 3.11 or newer, or name one with PYTHON=..."
     "$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
@@ -25,11 +40,9 @@ make_env() {
     echo "Making the Python environment $dir" >&2
     "$python" -m venv --clear "$dir" >&2
   fi
-  if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
-    echo "Installing into $dir (minutes, the first time)" >&2
-    (cd "$REPOSITORY" && "$dir/bin/python" -m pip install --quiet -c constraints.txt -e ".${extras:+[$extras]}") >&2
-    echo "$wanted" >"$stamp"
-  fi
+  echo "Installing into $dir (minutes, the first time)" >&2
+  (cd "$REPOSITORY" && "$dir/bin/python" -m pip install --quiet -c constraints.txt -e ".${extras:+[$extras]}") >&2
+  echo "$wanted" >"$stamp"
 }
 
 use_env() {

@@ -13,8 +13,12 @@
 # submit: CONFIG; OUT, a folder that all nodes see; NODES=1; GPUS=8, of a node; PER=gpu: one process a GPU, or PER=node;
 #         CPUS=8, of a GPU; TIME=24:00:00; PARTITION and ACCOUNT, where the cluster wants them; NAME=starflow2; LOGS, a
 #         folder that exists, else where you are; GRACE=300: seconds before the end of TIME at which training is told to
-#         save (SIGTERM); RESTARTS=50: how often the job is queued again, after that or a fault. VENV as in setup_env.sh.
+#         save (SIGTERM); RESTARTS=50: how often the job is queued again, after that or a fault; ENDED, a file that
+#         gets the job's exit code when it is over and not queued again (a sweep names one). VENV as in setup_env.sh.
 # tail, cancel: JOB, the number that submit printed; tail: LOGS as in submit.
+#
+# submit makes the Python environment, so that jobs that begin together find it made and none installs beneath another.
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 PER="${PER:-gpu}" GPUS="${GPUS:-8}" CPUS="${CPUS:-8}" RESTARTS="${RESTARTS:-50}"
@@ -39,6 +43,7 @@ submit() {
   [[ -z "${PARTITION:-}" ]] || options+=(--partition="$PARTITION")
   [[ -z "${ACCOUNT:-}" ]] || options+=(--account="$ACCOUNT")
   train_command "$@"
+  [[ -n "$DRY_RUN" ]] || use_env cuda # exports VENV, which the job then takes as it is
   run sbatch --parsable --job-name="${NAME:-starflow2}" --nodes="${NODES:-1}" --gpus-per-node="$GPUS" \
     --ntasks-per-node="$tasks" --cpus-per-task=$((GPUS * CPUS / tasks)) --time="${TIME:-24:00:00}" \
     --signal="TERM@${GRACE:-300}" --requeue --open-mode=append --output="$folder/slurm-%j.log" --chdir="$REPOSITORY" \
@@ -53,22 +58,25 @@ job() {
     JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((GPUS - 1)))"
     export JAX_LOCAL_DEVICE_IDS
   fi
-  if [[ -z "$DRY_RUN" ]]; then
-    # shellcheck source=setup_env.sh
-    source "$REPOSITORY/launch/setup_env.sh"
-    use_env cuda
-  fi
+  [[ -n "$DRY_RUN" ]] || use_env cuda
   # When one process ends, the others have a while to end too, saving included; what then hangs on a lost peer is killed.
   options=(--kill-on-bad-exit=0 --wait=120)
+  [[ -z "${ENDED:-}" ]] || run rm -f "$ENDED"
   # srun takes the processors of a task from its own option alone.
   run srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${options[@]}" "$@" || code=$?
-  [[ -z "$DRY_RUN" && $code != 0 && $code != 2 ]] || exit "$code"
+  [[ -z "$DRY_RUN" ]] || exit 0
+  ((code != 0 && code != 2)) || over "$code"
   if ((${SLURM_RESTART_COUNT:-0} >= RESTARTS)); then
     echo "slurm.sh: exit code $code after $RESTARTS restarts; not queued again" >&2
-    exit "$code"
+    over "$code"
   fi
   echo "slurm.sh: exit code $code ($RESTART_CODE: saved in time); queued again" >&2
-  run scontrol requeue "$SLURM_JOB_ID"
+  run scontrol requeue "$SLURM_JOB_ID" || over "$code" # refused, as after `cancel`
+}
+
+over() {
+  [[ -z "${ENDED:-}" ]] || echo "$1" >"$ENDED"
+  exit "$1"
 }
 
 case "$ACTION" in
@@ -83,7 +91,9 @@ case "$ACTION" in
   cancel)
     : "${JOB:?set JOB to the number of the job}"
     run scontrol update "JobId=$JOB" Requeue=0 # else the job would queue itself again
-    run scancel --signal=TERM "$JOB"
+    # A job that waits cannot be signalled, it is cancelled; after that the signal finds nothing, which is no fault.
+    run scancel --state=PENDING "$JOB"
+    run scancel --quiet --signal=TERM "$JOB" || true
     ;;
   *) fail "there is no action $ACTION; without one, the help is shown" ;;
 esac

@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -81,8 +82,20 @@ class Point:
     @property
     def failure(self) -> str:
         """Why it failed when it was last run, or nothing."""
-        path = self.folder / "failed"
+        if code := self._said("ended"):
+            return f"its job ended with exit code {code.strip()}"
+        return self._said("failed")
+
+    def _said(self, name: str) -> str:
+        path = self.folder / name
         return path.read_text() if path.exists() else ""
+
+    def begin(self) -> None:
+        """Make its folder, without what earlier runs left beside the run itself."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "point.json").write_text(json.dumps(self.overrides, indent=1))
+        for name in ("failed", "submitted", "ended"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def result(self, metric: str) -> float | None:
         """The mean of the last logged values of "stage/name", once it is done."""
@@ -189,9 +202,7 @@ def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[s
             report(f"{title}: done already")
             continue
         report(f"{title}: {'goes on' if (point.run / 'config.json').exists() else 'begins'}")
-        point.folder.mkdir(parents=True, exist_ok=True)
-        (point.folder / "point.json").write_text(json.dumps(point.overrides, indent=1))
-        (point.folder / "failed").unlink(missing_ok=True)
+        point.begin()
         begin = time.monotonic()
         code = _wait(command(point), point.folder / "log.txt")
         seconds = round(time.monotonic() - begin, 1)
@@ -215,19 +226,24 @@ def _wait(command: list[str], log: Path) -> int:
             raise
 
 
-def submit(sweep: Sweep, template: str, again: bool = False, report: Callable[[str], None] = print) -> None:
-    """Hand every point that is neither done nor handed on already to a launcher; `again`: those handed on, too."""
+def submit(sweep: Sweep, template: str, again: str | None = None, report: Callable[[str], None] = print) -> None:
+    """Hand every point that is neither done nor handed on already to a launcher.
+
+    `again` is "ended": points whose jobs have ended without being done, too; or "all": whatever is not done. That a job has
+    ended is known where it leaves its exit code in the file that the variable ENDED named when it was handed on.
+    """
     for number, point in enumerate(sweep.points, 1):
         title = f"point {number} of {len(sweep.points)} ({_told(sweep, point)})"
-        if point.state == DONE or (point.state == WAITING and not again):
-            report(f"{title}: {point.state} already")
+        state, handed_on = point.state, (point.folder / "submitted").exists()
+        free = not handed_on or again == "all" or (again == "ended" and state == FAILED)
+        if state == DONE or not free:
+            report(f"{title}: {point.failure if state == FAILED else f'{state} already'}")
             continue
-        point.folder.mkdir(parents=True, exist_ok=True)
-        (point.folder / "point.json").write_text(json.dumps(point.overrides, indent=1))
-        (point.folder / "failed").unlink(missing_ok=True)
+        point.begin()
         command = launch_command(sweep, point, template)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            variables = {**os.environ, "ENDED": str(point.folder / "ended")}
+            done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
             code, said = done.returncode, (done.stdout + done.stderr).strip()
         except OSError as error:
             code, said = 127, str(error)

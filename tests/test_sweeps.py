@@ -192,11 +192,38 @@ def test_a_launcher_gets_each_point_once(files, monkeypatch):
     assert len((files / "record").read_text().splitlines()) == 4
     assert {p.state for p in sweep.points} == {"handed on"}
     assert cli.main([*arguments, "--again"]) == 0
-    assert len((files / "record").read_text().splitlines()) == 8
+    assert len((files / "record").read_text().splitlines()) == 4  # they may run: two in one folder spoil it
     point = sweep.points[1]  # a job that ended since
     subprocess.run(stand_in(files, sweep)(point), check=True)
     assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--again", "all"]) == 0
+    assert len((files / "record").read_text().splitlines()) == 7
     assert json.loads((files / "out/sweep.json").read_text())["points"][0]["folder"] == point.folder.name
+
+
+def test_a_job_that_ended_without_being_done_has_failed_and_is_handed_on_again_when_asked(files, monkeypatch, capsys):
+    (files / "queue.sh").write_text('#!/bin/bash\necho "$ENDED" >>"$RECORD"\n')
+    (files / "queue.sh").chmod(0o755)
+    monkeypatch.setenv("RECORD", str(files / "record"))
+    launcher = ["--launcher", f"{files}/queue.sh {{out}}"]
+    arguments = ["sweep", "--sweep", str(files / "sweep.py"), "--out", str(files / "out"), *launcher]
+    assert cli.main(arguments) == 0
+    ended = [Path(line) for line in (files / "record").read_text().splitlines()]
+    sweep = sweeps.load(files / "sweep.py", files / "out")
+    assert [file.parent for file in ended] == [p.folder for p in sweep.points]
+    subprocess.run(stand_in(files, sweep)(sweep.points[0]), check=True)
+    for file, code in zip(ended, ("0", "2", "75"), strict=False):  # the fourth one runs, or was killed
+        file.write_text(f"{code}\n")
+    assert [p.state for p in sweep.points] == ["done", "failed", "failed", "handed on"]
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert "2 of 4 points failed; mend them and run the same command with --again" in said.err
+    assert "failed: its job ended with exit code 75" in said.out
+    assert len((files / "record").read_text().splitlines()) == 4
+    assert cli.main([*arguments, "--again"]) == 0
+    assert (files / "record").read_text().splitlines()[4:] == [str(ended[1]), str(ended[2])]
+    assert [p.state for p in sweep.points] == ["done", "handed on", "handed on", "handed on"]
 
 
 def test_a_launcher_that_fails_is_reported(files, capsys):
@@ -211,6 +238,9 @@ def test_a_launcher_that_fails_is_reported(files, capsys):
     ]
     assert cli.main(arguments) == 2
     assert "4 of 4 points failed" in capsys.readouterr().err
+    arguments[-1] = "true {out}"
+    assert cli.main(arguments) == 0  # none had been handed on
+    assert {p.state for p in sweeps.load(files / "sweep.py", files / "out").points} == {"handed on"}
 
 
 def test_trains_for_real(tmp_path):

@@ -15,7 +15,14 @@ def add(commands) -> None:
         "instead of training it here; the same call later collects what is done. {name} is a name for the point's job",
     )
     p.add_argument(
-        "--again", action="store_true", help="hand points on once more whose jobs have ended without being done"
+        "--again",
+        nargs="?",
+        const="ended",
+        choices=("ended", "all"),
+        help="hand points on once more whose jobs are known to have ended without being done: those of launch/slurm.sh say "
+        "so, and any job that writes its exit code into the file $ENDED of its launcher. A job that was killed, or "
+        'cancelled in the queue, says nothing; "all" hands on whatever is not done: see first that no job is left, two in '
+        "one folder spoil it",
     )
     p.add_argument("--runlocal", action="store_true", help="shrink each run to a few steps")
     p.set_defaults(run=_sweep, kept="points that are done stand; the same command goes on with the rest")
@@ -41,4 +48,5 @@ def _sweep(args, _) -> None:
         rows = sweep_report.write(sweep, args.out)
     print(sweep_report.markdown(rows), end="")
     if failed := sum(point.state == sweeps.FAILED for point in sweep.points):
-        raise UserError(f"{failed} of {len(sweep.points)} points failed; mend them and run the same command again")
+        again = " with --again" if args.launcher else " again"
+        raise UserError(f"{failed} of {len(sweep.points)} points failed; mend them and run the same command{again}")

@@ -1,6 +1,7 @@
 """The launch scripts, run with stand-ins of gcloud, xpk and so on that write down what they were called with."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ LAUNCH = ROOT / "launch"
 TOOLS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "scancel", "tail", "tar", "rm", "starflow2")
 RECORDER = """#!/bin/bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >>"$RECORD"
-exit "${STAND_IN_EXIT:-0}"
+code="$(basename "$0")_EXIT"
+exit "${!code:-${STAND_IN_EXIT:-0}}"
 """
 TRAIN = ["starflow2", "train", "--config", "an experiment.py", "--out", "/bucket/run", "--distributed"]
 RUN = {"CONFIG": "an experiment.py", "OUT": "/bucket/run"}
@@ -59,15 +61,19 @@ SLICES = ["--tpu-type=v6e-256", "--num-slices=2"]
 WORKLOAD = ["xpk", "workload", "create", *IN, "--workload", "joint"]
 RESTARTED = ["--max-restarts=50", "--restart-on-exit-codes=1,75", "--termination-grace-period-seconds=300"]
 ESCAPED = shlex.join(TRAIN).replace("'an experiment.py'", "an\\ experiment.py")
+FOR_YAML = shlex.join(TRAIN).replace("'an experiment.py'", "$'an experiment.py'")
 SUBMIT = [
     *WORKLOAD, *SLICES, "--base-docker-image=python:3.11", f"--script-dir={ROOT}", *RESTARTED,
-    f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {ESCAPED}",
+    f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {FOR_YAML}",
 ]  # fmt: skip
 JOIN = (
     "export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES "
     "JAX_PROCESS_ID=$NODE_RANK && "
 )
-REMOVE = ["xpk", "workload", "delete", *IN, "--workload", "joint", "--force"]
+REMOVE = [
+    ["xpk", "workload", "delete", *IN, "--workload", "joint", "--force"],
+    ["kubectl", "wait", "--for=delete", "pod", "--selector=jobset.sigs.k8s.io/jobset-name=joint", "--timeout=600s"],
+]
 XPK = [
     ("cluster", GKE, [["xpk", "cluster", "create", *IN, "--tpu-type=v6e-256", "--num-slices=1", "--on-demand"]]),
     (
@@ -83,7 +89,7 @@ XPK = [
     (
         "start", {**GKE, "GPU": "h200-141gb-8", "IMAGE": "ours:1"},
         [[*WORKLOAD, "--device-type=h200-141gb-8", "--num-nodes=1", "--docker-image=ours:1", *RESTARTED,
-          f"--command={JOIN}{ESCAPED}"]],
+          f"--command={JOIN}{FOR_YAML}"]],
     ),
     ("list", GKE, [["xpk", "workload", "list", *IN]]),
     (
@@ -94,13 +100,16 @@ XPK = [
              "--selector=jobset.sigs.k8s.io/jobset-name=joint"],
         ],
     ),
-    ("stop", GKE, [REMOVE]),
-    ("restart", {**GKE, "SLICES": "2"}, [REMOVE, SUBMIT]),
+    ("stop", GKE, REMOVE),
+    ("restart", {**GKE, "SLICES": "2"}, [*REMOVE, SUBMIT]),
     ("delete", GKE, [["xpk", "cluster", "delete", *IN, "--force"]]),
 ]  # fmt: skip
 
 SBATCH = [
     "--time=24:00:00", "--signal=TERM@300", "--requeue", "--open-mode=append", f"--output={Path.cwd()}/slurm-%j.log", f"--chdir={ROOT}",
+]  # fmt: skip
+CANCEL = [
+    ["scontrol", "update", "JobId=7", "Requeue=0"], ["scancel", "--state=PENDING", "7"], ["scancel", "--quiet", "--signal=TERM", "7"],
 ]  # fmt: skip
 WRAP = f"--wrap=exec {ROOT}/launch/slurm.sh job {ESCAPED}"
 SLURM = [
@@ -117,7 +126,7 @@ SLURM = [
     ),
     ("tail", {"JOB": "7"}, [["tail", "-n", "50", "-F", f"{Path.cwd()}/slurm-7.log"]]),
     ("tail", {"JOB": "7", "LOGS": "launch/.."}, [["tail", "-n", "50", "-F", f"{Path.cwd()}/slurm-7.log"]]),
-    ("cancel", {"JOB": "7"}, [["scontrol", "update", "JobId=7", "Requeue=0"], ["scancel", "--signal=TERM", "7"]]),
+    ("cancel", {"JOB": "7"}, CANCEL),
 ]  # fmt: skip
 CASES = [(s, *c) for s, cases in (("tpu_pod", TPU_POD), ("gke", XPK), ("slurm", SLURM)) for c in cases]
 
@@ -130,11 +139,14 @@ def call(tmp_path):
     for tool in TOOLS:
         (folder / tool).write_text(RECORDER)
         (folder / tool).chmod(0o755)
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").symlink_to("/bin/true")
 
     def call(script: str, arguments: str, variables: dict):
         record = tmp_path / "record"
         record.write_text("")
         base = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(tmp_path), "RECORD": str(record)}
+        base["VENV"] = str(tmp_path / "venv")
         command = ["bash", LAUNCH / f"{script}.sh", *shlex.split(arguments)]
         done = subprocess.run(command, env=base | variables, capture_output=True, text=True, check=False)
         return done, [shlex.split(line) for line in record.read_text().splitlines()]
@@ -171,6 +183,19 @@ def test_a_folder_of_logs_that_is_not_there_is_named(call):
     assert done.returncode == 2 and "there is no folder /nowhere; set LOGS" in done.stderr and commands == []
 
 
+@pytest.mark.parametrize("more", [[], ["--config.order=('joint',)"], ["a \"b\" \\c 'd'\n$e `f`", "", "*"]])
+def test_the_command_of_gpu_nodes_is_read_by_bash_and_by_yaml(call, more):
+    """XPK puts it into a double-quoted string of YAML, as it is, and bash runs it."""
+    done, commands = call("gke", f"start {shlex.join(more)}", {**GKE, "GPU": "h200-141gb-8", "IMAGE": "ours:1"})
+    command = commands[0][-1].removeprefix("--command=")
+    assert re.fullmatch(r'([^"\\\n]|\\x[0-9a-f]{2})+', command), done.stderr
+    printed = ["bash", "-c", command.replace(JOIN, r"printf '%s\0' ")]
+    assert subprocess.run(printed, capture_output=True, text=True, check=True).stdout.split("\0")[:-1] == [
+        *TRAIN,
+        *more,
+    ]
+
+
 @pytest.mark.parametrize("script", ["tpu_pod", "gke", "slurm"])
 def test_help_and_unknown_actions(call, script):
     done, _ = call(script, "", {})
@@ -185,17 +210,77 @@ def test_a_failed_command_ends_the_script(call):
 
 
 @pytest.mark.parametrize("code, restarts, queued", [("0", "0", False), ("2", "0", False), ("75", "0", True), ("1", "49", True), ("75", "50", False)])  # fmt: skip
-def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, queued):
-    """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not."""
-    python = tmp_path / "venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.symlink_to("/bin/true")
-    variables = {"STAND_IN_EXIT": code, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts, "VENV": str(tmp_path / "venv"),
-                 "PER": "node", "GPUS": "4", "SLURM_CPUS_PER_TASK": "32"}  # fmt: skip
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, queued, refused):
+    """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not. If not, the job says it is over."""
+    ended = tmp_path / "ended"
+    variables = {"srun_EXIT": code, "scontrol_EXIT": str(int(refused)), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts,
+                 "PER": "node", "GPUS": "4", "SLURM_CPUS_PER_TASK": "32", "ENDED": str(ended)}  # fmt: skip
     done, commands = call("slurm", f"job {shlex.join(TRAIN)}", variables)
-    assert commands[0] == ["srun", "--cpus-per-task=32", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
-    assert commands[1:] == ([["scontrol", "requeue", "7"]] if queued else [])
-    assert done.returncode == int(code)  # the stand-in of scontrol ends with it, too
+    assert commands[0] == ["rm", "-f", str(ended)]
+    assert commands[1] == ["srun", "--cpus-per-task=32", "--kill-on-bad-exit=0", "--wait=120", *TRAIN]
+    assert commands[2:] == ([["scontrol", "requeue", "7"]] if queued else [])
+    goes_on = queued and not refused
+    assert done.returncode == (0 if goes_on else int(code))
+    assert (ended.read_text() if ended.exists() else "") == ("" if goes_on else f"{code}\n")
+
+
+# A Python that makes environments which hold only itself, and records what its pip is called for. While the first one
+# installs it calls another script that wants the same environment, and goes on when that waits for its turn or installs.
+PYTHON = """#!/bin/bash
+case "$*" in
+  "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+  "-m pip install "*)
+    echo "$TURN installs ${*: -1}" >>"$RECORD"
+    if [[ "$TURN" == second ]]; then echo >"$PIPE"; fi
+    if [[ "$TURN" == first ]]; then
+      TURN=second bash -c "$SCRIPT" 9>&- &
+      read -r <"$PIPE"
+    fi
+    ;;
+esac
+"""
+FLOCK = """#!/bin/bash
+if [[ "$TURN" == second ]]; then echo >"$PIPE"; fi
+exec %s "$@"
+"""
+SBATCH_STAND_IN = '#!/bin/bash\necho "sbatch with $VENV" >>"$RECORD"\n'
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """checkout(script, variables) -> (process, recorded lines): run in a copy of the repository that has no environment."""
+    tools = {"a_python": PYTHON, "flock": FLOCK % shutil.which("flock"), "sbatch": SBATCH_STAND_IN}
+    shutil.copytree(LAUNCH, tmp_path / "repository/launch")
+    for name in ("setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / "repository")
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    os.mkfifo(tmp_path / "pipe")
+
+    def checkout(script: str, **variables):
+        base = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "PYTHON": "a_python", "RECORD": str(tmp_path / "record"),
+                "PIPE": str(tmp_path / "pipe"), "SCRIPT": script}  # fmt: skip
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path / "repository", env=base | variables, capture_output=True,
+                              text=True, check=False, timeout=30)  # fmt: skip
+        return done, (tmp_path / "record").read_text().splitlines()
+
+    return checkout
+
+
+def test_scripts_that_begin_together_make_one_environment(checkout, tmp_path):
+    script = 'set -euo pipefail; source launch/setup_env.sh; use_env cuda; echo "$TURN has $VENV" >>"$RECORD"'
+    done, record = checkout(script, TURN="first")
+    made = tmp_path / "repository/.venv"
+    assert sorted(record) == [f"first has {made}", "first installs .[cuda]", f"second has {made}"], done.stderr
+
+
+def test_submit_makes_the_environment_of_the_job(checkout, tmp_path):
+    made = tmp_path / "repository/.venv"
+    done, record = checkout("launch/slurm.sh submit; launch/slurm.sh submit", TURN="submit", **RUN)
+    assert record == ["submit installs .[cuda]", f"sbatch with {made}", f"sbatch with {made}"], done.stderr
 
 
 COUNTING = """
