@@ -177,7 +177,7 @@ def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
         seconds.append(report["train_seconds"])
         assert f"open {tmp_path / 'q/index.html'}" in capsys.readouterr().out
         assert Pillow.open(tmp_path / "q/samples.png").width > 0
-        assert "text to image" in (tmp_path / "q/index.html").read_text()
+        assert 'class="curves"' in (tmp_path / "q/index.html").read_text()
     assert seconds[1] == pytest.approx(seconds[0], abs=5) and limits == [10, 10]
     assert cli.main(["eval", "--checkpoint", str(tmp_path / "q/checkpoint"), "--out", str(tmp_path / "again")]) == 0
     assert limits[-1] == 300 and {path.name for path in (tmp_path / "again").iterdir()} == {

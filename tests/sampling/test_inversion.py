@@ -289,23 +289,22 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     assert (*sampler.schedule, sampler.deep) == tuple(Jacobi(**block["solver"]) for block in report["blocks"])
 
-    # By hand, a schedule so loose that one can see it is used, and one that is exact.
+    # By hand, solvers so loose that one can see they are used, measured at another step.
     options = SampleOptions(guidance=1.0, max_tokens=tiny.CONFIG.tokens + 1, image_first=True)
     session = sampler.session(replace(options, jacobi=1), [0])
     session.write()
     u = session.rows.u[:, 1 : tiny.CONFIG.tokens + 1]
     sampler.schedule = None
     exact = sampler.decode(u)
-    for tolerance, same in ((10.0, False), (0.0, True)):
-        for block in report["blocks"]:
-            block["solver"] = asdict(Jacobi(4, tolerance))
-        (checkpoint / "inversion.json").write_text(json.dumps(report | {"step": 2}))
-        restored = Sampler.restore(checkpoint)
-        assert np.allclose(restored.decode(u), exact, atol=1e-4) == same
-        session = restored.session(options, [0])
-        session.write()
-        assert np.allclose(session.rows.u[:, 1 : tiny.CONFIG.tokens + 1], u, atol=1e-4) == same
-        assert "was measured at step 2, not 3; calibrate again" in capsys.readouterr().err
+    for block in report["blocks"]:
+        block["solver"] = asdict(Jacobi(4, 10.0))
+    (checkpoint / "inversion.json").write_text(json.dumps(report | {"step": 2}))
+    restored = Sampler.restore(checkpoint)
+    assert "was measured at step 2, not 3; calibrate again" in capsys.readouterr().err
+    assert not np.allclose(restored.decode(u), exact, atol=1e-4)
+    session = restored.session(options, [0])
+    session.write()
+    assert not np.allclose(session.rows.u[:, 1 : tiny.CONFIG.tokens + 1], u, atol=1e-4)
 
 
 def test_what_is_measured_of_the_deep_flow():

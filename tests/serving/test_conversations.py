@@ -137,15 +137,17 @@ def test_a_seed_means_the_same_with_and_without_the_caches(talking):
 def test_the_conversation_used_longest_ago_goes(talking):
     client, options = talking[2], dict(**STILL, max_tokens=3, max_images=0)
 
-    def turn(first: str):
-        answer = ask(client, [say(first)], **options)
-        return [say(first), {"role": "assistant", "content": answer.choices[0].message.content}, say("why?")]
+    def turn(messages: list) -> int:
+        answer = ask(client, messages, **options)
+        messages += [answer.choices[0].message.model_dump(), say("why?")]
+        return cached(answer)
 
-    one, two, kept = turn("one"), turn("two"), talking[1].worker.conversations.kept
-    for again in (one, two, one):  # as many in turn as are kept: what one was before its last turn goes first
-        assert len(kept) == 2 and cached(ask(client, again, **options)) > 0
-    turn("three")  # now "two" has not been used for longest
-    assert len(kept) == 2 and cached(ask(client, two, **options)) == 0
+    one, two, kept = [say("one")], [say("two")], talking[1].worker.conversations.kept
+    for number in range(3):  # as many in turn as are kept: what one was before its last turn goes first
+        assert [turn(messages) > 0 for messages in (one, two)] == [number > 0] * 2
+        assert len(kept) == 2
+    turn([say("three")])  # now "one" has not been used for longest
+    assert len(kept) == 2 and turn(two) > 0 == turn(one)
 
 
 def test_what_a_stop_string_cut_is_not_kept(talking):
