@@ -170,12 +170,17 @@ class CheckpointDirectory:
     def save(self, number: int, trees: dict[str, dict], meta: dict, metrics: dict[str, float] | None = None) -> None:
         """`trees`: "params", "ema", "optimizer"; `metrics`: "stage" (its place in the order) and "loss", for Keep.best.
 
-        Returns before the files are written; `wait` for them. All processes call it together.
+        Returns before the files are written; `wait` for them. All processes call it together. Raises CheckpointError where
+        the directory holds this step or a later one.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
         self.wait()  # for the step before: orbax would wait for it now, too
-        self.manager.save(number, args=composite, metrics=metrics)
+        if not self.manager.save(number, args=composite, metrics=metrics):
+            raise CheckpointError(
+                f"step {number} cannot be saved in {self.folder}, which holds step {self.manager.latest_step()} already; move "
+                "that and all from this number on away, or save to another directory"
+            )
         if distributed.primary():
             self._written = threading.Event()
             self._lister = threading.Thread(target=self._list_files, args=(number, self._written), daemon=True)

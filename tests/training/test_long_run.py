@@ -242,6 +242,14 @@ def test_a_step_that_is_being_written_is_none(three_steps, tmp_path):
     assert CheckpointDirectory(folder).require_latest() == CheckpointDirectory(folder).latest() == 2
 
 
+@pytest.mark.parametrize("number", (2, 3))
+def test_a_step_that_is_there_or_passed_is_not_saved_in_silence(three_steps, number):
+    c = CheckpointDirectory(three_steps)
+    with pytest.raises(CheckpointError, match=f"step {number} cannot be saved in .* holds step 3 already"):
+        c.save(number, {"params": {"a": jnp.full(50, 7)}}, {"stage": "joint"})
+    c.close()
+
+
 def test_a_step_without_a_list_of_files_is_used(three_steps, tmp_path):
     folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
     (folder / "steps" / "3" / manifest.NAME).unlink()
