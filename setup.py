@@ -35,6 +35,7 @@ CORE = (
 TORCH = "torch>=2.9,<3"  # only to read .pt and .pth files, and as a reference in tests
 SERVE = ("starlette>=1.0,<2", "uvicorn>=0.40,<1")
 CUDA = "jax[cuda12]>=0.10.2"
+TPU = "jax[tpu]>=0.10.2"  # brings the libtpu that fits: the compiler, which needs no TPU
 
 setup(
     name="starflow2_jax",
@@ -50,7 +51,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "torch": [TORCH],
-        "tpu": ["jax[tpu]>=0.10.2"],  # brings the libtpu that fits
+        "tpu": [TPU],
         "gpu": [CUDA],
         "cuda": [CUDA],
         "cuda13": ["jax[cuda13]>=0.10.2"],
@@ -64,6 +65,7 @@ setup(
             "selenium>=4.30",
             *SERVE,
             TORCH,
+            f"{TPU}; platform_system == 'Linux'",  # there is no other libtpu
         ],
     },
     entry_points={"console_scripts": ["starflow2 = starflow2_jax.cli:main"]},

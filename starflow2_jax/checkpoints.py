@@ -49,7 +49,10 @@ class CheckpointDirectory:
     @property
     def manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(preservation_policy=self._keep.policy())
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._keep.policy(),
+                single_host_load_and_broadcast=True,  # process 0 says which steps there are
+            )
             self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
         return self._manager
 
@@ -175,12 +178,17 @@ class CheckpointDirectory:
     def save(self, number: int, trees: dict[str, dict], meta: dict, metrics: dict[str, float] | None = None) -> None:
         """`trees`: "params", "ema", "optimizer"; `metrics`: "stage" (its place in the order) and "loss", for Keep.best.
 
-        Returns before the files are written; `wait` for them. All processes call it together.
+        Returns before the files are written; `wait` for them. All processes call it together. Raises CheckpointError where
+        the directory holds this step or a later one.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
         self.wait()  # for the step before: orbax would wait for it now, too
-        self.manager.save(number, args=composite, metrics=metrics)
+        if not self.manager.save(number, args=composite, metrics=metrics):
+            raise CheckpointError(
+                f"step {number} cannot be saved in {self.folder}, which holds step {self.manager.latest_step()} already; move "
+                "that and all from this number on away, or save to another directory"
+            )
         if distributed.primary():
             self._written = threading.Event()
             self._lister = threading.Thread(target=self._list_files, args=(number, self._written), daemon=True)
@@ -211,7 +219,10 @@ class CheckpointDirectory:
         self._manager = None
 
     def latest(self) -> int | None:
-        return self.manager.latest_step() if (self.folder / "steps").is_dir() else None
+        """The newest step: of those that process 0 found when all made the manager together, and those saved since."""
+        if self._manager is None and not distributed.ask_primary(self.exists):
+            return None
+        return self.manager.latest_step()
 
     def require_latest(self) -> int:
         """The newest step that is whole, to sample from; what is wrong with newer ones is said on stderr.
@@ -243,11 +254,13 @@ class CheckpointDirectory:
 
         All processes call it together, each reads its shards. Raises CheckpointError where no other step is left.
         """
-        while (number := self.latest()) is not None and not manifest.has(self._step(number)):
+        while (number := self.latest()) is not None:
+            if distributed.ask_primary(partial(manifest.has, self._step(number))):
+                return
             faults = [fault for fault in distributed.gather(self._unreadable(number, mesh)) if fault]
             if not faults:
                 return
-            if len(self._steps()) == 1:
+            if len(self.manager.all_steps()) == 1:
                 raise CheckpointError(f"{faults[0]}, and there is no other step; restore it from a copy")
             print(f"WARNING: {faults[0]}; looking at the step before", file=sys.stderr)
             if distributed.primary():
@@ -257,8 +270,9 @@ class CheckpointDirectory:
 
     def _unreadable(self, number: int, mesh: jax.sharding.Mesh) -> str | None:
         """What is wrong with a step's arrays, as far as reading them tells."""
+        items = [item for item in TREES if self.has(number, item)]
         with ocp.StandardCheckpointer() as checkpointer:
-            for item in (item for item in TREES if self.has(number, item)):
+            for item in items:
                 try:
                     self._read(partial(_restore_all, checkpointer, self._step(number) / item, mesh), f"step {number}")
                 except CheckpointError as error:
@@ -312,7 +326,7 @@ class CheckpointDirectory:
         return restored["meta"]
 
     def has(self, number: int, item: str) -> bool:
-        return (self._step(number) / item).is_dir()
+        return distributed.ask_primary((self._step(number) / item).is_dir)
 
     def restore(self, number: int, abstract: dict[str, dict]) -> dict[str, dict]:
         """Restore the named trees, placed as `abstract` (shapes and shardings) says."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -57,6 +58,16 @@ def barrier(name: str) -> None:
     """Wait until every process is here; `name` is the same in all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def ask_primary(question: Callable):
+    """What process 0 answers, in every process; all ask together.
+
+    For what a directory holds: a network file system may remember for a while that a file was not there, and then two
+    hosts would see different ones.
+    """
+    [answer, *_] = gather(question() if primary() else None)
+    return answer
 
 
 def gather(value) -> list:

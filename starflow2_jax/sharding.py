@@ -41,7 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequ
     """A mesh over `devices` (all there are); one size may be -1: what is left. Raises UserError where the sizes do not fit.
 
     Where the devices are of several slices, the data axis goes over the network between them, where it is too short fsdp
-    too; the others stay within a slice.
+    too; the others stay within a slice. Within one, an axis may share a dimension of the torus with others.
     """
     devices = devices or jax.devices()
     sizes, count = [data, fsdp, sequence, tensor], len(devices)
@@ -51,16 +51,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequ
             f"mesh data={data} fsdp={fsdp} sequence={sequence} tensor={tensor} does not fit {count} devices"
         )
     sizes = tuple(count // fixed if s == -1 else s for s in sizes)
+    return Mesh(placed_devices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def placed_devices(sizes: tuple[int, ...], devices) -> np.ndarray:
+    """The devices as an array of `sizes`, one size an axis. Raises UserError where they cannot be laid out so."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    kinds = (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    return Mesh(hybrid_devices(sizes, devices), AXES, axis_types=kinds)
-
-
-def hybrid_devices(sizes: tuple[int, ...], devices) -> np.ndarray:
-    """Devices of several slices as an array of `sizes`, one size an axis. Raises UserError where sizes and slices do not fit."""
-    slices = len({device.slice_index for device in devices})
     over_data = math.gcd(sizes[0], slices)
     over_fsdp = slices // over_data
     if sizes[1] % over_fsdp:
@@ -68,8 +64,15 @@ def hybrid_devices(sizes: tuple[int, ...], devices) -> np.ndarray:
             f"the devices are of {slices} slices: data={sizes[0]} (or data and fsdp={sizes[1]} together) must be a multiple "
             "of that, so that sequence and tensor stay within a slice"
         )
-    within = (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:])
-    return mesh_utils.create_hybrid_device_mesh(within, (over_data, over_fsdp, 1, 1), devices)
+    within, between = (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:]), (over_data, over_fsdp, 1, 1)
+    split = {"allow_split_physical_axes": True}  # jax.make_mesh has it for v5e only
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, **split)
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, **split)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        mesh, reason = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True)), str(error)
+        raise UserError(f"the devices cannot be laid out as a mesh {mesh} ({reason.splitlines()[0]})") from None
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

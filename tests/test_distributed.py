@@ -1,11 +1,19 @@
 """Joining the processes of a run: what is said on the command line, and what is wrong with it."""
 
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
+from tiny_experiment import tiny_config
 
 from starflow2_jax import distributed
+from starflow2_jax.checkpoints import CheckpointDirectory
 from starflow2_jax.errors import UserError
 
 
@@ -62,3 +70,48 @@ def test_no_cluster(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match="do not find each other .coordinator_address should be defined."):
         distributed.initialize(arguments())
+
+
+ASKING = """
+import sys
+import jax
+from starflow2_jax.checkpoints import CheckpointDirectory
+
+address, process, *folders = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(process))
+for folder in map(CheckpointDirectory, folders):
+    print(folder.latest(), folder.has(2, "params"), folder.has(2, "ema"))
+"""
+
+
+def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
+    """Each has a folder of its own in place of its host's view of one. In the second view there is more: a step, an
+    average of step 2, and a run that the first does not see at all."""
+    first, second = tmp_path / "0", tmp_path / "1"
+    saved = CheckpointDirectory(first / "run")
+    saved.folder.mkdir(parents=True)
+    saved.write_config(tiny_config())
+    for number in (1, 2, 3):
+        saved.save(number, {"params": {"a": jnp.ones(2)}}, {})
+    saved.close()
+    shutil.copytree(first, second)
+    shutil.copytree(first / "run", second / "unseen")
+    shutil.rmtree(first / "run" / "steps" / "3")
+    (second / "run" / "steps" / "2" / "ema").mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    root = Path(__file__).parents[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASKING, address, str(process), view / "run", view / "unseen"],
+            stdout=subprocess.PIPE, text=True, cwd=root,
+        )
+        for process, view in enumerate((first, second))
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [lines[-2:] for lines in said] == 2 * [["2 True False", "None False False"]]

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from starflow2_jax import config as configs
+from starflow2_jax.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
+from starflow2_jax.planning.chips import CHIPS as TPUS
 from starflow2_jax.planning.plan import settings
 from starflow2_jax.sharding import AXES
 from starflow2_jax.stages import STAGES as STAGE_TABLE
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.program import require_rows
+from starflow2_jax.training.program import batch_shape, require_rows
 from starflow2_jax.training.step import new_state
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -59,12 +61,18 @@ def test_rows_can_be_grouped_cut_and_spread(experiment):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_planned_is_what_is_trained(stage, chip):
-    """Settings and mesh of the kept plans are the experiments' own for that chip."""
+    """Settings, mesh and FLOP of the kept plans are the experiments' own for that chip; there they fit and reach half the peak."""
     [kept] = json.loads((EXPERIMENTS.parent / f"docs/benchmarks/plans/{stage}_{chip}.json").read_text())
     config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py:{chip}")
-    assert settings(config, STAGE_TABLE[STAGES[stage]]) == kept["settings"]
+    row = STAGE_TABLE[STAGES[stage]]
+    assert settings(config, row) == kept["settings"]
     assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"fsdp": CHIPS[chip]} and config.mesh.fsdp == -1
     assert kept["topology"].startswith(chip) and kept["chips"] == CHIPS[chip]
+    assert kept["fits"] and kept["mfu"] >= 0.5
+    counted = training_flops(configs.pretzel(config), row, batch_shape(config, row)).model
+    assert kept["flops_by_hand"] == pytest.approx({part: flops / CHIPS[chip] for part, flops in counted.items()})
+    reached = sum(kept["flops_by_hand"].values()) / kept["seconds"] / TPUS[chip].flops
+    assert kept["mfu"] == pytest.approx(reached)
 
 
 def test_a_chip_that_an_experiment_does_not_know():

@@ -1,6 +1,11 @@
-"""Meshes over several slices, which no test machine has: devices that only say where they are."""
+"""Meshes of TPUs and over several slices, which no test machine has: devices that only say where they are."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +26,7 @@ class Device:
 def slices(**mesh) -> np.ndarray:
     """In which of two slices of four devices each place of the mesh is."""
     devices = [Device(i, i // 4) for i in range(8)]
-    placed = sharding.hybrid_devices(tuple(mesh.get(axis, 1) for axis in sharding.AXES), devices)
+    placed = sharding.placed_devices(tuple(mesh.get(axis, 1) for axis in sharding.AXES), devices)
     assert sorted(d.id for d in placed.flat) == list(range(8))
     return np.vectorize(lambda device: device.slice_index)(placed)
 
@@ -41,3 +46,56 @@ def test_fsdp_goes_between_slices_where_data_does_not():
 def test_tensor_never_does():
     with pytest.raises(UserError, match="the devices are of 2 slices: data=1"):
         slices(tensor=8)
+
+
+DESCRIBED = """
+import json
+import jax
+from jax.experimental import topologies
+from starflow2_jax import sharding
+from starflow2_jax.errors import UserError
+from starflow2_jax.planning import chips, compiling
+
+
+def groups(devices, **sizes):
+    mesh = sharding.make_mesh(data=-1, devices=devices, **sizes)
+    assert mesh.axis_names == sharding.AXES and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    return [[(d.slice_index if hasattr(d, "slice_index") else 0, *d.coords) for d in group]
+            for group in mesh.devices.reshape(-1, mesh.shape["sequence"] * mesh.shape["tensor"])]
+
+
+v5e, v6e, v5p = (compiling.tpu_devices(chips.parse(t)) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x4x4"))
+two = list(topologies.get_topology_desc("v6e:4x4", platform="tpu", num_slices=2).devices)
+print(json.dumps({
+    "v6e": [groups(v6e, fsdp=64, tensor=4), groups(v6e, fsdp=64, sequence=2, tensor=2)],
+    "v5p": [groups(v5p, fsdp=32, tensor=2), groups(v5p, fsdp=8, tensor=8)],
+    "two slices": [groups(two, fsdp=8, tensor=2)],
+}))
+for devices in v5e, v6e, v5p:
+    usual = jax.make_mesh((1, len(devices), 1, 1), sharding.AXES, devices=devices)
+    assert (sharding.make_mesh(data=1, fsdp=-1, devices=devices).devices == usual.devices).all()
+try:
+    sharding.make_mesh(devices=list(topologies.get_topology_desc("v4:2x2x1", platform="tpu").devices))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_axes_share_the_dimensions_of_a_torus():
+    """No axis of these is made of whole dimensions: yet what lies together in `sequence` and `tensor` is a box of neighbours.
+
+    Meshes of fsdp alone are JAX's own. A v4 is described so as two devices a chip, of which JAX makes no mesh.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", DESCRIBED],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, made, refused = done.stdout.splitlines()
+    for meshes, chips in zip(json.loads(made).values(), (256, 64, 32), strict=True):
+        for mesh in meshes:
+            assert len({tuple(place) for group in mesh for place in group}) == chips
+            for group in np.array(mesh):
+                assert np.prod(np.ptp(group, axis=0) + 1) == len(group)
+    assert refused.startswith("the devices cannot be laid out as a mesh data=8 fsdp=1 sequence=1 tensor=1 (")

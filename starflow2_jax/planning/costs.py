@@ -253,12 +253,14 @@ class Analysis:
         return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
 
     def _bandwidth(self, group: list[int], base: str) -> float:
-        """Bytes/s out of a chip: two links for each dimension of the torus along which the group lies, one where it is open."""
+        """Bytes/s out of a chip: a link for each dimension of the torus along which the group lies, two where it is a ring."""
         chip, places = self.topology.chip, self.coordinates[group]
-        along = [d for d in range(places.shape[1]) if len(set(places[:, d])) > 1]
+        sizes = [len(set(column)) for column in places.T]
+        along = [d for d, size in enumerate(sizes) if size > 1]
         if base == "collective-permute" or not along:
             return 2 * chip.link  # to a neighbour; another goes the other way meanwhile
-        return chip.link * sum(2 if self.topology.closes(d) else 1 for d in along)
+        rings = [d for d in along if self.topology.closes(d) and sizes[d] == self.topology.shape[d]]
+        return chip.link * (len(along) + len(rings))
 
 
 def _moves(at: Instruction) -> bool:

@@ -45,8 +45,7 @@ class Trainer:
         self.peak = peak_flops(config.get("peak_flops", 0.0))
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
-        # One process looks, and only at what is there: some network file systems remember for a while that a file was not.
-        [self.begun, *_] = distributed.gather(distributed.primary() and self.checkpoints.exists())
+        self.begun = distributed.ask_primary(self.checkpoints.exists)
         if self.begun:
             if other := configs.differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
                 raise configs.ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
@@ -257,7 +256,7 @@ class Trainer:
         """What the model needs beside the groups that the state holds."""
         if held(stage) == "frozen":
             return self._fresh("trainable")
-        if not (self.checkpoints.folder / "frozen").is_dir():
+        if not distributed.ask_primary((self.checkpoints.folder / "frozen").is_dir):
             raise configs.ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
         return self.checkpoints.restore_frozen(abstract(self._shapes("frozen"), self.mesh))
 

@@ -53,7 +53,7 @@ class StageRun:
         self.flops = training_flops(trainer.model.cfg, stage, trainer.shape(stage)).total  # of one step, all devices
         self.number = first + int(self.state.step)  # steps of the whole run that are done
         self.pending: deque[tuple[int, dict]] = deque()  # steps not looked at yet
-        self.since_log = (tools.ledger.split(), 0.0)  # and the tokens since then
+        self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
         self.recent: list[float] = []  # losses since the last save
         self.called = False
 

@@ -90,6 +90,35 @@ def test_an_overlapped_collective_costs_what_is_left_of_it():
     assert one.collectives["all-gather", "fsdp"].overlapped == pytest.approx(gathering.seconds)
 
 
+@pytest.mark.parametrize(
+    "groups, shape, links",
+    (
+        ("[16,16]<=[256]", (16, 16), 2),  # a row of the torus: a ring
+        ("[16,16]<=[16,16]T(1,0)", (16, 16), 2),  # a column
+        ("[64,4]<=[256]", (16, 16), 1),  # four neighbours in a row: no link leads from the last to the first
+        ("[64,4]<=[4,4,16]T(0,2,1)", (16, 16), 1),  # in a column
+        ("[1,256]<=[256]", (16, 16), 4),
+        ("[16,16]<=[4,4,4,4]T(0,2,1,3)", (16, 16), 2),  # a square of four by four
+        ("[2,128]<=[256]", (16, 16), 3),  # eight rows: rings along one dimension, lines along the other
+        ("[1,8]<=[8]", (2, 4), 2),  # two open dimensions
+    ),
+)
+def test_links_that_a_group_sends_over(groups, shape, links):
+    """An all-gather of 1 MiB in all; partitions lie in the order of the torus."""
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[1024,512]) -> bf16[1024,512] {{
+  %a = bf16[1024,512]{{1,0}} parameter(0)
+  ROOT %s = bf16[1024,512]{{1,0}} all-gather(%a), replica_groups={groups}, dimensions={{0}}
+}}
+"""
+    topology, chips = Topology(CHIPS["v5e"], shape), np.prod(shape)
+    places = np.array(np.unravel_index(np.arange(chips), shape)).T
+    costs = Analysis(Module(text), topology, {"fsdp": int(chips)}, places).costs
+    [gathering] = costs.collectives.values()
+    assert gathering.bytes / gathering.seconds == pytest.approx(links * CHIPS["v5e"].link)
+
+
 def test_a_collective_fused_with_products_runs_beside_them():
     text = """HloModule m, is_scheduled=true
 

@@ -1,6 +1,5 @@
 """Real plans of a shrunk experiment on four TPUs that are described only, by the command, in a process of its own."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,10 +17,6 @@ def get_config(runlocal=False):
     c.stages.joint.optimizer.offload = True
     return c
 """
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPUs' compiler, is not installed"
-)
 
 
 def planned(folder: Path, *arguments: str) -> tuple[list[dict], str]:

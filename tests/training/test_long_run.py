@@ -242,6 +242,14 @@ def test_a_step_that_is_being_written_is_none(three_steps, tmp_path):
     assert CheckpointDirectory(folder).require_latest() == CheckpointDirectory(folder).latest() == 2
 
 
+@pytest.mark.parametrize("number", (2, 3))
+def test_a_step_that_is_there_or_passed_is_not_saved_in_silence(three_steps, number):
+    c = CheckpointDirectory(three_steps)
+    with pytest.raises(CheckpointError, match=f"step {number} cannot be saved in .* holds step 3 already"):
+        c.save(number, {"params": {"a": jnp.full(50, 7)}}, {"stage": "joint"})
+    c.close()
+
+
 def test_a_step_without_a_list_of_files_is_used(three_steps, tmp_path):
     folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
     (folder / "steps" / "3" / manifest.NAME).unlink()
@@ -310,8 +318,8 @@ def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
 
 def board(t: Trainer) -> dict[str, dict[int, float]]:
     """What TensorBoard shows: scalars by tag and step. A record is a length (8 bytes), its checksum (4), so many bytes, theirs."""
-    [path] = (t.checkpoints.folder / "metrics").glob("events.out.tfevents.*")
-    content, found = path.read_bytes(), {}
+    paths = sorted((t.checkpoints.folder / "metrics").glob("events.out.tfevents.*"))
+    content, found = b"".join(path.read_bytes() for path in paths), {}
     while content:
         (length,) = struct.unpack("<Q", content[:8])
         event = Event.FromString(content[12 : 12 + length])
@@ -322,9 +330,11 @@ def board(t: Trainer) -> dict[str, dict[int, float]]:
 
 
 def test_a_profile_and_a_summary(trainer):
-    t = trainer()
-    t.peak, flops = 1e9, training_flops(t.model.cfg, STAGES["pretrain"], t.shape(STAGES["pretrain"])).total
-    t.run(progress=False, profile=2)
+    """Of a run that was stopped and went on."""
+    for stop_at in (8, None):
+        t = trainer()
+        t.peak, flops = 1e9, training_flops(t.model.cfg, STAGES["pretrain"], t.shape(STAGES["pretrain"])).total
+        t.run(progress=False, stop_at=stop_at, profile=2)
     assert list((t.checkpoints.folder / "profile").rglob("*.xplane.pb"))
     summary = json.loads((t.checkpoints.folder / "metrics" / "summary.json").read_text())
     assert summary["steps"] == 16 and sum(summary["share"].values()) == pytest.approx(1)
