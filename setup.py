@@ -65,7 +65,6 @@ setup(
             "selenium>=4.30",
             *SERVE,
             TORCH,
-            f"{TPU}; platform_system == 'Linux'",  # there is no other libtpu
         ],
     },
     entry_points={"console_scripts": ["starflow2 = starflow2_jax.cli:main"]},

@@ -81,6 +81,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.tpu
 def test_axes_share_the_dimensions_of_a_torus():
     """No axis of these is made of whole dimensions: yet what lies together in `sequence` and `tensor` is a box of neighbours.
 

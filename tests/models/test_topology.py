@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.tpu
 PROGRAM = r"""
 import re
 import jax, jax.numpy as jnp

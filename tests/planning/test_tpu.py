@@ -18,6 +18,8 @@ def get_config(runlocal=False):
     return c
 """
 
+pytestmark = pytest.mark.tpu
+
 
 def planned(folder: Path, *arguments: str) -> tuple[list[dict], str]:
     """What `starflow2 plan` on v5e:2x2 writes, and what it says."""
