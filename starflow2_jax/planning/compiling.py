@@ -69,11 +69,11 @@ def tpu_devices(topology: Topology) -> list:
         ) from None
     from jax.experimental import topologies
 
-    hosts = {}
+    described = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}  # its two cores as one device
     if topology.chips < topology.chip.chips_a_host:
-        hosts["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
+        described["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
     try:
-        return list(topologies.get_topology_desc(str(topology), platform="tpu", **hosts).devices)
+        return list(topologies.get_topology_desc(str(topology), platform="tpu", **described).devices)
     except Exception as error:  # libtpu's own reasons: a topology that it does not build
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
 
