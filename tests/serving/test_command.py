@@ -29,26 +29,22 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("grace, finished", [(60, True), (0, False)])
-def test_sigterm_ends_it_in_order(checkpoint, grace, finished):
+@pytest.mark.parametrize(
+    "options, finished",
+    [
+        (["--grace", 60], True),
+        (["--grace", 0, "--tensor", 2, "--dtype", "bfloat16", "--jacobi", 2, "--editing"], False),
+    ],
+)
+def test_sigterm_ends_it_in_order(checkpoint, options, finished):
     """While an answer is written: it is finished, or refused in words, and the process ends with 0."""
-    command = [
-        sys.executable,
-        "-m",
-        "starflow2_jax.cli",
-        "serve",
-        "--checkpoint",
-        checkpoint,
-        "--port",
-        0,
-        "--grace",
-        grace,
-    ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "starflow2_jax.cli", "serve", "--checkpoint", checkpoint, "--port", 0, *options]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(map(str, command), env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             address = next(line.split()[-1] for line in process.stdout if line.startswith("serving tiny on "))
             client = openai_client(address)
+            assert client.models.list().data[0].editing == ("--editing" in options)
 
             def asked(stream=False):  # until it is told to end, or for as long as a row has room
                 return ask(client, max_tokens=10**6, max_images=0, temperature=5.0, n=8, stop="never", stream=stream)
