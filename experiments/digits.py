@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax import config as configs
 
-STEPS = dict(pretrain=200, text_to_image=800, image_to_text=30, joint=3700)
+STEPS = dict(pretrain=200, text_to_image=800, image_to_text=30, joint=3200)
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
@@ -23,7 +23,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
             c.stages[name].steps = steps
             c.stages[name].ema = 0.999
             c.stages[name].optimizer.weight_decay = 0.1
-        c.stages.joint.shares.caption = 9.0
-        c.data.warp = 0.9  # each of the 1,500 scans is seen over a hundred times
+        c.stages.joint.shares.caption = 7.0
+        c.data.warp = 0.85  # each of the 1,500 scans is seen over a hundred times
         c.model.shallow.dropout = c.model.deep.dropout = 0.05
     return c
