@@ -9,18 +9,17 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
-jax.config.update("jax_num_cpu_devices", 2)
-
-import numpy as np  # noqa: E402
-
-from starflow2_jax import config as configs  # noqa: E402
-from starflow2_jax.data import digits  # noqa: E402
-from starflow2_jax.evaluation.digits import classify, held_out_nll, images_of  # noqa: E402
-from starflow2_jax.sampling.engine import SampleOptions, Sampler  # noqa: E402
-from starflow2_jax.training.loop import Trainer  # noqa: E402
+from starflow2_jax import config as configs
+from starflow2_jax.data import digits
+from starflow2_jax.evaluation.digits import classify, held_out_nll, images_of
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.training.loop import Trainer
 
 QUICK = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
+
+jax.config.update("jax_num_cpu_devices", 2)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", required=True)
