@@ -42,9 +42,7 @@ class SampleOptions:
     max_images: int | None = None  # of a turn, one that it finishes included; 0: text only; None: as many as it likes
     stop: tuple[str, ...] = ()  # strings that end the answer, and are left out of it
     jacobi: int = 0  # image tokens that are solved for at once; 1: one after another; 0: as calibrated, else as 1
-    tolerance: float = (
-        1e-3  # of a Jacobi pass's mean squared change, relative to the mean square; jacobi 0: as calibrated
-    )
+    tolerance: float = 1e-3  # of a Jacobi pass: mean squared change over mean square; jacobi 0: as calibrated
 
     def __post_init__(self):
         for name, least in LEAST.items():
