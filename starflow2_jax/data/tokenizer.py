@@ -71,13 +71,25 @@ def chat(tokenizer, turns: list[tuple[str, Document]]) -> Document:
         raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
     images = [part for _, said in turns for part in said if isinstance(part, Image)]
     messages = [{"role": role, "content": [_content(part) for part in said]} for role, said in turns]
-    texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(IMAGE_MARK)
-    if len(texts) != len(images) + 1:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if text.count(IMAGE_MARK) != len(images):
         raise DocumentError(f"the chat template must place each image once, as {IMAGE_MARK}, and no text may hold that")
-    parts: Document = [Text(texts[0])]
-    for image, text in zip(images, texts[1:], strict=True):
-        parts += [image, Text(text)]
-    return [part for part in parts if isinstance(part, Image) or part.text]
+    return unflat(text, images)
+
+
+def flat(document: Document) -> tuple[str, list[Image]]:
+    """A document as text with a mark for each image, and the images."""
+    images = [part for part in document if isinstance(part, Image)]
+    return "".join(p.text if isinstance(p, Text) else IMAGE_MARK for p in document), images
+
+
+def unflat(text: str, images: list[Image]) -> Document:
+    """The inverse of `flat`."""
+    parts: Document = []
+    first, *texts = text.split(IMAGE_MARK)
+    for image, after in zip(images, texts, strict=True):
+        parts += [image, Text(after)]
+    return [part for part in [Text(first), *parts] if isinstance(part, Image) or part.text]
 
 
 def _content(part: Text | Image) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """One conversation, turn by turn: what was read or written stays in the caches, generated images included."""
 
 from starflow2_jax.data import tokenizer as tokenizers
-from starflow2_jax.data.documents import Document, DocumentError, Image, Said, Text
+from starflow2_jax.data.documents import Document, DocumentError, Said
+from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
 from starflow2_jax.sampling.prompts import is_empty, spoken
 
@@ -10,12 +11,12 @@ class Chat:
     """A session of one row. With a chat template of the tokenizer's, what is said is dressed by it; else it is read as it is.
 
     A turn reads only what the template adds to the conversation; an image that max_tokens cut off in the one before is not
-    part of it. Raises ValueError for options with stop strings: what they cut off would stay in the caches.
+    part of it. Raises UserError for options with stop strings: what they cut off would stay in the caches.
     """
 
     def __init__(self, sampler: Sampler, options: SampleOptions = AS_TRAINED, seed: int = 0):
         if options.stop:
-            raise ValueError("a conversation takes no stop strings; what they cut off would still be remembered")
+            raise UserError("a conversation takes no stop strings; what they cut off would still be remembered")
         self.sampler, self.options = sampler, options
         self.session = sampler.session(options, [seed])
         self.turns: list[tuple[str, Document]] = []
@@ -26,7 +27,7 @@ class Chat:
         Raises UserError for what does not fit the model; then the conversation stands as before.
         """
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
-            raise ValueError("a conversation keeps its kinds of guidance, and takes no stop strings")
+            raise UserError("a conversation keeps its kinds of guidance, and takes no stop strings")
         options, document = options or self.options, spoken(self.sampler.tokenizer, said)
         if is_empty(document) and (self.turns or not options.image_first):
             raise DocumentError("nothing was said; give some text or an image")
@@ -44,8 +45,8 @@ class Chat:
         if not self.turns:
             return new
         *before, (_, answer) = self.turns
-        text, images = flat(new)
-        told, known = flat(tokenizers.chat(self.sampler.tokenizer, before) + answer)
+        text, images = tokenizers.flat(new)
+        told, known = tokenizers.flat(tokenizers.chat(self.sampler.tokenizer, before) + answer)
         if not text.startswith(told) or any(a is not b for a, b in zip(known, images, strict=False)):
             raise DocumentError(
                 "this tokenizer's chat template changes earlier turns when another one comes, so they cannot be kept; "
@@ -54,19 +55,4 @@ class Chat:
         text = text.removeprefix(told)
         if int(self.session.rows.token[0]) == self.sampler.ids.end:  # the model has closed its answer itself
             text = text.removeprefix("<|im_end|>")
-        return unflat(text, images[len(known) :])
-
-
-def flat(document: Document) -> tuple[str, list[Image]]:
-    """A document as text with a mark for each image, and the images."""
-    images = [part for part in document if isinstance(part, Image)]
-    return "".join(p.text if isinstance(p, Text) else tokenizers.IMAGE_MARK for p in document), images
-
-
-def unflat(text: str, images: list[Image]) -> Document:
-    """The inverse of `flat`."""
-    parts: Document = []
-    first, *texts = text.split(tokenizers.IMAGE_MARK)
-    for image, after in zip(images, texts, strict=True):
-        parts += [image, Text(after)]
-    return [part for part in [Text(first), *parts] if isinstance(part, Image) or part.text]
+        return tokenizers.unflat(text, images[len(known) :])

@@ -136,8 +136,13 @@ class Sampler:
         count, (h, w) = len(u), self.model.cfg.grid
         u = np.concatenate([u, np.zeros((power(count) - count, *u.shape[1:]), u.dtype)])  # few numbers are compiled
         self.uses(("decode", self.schedule, u.shape), f"the decoding of {len(u)} images")
-        latents = np.asarray(_decode(self.model, self.schedule, self.params, self.place(u)))[:count]
+        latents = np.asarray(self.run(_decode, self.model, self.schedule, self.params, self.place(u)))[:count]
         return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
+
+    def run(self, compiled, *arguments):
+        """A compiled function on the sampler's mesh, which is where its layouts hold (`sharding.constrain`)."""
+        with jax.set_mesh(self.mesh):
+            return compiled(*arguments)
 
     def uses(self, program: tuple, what: str) -> None:
         """Note a program that is about to run, and say so where it must be compiled first."""

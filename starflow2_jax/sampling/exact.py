@@ -25,7 +25,7 @@ def encode(sampler: Sampler, prompts: list[Document], images: list[np.ndarray], 
     features = [layout(sampler, _with(prompt, image), closed=False) for prompt, image in _pairs(prompts, images)]
     found = np.zeros((len(features), sampler.model.cfg.tokens, sampler.model.cfg.channels), np.float32)
     for rows, batch in batches(sampler, features, ("the noise",), batch_size):
-        z = np.asarray(_noise(sampler.model, sampler.skips, sampler.params, batch))
+        z = np.asarray(sampler.run(_noise, sampler.model, sampler.skips, sampler.params, batch))
         for row, i in enumerate(rows):
             found[i] = z[row, len(features[i]["latents"]) - 1]
     return found
@@ -43,7 +43,7 @@ def decode(sampler: Sampler, prompts: list[Document], z: np.ndarray, batch_size:
     for rows, batch in batches(sampler, features, ("the image of noise",), batch_size):
         given = rows + rows[-1:] * (len(batch.tokens) - len(rows))
         start = np.array([len(features[i]["tokens"]) for i in given], np.int32) - sampler.model.cfg.tokens - 2
-        written = _write(sampler.model, sampler.skips, sampler.params, batch, start, np.asarray(z)[given])
+        written = sampler.run(_write, sampler.model, sampler.skips, sampler.params, batch, start, np.asarray(z)[given])
         u[rows] = np.asarray(written)[: len(rows)]
     return sampler.decode(u)
 
@@ -63,7 +63,7 @@ def denoise(
     variance = np.square(sigma / np.asarray(sampler.codec.std, np.float32))
     cleaned = list(answers)
     for rows, batch in batches(sampler, features, ("the denoising",), batch_size):
-        latents = np.asarray(_tweedie(sampler.model, sampler.skips, sampler.params, batch, variance))
+        latents = np.asarray(sampler.run(_tweedie, sampler.model, sampler.skips, sampler.params, batch, variance))
         for row, i in enumerate(rows):
             own = latents[row, sum(map(_is_flow, prompts[i])) :].reshape(-1, *sampler.codec.grid, latents.shape[-1])
             images = iter(sampler.codec.decode(own))

@@ -89,7 +89,7 @@ def score(sampler: Sampler, documents: list[Document], batch_size: int = BATCH) 
     text = any(isinstance(part, Text) and part.predict for document in documents for part in document)
     scores: list[list[Score]] = [[] for _ in documents]
     for rows, batch in batches(sampler, features, ("the score", text), batch_size):
-        z, logdet, words = _measure(sampler.model, sampler.skips, text, sampler.params, batch)
+        z, logdet, words = sampler.run(_measure, sampler.model, sampler.skips, text, sampler.params, batch)
         density = np.asarray(logdet - 0.5 * z**2).sum(-1) + z.shape[-1] * (
             sampler.codec.log_volume - 0.5 * math.log(2 * math.pi)
         )
@@ -159,7 +159,8 @@ def batches(
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         count = power(len(rows))  # few shapes are compiled, as in sampling
-        given = [features[i] for i in rows + rows[-1:] * (count + -count % sampler.mesh.size - len(rows))]
+        count += -count % sharding.spread(sampler.mesh)
+        given = [features[i] for i in rows + rows[-1:] * (count - len(rows))]
         patches = max(len(f.get("patches", ())) for f in given)
         shape = Shape(
             len(given),

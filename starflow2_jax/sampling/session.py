@@ -45,14 +45,13 @@ class Session:
         self.options += self.options[-1:] * spare
         self.program = self._program(self.options)
         branches = self.program.branches
-        with jax.set_mesh(sampler.mesh):
-            self.rows = row.empty_rows(sampler.model, _seeds(seeds, spare), branches)
+        self.rows = sampler.run(row.empty_rows, sampler.model, _seeds(seeds, spare), branches)
 
     def _program(self, options: list[SampleOptions]) -> Program:
         one, sampler = options[0], self.sampler
         shared = [(o.branches, o.stop, o.jacobi, o.tolerance) for o in options]
         if any(s != shared[0] for s in shared):
-            raise ValueError("the rows of a session share stop, jacobi, tolerance and the kinds of guidance")
+            raise UserError("the rows of a session share stop, jacobi, tolerance and the kinds of guidance")
         if any(o.image_first and o.max_images == 0 for o in options):
             raise UserError("image_first asks for an image, but max_images is 0; change one of them")
         filtered = any(o.top_k or o.top_p < 1 for o in options)
@@ -107,8 +106,7 @@ class Session:
 
     def _take_back(self, cut: np.ndarray) -> None:
         if cut.any():
-            with jax.set_mesh(self.sampler.mesh):
-                self.rows = row.take_back(self.rows, cut.astype(np.int32))
+            self.rows = self.sampler.run(row.take_back, self.rows, cut.astype(np.int32))
 
     def _open(self) -> np.ndarray:
         """(rows,): positions of the image that a row is within, <|vision_start|> included; 0: of none."""
@@ -149,9 +147,9 @@ class Session:
             yield np.asarray(self.rows.count)[: self.size]
 
     def choose(self, options: SampleOptions) -> None:
-        """Those of all rows in the turns to come. Raises ValueError where they need other branches for their guidance."""
+        """Those of all rows in the turns to come. Raises UserError where they need other branches for their guidance."""
         if options.branches != self.program.branches:
-            raise ValueError("a session keeps its kinds of guidance: what they compare with has read along")
+            raise UserError("a session keeps its kinds of guidance: what they compare with has read along")
         several = [options] * len(self.options)
         self.program, self.options = self._program(several), several
 
@@ -167,9 +165,9 @@ class Session:
         self._make_room(0, self.longest)
         begun, idle = np.maximum(within - 1, 0).astype(np.int32), np.arange(len(within)) >= self.size
         controls = Controls.of(self.options, self.program.branches, within > 0)
-        with jax.set_mesh(self.sampler.mesh):
-            fresh = row.new_turn(self.rows, controls, bucket(self.longest + begun.max()), begun, idle)
-            self.rows = self.rows.replace(**fresh)
+        room = bucket(self.longest + begun.max())
+        fresh = self.sampler.run(row.new_turn, self.rows, controls, room, begun, idle)
+        self.rows = self.rows.replace(**fresh)
 
     def _stop(self, strings: tuple[str, ...]) -> None:
         """End the rows whose text holds one of the strings, between two images."""
@@ -186,8 +184,7 @@ class Session:
         forked = Session(self.sampler, [self.options[i] for i in indices], seeds, rows)
         spare = [indices[-1]] * (len(forked.options) - len(indices))
         seeds = _seeds(seeds, len(spare))
-        with jax.set_mesh(self.sampler.mesh):
-            forked.rows = row.take(self.rows, np.array([*indices, *spare]), seeds)
+        forked.rows = self.sampler.run(row.take, self.rows, np.array([*indices, *spare]), seeds)
         return forked
 
     def written(self) -> list[Document]:
@@ -234,8 +231,7 @@ class Session:
             )
         slots = bucket(used + max(bucket(reading), reading + writing + self.program.jacobi))
         if slots > self.rows.caches.slots:
-            with jax.set_mesh(self.sampler.mesh):
-                self.rows = row.with_room(self.rows, slots)
+            self.rows = self.sampler.run(row.with_room, self.rows, slots)
 
     def _call(self, compiled, rows: Rows, *arguments) -> Rows:
         return call(self.sampler, self.program, compiled, rows, *arguments)
@@ -246,7 +242,7 @@ def call(sampler: "Sampler", program: Program, compiled, rows: Rows, *arguments)
     shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))
     what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.slots} positions"
     sampler.uses((compiled.__name__, program, shapes), what)
-    return compiled(program, sampler.params, rows, *arguments)
+    return sampler.run(compiled, program, sampler.params, rows, *arguments)
 
 
 def _seeds(seeds: Many[int], spare: int) -> np.ndarray:

@@ -128,7 +128,7 @@ def _one_position(program: Program, params, rows: Rows, active) -> Rows:
 def _image_chunk(program: Program, params, rows: Rows, active) -> Rows:
     """Solve for the next image tokens of the active rows by fixed-point passes over `jacobi` of them at once.
 
-    u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (flow.md, "Jacobi"). After as many passes as tokens it is exact: token i is
+    u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (Gauss-Seidel-Jacobi, arXiv 2505.12849). After as many passes as tokens it is exact: token i is
     right from pass i on. A row stops changing once a pass would move it by less than the tolerance, or after as many passes
     as it has tokens in the chunk, so what becomes of it does not hang on the others.
     """

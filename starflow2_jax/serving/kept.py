@@ -35,7 +35,7 @@ class Conversations:
         """Keep a copy of a row of the batch, and let one go where there are too many."""
         if not self.most:
             return
-        rows = row.take(batch, np.array([index]), np.zeros(1, np.uint32))
+        rows = self._copy(batch, index)
         self.kept[key := identity(turns)] = Kept(turns, _cut(rows, bucket(int(rows.caches.length[0]))))
         self.kept.move_to_end(key)
         if len(self.kept) > self.most:
@@ -52,7 +52,7 @@ class Conversations:
         kept = self.kept[known]
         turns = kept.turns + turns[len(known) :]
         talk = Chat(self.sampler, self.options)
-        talk.session.rows = row.take(kept.rows, np.array([0]), np.zeros(1, np.uint32))
+        talk.session.rows = self._copy(kept.rows, 0)
         talk.turns = kept.turns
         try:
             if self.sampler.tokenizer.chat_template:
@@ -68,6 +68,9 @@ class Conversations:
         # Draws count from 0, as in a row that reads all of it: a seed means the same with and without the caches.
         rows = talk.session.rows.replace(drawn=jnp.zeros(1, jnp.int32))
         return (turns, rows, lanes) if len(lanes[0]["tokens"]) else None
+
+    def _copy(self, rows: Rows, index: int) -> Rows:
+        return self.sampler.run(row.take, rows, np.array([index]), np.zeros(1, np.uint32))
 
 
 @partial(jax.jit, static_argnums=1)

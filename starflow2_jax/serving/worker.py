@@ -221,7 +221,8 @@ class Worker(threading.Thread):
             while None not in self.writing:
                 yield
             index = self.writing.index(None)
-            self.batch = _put(self.batch, index, row.take(rows, np.array([0]), np.array([seed], np.uint32)))
+            chosen = self.sampler.run(row.take, rows, np.array([0]), np.array([seed], np.uint32))
+            self.batch = self.sampler.run(_put, self.batch, index, chosen)
             cfg, tokenizer = self.sampler.model.cfg, self.sampler.tokenizer
             answer = Answer(choice, tokenizer, cfg.tokens, self.sampler.ids.end, options.stop)
             self.writing[index] = Writing(job, options, answer, turns)
@@ -230,8 +231,8 @@ class Worker(threading.Thread):
         """The conversation, a row that holds what has been read of it, and the features to be read."""
         if found := self.conversations.go_on(job.request.turns, job.identity):
             turns, rows, lanes = found
-            return turns, row.with_room(rows, self.slots), lanes
-        return job.request.turns, row.with_room(self._session(1).rows, self.slots), job.lanes
+            return turns, self._with_room(rows), lanes
+        return job.request.turns, self._with_room(self._session(1).rows), job.lanes
 
     def _read(self, rows: Rows, lane: int, piece: dict[str, np.ndarray], used: int) -> Rows:
         """Read a piece of a prompt into a lane that has read `used` positions."""
@@ -297,13 +298,16 @@ class Worker(threading.Thread):
     def _empty(self) -> Rows:
         session = self._session(self.size)
         self.program = session.program
-        rows = self._new_turn(row.with_room(session.rows, self.slots), [self.widest] * self.size)
+        rows = self._new_turn(self._with_room(session.rows), [self.widest] * self.size)
         return rows.replace(done=jnp.ones_like(rows.done))
 
     def _new_turn(self, rows: Rows, options: list[SampleOptions]) -> Rows:
         begun, idle = np.zeros(len(options), np.int32), np.zeros(len(options), bool)
         controls = Controls.of(options, self.widest.branches, idle)
-        return rows.replace(**row.new_turn(rows, controls, self.written, begun, idle))
+        return rows.replace(**self.sampler.run(row.new_turn, rows, controls, self.written, begun, idle))
+
+    def _with_room(self, rows: Rows) -> Rows:
+        return self.sampler.run(row.with_room, rows, self.slots)
 
 
 def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOptions:

@@ -11,7 +11,7 @@ from starflow2_jax.commands.chat import converse, parse
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import DocumentError, Image, Text, as_pillow
 from starflow2_jax.errors import UserError
-from starflow2_jax.sampling.chat import Chat, flat, unflat
+from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 
 N = tiny.CONFIG.tokens
@@ -46,7 +46,7 @@ def test_a_turn_reads_only_what_is_new():
     assert any(isinstance(part, Image) for part in answer)
     computed = int(chat.session.computed[0])
     more = chat.added([*chat.turns, ("user", [Text("and now?")])])
-    text, images = flat(more)
+    text, images = tokenizers.flat(more)
     assert images == [] and text == "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
     chat.session.read([more])
     assert chat.session.computed[0] == computed + lengths(model, more)
@@ -117,7 +117,7 @@ def test_refusals():
     with pytest.raises(DocumentError, match="changes earlier turns"):
         chat.say([Text("draw")])
     document = [Text("a"), Image(tiny.pixels(1)), Image(tiny.pixels(2)), Text("b")]
-    assert unflat(*flat(document)) == document
+    assert tokenizers.unflat(*tokenizers.flat(document)) == document
 
 
 def test_terminal(tmp_path, monkeypatch, capsys):

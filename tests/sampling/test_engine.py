@@ -12,7 +12,7 @@ from starflow2_jax import sequence
 from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling import engine, rows, steps
-from starflow2_jax.sampling.engine import SampleOptions, Sampler, Session, in_type
+from starflow2_jax.sampling.engine import SampleOptions, Sampler, Session
 from starflow2_jax.sampling.guidance import extrapolate, mix_gaussians
 from starflow2_jax.sampling.steps import keep_likely
 from starflow2_jax.sequence import Step
@@ -167,7 +167,9 @@ def test_a_mesh_gives_the_same(sampler, axes):
     (tokens, u, session), (want_tokens, want_u, _) = (written(s, PROMPTS, options, seed=1) for s in (spread, sampler))
     assert (tokens == want_tokens).all()
     np.testing.assert_allclose(u, want_u, atol=1e-4)
-    assert len(session.rows.caches.vlm.keys[-1].sharding.device_set) == 8
+    keys = session.rows.caches.deep.keys[-1]
+    cut = keys.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"]), keys.shape[1] // mesh.shape["tensor"]
+    assert keys.sharding.shard_shape(keys.shape) == (*cut, *keys.shape[2:])
 
 
 def test_jacobi_is_the_sequential_answer(sampler):
@@ -312,14 +314,6 @@ def test_lengths_share_programs():
     assert len(fresh.programs) == 7 and len(few) == 3
     assert sum(f._cache_size() for f in (steps.read, steps.write, engine._decode)) == len(fresh.programs)
     assert fresh.generate([]) == []
-
-
-def test_bfloat16_weights_and_caches():
-    model = Pretzel(in_type(tiny.CONFIG, "bfloat16"))
-    small = Sampler(model, tiny.params(), tiny.tokenizer(), tiny.CODEC)
-    tokens, u, session = written(small, PROMPTS[:1], SampleOptions(max_tokens=N + 2, image_first=True), seed=1)
-    assert session.rows.caches.vlm.keys[0].dtype == session.rows.caches.deep.values[0].dtype == jnp.bfloat16
-    assert u.dtype == np.float32 and np.isfinite(u).all() and (tokens[0, 1 : N + 1] == -1).all()
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from starflow2_jax import sharding
 from starflow2_jax.checkpoints import CheckpointDirectory
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.errors import UserError
+from starflow2_jax.models import layers
 from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.sampling.exact import encode
+from starflow2_jax.sampling.exact import decode, denoise, encode
 from starflow2_jax.sampling.scoring import score
 from starflow2_jax.sharding import make_mesh
 from starflow2_jax.stages import STAGES
@@ -95,8 +96,16 @@ def test_bfloat16_is_near_what_float32_is(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_mesh_gives_the_same(checkpoint, dtype):
-    """The rows and the heads cut over it, what is written and what is scored stay."""
+def test_a_mesh_gives_the_same(checkpoint, dtype, monkeypatch):
+    """The rows and the heads cut over it, what is written and what is scored stay; whatever runs the model runs it on the
+    mesh that its layouts are of."""
+    on_meshes = []
+
+    def constrain(x, *names):
+        on_meshes.append(dict(jax.sharding.get_abstract_mesh().shape))
+        return sharding.constrain(x, *names)
+
+    monkeypatch.setattr(layers, "constrain", constrain)
     one, cut = (
         Sampler.restore(checkpoint, mesh, dtype)
         for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(fsdp=2, tensor=2))
@@ -104,10 +113,16 @@ def test_a_mesh_gives_the_same(checkpoint, dtype):
     kernel = cut.params["deep"]["layers_0"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (kernel.shape[0] // 2, kernel.shape[1] // 2)
     (u, z, _), (same_u, same_z, session) = map(said_and_seen, (one, cut))
-    assert len(session.rows.caches.deep.keys[0].sharding.device_set) == 8
+    keys = session.rows.caches.deep.keys[0]
+    assert keys.sharding.shard_shape(keys.shape) == (keys.shape[0] // 4, keys.shape[1] // 2, *keys.shape[2:])
     atol = 1e-4 if dtype is None else 0.05
     np.testing.assert_allclose(same_u, u, atol=atol)
     np.testing.assert_allclose(same_z, z, atol=atol)
     document = [Text("draw"), Image(PICTURE, generate=True)]
     nats = [score(s, [document])[0][0].nats for s in (one, cut)]
+    cut.decode(np.asarray(same_u)[None])
+    decode(cut, [document[:1]], same_z)
+    denoise(cut, [document[:1]], [document[1:]], 0.1)
+    meshes = [dict(s.mesh.shape) for s in (one, cut)]
+    assert meshes[1] in on_meshes and all(found in meshes for found in on_meshes)
     np.testing.assert_allclose(*nats, rtol=1e-4 if dtype is None else 1e-2)
