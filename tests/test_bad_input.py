@@ -317,6 +317,15 @@ def test_images_of_16_bits_are_scaled_and_of_32_refused(tmp_path):
         refused(DocumentError, read_image, tmp_path / "wide.tiff", 1, saying=("wide.tiff", "32 bits"))
 
 
+def test_photos_are_read_as_the_camera_was_held(tmp_path):
+    photo = Pillow.fromarray(np.arange(0, 256, 8, dtype=np.uint8).reshape(4, 8))
+    orientation = photo.getexif()
+    orientation[0x0112] = 6  # to be turned by a quarter
+    photo.save(tmp_path / "photo.png", exif=orientation)
+    turned = np.asarray(photo.transpose(Pillow.Transpose.ROTATE_270), np.float32)[..., None] / 127.5 - 1
+    np.testing.assert_allclose(read_image(tmp_path / "photo.png", 1), turned, atol=1e-6)
+
+
 def test_images_survive_their_files(tmp_path):
     for channels in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (5, 7, channels)).astype(np.float32) / 127.5 - 1
@@ -365,6 +374,8 @@ def test_documents_that_do_not_fit_the_model():
     refused(DocumentError, blind, [Image(tiny.pixels(0), via="vit")], saying=("no vision tower",))
     dreamt = [Image(tiny.pixels(0, (8, 8)), generate=True, via="vit")]
     refused(DocumentError, seeing, dreamt, saying=("vit", "generated"))
+    latents = Image(np.zeros((4, 4, 16), np.float32), via="vit")
+    refused(DocumentError, seeing, [latents], saying=("pixels of 1 or 3 channels", "not 16"))
     refused(DocumentError, seeing, [Image(tiny.pixels(0, (1, 201)), via="vit")], saying=("1x201", "200 times"))
 
 

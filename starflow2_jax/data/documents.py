@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as Pillow
+from PIL import ImageOps
 
 from starflow2_jax.errors import UserError
 
@@ -47,23 +48,21 @@ def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
         return _read_array(Path(path))
     try:
         with Pillow.open(path) as image:
-            pixels = np.asarray(_levels(image, path).convert("L" if channels == 1 else "RGB"), np.float32)
+            return from_pillow(upright(image, channels), peak)
     except FileNotFoundError:
         raise DocumentError(f"the image {path} does not exist") from None
-    except DocumentError:
-        raise
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise DocumentError(f"the image {path} cannot be read ({error}); give a PNG or JPEG file") from None
-    return pixels.reshape(*pixels.shape[:2], channels) * (2 / peak) - 1
 
 
-def _levels(image: Pillow.Image, path) -> Pillow.Image:
-    """The image with 8 bits a level: Pillow would cut what is above 255 off. Raises DocumentError for 32 bits."""
-    if image.mode.startswith("I;16"):
-        return Pillow.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+def upright(image: Pillow.Image, channels: int) -> Pillow.Image:
+    """The image as its camera was held, gray or RGB, with 8 bits a level. Raises ValueError for 32 bits."""
     if image.mode in ("I", "F"):
-        raise DocumentError(f"the image {path} has 32 bits a level, whose white is not known; save it with 8 or 16")
-    return image
+        raise ValueError("it has 32 bits a level, whose white is not known")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+        image = Pillow.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -89,6 +88,12 @@ def write_image(path: Path, pixels: np.ndarray) -> Path:
         path = path.with_suffix(".npy")
         np.save(path, pixels)
     return path
+
+
+def from_pillow(image: Pillow.Image, peak: int = 255) -> np.ndarray:
+    """(height, width, C) fp32 in [-1, 1]."""
+    levels = np.asarray(image, np.float32)
+    return levels.reshape(*levels.shape[:2], -1) * (2 / peak) - 1
 
 
 def as_pillow(pixels: np.ndarray) -> Pillow.Image:

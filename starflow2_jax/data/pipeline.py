@@ -71,6 +71,11 @@ class Encoder:
                 raise DocumentError('this model has no vision tower; show the image via "flow"')
             if part.generate:
                 raise DocumentError('an image shown via "vit" cannot be generated; use via "flow"')
+            if (channels := part.pixels.shape[-1]) not in (1, self.vision.channels):
+                raise DocumentError(
+                    f'an image shown via "vit" has pixels of 1 or {self.vision.channels} channels, not {channels}; latents are '
+                    'shown via "flow"'
+                )
             seen.append(part)
         try:
             h, w = self.codec.grid if flow else qwen_vision.merged_grid(self.vision, part.pixels.shape[:2])

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from starflow2_jax.data.documents import as_pillow
+from starflow2_jax.data.documents import as_pillow, from_pillow, upright
 from starflow2_jax.models.qwen_vision import merged_grid, resized
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.intake import Intake
@@ -68,15 +68,14 @@ def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
     try:
         with Pillow.open(io.BytesIO(data), formats=list(FORMATS.values())) as image:
             budget.take(image.size, via, param)
-            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            image = upright(image, channels)
             if size is not None and image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1], Pillow.Resampling.LANCZOS)
-            pixels = np.asarray(image, np.float32)
+            return from_pillow(image)
     except Pillow.DecompressionBombError:  # Pillow's own limit, from the header, too
         raise budget.refusal(param) from None
     except (OSError, SyntaxError, ValueError):
         raise bad("the image cannot be read; send a whole PNG or JPEG file", param) from None
-    return pixels.reshape(*pixels.shape[:2], channels) / 127.5 - 1
 
 
 def to_url(pixels: np.ndarray) -> str:

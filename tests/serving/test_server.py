@@ -75,6 +75,10 @@ def test_image_in(client, sampler):
         ask(client, other, max_tokens=N + 6, seed=2, image_first=True).choices[0].message.images
         != answer.choices[0].message.images
     )
+    deep = Pillow.fromarray(np.asarray(scan, np.uint16) * 257)  # 16 bits a level
+    messages[0]["content"][0] = image_part(data_url(deep))
+    again = ask(client, messages, max_tokens=N + 6, seed=2, image_first=True)
+    the_same(again.choices[0].message.parts, want)
     large = scan.resize((60, 40)), scan.resize((40, 60))
     for image, via in zip(large, ("flow", "vit"), strict=True):  # of any size: scaled, or seen by the vision tower
         seen = [{"role": "user", "content": [image_part(data_url(image), via=via), {"type": "text", "text": "read"}]}]
