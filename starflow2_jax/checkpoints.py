@@ -149,9 +149,7 @@ class CheckpointDirectory:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.folder / "frozen", frozen, force=True)
         content = json.dumps({"content_hash": content_hash(frozen)})
-        if distributed.primary():
-            (self.folder / "frozen.json").write_text(content)
-        distributed.barrier("frozen weights saved")
+        distributed.on_primary(lambda: (self.folder / "frozen.json").write_text(content))
 
     def restore_frozen(self, abstract: dict) -> dict:
         """`abstract`: shapes and shardings; types stay as they were saved. The content hash is checked."""
@@ -208,8 +206,8 @@ class CheckpointDirectory:
         """Beside the training: when step `number` is whole, it and any other without one get their lists of files."""
         while not (self._step(number).is_dir() or written.wait(1)):
             pass
-        for step in self._steps():
-            if not manifest.has(self._step(step)):
+        for step in self.manager.all_steps():  # an old one leaves them before orbax deletes its files
+            if self._step(step).is_dir() and not manifest.has(self._step(step)):
                 manifest.write(self._step(step))
 
     def close(self) -> None:
@@ -220,7 +218,7 @@ class CheckpointDirectory:
 
     def latest(self) -> int | None:
         """The newest step: of those that process 0 found when all made the manager together, and those saved since."""
-        if self._manager is None and not distributed.ask_primary(self.exists):
+        if self._manager is None and not distributed.on_primary(self.exists):
             return None
         return self.manager.latest_step()
 
@@ -240,11 +238,7 @@ class CheckpointDirectory:
 
         All processes call it together. Raises CheckpointError where there are steps and none is whole.
         """
-        if distributed.primary():
-            _, damaged = self._newest_whole()
-            for number in damaged:
-                self._put_away(number)
-        distributed.barrier("damaged steps passed over")
+        distributed.on_primary(lambda: [self._put_away(number) for number in self._newest_whole()[1]])
         if self._manager is not None:
             self._manager.reload()
 
@@ -255,7 +249,7 @@ class CheckpointDirectory:
         All processes call it together, each reads its shards. Raises CheckpointError where no other step is left.
         """
         while (number := self.latest()) is not None:
-            if distributed.ask_primary(partial(manifest.has, self._step(number))):
+            if distributed.on_primary(partial(manifest.has, self._step(number))):
                 return
             faults = [fault for fault in distributed.gather(self._unreadable(number, mesh)) if fault]
             if not faults:
@@ -263,9 +257,7 @@ class CheckpointDirectory:
             if len(self.manager.all_steps()) == 1:
                 raise CheckpointError(f"{faults[0]}, and there is no other step; restore it from a copy")
             print(f"WARNING: {faults[0]}; looking at the step before", file=sys.stderr)
-            if distributed.primary():
-                self._put_away(number)
-            distributed.barrier(f"unreadable step {number} passed over")
+            distributed.on_primary(partial(self._put_away, number))
             self.manager.reload()
 
     def _unreadable(self, number: int, mesh: jax.sharding.Mesh) -> str | None:
@@ -326,7 +318,7 @@ class CheckpointDirectory:
         return restored["meta"]
 
     def has(self, number: int, item: str) -> bool:
-        return distributed.ask_primary((self._step(number) / item).is_dir)
+        return distributed.on_primary((self._step(number) / item).is_dir)
 
     def restore(self, number: int, abstract: dict[str, dict]) -> dict[str, dict]:
         """Restore the named trees, placed as `abstract` (shapes and shardings) says."""

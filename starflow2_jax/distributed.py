@@ -54,19 +54,21 @@ def primary() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait until every process is here; `name` is the same in all."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def on_primary(work: Callable):
+    """Do `work` in process 0 alone; all wait for it together and get the JSON value that it returns.
 
-
-def ask_primary(question: Callable):
-    """What process 0 answers, in every process; all ask together.
-
-    For what a directory holds: a network file system may remember for a while that a file was not there, and then two
-    hosts would see different ones.
+    For what a directory holds and is to hold: a network file system may remember for a while that a file was not there,
+    and then two hosts would see different ones. A UserError of the work is raised in every process.
     """
-    [answer, *_] = gather(question() if primary() else None)
+    answer = error = None
+    if primary():
+        try:
+            answer = work()
+        except UserError as raised:
+            error = raised
+    answer, fault = gather((answer, error and str(error)))[0]
+    if fault is not None:
+        raise error or UserError(fault)
     return answer
 
 

@@ -76,17 +76,22 @@ ASKING = """
 import sys
 import jax
 from starflow2_jax.checkpoints import CheckpointDirectory
+from starflow2_jax.errors import UserError
 
 address, process, *folders = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 for folder in map(CheckpointDirectory, folders):
     print(folder.latest(), folder.has(2, "params"), folder.has(2, "ema"))
+try:
+    CheckpointDirectory(folders[0]).pass_over_damaged()
+except UserError as error:
+    print(str(error).partition(" in ")[0])
 """
 
 
 def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
     """Each has a folder of its own in place of its host's view of one. In the second view there is more: a step, an
-    average of step 2, and a run that the first does not see at all."""
+    average of step 2, and a run that the first does not see at all. To the first, all steps are damaged: both say so."""
     first, second = tmp_path / "0", tmp_path / "1"
     saved = CheckpointDirectory(first / "run")
     saved.folder.mkdir(parents=True)
@@ -98,6 +103,8 @@ def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
     shutil.copytree(first / "run", second / "unseen")
     shutil.rmtree(first / "run" / "steps" / "3")
     (second / "run" / "steps" / "2" / "ema").mkdir()
+    for number in ("1", "2"):
+        (first / "run" / "steps" / number / "files.json").write_text("cut of")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -114,4 +121,4 @@ def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
     finally:
         for process in started:
             process.kill()
-    assert [lines[-2:] for lines in said] == 2 * [["2 True False", "None False False"]]
+    assert [lines[-3:] for lines in said] == 2 * [["2 True False", "None False False", "every saved step"]]
