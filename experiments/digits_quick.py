@@ -11,7 +11,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.cpu_devices = 2  # CPU devices to make where there is no accelerator: one a core
-    c.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all that is left
+    c.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1)  # -1: all that is left
     c.noise = 0.1  # deviation of the noise added to images, in pixels of [-1, 1]
 
     c.max_positions = 256  # of a prompt and its answer
@@ -49,14 +49,16 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     base.length = 128  # positions of a row
     base.images = 7  # flow images of a row
     base.patches = 0  # vision-tower patches of a row
+    base.vlm_length = 0  # positions of a row that the frozen VLM reads; 0: all (see training/step.py)
     base.accumulate = 1  # micro-batches of a step
     base.text_weight = 1.0  # lambda of L_NF + lambda L_NTP
     base.latent_penalty = 0.0  # of the squares of the shallow flow's latents; STARFlow's is 1e-4
     base.ema = 0.998
     base.caption_drop = 0.1
     base.optimizer = dict(
-        name="muon", learning_rate=2e-3, final_fraction=0.02, warmup=50, b1=0.9, b2=0.95, weight_decay=1e-2, clip=1.0
-    )
+        name="muon", learning_rate=2e-3, final_fraction=0.02, warmup=50, b1=0.9, b2=0.95, weight_decay=1e-2, clip=1.0,
+        moments="float32", offload=False,
+    )  # fmt: skip
     c.order = ("pretrain", "text_to_image", "image_to_text", "joint")  # the stages to run; rows of stages.py
     c.stages = ConfigDict()
     kinds = ("caption", "read", "sum", "mirror", "count")

@@ -4,7 +4,8 @@
 
 It goes on in the directory of the stage before; see starflow2_7b_t2i.py. Stage 1 alone: --config.order="('text_to_image',)".
 What lies in memory through a step of stage 3, by the shapes, in GiB: frozen VLM 15.4 (bfloat16); trained parameters,
-gradients and moving average 13.7 each (fp32), AdamW's moments 13.7 (bfloat16). With optimizer.name=adafactor, next to none.
+gradients and moving average 13.7 each (fp32), AdamW's moments 13.7 (bfloat16); with optimizer.name=adafactor
+and optimizer.moments=float32, next to none.
 """
 
 from pathlib import Path

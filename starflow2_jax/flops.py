@@ -153,7 +153,7 @@ def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: boo
     """A causal stack over (rows, length). `through`: whether a gradient passes to what is below."""
     projections, mlp = matrices(c)
     down = c.mlp_hidden * c.width
-    policy = c.remat_policy if through else "none"
+    policy = c.remat if through else "none"
     again = 1 - down / (projections + mlp) if policy in FROM_INPUTS else 0  # the last product's result is never needed
     yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
     # logits q k^T and weights v: no parameters, so a gradient means both inputs', twice the forward pass
@@ -181,7 +181,7 @@ def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator
     t, part = c.transformer, "vision tower"
     projections, mlp = matrices(t)
     tokens, times = rows * patches, 3 if trained else 1
-    policy = t.remat_policy if trained else "none"
+    policy = t.remat if trained else "none"
     again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
     yield _Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
     yield _Term(part, 2.0 * c.patch_width * c.width * tokens, 1 + trained)

@@ -26,8 +26,7 @@ def has(step: Path) -> bool:
 def fault(step: Path, unread: tuple[str, ...] = ()) -> str | None:
     """What is wrong with a step folder: a file that is missing, cut off or changed; None where all is as it was written.
 
-    `unread`: subfolders that are not looked at. A step without a list (of an older version, or killed before it was
-    written) is whole as far as can be seen here: a step folder gets its name only when all of it is there.
+    `unread`: subfolders that are not looked at. A step without a list (killed before it was written) is whole as far as can be seen here: a step folder gets its name only when all of it is there.
     """
     if not has(step):
         return None

@@ -98,13 +98,14 @@ class Point:
             (self.folder / name).unlink(missing_ok=True)
 
     def result(self, metric: str) -> float | None:
-        """The mean of the last logged values of "stage/name", once it is done."""
+        """The mean of the last logged values of "stage/name", once it is done; None where there is none or it is no number."""
         stage, _, name = metric.partition("/")
         if self.state != DONE:
             return None
         lines = (json.loads(line) for line in (self.run / "metrics/metrics.jsonl").read_text().splitlines())
         values = [line[name] for line in lines if line["stage"] == stage and name in line]
-        return float(np.mean(values[-AVERAGED:])) if values else None
+        mean = float(np.mean(values[-AVERAGED:])) if values else math.nan
+        return mean if math.isfinite(mean) else None
 
 
 @dataclass(frozen=True)

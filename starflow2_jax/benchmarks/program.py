@@ -60,7 +60,7 @@ def build(config: ConfigDict, stage: str | None, folder: str | Path) -> Program:
     with jax.set_mesh(trainer.mesh):
         params, rest = fresh(trainer, mine), fresh(trainer, other)
         make = partial(new_state, stage=stage, optimizer=optimizer, key=jax.random.key(config.seed))
-        layout = state_shardings(jax.eval_shape(make, params), trainer.mesh, cfg.optimizer.get("offload", False))
+        layout = state_shardings(jax.eval_shape(make, params), trainer.mesh, cfg.optimizer.offload)
         state = jax.jit(make, out_shardings=layout)(params)
         reader = trainer.reader(stage)
         batch = reader.place(next(reader), sharding.batch_sharding(trainer.mesh))

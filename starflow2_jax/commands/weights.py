@@ -4,11 +4,6 @@ import os
 
 
 def add(commands) -> None:
-    for command in (_add_convert,):
-        command(commands)
-
-
-def _add_convert(commands) -> None:
     p = commands.add_parser("convert", help="other people's weights <-> a checkpoint", allow_abbrev=False)
     p.add_argument("model", choices=("qwen2_5_vl",))
     p.add_argument("--from", dest="source", required=True, help="folder of the reference; with --to-hf a checkpoint")

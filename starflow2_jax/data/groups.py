@@ -43,7 +43,7 @@ class GroupedBatches:
 
     def set_state(self, state: dict) -> None:
         """Go on from a position, on whatever number of hosts it was saved. Raises ConfigError for other groups."""
-        states = state["groups"] if "groups" in state else [state]  # checkpoints from before groups had one
+        states = state["groups"]
         if len(states) != self.groups:
             raise ConfigError(f"the checkpoint's data position has {len(states)} groups; set data.groups={len(states)}")
         for group, reader in self._readers.items():

@@ -23,7 +23,7 @@ def documents(config: ConfigDict, stage: Stage, channels: int):
         source = CaptionsDropped(source, cfg.caption_drop, seed) if cfg.caption_drop else source
     else:
         shares = {kind: share for kind, share in cfg.shares.items() if share}
-        source = digits.DigitDocuments(shares, seed, cfg.caption_drop, config.data.get("warp", 0.0))
+        source = digits.DigitDocuments(shares, seed, cfg.caption_drop, config.data.warp)
     return Shown(source) if stage.name == "pretrain" else source
 
 

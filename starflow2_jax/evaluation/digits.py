@@ -1,6 +1,6 @@
 """How well a model writes, reads, adds, mirrors and counts digits, judged by an independent classifier."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import numpy as np
@@ -132,7 +132,7 @@ def _shows(images: list[np.ndarray], wanted) -> bool:
 
 
 def held_out_nll(sampler: Sampler, limit: int = 297, draws: int = 10, noise: float = 0.1, seed: int = 0) -> float:
-    """Nats per pixel given the caption, without the 0.5 ln 2 pi, of the held-out scans plus noise N(0, 0.1^2) (flow.md)."""
+    """Nats per pixel given the caption, without the 0.5 ln 2 pi, of the held-out scans plus noise N(0, 0.1^2)."""
     pixels, labels = digits.split("held_out")
     features = [
         sampler.encoder(digits.caption(d, p, i))
@@ -141,7 +141,7 @@ def held_out_nll(sampler: Sampler, limit: int = 297, draws: int = 10, noise: flo
     batch = collate(features, Shape(len(features), 32, 1))
     N, D = batch.latents.shape[2:]
 
-    @partial(jax.jit)
+    @jax.jit
     def nll(params, key):
         noisy = batch.latents + noise / np.asarray(sampler.codec.std) * jax.random.normal(key, batch.latents.shape)
         seen = batch.replace(latents=noisy)

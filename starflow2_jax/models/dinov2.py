@@ -1,4 +1,4 @@
-"""DINOv2: the frozen image encoder whose patch features the FAE codec compresses (Oquab et al. 2023, arXiv 2304.07193)."""
+"""DINOv2: the frozen image encoder whose patch features the FAE codec is to compress (Oquab et al. 2023, arXiv 2304.07193)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class DinoConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     dtype: str = "float32"
-    remat: str | bool = "none"
+    remat: str = "none"
     unroll: int = 1
 
     @property

@@ -49,7 +49,7 @@ def attend_packed(
     k, v, heads = _heads(q, k, v, sizes.get("tensor", 1))
     rows = _rows(q.shape[0], sizes)
     local = _splash_kernel(q, heads and sizes["tensor"], ways, kernel) if kernel.startswith("splash") else None
-    body = partial(_on_a_device, kernel=kernel, temperature=temperature)
+    body = partial(_on_a_device, temperature=temperature)
     start = jnp.arange(ways) * (q.shape[1] // ways)  # of each device's queries
     if mesh.empty:
         return body(q, k, v, segments, segments, start, local)
@@ -71,7 +71,7 @@ def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int,
     return causal[None] if keys is None else causal & (queries[:, :, None] == keys[:, None, :])
 
 
-def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str, temperature: float):
+def _on_a_device(q, k, v, segments, keys, start, local, *, temperature: float):
     """This device's rows, heads and queries, from position start[0] on, with all keys and values of their rows."""
     if local is None:
         return _cudnn(q, k, v, segments, keys, start[0], temperature)

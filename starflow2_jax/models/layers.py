@@ -82,7 +82,7 @@ class TransformerConfig:
     dtype: str = (
         "float32"  # of the matrix products; norms, softmax and rotations are fp32 always (float64 is for tests)
     )
-    remat: str | bool = "none"  # a key of REMAT; older configs say False for "none", True for "full"
+    remat: str = "none"  # a key of REMAT
     kernel: str = "xla"  # of attention over whole rows, see kernels.py
     scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding
     unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
@@ -90,7 +90,7 @@ class TransformerConfig:
     def __post_init__(self):
         for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("dtype", DTYPES), ("kernel", PLATFORMS)):
             require_one_of(name, getattr(self, name), allowed)
-        require_one_of("remat", self.remat_policy, REMAT)
+        require_one_of("remat", self.remat, REMAT)
         require_positive(
             layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, unroll=self.unroll
         )
@@ -106,10 +106,6 @@ class TransformerConfig:
     @property
     def head(self) -> int:
         return self.head_dim or self.width // self.heads
-
-    @property
-    def remat_policy(self) -> str:
-        return {False: "none", True: "full"}.get(self.remat, self.remat)
 
 
 def require_sections(name: str, sections: tuple[int, ...], head: int) -> None:
@@ -250,7 +246,7 @@ class Transformer(nn.Module):
         without; or what `mask` says. With `cache` the earlier positions are in it (it brings its own mask).
         With `mask_of_layer` (L,) int, `mask` is a stack (A, B, S, S) and layer l sees through mask[mask_of_layer[l]].
         """
-        c, policy = self.cfg, self.cfg.remat_policy
+        c, policy = self.cfg, self.cfg.remat
         layer = Layer if policy == "none" else nn.remat(Layer, prevent_cse=not c.scan, policy=REMAT[policy])
         x = constrain(x, "batch", "sequence", "embed")
         if c.scan and cache is None:

@@ -36,7 +36,7 @@ class QwenConfig:
     )
     vision: VisionConfig | None = None
     dtype: str = "float32"
-    remat: str | bool = "none"  # these four: see TransformerConfig
+    remat: str = "none"  # these four: see TransformerConfig
     kernel: str = "xla"
     scan: bool = True
     unroll: int = 1

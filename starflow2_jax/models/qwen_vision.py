@@ -36,7 +36,7 @@ class VisionConfig:
     rotary_theta: float = 1e4
     norm_eps: float = 1e-6
     dtype: str = "float32"
-    remat: str | bool = "none"
+    remat: str = "none"
     scan: bool = True
     unroll: int = 1
 

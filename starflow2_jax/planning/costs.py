@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -305,7 +304,3 @@ def _named(axes: str, used: str) -> list[int]:
         stride = 1 if part is None else size // math.prod(part)
         index.append(slice(None) if part is None else slice(0, part[1] * stride, stride))
     return ids[tuple(index)].reshape(-1).tolist()
-
-
-def total(collectives, value: Callable[[Collective], float]) -> float:
-    return sum(map(value, collectives.values()))

@@ -120,7 +120,7 @@ def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
     }
     for part in ("vlm", "shallow", "deep"):
         found |= {f"{part}.{name}": m[part][name] for name in ("remat", "kernel", "dtype") if name in m[part]}
-    return found | {f"optimizer.{k}": cfg.optimizer[k] for k in ("name", "moments", "offload") if k in cfg.optimizer}
+    return found | {f"optimizer.{k}": cfg.optimizer[k] for k in ("name", "moments", "offload")}
 
 
 def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
@@ -178,10 +178,10 @@ def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
         said.append(
             "more chips on the fsdp axis (mesh.fsdp=-1, data=1), over which parameters and optimizer are spread"
         )
-        said.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor")
-        if not cfg.optimizer.get("offload", False):
+        said.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor and moments=float32")
+        if not cfg.optimizer.offload:
             said.append("stages.*.optimizer.offload=True: what the optimizer keeps goes to the host's memory")
-    streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].get("remat") not in ("full", True)]
+    streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].get("remat") != "full"]
     if streams:
         said.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
     if any(config.model[part].get("kernel", "xla") == "xla" for part in ("vlm", "deep")):

@@ -30,7 +30,7 @@ class Candidate:
         """A copy of the config with this choice."""
         config = config.copy_and_resolve_references().unlock()
         config.stages[stage.name].rows = self.rows
-        config.data.groups = math.gcd(self.rows, config.data.get("groups", 1))  # the plan does not depend on it
+        config.data.groups = math.gcd(self.rows, config.data.groups)  # the plan does not depend on it
         config.mesh.update(self.mesh)
         for stream in STREAMS:
             config.model[stream].remat = self.remat

@@ -1,4 +1,4 @@
-"""The loop over stages and steps: the only place where training touches files, time and devices."""
+"""The loop over stages and steps: what is made first, where each stage goes on from, what it hands on."""
 
 from functools import partial
 from pathlib import Path
@@ -40,12 +40,12 @@ class Trainer:
         if not config.order or len(set(config.order)) < len(config.order):
             raise configs.ConfigError(f"order names each stage to run once, one at least, of {', '.join(STAGES)}")
         self.config = config
-        keep = Keep(config.keep, config.get("keep_every", 0), config.get("keep_best", 0))
+        keep = Keep(config.keep, config.keep_every, config.keep_best)
         self.checkpoints = CheckpointDirectory(folder, keep)
-        self.peak = peak_flops(config.get("peak_flops", 0.0))
+        self.peak = peak_flops(config.peak_flops)
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
-        self.begun = distributed.ask_primary(self.checkpoints.exists)
+        self.begun = distributed.on_primary(self.checkpoints.exists)
         if self.begun:
             if other := configs.differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
                 raise configs.ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
@@ -101,12 +101,10 @@ class Trainer:
             self.checkpoints.pass_over_unreadable(self.mesh)
             self._require_same_steps()
         self._require_stages()
-        if distributed.primary():
-            if self.begun:
-                self.checkpoints.write_config(self.config)
-            else:
-                self.checkpoints.create(self.config, self.codec, self.tokenizer)
-        distributed.barrier("the checkpoint directory is there")
+        if self.begun:
+            distributed.on_primary(partial(self.checkpoints.write_config, self.config))
+        else:
+            distributed.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))
         self.begun = True
         if not distributed.primary():  # fitted on another machine, it may differ in the last bit
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
@@ -132,7 +130,7 @@ class Trainer:
 
     def _require_stages(self) -> None:
         """Raises UserError for what would stop a stage that is still to come, before anything is trained."""
-        Watch(self.config.get("faults"))
+        Watch(self.config.faults)
         done, last = self.checkpoints.latest() or 0, 0
         for name in self.config.order:
             last += self.config.stages[name].steps
@@ -146,7 +144,7 @@ class Trainer:
     def _require_stage(self, stage: Stage) -> None:
         data, cfg = self.config.data, self.config.stages[stage.name]
         require_rows(self.config, stage, self.mesh)
-        if cfg.optimizer.get("offload", False):
+        if cfg.optimizer.offload:
             require_host(self.mesh)
         self.step(stage, self.optimizer(stage))  # compiles nothing
         if data.source == "digits":
@@ -203,10 +201,8 @@ class Trainer:
         source = sources.documents(self.config, stage, self.codec.image_channels)
         layout = sharding.batch_sharding(self.mesh)
         rows = own_rows(layout, shape.rows)
-        return GroupedBatches(source, self.encoder(stage), shape, data.get("groups", 1), data.threads, rows)
-
-    def encoder(self, stage: Stage) -> Encoder:
-        return Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision)
+        encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision)
+        return GroupedBatches(source, encoder, shape, data.groups, data.threads, rows)
 
     def _begin(self, stage: Stage, optimizer, latest: int | None) -> tuple[TrainState, dict, object]:
         """State, frozen parameters and data position: from the last checkpoint what it has, fresh what it lacks."""
@@ -221,7 +217,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), list(STAGES).index(stage.name))
         make = partial(new_state, stage=stage, optimizer=optimizer, key=key)
         state_shapes = jax.eval_shape(make, shapes)
-        offload = self.config.stages[stage.name].optimizer.get("offload", False)
+        offload = self.config.stages[stage.name].optimizer.offload
         layout = state_shardings(state_shapes, self.mesh, offload)
         if meta is None or meta["stage"] != stage.name:
             return jax.jit(make, out_shardings=layout)(params), frozen, None
@@ -256,7 +252,7 @@ class Trainer:
         """What the model needs beside the groups that the state holds."""
         if held(stage) == "frozen":
             return self._fresh("trainable")
-        if not distributed.ask_primary((self.checkpoints.folder / "frozen").is_dir):
+        if not distributed.on_primary((self.checkpoints.folder / "frozen").is_dir):
             raise configs.ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
         return self.checkpoints.restore_frozen(abstract(self._shapes("frozen"), self.mesh))
 

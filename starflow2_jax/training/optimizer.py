@@ -34,7 +34,6 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, min(cfg.warmup, steps // 2), max(steps, 1), cfg.learning_rate * cfg.final_fraction
     )
-    moments = _option(cfg, "moments", "float32")
     update = adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decays)
     if cfg.name == "muon":
         orthogonal = muon(
@@ -48,19 +47,18 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
             optax.add_decayed_weights(cfg.weight_decay, mask=_decays),
             optax.scale_by_learning_rate(schedule),
         )
-    if moments != "float32":
-        update = kept_in(update, _moments(moments, cfg))
+    if cfg.moments != "float32":
+        update = kept_in(update, _moments(cfg.moments, cfg))
     return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
-
-
-def _option(cfg, name: str, default):
-    """An option that older configs do not have."""
-    return getattr(cfg, name, default)
 
 
 def _moments(name: str, cfg) -> jnp.dtype:
     if name != "bfloat16":
         raise ConfigError(f"optimizer.moments is 'float32' or 'bfloat16', not {name!r}")
+    if cfg.name == "adafactor":  # it averages ever more slowly; and factored it is small
+        raise ConfigError(
+            "optimizer.moments='bfloat16' would make adafactor's average stand still; set it to 'float32'"
+        )
     if max(cfg.b1, cfg.b2) > 0.99:  # an average takes steps of 1 - b2 of itself, and bfloat16 resolves 1/256
         raise ConfigError(
             "optimizer.moments='bfloat16' needs b1 and b2 of at most 0.99; a slower average would stand still"

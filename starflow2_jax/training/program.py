@@ -38,11 +38,11 @@ def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, dev
         text_weight=cfg.text_weight,
         accumulate=cfg.accumulate,
         ema_decay=cfg.ema,
-        vlm_length=cfg.get("vlm_length", 0),
-        latent_penalty=cfg.get("latent_penalty", 0.0),
+        vlm_length=cfg.vlm_length,
+        latent_penalty=cfg.latent_penalty,
     )
-    step = guarded(update, config.get("faults"))
-    if cfg.optimizer.get("offload", False):
+    step = guarded(update, config.faults)
+    if cfg.optimizer.offload:
         step = offloaded(step)
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, stage, optimizer, mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
@@ -67,7 +67,7 @@ def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> N
     spread = sharding.spread(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
-    rows_of_a_group(cfg.rows, config.data.get("groups", 1))
+    rows_of_a_group(cfg.rows, config.data.groups)
 
 
 def held(stage: Stage) -> str:
@@ -81,7 +81,7 @@ def in_tree(group: str, tree: str) -> bool:
 
 def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
     cfg = config.stages[stage.name]
-    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.get("vlm_length", 0))
+    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.vlm_length)
 
 
 def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> TrainState:
@@ -90,7 +90,7 @@ def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, 
     mine = {name: tree for name, tree in params.items() if in_tree(name, held(stage))}
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), mine, key=key)
-    layout = state_shardings(state, mesh, config.stages[stage.name].optimizer.get("offload", False))
+    layout = state_shardings(state, mesh, config.stages[stage.name].optimizer.offload)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, layout)
 
 

@@ -48,7 +48,7 @@ class StageRun:
             if position is not None:
                 self.reader.set_state(position)
             self.step = trainer.step(stage, self.optimizer)
-        self.watch = Watch(self.config.get("faults"), watched)
+        self.watch = Watch(self.config.faults, watched)
         tools.faults = self.watch.counts
         self.flops = training_flops(trainer.model.cfg, stage, trainer.shape(stage)).total  # of one step, all devices
         self.number = first + int(self.state.step)  # steps of the whole run that are done

@@ -81,7 +81,7 @@ def test_cudnn_on_rows_that_are_cut(stream):
     def run(q, k, v):
         halves = [
             kernels._on_a_device(q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None,
-                                 kernel="cudnn", temperature=1.0)
+                                 temperature=1.0)
             for half in (slice(0, S // 2), slice(S // 2, S))
         ]  # fmt: skip
         return jnp.concatenate(halves, axis=1)

@@ -156,6 +156,8 @@ def test_moments_in_bfloat16(name):
 def test_moments_that_would_stand_still_are_refused():
     with pytest.raises(ConfigError, match="needs b1 and b2 of at most 0.99"):
         optimizer("adamw", moments="bfloat16", b2=0.999)
+    with pytest.raises(ConfigError, match="adafactor's average stand still; set it to 'float32'"):
+        optimizer("adafactor", moments="bfloat16")
     with pytest.raises(ConfigError, match="optimizer.moments is 'float32' or 'bfloat16', not 'int8'"):
         optimizer("adamw", moments="int8")
 
