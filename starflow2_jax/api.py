@@ -1,6 +1,6 @@
 """A model in a few words: load a checkpoint; generate, stream, chat, edit, denoise, score, rank, invert.
 
-Keyword arguments are fields of `SampleOptions`. Everything here raises UserError for what does not fit the model.
+Keyword arguments are fields of `SampleOptions`; `max_tokens` has room for two images. Everything here raises UserError for what does not fit the model.
 """
 
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from starflow2_jax.data.documents import Document, Image, Said
+from starflow2_jax.data.documents import Document, Image, Said, compose
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling import exact, scoring
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Answer, Event
 from starflow2_jax.sampling.prompts import spoken
+from starflow2_jax.sampling.rows import usual_length
 
 USUAL = dict(temperature=0.0, image_temperature=0.9, guidance=1.0)  # as on the command line
 
@@ -34,11 +35,11 @@ class Model:
         """`num` continuations; the prompt is read once for all."""
         if num < 1:
             raise UserError(f"num is at least 1, not {num}")
-        return self.sampler.generate([self._prompt(prompt)], _options(options), seed, num)
+        return self.sampler.generate([self._prompt(prompt)], self._options(options), seed, num)
 
     def stream(self, prompt: Said, seed: int = 0, every: int = 4, **options) -> Iterator[Event]:
         """The continuation as it comes: words, how far an image is, its pixels, the end; news every so many positions."""
-        options = _options(options)
+        options = self._options(options)
         session = self.sampler.session(options, [seed])
         session.read([self._prompt(prompt)], room=options.max_tokens)
         ids, N = self.sampler.ids, self.sampler.model.cfg.tokens
@@ -48,12 +49,12 @@ class Model:
             yield from answer.read(
                 np.asarray(rows.tokens)[0, :count],
                 bool(rows.done[0]),
-                lambda at, rows=rows: self.sampler.decode(np.asarray(rows.u)[:1, at : at + N])[0],
+                lambda at, rows=rows: self.sampler.decode(np.asarray(rows.u)[:1, at : at + N], options.jacobi != 1)[0],
             )
 
     def chat(self, seed: int = 0, **options) -> Chat:
         """A conversation: `say` something, get its answer."""
-        return Chat(self.sampler, _options(options), seed)
+        return Chat(self.sampler, self._options(options), seed)
 
     def edit(self, image: np.ndarray, instruction: str, seed: int = 0, **options) -> np.ndarray:
         """The image as the instruction wants it: (height, width, C), not clipped.
@@ -61,23 +62,23 @@ class Model:
         `guidance` weighs what the instruction changes; `image_guidance`, where given, what the image does.
         """
         whole = dict(max_tokens=self.sampler.model.cfg.tokens + 1, image_first=True)
-        [answer] = self.sampler.generate([self._prompt([image, instruction])], _options(whole | options), seed)
+        [answer] = self.sampler.generate([self._prompt([image, instruction])], self._options(whole | options), seed)
         edited = next((part for part in answer if isinstance(part, Image)), None)
         if edited is None:
             raise UserError(f"no image was written; it takes max_tokens={whole['max_tokens']}, and image_first")
         return edited.pixels
 
-    def denoise(self, prompt: Said, answer: Document, sigma: float | None = None) -> Document:
+    def denoise(self, prompt: Said, answer: Said, sigma: float | None = None) -> Document:
         """What `generate` wrote after a prompt, the training noise removed from its images by the score.
 
         sigma: the noise's deviation in the images' units; None: as in training.
         """
         sigma = self.sampler.noise if sigma is None else sigma
-        return exact.denoise(self.sampler, [self._prompt(prompt)], [answer], sigma)[0]
+        return exact.denoise(self.sampler, [self._prompt(prompt)], [compose(answer)], sigma)[0]
 
-    def score(self, document: Document) -> list[scoring.Score]:
+    def score(self, document: Said) -> list[scoring.Score]:
         """The exact log-likelihood of each part that counts: Image(generate=True), Text(predict=True)."""
-        return scoring.score(self.sampler, [document])[0]
+        return scoring.score(self.sampler, [compose(document)])[0]
 
     def rank(self, image: np.ndarray, captions: list[str], by: str = "image") -> list[tuple[str, float]]:
         """Captions and nats, best first: by "image", log p(image | caption) - log p(image); by "text", log p(caption | image)."""
@@ -94,9 +95,9 @@ class Model:
     def _prompt(self, said: Said) -> Document:
         return spoken(self.sampler.tokenizer, said)
 
-
-def _options(given: dict) -> SampleOptions:
-    known = [field.name for field in fields(SampleOptions)]
-    if unknown := [name for name in given if name not in known]:
-        raise UserError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
-    return SampleOptions(**USUAL | given)
+    def _options(self, given: dict) -> SampleOptions:
+        known = [field.name for field in fields(SampleOptions)]
+        if unknown := [name for name in given if name not in known]:
+            raise UserError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
+        usual = USUAL | {"max_tokens": usual_length(self.sampler.model.cfg.tokens)}
+        return SampleOptions(**usual | given)

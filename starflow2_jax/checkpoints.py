@@ -338,11 +338,7 @@ class CheckpointDirectory:
 
 def abstract(tree, mesh: jax.sharding.Mesh):
     """Shapes with the shardings of sharding.PARAMETER_RULES."""
-    return jax.tree.map(
-        lambda s, sharded: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharded),
-        tree,
-        sharding.tree_shardings(tree, mesh),
-    )
+    return sharding.placed(tree, sharding.tree_shardings(tree, mesh))
 
 
 def _restore_all(checkpointer: ocp.StandardCheckpointer, item: Path, mesh: jax.sharding.Mesh):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from starflow2_jax.data.pipeline import Shape
 from starflow2_jax.models.layers import TransformerConfig
+from starflow2_jax.models.likelihood import CHUNK
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.stages import Stage
@@ -56,7 +57,7 @@ class _Term:
     needed: float = 1.0  # the share of `forward` that the mathematics needs
 
 
-def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int = 256) -> Flops:
+def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int = CHUNK) -> Flops:
     """FLOP of one training step over a batch of `shape`; `text_chunk`: positions of a row that the text head takes at once.
 
     What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.

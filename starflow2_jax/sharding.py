@@ -127,6 +127,13 @@ def tree_shardings(tree, mesh: Mesh, memory: str | None = None):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def placed(tree, layout):
+    """The shapes and types of a tree, to lie as `layout`, a sharding or a tree of them, says."""
+    if isinstance(layout, NamedSharding):
+        layout = jax.tree.map(lambda _: layout, tree)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, layout)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -74,6 +74,7 @@ def test_a_conversation_goes_on(model):
 
 def test_exact_things(model):
     document = [Text("draw"), Image(PICTURE, generate=True)]
+    assert model.score(["draw", document[1]])[0].nats == model.score(document)[0].nats
     assert model.score(document)[0].nats == scoring.score(model.sampler, [document])[0][0].nats
     captions = ["an eight", "a two"]
     assert model.rank(PICTURE, captions) == scoring.rank(model.sampler, PICTURE, captions)

@@ -128,12 +128,28 @@ def test_a_refused_prompt_loses_nothing_of_what_was_there(checkpoint, tmp_path, 
     assert {path.name: path.read_text() for path in Path("samples").iterdir()} == before
 
 
+def test_a_document_that_does_not_fit_is_named_and_an_image_cut_off_is_told(
+    checkpoint, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ask.jsonl").write_text("".join(f'[{{"text": "{"draw " * n}"}}]\n' for n in (1, 1, 1, 300)))
+    command = ["sample", "--checkpoint", str(checkpoint), "--image-first"]
+    assert cli.main([*command, "--documents", "ask.jsonl", "--batch", "2", "--max-tokens", "3"]) == 2
+    assert "ask.jsonl, document 3: a prompt of" in capsys.readouterr().err
+    assert "2 of 2 answers end within an image: max_tokens is 3, an image takes 18" in caplog.text
+    assert len((tmp_path / "samples/samples.jsonl").read_text().splitlines()) == 2
+    caplog.clear()
+    assert cli.main([*command, "--prompt", "draw", "--max-images", "1", "--out", "one"]) == 0
+    [[image, *_]] = json.loads((tmp_path / "one/samples.json").read_text())
+    assert "image" in image and not caplog.text  # there is room for it where nothing is said
+
+
 def test_every_option_of_sampling_arrives(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(sampling, "restore", lambda args: seen.append(sampling._options(args)) or sys.exit())
     options = {
         "guidance": 2.0, "image-guidance": 1.5, "temperature": 0.7, "text-temperature": 0.3, "top-k": 5, "top-p": 0.8,
-        "max-tokens": 33, "max-images": 2, "jacobi": 4,
+        "max-tokens": 33, "max-images": 2, "jacobi": 4, "tolerance": 0.25,
     }  # fmt: skip
     given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     flags = ["--linear", "--annealed", "--image-first", "--stop", "a", "--stop", "b"]
@@ -142,7 +158,7 @@ def test_every_option_of_sampling_arrives(tmp_path, monkeypatch):
     assert seen == [
         SampleOptions(
             temperature=0.3, image_temperature=0.7, guidance=2.0, max_tokens=33, image_first=True, top_k=5, top_p=0.8,
-            image_guidance=1.5, linear=True, annealed=True, max_images=2, stop=("a", "b"), jacobi=4,
+            image_guidance=1.5, linear=True, annealed=True, max_images=2, stop=("a", "b"), jacobi=4, tolerance=0.25,
         )
     ]  # fmt: skip
 

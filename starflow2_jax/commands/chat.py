@@ -1,9 +1,11 @@
 """`starflow2 chat`: a conversation in the terminal."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from starflow2_jax.commands.model import add_model, restore
-from starflow2_jax.data.documents import Document, DocumentError, Image, Text, read_image, write_image
+from starflow2_jax.data.documents import Document, Image, Text, read_image, write_image
 from starflow2_jax.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
@@ -16,26 +18,30 @@ def add(commands) -> None:
     p.add_argument("--temperature", type=float, default=0.0, help="of text; 0: the most likely token")
     p.add_argument("--image-temperature", type=float, default=0.9)
     p.add_argument("--guidance", type=float, default=1.0, help="of images; 0: none")
-    p.add_argument("--max-tokens", type=int, default=128, help="positions of an answer, image tokens included")
+    p.add_argument("--max-tokens", type=int, help="of an answer, image tokens included (default: two images' worth)")
+    p.add_argument(
+        "--images", choices=("flow", "vit"), default="flow", help='how your images are seen; "vit": to understand only'
+    )
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=run)
 
 
 def run(args, _) -> None:
     from starflow2_jax.sampling.chat import Chat
-    from starflow2_jax.sampling.engine import SampleOptions
+    from starflow2_jax.sampling.rows import SampleOptions, usual_length
 
-    if args.max_tokens < 1 or min(args.temperature, args.image_temperature, args.guidance) < 0:
-        raise DocumentError("--max-tokens is at least 1, --guidance and temperatures at least 0")
+    length = 1 if args.max_tokens is None else args.max_tokens
+    options = SampleOptions(args.temperature, args.image_temperature, args.guidance, length)
     sampler = restore(args)
-    options = SampleOptions(args.temperature, args.image_temperature, args.guidance, args.max_tokens)
-    converse(Chat(sampler, options, args.seed), Path(args.out))
+    if args.max_tokens is None:
+        options = replace(options, max_tokens=usual_length(sampler.model.cfg.tokens))
+    converse(Chat(sampler, options, args.seed), Path(args.out), args.images)
 
 
-def converse(chat, out: Path) -> None:
-    """Line by line until /quit, the end of the input, or Ctrl-C."""
-    print("Say something; an image is /image PATH or a path to one; /quit ends it.")
-    number = 0
+def converse(chat, out: Path, via: str = "flow") -> None:
+    """Line by line until /quit, the end of the input, or Ctrl-C. `via`: how the user's images are seen."""
+    print("Say something; an image is /image PATH or a path to one, in quotes where it has spaces; /quit ends it.")
+    number = 1 + max((int(file.stem) for file in out.glob("*") if file.stem.isdigit()), default=-1)
     while True:
         try:
             line = input("> ").strip()
@@ -47,7 +53,7 @@ def converse(chat, out: Path) -> None:
         if not line:
             continue
         try:
-            for part in chat.say(parse(line, chat.sampler.codec.image_channels)):
+            for part in chat.say(parse(line, chat.sampler.codec.image_channels, via)):
                 if isinstance(part, Text):
                     print(part.text.strip())
                 else:
@@ -61,17 +67,18 @@ def converse(chat, out: Path) -> None:
             return
 
 
-def parse(line: str, channels: int) -> Document:
-    """A line -> a document: words, and images as /image PATH or as words that are paths of images. Raises DocumentError."""
+def parse(line: str, channels: int, via: str = "flow") -> Document:
+    """A line -> a document: words, and images as /image PATH or as words that are paths of images, with spaces in double
+    quotes. Raises DocumentError."""
     parts: Document = []
     words: list[str] = []
-    given = iter(line.split(" "))
+    given = iter(re.split(r' (?=(?:[^"]*"[^"]*")*[^"]*$)', line))  # at spaces outside of quotes
     for word in given:
-        path = next(given, "") if word == "/image" else word
+        path = (next(given, "") if word == "/image" else word).strip('"')
         if word == "/image" or (path.lower().endswith(SUFFIXES) and Path(path).is_file()):
             parts += [Text(" ".join(words))] if any(words) else []
             words.clear()
-            parts.append(Image(read_image(path, channels)))
+            parts.append(Image(read_image(path, channels), via=via))
         else:
             words.append(word)
     return parts + ([Text(" ".join(words))] if any(words) else [])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,11 +39,16 @@ def _add_sample(commands) -> None:
     p.add_argument("--text-temperature", type=float, default=0.0, help="0: the most likely token")
     p.add_argument("--top-k", type=int, default=0, help="draw text from the k most likely tokens; 0: from all")
     p.add_argument("--top-p", type=float, default=1.0, help="draw text from the fewest tokens of this probability")
-    p.add_argument("--max-tokens", type=int, default=128, help="positions to write, image tokens included")
+    p.add_argument(
+        "--max-tokens", type=int, help="positions to write, image tokens included (default: two images' worth)"
+    )
     p.add_argument("--max-images", type=int, help="of an answer; 0: text only")
     p.add_argument("--image-first", action="store_true", help="begin the answer with an image")
     p.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be given several times")
     p.add_argument("--jacobi", type=int, default=0, help="image tokens solved for at once; 0: as calibrated, else 1")
+    p.add_argument(
+        "--tolerance", type=float, default=1e-3, help="of --jacobi above 1: mean squared change over mean square"
+    )
     p.add_argument("--denoise", action="store_true", help="remove the training noise from the images, by the score")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples")
@@ -51,10 +56,13 @@ def _add_sample(commands) -> None:
 
 
 def _sample(args, _) -> None:
-    from starflow2_jax.data.documents import JsonlDocuments, Text, read_document
+    from starflow2_jax.data.documents import DocumentError, JsonlDocuments, Text, read_document
+    from starflow2_jax.sampling.rows import usual_length
 
     options = _options(args)
     sampler, out = restore(args), Path(args.out)
+    if args.max_tokens is None:
+        options = replace(options, max_tokens=usual_length(sampler.model.cfg.tokens))
     channels = sampler.codec.image_channels
     if args.documents:
         prompts = JsonlDocuments(args.documents, channels)
@@ -67,7 +75,12 @@ def _sample(args, _) -> None:
         for start in range(done, len(prompts), args.batch):
             several = [_prompt(args, sampler, prompts, i) for i in range(start, min(start + args.batch, len(prompts)))]
             first = args.seed + start * args.num
-            answers = _answers(args, sampler, several, options, first, rows)
+            try:
+                answers = _answers(args, sampler, several, options, first, rows)
+            except DocumentError as error:
+                if not args.documents or error.index is None:
+                    raise
+                raise DocumentError(f"{args.documents}, document {start + error.index}: {error}") from None
             with lines.open("a" if start else "w") as file:
                 for i, answer in enumerate(answers):
                     parts = _write_parts(answer, out, f"{start * args.num + i:03d}")
@@ -149,12 +162,13 @@ def _options(args):
     from starflow2_jax.sampling.rows import SampleOptions
 
     least = dict(num=1, batch=1, max_tokens=1, jacobi=0, guidance=0, image_guidance=0, temperature=0, text_temperature=0,
-                 top_k=0, top_p=0, max_images=0)  # fmt: skip
+                 top_k=0, top_p=0, max_images=0, tolerance=0)  # fmt: skip
     if wrong := [n for n, low in least.items() if getattr(args, n) is not None and not getattr(args, n) >= low]:
         raise UserError(f"--{wrong[0].replace('_', '-')} is at least {least[wrong[0]]}")
     return SampleOptions(
-        args.text_temperature, args.temperature, args.guidance, args.max_tokens, args.image_first, args.top_k, args.top_p,
-        args.image_guidance, args.linear, args.annealed, args.max_images, tuple(args.stop), args.jacobi,
+        args.text_temperature, args.temperature, args.guidance, args.max_tokens or 1, args.image_first, args.top_k,
+        args.top_p, args.image_guidance, args.linear, args.annealed, args.max_images, tuple(args.stop), args.jacobi,
+        args.tolerance,
     )  # fmt: skip
 
 

@@ -30,7 +30,12 @@ Said = str | np.ndarray | list[str | np.ndarray | Text | Image]
 
 
 class DocumentError(UserError):
-    """A document that cannot be read or does not fit; the message is one sentence for its author."""
+    """A document that cannot be read or does not fit; the message is one sentence for its author. `index`: which of
+    several it is, where that is known."""
+
+    def __init__(self, message: str, index: int | None = None):
+        super().__init__(message)
+        self.index = index
 
 
 def compose(said: Said) -> Document:
@@ -182,13 +187,14 @@ def without_caption(document: Document) -> Document:
     Guidance compares with images that no words led to. Where words or other images are predicted too, they need the text.
     """
     *before, last = document
-    if not (isinstance(last, Image) and last.generate) or any(_predicted(part) for part in before):
+    if not (isinstance(last, Image) and last.generate) or any(counts(part) for part in before):
         return document
     first = next(i for i, part in enumerate(document) if isinstance(part, Image))
     return document[first:]
 
 
-def _predicted(part: Text | Image) -> bool:
+def counts(part: Text | Image) -> bool:
+    """As a prediction, in training and in scores."""
     return part.generate if isinstance(part, Image) else part.predict
 
 

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from starflow2_jax import sequence
-from starflow2_jax.data.documents import Document, DocumentError, Image
+from starflow2_jax.data.documents import Document, DocumentError, Image, counts
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models import qwen_vision
 from starflow2_jax.sequence import Sequence, VisionInput
@@ -42,7 +42,7 @@ class Encoder:
         predicted = False
         for i, part in enumerate(document):
             before = len(runs)
-            predicted = part.generate if isinstance(part, Image) else part.predict
+            predicted = counts(part)
             if isinstance(part, Image):
                 runs += self._image(part, images, seen)
             else:

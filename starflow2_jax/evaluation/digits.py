@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from starflow2_jax.data import digits
-from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.documents import Document, Image, Text, counts
 from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training.losses import image_nll
@@ -62,7 +62,7 @@ def words_of(document: Document) -> list[str]:
 
 def split_answer(document: Document) -> tuple[Document, Document]:
     """A training document -> its prompt and its answer: what comes from the first part to be predicted on."""
-    first = next(i for i, p in enumerate(document) if (p.generate if isinstance(p, Image) else p.predict))
+    first = next(i for i, part in enumerate(document) if counts(part))
     return document[:first], document[first:]
 
 

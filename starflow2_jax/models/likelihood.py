@@ -8,6 +8,8 @@ from starflow2_jax.models.pretzel import Output
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.sharding import axis_size, constrain
 
+CHUNK = 256  # positions of a row whose logits exist at once
+
 
 def image_noise(output: Output, sequence: Sequence) -> tuple[jax.Array, jax.Array]:
     """The images' noise z and the elementwise log-determinant of the map latents -> z, both (B, M, N, D) fp32.

@@ -20,7 +20,7 @@ from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
 from starflow2_jax.planning.chips import Topology
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
-from starflow2_jax.sampling.engine import bucket, in_type, weights_in_type
+from starflow2_jax.sampling.engine import in_type, weights_in_type
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import program
 from starflow2_jax.training.optimizer import make_optimizer
@@ -104,7 +104,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    B, slots = rows + -rows % sharding.spread(mesh), bucket(slots)
+    B, slots = rows + -rows % sharding.spread(mesh), row.bucket(slots)
     branches = ("bare",)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -130,11 +130,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
 
 
 def _on_rows(tree, mesh):
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        tree,
-        sharding.row_shardings(tree, mesh),
-    )
+    return sharding.placed(tree, sharding.row_shardings(tree, mesh))
 
 
 def _compile(function, devices: list, *arguments) -> jax.stages.Compiled:

@@ -13,7 +13,7 @@ from starflow2_jax.planning.chips import Topology
 from starflow2_jax.planning.compiling import DoesNotFit, Program
 from starflow2_jax.planning.costs import ROOFLINE, Analysis, Costs
 from starflow2_jax.planning.hlo import Module
-from starflow2_jax.sampling.engine import bucket
+from starflow2_jax.sampling.rows import bucket
 from starflow2_jax.stages import Stage
 from starflow2_jax.training.program import batch_shape
 

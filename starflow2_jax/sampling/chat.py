@@ -49,8 +49,8 @@ class Chat:
         told, known = tokenizers.flat(tokenizers.chat(self.sampler.tokenizer, before) + answer)
         if not text.startswith(told) or any(a is not b for a, b in zip(known, images, strict=False)):
             raise DocumentError(
-                "this tokenizer's chat template changes earlier turns when another one comes, so they cannot be kept; "
-                "give the whole conversation to `starflow2 sample --chat`"
+                "this tokenizer's chat template changes earlier turns when another one comes, so they cannot be kept; begin "
+                "a new conversation"
             )
         text = text.removeprefix(told)
         if int(self.session.rows.token[0]) == self.sampler.ids.end:  # the model has closed its answer itself

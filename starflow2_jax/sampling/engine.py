@@ -19,21 +19,11 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, init_params, split
-from starflow2_jax.sampling.rows import SampleOptions, bucket, power
+from starflow2_jax.sampling.rows import SampleOptions, power
 from starflow2_jax.sampling.session import Session
 from starflow2_jax.stages import STAGES
 
-__all__ = [
-    "AS_TRAINED",
-    "DTYPES",
-    "SampleOptions",
-    "Sampler",
-    "Session",
-    "bucket",
-    "in_type",
-    "power",
-    "weights_in_type",
-]
+__all__ = ["AS_TRAINED", "DTYPES", "SampleOptions", "Sampler", "Session", "in_type", "weights_in_type"]
 DTYPES = ("float32", "bfloat16")
 AS_TRAINED = SampleOptions()
 log = logging.getLogger(__name__)
@@ -125,18 +115,20 @@ class Sampler:
             return []
         seeds = [seed + i for i in range(len(prompts) * samples)]
         session = self.session(options, seeds[::samples], rows)
-        session.read(prompts, room=session.longest)
+        session.read(prompts, room=session.to_write)
         if samples > 1:
             session = session.fork(np.repeat(np.arange(len(prompts)), samples), seeds, rows * samples)
         return session.write()
 
-    def decode(self, u: jax.Array | np.ndarray) -> np.ndarray:
-        """u (n, N, D) -> pixels (n, height, width, C), not clipped."""
+    def decode(self, u: jax.Array | np.ndarray, calibrated: bool = True) -> np.ndarray:
+        """u (n, N, D) -> pixels (n, height, width, C), not clipped. `calibrated`: by the schedule that the checkpoint was
+        calibrated to, if it was; else token by token."""
         u = np.asarray(u)
         count, (h, w) = len(u), self.model.cfg.grid
         u = np.concatenate([u, np.zeros((power(count) - count, *u.shape[1:]), u.dtype)])  # few numbers are compiled
-        self.uses(("decode", self.schedule, u.shape), f"the decoding of {len(u)} images")
-        latents = np.asarray(self.run(_decode, self.model, self.schedule, self.params, self.place(u)))[:count]
+        schedule = self.schedule if calibrated else None
+        self.uses(("decode", schedule, u.shape), f"the decoding of {len(u)} images")
+        latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))[:count]
         return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
 
     def run(self, compiled, *arguments):

@@ -229,6 +229,11 @@ def with_room(rows: Rows, slots: int) -> Rows:
     return rows.replace(caches=constrain_rows(jax.tree.map(grow, rows.caches)))
 
 
+def usual_length(image: int) -> int:
+    """Positions of an answer where nothing else is said, for a model whose images have `image` tokens: room for two."""
+    return max(128, 2 * (image + 2))
+
+
 def bucket(length: int) -> int:
     """BUCKET times the least power of two that holds `length`."""
     return BUCKET * power(-(-length // BUCKET))

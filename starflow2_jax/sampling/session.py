@@ -4,6 +4,7 @@ Its rows step together, each in its own mode (writing text, writing an image, do
 <|vision_start|> comes and returns to text after the image's last token.
 """
 
+import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ from starflow2_jax.sampling.steps import Program
 
 if TYPE_CHECKING:
     from starflow2_jax.sampling.engine import Sampler
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -60,28 +63,32 @@ class Session:
         return Program(sampler.model, sampler.ids, sampler.skips, one.branches, filtered, chunk, solver.tolerance)
 
     @property
-    def longest(self) -> int:
-        """Positions that any row may yet write."""
-        return max(o.max_tokens for o in self.options)
+    def to_write(self) -> np.ndarray:
+        """(rows,): positions that each may write in a turn, those that only fill up the mesh included."""
+        return np.array([o.max_tokens for o in self.options])
 
     @property
     def computed(self) -> np.ndarray:
         """(rows,): positions that were ever run for each row, in either stream; its branches for guidance not counted."""
         return np.asarray(self.program.first(self.rows.computed))[: self.size]
 
-    def read(self, documents: list[Document | None], room: int = 0) -> None:
-        """Read on, a document a row (None or empty: nothing). `room`: positions to keep free behind it.
+    def read(self, documents: list[Document | None], room: int | np.ndarray = 0) -> None:
+        """Read on, a document a row (None or empty: nothing). `room`: positions to keep free behind it, of all rows or each.
 
         An image that `max_tokens` cut off is taken back first from a row that reads on, for nobody has seen it; one that
         lacks only its end gets it. Raises DocumentError for a document that does not fit the model; then all is as before.
         """
         documents = [d or [] for d in documents] + [[]] * (len(self.options) - self.size)
-        for document in documents:
-            require_no_image_tokens(document)
-        encoded = [self.encode(d, i) for i, d in enumerate(documents)]
+        encoded = []
+        for i, document in enumerate(documents):
+            try:
+                require_no_image_tokens(document)
+                encoded.append(self.encode(document, i))
+            except DocumentError as error:
+                raise DocumentError(str(error), i) from None
         lengths = np.array([len(own["tokens"]) for own, *_ in encoded])
         cut = np.where(lengths > 0, self._open(), 0)
-        self._make_room(lengths.max(), room, cut)
+        self._make_room(lengths, room, cut)
         self._take_back(cut)
         for lane, features in enumerate(zip(*encoded, strict=True)):
             if any(len(f["tokens"]) for f in features):
@@ -130,6 +137,11 @@ class Session:
         """
         for _ in self.stream(options, every=None):
             pass
+        if cut := int((self._open()[: self.size] > 0).sum()):
+            most, image = self.to_write.max(), self.sampler.model.cfg.tokens + 2
+            log.warning(
+                "%d of %d answers end within an image: max_tokens is %d, an image takes %d", cut, self.size, most, image
+            )
         return self.written()
 
     def stream(self, options: SampleOptions | None = None, every: int | None = 8) -> Iterator[np.ndarray]:
@@ -139,9 +151,9 @@ class Session:
 
     def go_on(self, every: int | None = 8) -> Iterator[np.ndarray]:
         """The rest of this turn."""
-        stop = self.options[0].stop
+        stop, longest = self.options[0].stop, int(self.to_write.max())
         while not np.asarray(self.rows.done)[: self.size].all():
-            self.rows = self._call(steps.write, self.rows, jnp.int32(1 if stop else (every or self.longest)))
+            self.rows = self._call(steps.write, self.rows, jnp.int32(1 if stop else (every or longest)))
             if stop:
                 self._stop(stop)
             yield np.asarray(self.rows.count)[: self.size]
@@ -162,10 +174,10 @@ class Session:
         within = self._open()
         if any(o.max_images == 0 for o, open in zip(self.options, within, strict=True) if open):
             raise DocumentError("an image is not finished, but max_images is 0; allow one, or read on, which drops it")
-        self._make_room(0, self.longest)
+        self._make_room(np.zeros(len(within), int), self.to_write)
         begun, idle = np.maximum(within - 1, 0).astype(np.int32), np.arange(len(within)) >= self.size
         controls = Controls.of(self.options, self.program.branches, within > 0)
-        room = bucket(self.longest + begun.max())
+        room = bucket(self.to_write.max() + begun.max())
         fresh = self.sampler.run(row.new_turn, self.rows, controls, room, begun, idle)
         self.rows = self.rows.replace(**fresh)
 
@@ -196,7 +208,8 @@ class Session:
         images: list[dict[int, np.ndarray]] = [{} for _ in tokens]
         if places:
             at, columns = np.array(places).T
-            pixels = self.sampler.decode(u[at[:, None], columns[:, None] + np.arange(N)])
+            found = u[at[:, None], columns[:, None] + np.arange(N)]
+            pixels = self.sampler.decode(found, calibrated=self.options[0].jacobi != 1)
             for (i, c), image in zip(places, pixels, strict=True):
                 images[i][c] = image
         return [self._document(r, found) for r, found in zip(tokens, images, strict=True)]
@@ -219,17 +232,20 @@ class Session:
         flush()
         return _before(parts, self.options[0].stop)
 
-    def _make_room(self, reading: int, writing: int, less: np.ndarray | int = 0) -> None:
-        """Caches for `reading` more positions and `writing` behind them, `less` (rows,) of those there being dropped before.
-        Raises DocumentError where they are too many."""
-        lengths = np.asarray(self.program.first(self.rows.caches.length))  # no branch has read more
-        used, most = int((lengths - less).max()), self.sampler.max_positions
-        if used + reading + writing > most:
+    def _make_room(self, reading: np.ndarray, writing: int | np.ndarray, less: np.ndarray | int = 0) -> None:
+        """Caches for `reading` (rows,) more positions and `writing` behind them, `less` (rows,) of those there being dropped
+        before. Raises DocumentError where a row's are too many."""
+        begin = np.asarray(self.program.first(self.rows.caches.length)) - less  # no branch has read more
+        end, most = begin + reading + writing, self.sampler.max_positions
+        longest = int(np.argmax(end))
+        if end[longest] > most:
+            prompt = int((begin + reading)[longest])
             raise DocumentError(
-                f"a prompt of {used + reading} positions and {writing} to generate exceed the {most} that the model was "
-                "made for; shorten the prompt or generate less"
-            )
-        slots = bucket(used + max(bucket(reading), reading + writing + self.program.jacobi))
+                f"a prompt of {prompt} positions and {end[longest] - prompt} to generate exceed the {most} that the model was "
+                "made for; shorten the prompt or generate less", longest,
+            )  # fmt: skip
+        # Each read fills up to a bucket behind every row, each step up to `jacobi` positions.
+        slots = bucket(max(begin.max() + bucket(reading.max()), end.max() + self.program.jacobi))
         if slots > self.rows.caches.slots:
             self.rows = self.sampler.run(row.with_room, self.rows, slots)
 

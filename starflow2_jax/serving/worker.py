@@ -271,7 +271,7 @@ class Worker(threading.Thread):
 
     def _pixels(self, index: int, at: int) -> np.ndarray:
         u = np.asarray(self.batch.u)[index, at : at + self.sampler.model.cfg.tokens]
-        return self.sampler.decode(u[None])[0]
+        return self.sampler.decode(u[None], calibrated=self.widest.jacobi != 1)[0]
 
     def _free(self, indices: list[int]) -> None:
         for i in indices:

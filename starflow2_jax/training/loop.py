@@ -222,12 +222,8 @@ class Trainer:
         if meta is None or meta["stage"] != stage.name:
             return jax.jit(make, out_shardings=layout)(params), frozen, None
         wanted = {"ema": state_shapes.ema, "optimizer": state_shapes.optimizer}
-        placed = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            wanted,
-            {"ema": layout.ema, "optimizer": layout.optimizer},
-        )
-        rest = self.checkpoints.restore(latest, placed)
+        places = {"ema": layout.ema, "optimizer": layout.optimizer}
+        rest = self.checkpoints.restore(latest, sharding.placed(wanted, places))
         wrap = jax.jit(jax.random.wrap_key_data, out_shardings=sharding.replicated(self.mesh))
         key = wrap(np.array(meta["key"], np.uint32))
         return (

@@ -91,7 +91,7 @@ def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, 
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), mine, key=key)
     layout = state_shardings(state, mesh, config.stages[stage.name].optimizer.offload)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, layout)
+    return sharding.placed(state, layout)
 
 
 def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> tuple:
@@ -103,10 +103,7 @@ def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimiz
     rest = {name: tree for name, tree in params.items() if not in_tree(name, held(stage))}
     if "pretrain" not in config.order:
         rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), rest)
-    rows = sharding.batch_sharding(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), empty_batch(model.cfg, batch_shape(config, stage))
-    )  # fmt: skip
+    batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
     return abstract_state(config, model, stage, optimizer, mesh), abstract(rest, mesh), batch
 
 

@@ -9,6 +9,7 @@ from flax import struct
 
 from starflow2_jax import sharding
 from starflow2_jax.config import ConfigError
+from starflow2_jax.models.likelihood import CHUNK
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
@@ -103,7 +104,7 @@ def make_step(
     text_weight: float,
     accumulate: int = 1,
     ema_decay: float = 0.999,
-    text_chunk: int = 256,
+    text_chunk: int = CHUNK,
     vlm_length: int = 0,
     latent_penalty: float = 0.0,
 ) -> Callable[[TrainState, dict, Sequence], tuple[TrainState, dict[str, jax.Array]]]:

@@ -65,14 +65,14 @@ def test_rows_of_one_document(kernel):
     compare(lambda q, k, v: attend_packed(q, k, v, None, kernel), arrays, np.zeros_like(segments), 1e-5)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("stream", STREAMS)
 def test_cudnn_on_packed_rows(stream):
     arrays, segments = inputs(stream, dtype=jnp.bfloat16)
     compare(lambda q, k, v: attend_packed(q, k, v, segments, "cudnn"), arrays, segments, 2e-2)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("stream", STREAMS)
 def test_cudnn_on_rows_that_are_cut(stream):
     """Each half of the queries by itself, as a device of a mesh with two on the sequence axis has them."""

@@ -154,8 +154,3 @@ def test_without_the_compiler_it_says_so(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
     assert cli.main(["plan", "--config", str(EXPERIMENT), "--topology", "v5p:4x4x4"]) == 2
     assert "pip install 'starflow2_jax[tpu]'" in capsys.readouterr().err
-
-
-def test_unknown_stage():
-    with pytest.raises(UserError, match="there is no stage '4'"):
-        find_stage(configs.load(EXPERIMENT), "4")

@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,10 @@ def test_terminal(tmp_path, monkeypatch, capsys):
     a = str(tmp_path / "a.png")
     assert [type(p) for p in parse(f"add {a} and /image {a}", 1)] == [Text, Image, Text, Image]
     assert parse("draw a.png", 1) == [Text("draw a.png")]
+    (spaced := tmp_path / "a scan.png").write_bytes(Path(a).read_bytes())
+    for line in (f'say "it is" /image "{spaced}" read it', f'say "it is" "{spaced}" read it'):
+        before, image, after = parse(line, 1, "vit")
+        assert (before.text, image.via, after.text) == ('say "it is"', "vit", "read it")
     lines = iter(["", "/image missing.png", f"{a} mirror it", KeyboardInterrupt])
 
     def given(prompt):
@@ -137,4 +142,8 @@ def test_terminal(tmp_path, monkeypatch, capsys):
     converse(Chat(sampler(), SampleOptions(max_tokens=N + 2, image_first=True)), tmp_path / "out")
     shown = capsys.readouterr().out
     assert "! the image missing.png does not exist" in shown and f"[{tmp_path / 'out' / '000.png'}]" in shown
-    assert (tmp_path / "out" / "000.png").is_file()
+    before = (tmp_path / "out" / "000.png").read_bytes()
+    lines = iter(["draw", KeyboardInterrupt])
+    converse(Chat(sampler(), SampleOptions(max_tokens=N + 2, image_first=True), seed=1), tmp_path / "out")
+    assert f"[{tmp_path / 'out' / '001.png'}]" in capsys.readouterr().out  # another conversation's images stay
+    assert (tmp_path / "out" / "000.png").read_bytes() == before

@@ -267,6 +267,22 @@ def test_limits_of_a_row(sampler):
     assert cut[0].text == answer[0].text[: answer[0].text.index(at)]
 
 
+def test_each_row_has_room_for_its_own(sampler):
+    """A long prompt with a short answer beside a short one with a long answer, read in two goes: as each is alone."""
+    small = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=64)
+    prompts = [[Text("draw " * 25)], [Text("draw")]]
+    options = [SampleOptions(temperature=0, max_tokens=n, max_images=0) for n in (8, 60)]
+    assert len(sampler.encoder(prompts[0], closed=False)["tokens"]) + 60 > 64
+    session = small.session(options, [0, 1])
+    session.read([prompts[0], None])
+    session.read([None, prompts[1]], room=session.to_write)
+    for row, answer in enumerate(session.write()):
+        assert answer == small.generate(prompts[row : row + 1], options[row])[0]
+    with pytest.raises(DocumentError, match="and 64 to generate exceed the 64") as refused:
+        small.generate(prompts, [options[0], replace(options[1], max_tokens=64)])
+    assert refused.value.index == 1
+
+
 def test_streaming_comes_to_the_same(sampler):
     options = SampleOptions(guidance=1.0, max_tokens=N + 6, image_first=True)
     session = sampler.session(options, [1])

@@ -354,6 +354,17 @@ def test_a_damaged_inversion_json(content, saying, tmp_path):
     assert CheckpointDirectory(tmp_path).inversion(2) == 2 * (Jacobi(2, 0.1, "zeros"),)
 
 
+def test_jacobi_1_is_token_by_token_in_both_flows():
+    """However roughly the checkpoint was calibrated."""
+    exact, rough = (Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC) for _ in range(2))
+    rough.schedule, rough.deep = (Jacobi(tiny.CONFIG.tokens, 1e9),) * 2, Jacobi(tiny.CONFIG.tokens, 1e9)
+    options = SampleOptions(max_tokens=tiny.CONFIG.tokens + 2, image_first=True, jacobi=1)
+    images = [s.generate([[Text("draw")]], replace(options, jacobi=j))[0][0].pixels
+              for s, j in ((exact, 1), (rough, 1), (rough, 0))]  # fmt: skip
+    np.testing.assert_array_equal(images[0], images[1])
+    assert np.abs(images[0] - images[2]).max() > 1e-2
+
+
 def test_bad_arguments(capsys):
     for wrong in (["--batch", "0"], ["--tolerance", "-1"], ["--tolerance", "nan"], []):
         assert cli.main(["calibrate", "--checkpoint", "missing", *wrong]) == 2
