@@ -2,9 +2,11 @@
 
     python docs/benchmarks/sampling.py --checkpoint quickstart/checkpoint --images 1 8 64      # a trained model
     python docs/benchmarks/sampling.py --mid --images 1 8                                      # a random one of width 512
+    python docs/benchmarks/sampling.py --mid --images 1 8 64 --jacobi 1 8 64 --device cuda     # both sides on a GPU
 
 The PyTorch side is what one writes first: both streams token by token through a key/value cache, then each block of the
 shallow flow likewise. Both sides draw with the same noise, so that their images can be compared; they take turns, medians.
+`--device` is where PyTorch runs; ours runs on JAX's default device. On a GPU fp32 products are TF32 on both sides, JAX's default.
 """
 
 import argparse
@@ -202,17 +204,22 @@ def main() -> None:
         "--jacobi", type=int, nargs="+", default=[1, 4, 8], help="tokens solved at once; 1: one after another"
     )
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--device", default="cpu", help="of PyTorch: cpu or cuda")
     a = p.parse_args()
+    torch.set_default_device(a.device)  # of every tensor that is made from here on
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     sampler = mid_size() if a.mid else Sampler.restore(a.checkpoint)
     reference = Reference(sampler)
     text = sampler.encoder([Text("draw a seven")], closed=False)["tokens"].tolist()
     h, w = sampler.model.cfg.grid
-    print(jax.devices()[0].device_kind, len(jax.devices()), "devices, jax", jax.__version__, "torch", torch.__version__)
+    print(jax.devices()[0].device_kind, len(jax.devices()), "devices, jax", jax.__version__)
+    print("torch", torch.__version__, "on", a.device)
     for count in a.images:
         tokens, noise = np.array([[*text, sampler.ids.vision_start]] * count), noise_of(sampler, count)
 
         def theirs(tokens=tokens, noise=noise):
-            latents = reference.generate(tokens, noise).numpy().reshape(len(tokens), h, w, -1)
+            latents = reference.generate(tokens, noise).cpu().numpy()  # waits for the device
+            latents = latents.reshape(len(tokens), h, w, -1)
             return np.asarray(sampler.codec.decode(latents))
 
         runs = {"reference": theirs} | {

@@ -28,24 +28,25 @@ def conversation(sampler: Sampler, images: int) -> tuple[Session, list]:
     draw = SampleOptions(0, 0.9, max_tokens=sampler.model.cfg.tokens + 1, image_first=True, max_images=1)
     session, told = sampler.session(draw, [0]), []
     for _ in range(images):
-        asked = ([Text("<|vision_end|>")] if told else []) + ASKED
-        session.read([asked], room=draw.max_tokens)
+        session.read([ASKED], room=draw.max_tokens)
         [[image]] = session.write(draw)
         told += [*ASKED, Image(image.pixels)]
     return session, told
 
 
-def reuse(session: Session) -> None:
-    """On a fork, so that it can be asked again."""
+def reuse(session: Session) -> Session:
+    """The question and its answer, on a fork, so that it can be asked again."""
     turn = session.fork([0], [0])
-    turn.read([[Text("<|vision_end|>"), *QUESTION]], room=1)
+    turn.read([QUESTION], room=1)
     turn.write(ONE_TOKEN)
+    return turn
 
 
-def reencode(sampler: Sampler, told: list) -> None:
+def reencode(sampler: Sampler, told: list) -> Session:
     turn = sampler.session(ONE_TOKEN, [0])
     turn.read([told + QUESTION], room=1)
     turn.write()
+    return turn
 
 
 def main() -> None:

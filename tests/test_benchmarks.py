@@ -1,0 +1,65 @@
+"""The scripts of docs/benchmarks run, on tiny models, and what they compare agrees. What they measure is never an assertion."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from starflow2_jax.sampling.engine import Sampler
+
+SCRIPTS = Path(__file__).parents[1] / "docs/benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of docs/benchmarks, by its name, as a module."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """What a script's command line prints, its lines of JSON."""
+
+    def run(module, *arguments: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        module.main()
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+def tiny_sampler() -> Sampler:
+    return Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_every_script_can_be_imported(script, name):
+    assert Path(script(name).__file__) == SCRIPTS / f"{name}.py"
+
+
+def test_turns_answers_alike_from_the_caches_and_read_anew(script):
+    turns, sampler = script("turns"), tiny_sampler()
+    session, told = turns.conversation(sampler, 2)
+    reused, anew = turns.reuse(session), turns.reencode(sampler, told)
+    assert reused.written() == anew.written() and reused.computed == anew.computed
+    np.testing.assert_allclose(reused.rows.text, anew.rows.text, rtol=1e-3, atol=1e-4)
+
+
+def test_turns(script, run, monkeypatch):
+    turns = script("turns")
+    monkeypatch.setattr(turns, "mid_size", tiny_sampler)
+    found = run(turns, "--mid", "--images", "1", "2", "--repeats", "1")
+    assert [f["images"] for f in found] == [1, 2]
+
+
+def test_sampling_draws_the_images_of_the_pytorch_loop(script, run, monkeypatch):
+    sampling = script("sampling")
+    monkeypatch.setattr(sampling, "mid_size", tiny_sampler)
+    found = run(sampling, "--mid", "--images", "2", "--jacobi", "1", "3", "--repeats", "1", "--device", "cpu")
+    assert [f["what"] for f in found] == ["reference", "ours", "jacobi 3"]
+    assert found[1]["worst_difference"] < 1e-4
