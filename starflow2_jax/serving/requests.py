@@ -85,8 +85,10 @@ def rank_request(body: object, intake: Intake) -> tuple[np.ndarray, list[str], b
         raise bad("captions is a list of 1 to 64 texts, none of them empty", "captions")
     if (by := body.get("by", "image")) not in ("image", "text"):
         raise bad('by is "image" or "text"', "by")
+    room = intake.max_text
     for i, caption in enumerate(captions):
-        intake.check_text(caption, intake.max_text, f"captions[{i}]")
+        intake.check_text(caption, room, f"captions[{i}]")
+        room -= len(caption)
     return from_url(body.get("image"), "flow", Budget(intake), "image"), captions, by == "image"
 
 

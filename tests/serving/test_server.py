@@ -161,7 +161,9 @@ def test_stop(client):
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == cut.choices[0].message.content
 
 
-@pytest.mark.parametrize("stop, text, told", [("結束", "abc結束", "abc"), ("e🙂", "one🙂", "on"), ("e🙂", "one🙃", "one🙃")])
+@pytest.mark.parametrize(
+    "stop, text, told", [("結束", "abc結束", "abc"), ("e🙂", "one🙂", "on"), ("e🙂", "one🙃", "one🙃")]
+)
 def test_a_stop_string_is_not_told_while_a_character_is_half_written(sampler, stop, text, told):
     """Token by token; each of these characters is several."""
     tokens = np.array(sampler.tokenizer.encode(text))
