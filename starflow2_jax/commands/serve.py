@@ -25,8 +25,9 @@ def add(commands) -> None:
         "--keep", type=int, default=4, help="conversations that go on from their caches; 0: each is read anew"
     )
     p.add_argument(
-        "--images", choices=("flow", "vit"), default="flow", help="how images are seen that do not say `via`"
-    )
+        "--images", choices=("flow", "vit"), default="flow",
+        help="how images are seen that do not say `via`; by vit where the model's own are latents",
+    )  # fmt: skip
     p.add_argument("--editing", action="store_true", help="take image_guidance, which needs half as much cache again")
     p.add_argument("--api-key", default=os.environ.get("STARFLOW2_API_KEY"), help="(default: $STARFLOW2_API_KEY)")
     p.set_defaults(run=run)

@@ -98,6 +98,5 @@ class Answer:
             yield self.ended
 
     def _safe(self, text: str) -> int:
-        length = len(text.rstrip("\ufffd"))
-        starts = [k for s in self.stop for k in range(1, len(s)) if text.endswith(s[:k])]
-        return min(length, len(text) - max(starts, default=0))
+        body = text.rstrip("\ufffd")
+        return len(body) - max((k for s in self.stop for k in range(1, len(s)) if body.endswith(s[:k])), default=0)

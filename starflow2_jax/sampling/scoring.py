@@ -115,6 +115,7 @@ def rank(
     captions: list[str],
     prior: bool = True,
     make_document: Callable[[str, np.ndarray], Document] = illustrate,
+    batch_size: int = BATCH,
 ) -> list[tuple[str, float]]:
     """The captions and their scores in nats, best first: what counts in make_document(caption, image), summed.
 
@@ -131,7 +132,7 @@ def rank(
         documents.append(make_document("", image))
         if any(isinstance(part, Text) and part.predict for part in documents[-1]):
             raise DocumentError("the prior is that of an image, but here it is text that counts; rank without prior")
-    totals = [sum(part.nats for part in parts) for parts in score(sampler, documents)]
+    totals = [sum(part.nats for part in parts) for parts in score(sampler, documents, batch_size)]
     base = totals[-1] if prior else 0.0
     pairs = [(caption, total - base) for caption, total in zip(captions, totals, strict=False)]
     return sorted(pairs, key=lambda pair: -pair[1])

@@ -103,6 +103,7 @@ def make_app(service: Service) -> Starlette:
             "object": "model",
             "created": 0,
             "owned_by": "starflow2",
+            "drawing": service.intake.draws,
             "editing": service.intake.editing,
         }
         return JSONResponse({"object": "list", "data": [model]})

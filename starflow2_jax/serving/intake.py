@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.prompts import special_tokens
@@ -14,7 +15,7 @@ class Intake:
     """What the model takes, and how much of it."""
 
     channels: int
-    size: tuple[int, int]  # (height, width) of a flow image
+    size: tuple[int, int] | None  # (height, width) of a flow image; None: it is latents, which nobody can look at
     tokens: int  # of a flow image
     vision: VisionConfig | None
     positions: int  # of a row
@@ -28,12 +29,19 @@ class Intake:
     @classmethod
     def of(cls, sampler: Sampler, **limits) -> "Intake":
         """What this sampler takes; `limits`: the fields from max_pixels on."""
-        tokenizer, cfg = sampler.tokenizer, sampler.model.cfg
+        tokenizer, codec, cfg = sampler.tokenizer, sampler.codec, sampler.model.cfg
+        size = tuple(codec.image_size) if isinstance(codec, PatchCodec) else None
+        if size is None:
+            limits["images"] = "vit"
         max_text = sampler.max_positions * max(map(len, tokenizer.get_vocab()))  # what has more cannot fit a row
         return cls(
-            sampler.codec.image_channels, tuple(sampler.codec.image_size), cfg.tokens, cfg.vlm.vision,
-            sampler.max_positions, max_text, special_tokens(tokenizer), **limits,
+            codec.image_channels, size, cfg.tokens, cfg.vlm.vision, sampler.max_positions, max_text,
+            special_tokens(tokenizer), **limits,
         )  # fmt: skip
+
+    @property
+    def draws(self) -> bool:
+        return self.size is not None
 
     def check_text(self, text: str, most: int, param: str) -> None:
         """Before the tokenizer sees it, whose time grows with the text. Raises ApiError."""

@@ -36,6 +36,7 @@ INTEGERS = {
 }  # fmt: skip
 FLAGS = ("stream", "image_first", "linear", "annealed")
 OTHERS = ("model", "messages", "stop", "stream_options")
+LATENTS = "this model's own images are latents, not pictures"
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,15 @@ def chat_request(body: object, intake: Intake) -> ChatRequest:
     seed = secrets.randbits(32) if whole["seed"] is None else whole["seed"]
     if given["image_guidance"] is not None and not intake.editing:
         raise bad("image_guidance needs a server that was started with --editing", "image_guidance")
+    if flags["image_first"] and not intake.draws:
+        raise bad(f"{LATENTS}; leave image_first out", "image_first")
     if flags["image_first"] and whole["max_images"] == 0:
         raise bad("image_first asks for an image, but max_images is 0", "max_images")
     try:
         options = SampleOptions(
             **{name: value for name, value in given.items() if value is not None},
             **{name: flags[name] for name in ("image_first", "linear", "annealed")},
-            top_k=whole["top_k"] or 0, max_images=whole["max_images"], stop=_stop(body),
+            top_k=whole["top_k"] or 0, max_images=whole["max_images"] if intake.draws else 0, stop=_stop(body),
         )  # fmt: skip
     except ValueError as error:
         raise bad(str(error)) from None
@@ -79,14 +82,18 @@ def chat_request(body: object, intake: Intake) -> ChatRequest:
 
 def rank_request(body: object, intake: Intake) -> tuple[np.ndarray, list[str], bool]:
     """The image, the captions, and whether it is the image that counts."""
+    if not intake.draws:
+        raise bad(f"{LATENTS}, so it ranks no captions of one")
     body = _fields(body, {"model", "image", "captions", "by"})
     captions = _typed(body, "captions", list)
     if not captions or len(captions) > 64 or not all(isinstance(c, str) and c.strip() for c in captions):
         raise bad("captions is a list of 1 to 64 texts, none of them empty", "captions")
     if (by := body.get("by", "image")) not in ("image", "text"):
         raise bad('by is "image" or "text"', "by")
+    room = intake.max_text
     for i, caption in enumerate(captions):
-        intake.check_text(caption, intake.max_text, f"captions[{i}]")
+        intake.check_text(caption, room, f"captions[{i}]")
+        room -= len(caption)
     return from_url(body.get("image"), "flow", Budget(intake), "image"), captions, by == "image"
 
 
@@ -140,7 +147,8 @@ def _turns(messages: object, intake: Intake) -> list[tuple[str, Document]]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise bad(f"a message has a role of {', '.join(ROLES)}", f"{where}.role")
         role = "system" if message["role"] == "developer" else message["role"]
-        default = "flow" if role == "assistant" else intake.images  # what the model drew is flow tokens
+        drawn = role == "assistant" and intake.draws  # what the model drew is flow tokens
+        default = "flow" if drawn else intake.images
         document = [
             _part(part, intake, budget, default, f"{where}.content[{k}]")
             for k, part in enumerate(_content(message, where))
@@ -174,7 +182,11 @@ def _part(part: object, intake: Intake, budget: Budget, via: str, where: str) ->
         return Text(part["text"])
     if kind != "image_url" or not isinstance(part.get("image_url"), dict):
         raise bad('a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}', where)
+    if not intake.draws and not intake.vision:
+        raise bad(f"{LATENTS}, and it has no vision tower to see yours; send text alone", where)
     via = part["image_url"].get("via", via)
+    if via == "flow" and not intake.draws:
+        raise bad(f"{LATENTS}; leave via out, and its vision tower sees yours", f"{where}.image_url.via")
     if via not in ("flow", "vit") or (via == "vit" and not intake.vision):
         raise bad('via is "flow", or "vit" where the model has a vision tower', f"{where}.image_url.via")
     return Image(from_url(part["image_url"].get("url"), via, budget, where), via=via)

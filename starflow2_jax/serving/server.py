@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import uvicorn
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.app import Service, make_app
 from starflow2_jax.serving.intake import Intake
@@ -36,20 +35,18 @@ class Server(uvicorn.Server):
         self, sampler: Sampler, name: str, limits: Limits, host: str, port: int, key: str | None = None,
         ready: Callable[[str], None] = lambda address: None,
     ):  # fmt: skip
-        if not isinstance(sampler.codec, PatchCodec):
-            raise UserError(
-                "this checkpoint writes latents, not pixels, so there is nothing to show; serve one with pixels"
-            )
         self.limits, self.ready = limits, ready
         if limits.images == "vit" and sampler.model.cfg.vlm.vision is None:
             raise UserError("--images vit needs a vision tower, which this model does not have")
-        self.worker = Worker(
-            sampler, limits.rows, limits.max_tokens, limits.max_queue, jacobi=limits.jacobi, keep=limits.keep,
-            editing=limits.editing,
-        )  # fmt: skip
         intake = Intake.of(
             sampler, max_pixels=limits.max_pixels, max_choices=limits.rows, images=limits.images, editing=limits.editing
         )
+        if limits.editing and not intake.draws:
+            raise UserError("--editing needs a model that draws pixels; the images of this one are latents")
+        self.worker = Worker(
+            sampler, limits.rows, limits.max_tokens, limits.max_queue, jacobi=limits.jacobi, keep=limits.keep,
+            editing=limits.editing, draws=intake.draws,
+        )  # fmt: skip
         app = make_app(Service(self.worker, name, intake, key, limits.max_body, host))
         config = uvicorn.Config(
             app, host, port, log_level="warning", server_header=False, lifespan="off", ws="none",

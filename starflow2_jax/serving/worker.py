@@ -49,7 +49,8 @@ class Worker(threading.Thread):
     """`rows` requests at once, the others wait, `max_queue` at most; a row holds `positions`, of which `max_tokens` written.
 
     The rows of the last `keep` answers are kept: a request that continues such a conversation reads only what is new.
-    `editing`: rows have the guidance branch that leaves out the text alone, too.
+    `editing`: rows have the guidance branch that leaves out the text alone, too. Without `draws` they have no guidance, for
+    there are no images to guide.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Worker(threading.Thread):
         jacobi: int = 0,
         keep: int = 4,
         editing: bool = False,
+        draws: bool = True,
     ):
         super().__init__(name="device", daemon=True)
         self.sampler, self.size, self.max_queue, self.chunk = sampler, rows, max_queue, chunk
@@ -69,7 +71,9 @@ class Worker(threading.Thread):
         sampler.encoder.tokenize = partial(sampler.tokenizer.encode, add_special_tokens=False)
         self.max_tokens = min(max_tokens, sampler.max_positions - 1)
         self.positions = sampler.max_positions
-        self.widest = replace(WIDEST, jacobi=jacobi, image_guidance=1.0 if editing else None)
+        self.draws = draws
+        guidance, image_guidance = float(draws), 1.0 if editing else None
+        self.widest = replace(WIDEST, jacobi=jacobi, guidance=guidance, image_guidance=image_guidance)
         self.fresh = self._session(1)  # nothing said yet
         # A step writes up to `jacobi` positions behind the last one, a piece of a prompt fills up to BUCKET.
         beyond = max(self.fresh.program.jacobi, BUCKET - 1)
@@ -102,9 +106,9 @@ class Worker(threading.Thread):
         return min(self.max_tokens, self.positions - length)
 
     def warm(self) -> None:
-        """Before the thread starts: compile what every request needs, by answering one with an image."""
-        options = SampleOptions(image_first=True)
-        most = min(self.max_tokens, self.sampler.model.cfg.tokens + 2)
+        """Before the thread starts: compile what every request needs, by answering one, with an image where it draws."""
+        options = SampleOptions(image_first=self.draws, max_images=int(self.draws))
+        most = min(self.max_tokens, self.sampler.model.cfg.tokens + 2) if self.draws else 1
         request = ChatRequest([("user", [Text("image")])], options, most, [0], stream=False, include_usage=False)
         self.submit(self.job(request, lambda event: None))
         while self.waiting or self.entering or self.running:

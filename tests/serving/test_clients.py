@@ -12,11 +12,14 @@ import tiny
 from live import LIMITS, ask, data_url, image_part, openai_client, served, the_same
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.data.documents import Image, Text, as_pillow, from_pillow
 from starflow2_jax.errors import UserError
+from starflow2_jax.models.codec import LatentCodec
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.models.qwen_vision import merged_grid
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.serving.intake import Intake
+from starflow2_jax.serving.requests import chat_request
 from starflow2_jax.serving.server import Server
 
 N = tiny.CONFIG.tokens
@@ -143,3 +146,62 @@ def test_a_client_can_see_whether_it_may_edit(editing, client):
     assert [c.models.list().data[0].editing for c in (editing, client)] == [True, False]
     with pytest.raises(openai.BadRequestError, match="started with --editing"):
         ask(client, image_guidance=1.0)
+
+
+def of_latents(config=tiny.CONFIG) -> Sampler:
+    codec = LatentCodec(tiny.GRID, tiny.CHANNELS)
+    return Sampler(Pretzel(config), tiny.params(), tiny.tokenizer(), codec, max_positions=256)
+
+
+@pytest.fixture(scope="module")
+def latents():
+    with served(of_latents(), warm=True) as (server, address):
+        yield server, address
+
+
+@pytest.mark.parametrize("payload", [lmms_eval, vlmevalkit, reasoning_client])
+def test_a_model_of_latents_understands(latents, payload):
+    """Images through the vision tower, text out, as the sampler has it."""
+    answer = httpx.post(f"{latents[1]}/v1/chat/completions", json=payload(), trust_env=False, timeout=60)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert "images" not in message
+    if payload is lmms_eval:
+        images = [Image(from_pillow(as_pillow(tiny.pixels(k)).convert("RGB")), via="vit") for k in (1, 2)]
+        left = 256 - answer.json()["usage"]["prompt_tokens"]
+        options = SampleOptions(0, max_tokens=min(LIMITS.max_tokens, left), max_images=0)
+        the_same(message["parts"], *of_latents().generate([[*images, Text("which one is an eight?")]], options))
+
+
+def test_a_model_of_latents_draws_nothing(latents):
+    server, address = latents
+    client, scan = openai_client(address), data_url(as_pillow(tiny.pixels(3)))
+    assert not client.models.list().data[0].drawing
+    assert server.worker.program.lanes == 1 and not any(name == "decode" for name, *_ in server.worker.sampler.programs)
+    for content, wanted, message in (
+        ("!", dict(image_first=True), "leave image_first out"),
+        ([image_part(scan, via="flow")], {}, "leave via out"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            ask(client, [{"role": "user", "content": content}], **wanted)
+    answer = httpx.post(f"{address}/v1/rank", json={"image": scan, "captions": ["an eight"]}, trust_env=False)
+    assert answer.status_code == 400 and "it ranks no captions" in answer.json()["error"]["message"]
+    intake = Intake.of(server.worker.sampler, max_pixels=10, max_choices=1)
+    for given in (None, 3):
+        body = {"messages": [{"role": "user", "content": "!"}], "max_images": given}
+        assert chat_request(body, intake).options.max_images == 0
+    told = {"role": "assistant", "content": [image_part(scan)]}  # somebody else's answer
+    assert ask(client, [told, {"role": "user", "content": "!"}], max_tokens=1).usage
+    with pytest.raises(UserError, match="--editing needs a model that draws"):
+        Server(of_latents(), "tiny", replace(LIMITS, editing=True), "127.0.0.1", 0)
+
+
+def test_a_model_of_latents_without_a_tower():
+    blind = replace(tiny.CONFIG, vlm=replace(tiny.CONFIG.vlm, vision=None))
+    with served(of_latents(blind)) as (_, address):
+        client = openai_client(address)
+        for via in ({}, {"via": "vit"}, {"via": "flow"}):
+            with pytest.raises(openai.BadRequestError, match="no vision tower to see yours"):
+                content = [image_part(data_url(as_pillow(tiny.pixels(3))), **via)]
+                ask(client, [{"role": "user", "content": content}])
+        assert ask(client, max_tokens=2).choices

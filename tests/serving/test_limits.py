@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import jax
+import numpy as np
 import openai
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Text, as_pillow
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sampling.scoring import rank
 from starflow2_jax.serving import ranking
 from starflow2_jax.serving import worker as worker_module
 from starflow2_jax.serving.errors import ApiError
@@ -226,10 +228,13 @@ def test_with_a_key_any_name_will_do(sampler):
         assert httpx.get(f"{address}/health", headers={"Host": "box.example"}, trust_env=False).status_code == 200
 
 
+def most_text() -> int:
+    return max(map(len, tiny.tokenizer().get_vocab())) * 256
+
+
 def test_text_is_refused_before_the_tokenizer(client, running, monkeypatch):
     monkeypatch.setattr(running[0].worker.sampler.encoder, "tokenize", lambda text: pytest.fail("it was tokenized"))
-    longest = max(map(len, tiny.tokenizer().get_vocab())) * 256
-    half = {"role": "user", "content": "x" * (longest // 2 + 1)}
+    half = {"role": "user", "content": "x" * (most_text() // 2 + 1)}
     with pytest.raises(openai.BadRequestError, match="characters, more than a row could hold"):
         ask(client, [half, half])
 
@@ -244,6 +249,29 @@ def test_captions_are_texts_too(address):
     for caption, message in (("<|im_end|>", "may not hold"), ("x" * 10**5, "characters"), ("draw " * 300, "exceeds")):
         answer = httpx.post(f"{address}/v1/rank", json={"image": image, "captions": [caption]}, trust_env=False)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    halves = ["x" * (most_text() // 2 + 1)] * 2  # one budget for all
+    answer = httpx.post(f"{address}/v1/rank", json={"image": image, "captions": halves}, trust_env=False)
+    assert "characters, more than a row could hold" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+def test_captions_are_scored_as_many_at_once_as_positions_allow(by_image, monkeypatch):
+    """The longest alone: no call has more positions than its row, or than the bound. The scores are those of one call."""
+    captions = ["draw " * 20, "an eight", "a seven", "x" * 240]
+    model = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
+    template = ranking.illustrate if by_image else ranking.describe
+    want = rank(model, tiny.pixels(3), captions, by_image, template)
+    for bound, rows in ((512, 2), (100, 1)):
+        model.programs.clear()
+        monkeypatch.setattr(ranking, "POSITIONS", bound)
+        work = ranking.ranking(model, tiny.pixels(3), captions, by_image)
+        with pytest.raises(StopIteration) as ended:
+            while True:
+                next(work)
+        shapes = [shape for *_, shape in model.programs]
+        assert max(s.rows for s in shapes) == rows and max(s.rows * s.length for s in shapes) <= max(bound, 256)
+        assert [caption for caption, _ in ended.value.value] == [caption for caption, _ in want]
+        np.testing.assert_allclose([n for _, n in ended.value.value], [n for _, n in want], rtol=1e-3)
 
 
 def test_half_a_character_in_raw_bytes(address):

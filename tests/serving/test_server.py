@@ -35,6 +35,7 @@ from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.models.inversion import Jacobi
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sampling.events import Answer, Words
 from starflow2_jax.sampling.scoring import rank
 from starflow2_jax.sharding import make_mesh, tree_shardings
 
@@ -158,6 +159,19 @@ def test_stop(client):
     assert 0 < cut.usage.completion_tokens < full.usage.completion_tokens
     chunks = ask(client, stop=text[8:10], stream=True, **options)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == cut.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "stop, text, told", [("結束", "abc結束", "abc"), ("e🙂", "one🙂", "on"), ("e🙂", "one🙃", "one🙃")]
+)
+def test_a_stop_string_is_not_told_while_a_character_is_half_written(sampler, stop, text, told):
+    """Token by token; each of these characters is several."""
+    tokens = np.array(sampler.tokenizer.encode(text))
+    assert len(tokens) > len(text)
+    answer = Answer(0, sampler.tokenizer, N, sampler.ids.end, (stop,))
+    events = [e for k in range(1, len(tokens) + 1) for e in answer.read(tokens[:k], k == len(tokens), None)]
+    assert "".join(e.text for e in events if isinstance(e, Words)) == told
+    assert events[-1].reason == ("length" if told == text else "stop")
 
 
 def test_alone_and_in_company(client, running):
