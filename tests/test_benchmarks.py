@@ -63,3 +63,15 @@ def test_sampling_draws_the_images_of_the_pytorch_loop(script, run, monkeypatch)
     found = run(sampling, "--mid", "--images", "2", "--jacobi", "1", "3", "--repeats", "1", "--device", "cpu")
     assert [f["what"] for f in found] == ["reference", "ours", "jacobi 3"]
     assert found[1]["worst_difference"] < 1e-4
+
+
+def test_full_size(script, run):
+    """The paper's model made small: a VLM of 416 words and width 32, images of 16 tokens, a shallow flow of two blocks."""
+    small = ["--runlocal", "--rows", "2", "--tokens", "4", "--jacobi", "16", "--megabytes", "10", "--repeats", "1"]
+    about, text, image, alone, jacobi = run(script("full_size"), *small)
+    weights, read = about["weight_bytes"], about["read_bytes"]
+    assert read["text"] - read["image"] == 416 * 32 * 2  # the text head, in bfloat16
+    assert read["image"] + 2 * about["parameters"]["shallow"] < weights - 416 * 32 * 2
+    assert (text["tokens"], image["tokens"]) == (4, 17) and text["limit"] > 0
+    assert (alone["chunk"], alone["passes"], alone["passes_shallow_flow"]) == (1, 16, 2 * 16)
+    assert jacobi["chunk"] == 16 and 1 < jacobi["passes"] <= 16 and 2 < jacobi["passes_shallow_flow"] <= 2 * 16

@@ -4,7 +4,8 @@ from collections.abc import Generator
 
 import numpy as np
 
-from starflow2_jax.sampling.engine import Sampler, bucket
+from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.rows import bucket
 from starflow2_jax.sampling.scoring import BATCH, describe, illustrate, layout, rank
 
 POSITIONS = 4096  # of the rows that are scored at once; a single longer row is scored alone

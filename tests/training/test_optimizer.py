@@ -26,7 +26,16 @@ class Batch:
 
 
 def optimizer(name: str, **changes):
-    values = dict(learning_rate=RATE, final_fraction=1.0, warmup=0, b1=0.9, b2=0.95, weight_decay=DECAY, clip=1e9)
+    values = dict(
+        learning_rate=RATE,
+        final_fraction=1.0,
+        warmup=0,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=DECAY,
+        clip=1e9,
+        moments="float32",
+    )
     return make_optimizer(SimpleNamespace(name=name, **values | changes), 10)
 
 
@@ -88,7 +97,8 @@ def test_adamw_with_warm_up_cosine_and_clipping():
     steps, warmup, clip, final = 10, 2, 1.5, 0.1
     chain = make_optimizer(
         SimpleNamespace(
-            name="adamw", learning_rate=RATE, final_fraction=final, warmup=warmup, b1=0.9, b2=0.95, weight_decay=DECAY, clip=clip
+            name="adamw", learning_rate=RATE, final_fraction=final, warmup=warmup, b1=0.9, b2=0.95, weight_decay=DECAY, clip=clip,
+            moments="float32",
         ),
         steps,
     )  # fmt: skip
