@@ -26,7 +26,15 @@ from starflow2_jax.training.step import TrainState, finish, make_step, new_state
 
 OPTIMIZER = make_optimizer(
     SimpleNamespace(
-        name="adamw", learning_rate=1e-2, final_fraction=0.1, warmup=1, b1=0.9, b2=0.95, weight_decay=0.1, clip=1e9
+        name="adamw",
+        learning_rate=1e-2,
+        final_fraction=0.1,
+        warmup=1,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.1,
+        clip=1e9,
+        moments="float32",
     ),
     10,
 )
