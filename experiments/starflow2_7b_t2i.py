@@ -64,6 +64,7 @@ def get_config(
     base.length = 2048  # positions of a row
     base.images = 7  # flow images of a row
     base.patches = 0  # vision-tower patches of a row
+    base.vlm_length = 0  # positions of a row that the frozen VLM reads; 0: all (see training/step.py)
     base.accumulate = 1  # micro-batches of a step
     base.text_weight = 1.0  # lambda of L_NF + lambda L_NTP
     base.latent_penalty = 0.0  # of the squares of the shallow flow's latents; STARFlow's is 1e-4
@@ -83,10 +84,7 @@ def get_config(
         offload=False,
     )
     c.stages = dict(text_to_image=base.copy_and_resolve_references())
-    c.stages.text_to_image.steps = 200_000
-    c.stages.text_to_image.vlm_length = (
-        512  # positions of a row that are no flow image: all that this stage's VLM runs over
-    )
+    c.stages.text_to_image.update(steps=200_000, vlm_length=512)  # those that are no flow image
     c.stages.image_to_text = base.copy_and_resolve_references()
     c.stages.image_to_text.update(steps=20_000, caption_drop=0.0)
     c.stages.joint = base.copy_and_resolve_references()
@@ -121,7 +119,7 @@ def for_slice(c: ConfigDict, chip: str) -> ConfigDict:
 def small(c: ConfigDict) -> ConfigDict:
     """The same path with two layers of everything, one step of each stage, and digits instead of one's own data."""
     c.order = ("pretrain", *c.order)
-    c.data.update(source="digits", threads=0, groups=1)
+    c.data.update(source="digits", threads=0, groups=1, warp=0.0)
     c.codec = dict(kind="patch", patch=2, image_channels=1)
     c.model.update(grid=(4, 4), channels=4, adapter_hidden=32, deep_rotary_sections=(2, 3, 3))
     c.model.vlm.update(

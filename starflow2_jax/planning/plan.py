@@ -115,9 +115,7 @@ def plan_sampler(
 def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
     """What of a config decides about memory and speed."""
     cfg, m = config.stages[stage.name], config.model
-    found = {
-        name: cfg[name] for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate") if name in cfg
-    }
+    found = {name: cfg[name] for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate")}
     for part in ("vlm", "shallow", "deep"):
         found |= {f"{part}.{name}": m[part][name] for name in ("remat", "kernel", "dtype") if name in m[part]}
     return found | {f"optimizer.{k}": cfg.optimizer[k] for k in ("name", "moments", "offload")}

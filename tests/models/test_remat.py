@@ -28,10 +28,9 @@ def test_gradients_are_the_same(policy):
 
 def test_what_is_computed_again():
     """Matrix products of a gradient, by its trace: of weights only under "full"; of attention under "dots" too."""
-    programs = {policy: str(jax.make_jaxpr(gradient(policy))(PARAMS)) for policy in (*REMAT, True, False)}
+    programs = {policy: str(jax.make_jaxpr(gradient(policy))(PARAMS)) for policy in REMAT}
     products = {policy: text.count("dot_general") for policy, text in programs.items()}
     assert products["none"] < products["dots"] < products["full"] == products["offload"]
-    assert products[True] == products["full"] and products[False] == products["none"]
     assert "pinned_host" in programs["offload"] or "<host>" in programs["offload"]
 
 
