@@ -1,6 +1,6 @@
 """A model in a few words: load a checkpoint; generate, stream, chat, edit, denoise, score, rank, invert.
 
-Keyword arguments are fields of `SampleOptions`; `max_tokens` has room for two images. Everything here raises UserError for what does not fit the model.
+Keyword arguments are fields of `SampleOptions`. Everything here raises UserError for what does not fit the model.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Answer, Event
 from starflow2_jax.sampling.prompts import spoken
-from starflow2_jax.sampling.rows import usual_length
 
 USUAL = dict(temperature=0.0, image_temperature=0.9, guidance=1.0)  # as on the command line
 
@@ -41,7 +40,7 @@ class Model:
         """The continuation as it comes: words, how far an image is, its pixels, the end; news every so many positions."""
         options = self._options(options)
         session = self.sampler.session(options, [seed])
-        session.read([self._prompt(prompt)], room=options.max_tokens)
+        session.read([self._prompt(prompt)], room=session.to_write)
         ids, N = self.sampler.ids, self.sampler.model.cfg.tokens
         answer = Answer(0, self.sampler.tokenizer, N, ids.end, options.stop)
         for [count] in session.stream(every=every):
@@ -99,5 +98,4 @@ class Model:
         known = [field.name for field in fields(SampleOptions)]
         if unknown := [name for name in given if name not in known]:
             raise UserError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
-        usual = USUAL | {"max_tokens": usual_length(self.sampler.model.cfg.tokens)}
-        return SampleOptions(**usual | given)
+        return SampleOptions(**USUAL | given)

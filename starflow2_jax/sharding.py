@@ -129,9 +129,8 @@ def tree_shardings(tree, mesh: Mesh, memory: str | None = None):
 
 def placed(tree, layout):
     """The shapes and types of a tree, to lie as `layout`, a sharding or a tree of them, says."""
-    if isinstance(layout, NamedSharding):
-        layout = jax.tree.map(lambda _: layout, tree)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, layout)
+    places = jax.tree.broadcast(layout, tree)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

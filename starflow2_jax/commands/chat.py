@@ -1,7 +1,6 @@
 """`starflow2 chat`: a conversation in the terminal."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from starflow2_jax.commands.model import add_model, restore
@@ -28,14 +27,10 @@ def add(commands) -> None:
 
 def run(args, _) -> None:
     from starflow2_jax.sampling.chat import Chat
-    from starflow2_jax.sampling.rows import SampleOptions, usual_length
+    from starflow2_jax.sampling.rows import SampleOptions
 
-    length = 1 if args.max_tokens is None else args.max_tokens
-    options = SampleOptions(args.temperature, args.image_temperature, args.guidance, length)
-    sampler = restore(args)
-    if args.max_tokens is None:
-        options = replace(options, max_tokens=usual_length(sampler.model.cfg.tokens))
-    converse(Chat(sampler, options, args.seed), Path(args.out), args.images)
+    options = SampleOptions(args.temperature, args.image_temperature, args.guidance, args.max_tokens)
+    converse(Chat(restore(args), options, args.seed), Path(args.out), args.images)
 
 
 def converse(chat, out: Path, via: str = "flow") -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,12 +57,9 @@ def _add_sample(commands) -> None:
 
 def _sample(args, _) -> None:
     from starflow2_jax.data.documents import DocumentError, JsonlDocuments, Text, read_document
-    from starflow2_jax.sampling.rows import usual_length
 
     options = _options(args)
     sampler, out = restore(args), Path(args.out)
-    if args.max_tokens is None:
-        options = replace(options, max_tokens=usual_length(sampler.model.cfg.tokens))
     channels = sampler.codec.image_channels
     if args.documents:
         prompts = JsonlDocuments(args.documents, channels)
@@ -166,7 +163,7 @@ def _options(args):
     if wrong := [n for n, low in least.items() if getattr(args, n) is not None and not getattr(args, n) >= low]:
         raise UserError(f"--{wrong[0].replace('_', '-')} is at least {least[wrong[0]]}")
     return SampleOptions(
-        args.text_temperature, args.temperature, args.guidance, args.max_tokens or 1, args.image_first, args.top_k,
+        args.text_temperature, args.temperature, args.guidance, args.max_tokens, args.image_first, args.top_k,
         args.top_p, args.image_guidance, args.linear, args.annealed, args.max_images, tuple(args.stop), args.jacobi,
         args.tolerance,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from starflow2_jax.commands.model import add_model, restore
@@ -39,8 +40,10 @@ def run(args, _) -> None:
         raise UserError(f"--{wrong[0].replace('_', '-')} is at least 1")
     if wrong := [n for n in ("keep", "jacobi") if getattr(args, n) < 0]:
         raise UserError(f"--{wrong[0]} is at least 0")
-    if not 0 <= args.grace <= 3600 or not 0 <= args.port < 65536 or args.api_key == "":
-        raise UserError("--grace is from 0 to 3600, --port from 0 to 65535, and a key is not empty")
+    if not 0 <= args.grace <= 3600 or not 0 <= args.port < 65536:
+        raise UserError("--grace is from 0 to 3600, --port from 0 to 65535")
+    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):
+        raise UserError("an API key is of visible ASCII characters and has no spaces, for it travels in an HTTP header")
     try:
         from starflow2_jax.serving.server import Limits, Server, end_quietly
     except ModuleNotFoundError as error:

@@ -34,7 +34,7 @@ class Chat:
         turns = [*self.turns, ("user", document)]
         more = self.added(turns) if self.sampler.tokenizer.chat_template else document
         self.session.choose(options)
-        self.session.read([more], room=options.max_tokens)
+        self.session.read([more], room=self.session.to_write)
         [answer] = self.session.write()
         self.turns = [*turns, ("assistant", answer)]
         return answer

@@ -1,7 +1,7 @@
 """The state of a batch that is being read and written: caches, what the last position said, and each row's own options."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
 
@@ -32,7 +32,7 @@ class SampleOptions:
     temperature: float = 1.0  # of text; 0: the most likely token
     image_temperature: float = 1.0  # tau in u = mu + tau sigma z
     guidance: float = 0.0  # w >= 0 of the images; 0: none
-    max_tokens: int = 128  # positions to write, image tokens included
+    max_tokens: int | None = None  # positions to write, image tokens included; None: two images' worth, 128 at least
     image_first: bool = False  # begin with an image
     top_k: int = 0  # draw text from the k most likely tokens; 0: from all
     top_p: float = 1.0  # draw text from the fewest tokens of at least this probability; 0: the most likely one
@@ -47,7 +47,7 @@ class SampleOptions:
     def __post_init__(self):
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is None and name in ("image_guidance", "max_images"):
+            if value is None and name in ("max_tokens", "image_guidance", "max_images"):
                 continue
             kind = Integral if name in WHOLE else Real
             if not isinstance(value, kind) or not math.isfinite(value) or value < least:
@@ -60,6 +60,10 @@ class SampleOptions:
             raise UserError(f"stop is a tuple of texts, none of them empty, not {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
 
+    def sized(self, image: int) -> "SampleOptions":
+        """The same, its `max_tokens` a number, for a model whose images have `image` tokens."""
+        return self if self.max_tokens else replace(self, max_tokens=max(128, 2 * (image + 2)))
+
     @property
     def branches(self) -> tuple[str, ...]:
         """What guidance compares with: the same without its text ("images"), and nothing before the image ("bare")."""
@@ -70,7 +74,7 @@ class SampleOptions:
 
 @struct.dataclass
 class Controls:
-    """SampleOptions of each row, (B,) or as noted."""
+    """SampleOptions of each row, sized; (B,) or as noted."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -156,7 +160,7 @@ def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> 
         passes=number(0),
         done=jnp.zeros((B,), bool),
         key=jax.vmap(jax.random.key)(seeds),
-        controls=Controls.of([SampleOptions()] * B, branches),
+        controls=Controls.of([SampleOptions(max_tokens=1)] * B, branches),
         tokens=jnp.zeros((B, 0), jnp.int32),
         u=jnp.zeros((B, 0, cfg.channels)),
         begun=number(0),
@@ -227,11 +231,6 @@ def with_room(rows: Rows, slots: int) -> Rows:
         return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
     return rows.replace(caches=constrain_rows(jax.tree.map(grow, rows.caches)))
-
-
-def usual_length(image: int) -> int:
-    """Positions of an answer where nothing else is said, for a model whose images have `image` tokens: room for two."""
-    return max(128, 2 * (image + 2))
 
 
 def bucket(length: int) -> int:

@@ -42,7 +42,8 @@ class Session:
         self, sampler: "Sampler", options: SampleOptions | Many[SampleOptions], seeds: Many[int], rows: int = 0
     ):
         self.sampler, self.size = sampler, len(seeds)
-        self.options = [options] * self.size if isinstance(options, SampleOptions) else list(options)
+        several = [options] * self.size if isinstance(options, SampleOptions) else options
+        self.options = [o.sized(sampler.model.cfg.tokens) for o in several]
         spare = max(rows - self.size, 0)
         spare += -(self.size + spare) % sharding.spread(sampler.mesh)  # rows that only fill up the mesh
         self.options += self.options[-1:] * spare
@@ -162,7 +163,7 @@ class Session:
         """Those of all rows in the turns to come. Raises UserError where they need other branches for their guidance."""
         if options.branches != self.program.branches:
             raise UserError("a session keeps its kinds of guidance: what they compare with has read along")
-        several = [options] * len(self.options)
+        several = [options.sized(self.sampler.model.cfg.tokens)] * len(self.options)
         self.program, self.options = self._program(several), several
 
     def _begin(self, options: SampleOptions | None) -> None:

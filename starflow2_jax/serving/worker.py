@@ -28,7 +28,7 @@ from starflow2_jax.serving.requests import ChatRequest
 
 # Every row has the guidance branch and the cut of the vocabulary, so that one program serves all requests: without
 # guidance its weight is 0, and top_p 1 keeps all tokens.
-WIDEST = SampleOptions(guidance=1.0, top_p=0.5)
+WIDEST = SampleOptions(guidance=1.0, top_p=0.5, max_tokens=1)
 PIECE = 256  # positions of a prompt that are read before the running rows go on
 log = logging.getLogger(__name__)
 _put = jax.jit(row.put, donate_argnums=0)

@@ -15,12 +15,14 @@ from openai import OpenAI
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Text
+from starflow2_jax.models.codec import LatentCodec
+from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.jobs import Task
 from starflow2_jax.serving.server import Limits, Server
 
 LIMITS = Limits(rows=3, max_queue=6, max_tokens=200, max_pixels=10_000, max_body=200_000, grace=30.0)
-KEY = "sésame"
+KEY = "open-sesame"
 ASK = [{"role": "user", "content": "draw an eight"}]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
@@ -53,6 +55,12 @@ def served(
 @pytest.fixture(scope="session")
 def sampler() -> Sampler:
     return Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
+
+
+def of_latents(config: PretzelConfig = tiny.CONFIG) -> Sampler:
+    """The same model, its images being latents: it sees and writes no pictures but through the vision tower."""
+    codec = LatentCodec(tiny.GRID, tiny.CHANNELS)
+    return Sampler(Pretzel(config), tiny.params(), tiny.tokenizer(), codec, max_positions=256)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ import numpy as np
 import openai
 import pytest
 import tiny
-from live import LIMITS, ask, data_url, image_part, openai_client, served, the_same
+from live import LIMITS, ask, data_url, image_part, of_latents, openai_client, served, the_same
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow, from_pillow
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.codec import LatentCodec
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.models.qwen_vision import merged_grid
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
@@ -146,11 +145,6 @@ def test_a_client_can_see_whether_it_may_edit(editing, client):
     assert [c.models.list().data[0].editing for c in (editing, client)] == [True, False]
     with pytest.raises(openai.BadRequestError, match="started with --editing"):
         ask(client, image_guidance=1.0)
-
-
-def of_latents(config=tiny.CONFIG) -> Sampler:
-    codec = LatentCodec(tiny.GRID, tiny.CHANNELS)
-    return Sampler(Pretzel(config), tiny.params(), tiny.tokenizer(), codec, max_positions=256)
 
 
 @pytest.fixture(scope="module")

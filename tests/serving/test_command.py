@@ -67,7 +67,8 @@ def test_sigterm_ends_it_in_order(checkpoint, options, finished):
 
 @pytest.mark.parametrize(
     "options, message",
-    [(["--rows", "0"], "--rows is at least 1"), (["--keep", "-1"], "--keep is at least 0"), (["--port", "70000"], "--port from 0")],
+    [(["--rows", "0"], "--rows is at least 1"), (["--keep", "-1"], "--keep is at least 0"), (["--port", "70000"], "--port from 0"),
+     (["--api-key", "sésame"], "visible ASCII"), (["--api-key", ""], "visible ASCII")],
 )  # fmt: skip
 def test_options_that_cannot_be(checkpoint, options, message, capsys):
     assert cli.main(["serve", "--checkpoint", str(checkpoint), *options]) == 2

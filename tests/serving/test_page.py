@@ -1,14 +1,18 @@
 """The page in a headless Chromium: a script types, clicks and looks. Needs chromium and chromedriver on PATH."""
 
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import tiny
-from live import LIMITS, served
+from live import KEY, LIMITS, of_latents, served
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from starflow2_jax.data.documents import as_pillow
@@ -22,8 +26,9 @@ def running(sampler):
         yield found
 
 
-@pytest.fixture(scope="module")
-def page(running):
+@contextmanager
+def opened(address: str, refused: str = "400 (Bad") -> Iterator[webdriver.Chrome]:
+    """The page in a browser. At the end its console holds no error but of requests that were `refused` on purpose."""
     options = webdriver.ChromeOptions()
     for argument in (
         "headless=new",
@@ -39,15 +44,19 @@ def page(running):
     assert all(programs.values()), f"the page's tests need {' and '.join(programs)} on PATH"
     options.binary_location = programs["chromium"]  # with both given, selenium looks for no downloads
     driver = webdriver.Chrome(options=options, service=Service(programs["chromedriver"]))
-    driver.get(running[1])
-    yield driver
-    wrong = [
-        entry
-        for entry in driver.get_log("browser")
-        if entry["level"] == "SEVERE" and "400 (Bad" not in entry["message"]
-    ]
-    driver.quit()
-    assert not wrong
+    try:
+        driver.get(address)
+        yield driver
+        said = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    finally:
+        driver.quit()
+    assert not [message for message in said if refused not in message]
+
+
+@pytest.fixture(scope="module")
+def page(running):
+    with opened(running[1]) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -128,3 +137,69 @@ def test_ranks(page, picture):
     send(page, "rank")
     rows = [row.text.rsplit(" ", 1) for row in page.find_elements(By.CSS_SELECTOR, "#rank tbody tr")]
     assert sorted(caption for caption, _ in rows) == ["a seven", "an eight"] and float(rows[0][1]) >= float(rows[1][1])
+
+
+def bubbles(page) -> list[str]:
+    return [box.text for box in page.find_elements(By.CSS_SELECTOR, "#chat .say")]
+
+
+def test_half_an_answer_does_not_stay(page, running, monkeypatch):
+    """Stopped, or broken off by a fault: nothing of it is on the page or sent with the next turn, and the words are there
+    to be sent again."""
+    worker = running[0].worker
+    find(page, "#tab-chat").click()
+    for name, value in (("max_tokens", "120"), ("temperature", "1"), ("seed", "3")):
+        put(page, f"#{name}", value)
+    put(page, "#chat textarea", "hello")
+    step = worker._turn
+    with monkeypatch.context() as slowly:
+        slowly.setattr(worker, "_turn", lambda: (time.sleep(0.3), step()))
+        find(page, "#chat .go").click()
+        WebDriverWait(page, 60).until(lambda p: len(bubbles(p)) == 2 and bubbles(p)[1] != "model")  # some of it
+        find(page, "#halt").click()
+        WebDriverWait(page, 60).until(lambda p: find(p, "#chat .go").is_enabled())
+    assert find(page, "#wrong").text == "Stopped." and bubbles(page) == []
+    with monkeypatch.context() as broken:
+        broken.setattr(worker, "_heard", lambda *_: 1 / 0)
+        send(page, "chat")
+    assert "the model failed" in find(page, "#wrong").text and bubbles(page) == []
+    assert find(page, "#chat textarea").get_attribute("value") == "hello"
+    send(page, "chat")
+    assert find(page, "#wrong").text == "" and len(bubbles(page)) == 2
+    assert "Cut off here" in bubbles(page)[1]  # a random model does not end by itself
+    assert page.execute_script("return turns.length") == 2
+    find(page, "#fresh").click()
+
+
+def test_arrow_keys_choose_a_tab(page):
+    find(page, "#tab-draw").click()
+    for key, name in ((Keys.ARROW_LEFT, "rank"), (Keys.ARROW_RIGHT, "draw"), (Keys.ARROW_RIGHT, "chat")):
+        page.switch_to.active_element.send_keys(key)
+        assert page.switch_to.active_element.get_attribute("id") == f"tab-{name}"
+        assert find(page, f"#{name}").is_displayed()
+
+
+def test_asks_for_the_key(sampler):
+    with served(sampler, key=KEY) as (_, address), opened(address, refused="401 (Un") as page:
+        WebDriverWait(page, 60).until(lambda p: "wants its API key" in find(p, "#model").text)
+        put(page, "#key", "another" + Keys.TAB)
+        put(page, "#draw [name=text]", "draw an eight")
+        send(page, "draw")
+        assert "wants its API key" in find(page, "#wrong").text
+        put(page, "#key", KEY + Keys.TAB)
+        WebDriverWait(page, 60).until(lambda p: find(p, "#model").text == "tiny")
+        put(page, "#max_tokens", "30")
+        send(page, "draw")
+        assert sizes(page, "#draw .out img") == [6] and find(page, "#wrong").text == ""
+
+
+def test_a_model_that_draws_nothing_chats():
+    with served(of_latents()) as (_, address), opened(address) as page:
+        WebDriverWait(page, 60).until(lambda p: find(p, "#model").text == "tiny")
+        shown = [tab.text for tab in page.find_elements(By.CSS_SELECTOR, "[role=tab]") if tab.is_displayed()]
+        assert shown == ["Chat"] and find(page, "#chat").is_displayed() and not find(page, "#draw").is_displayed()
+        find(page, "#tab-chat").send_keys(Keys.ARROW_LEFT)
+        assert page.switch_to.active_element.get_attribute("id") == "tab-chat"
+        put(page, "#chat textarea", "hello")
+        send(page, "chat")
+        assert find(page, "#wrong").text == "" and len(bubbles(page)) == 2
