@@ -162,7 +162,7 @@ def test_half_an_answer_does_not_stay(page, running, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(worker, "_heard", lambda *_: 1 / 0)
         send(page, "chat")
-    assert "the model failed" in find(page, "#wrong").text and bubbles(page) == []
+    assert "this request failed" in find(page, "#wrong").text and bubbles(page) == []
     assert find(page, "#chat textarea").get_attribute("value") == "hello"
     send(page, "chat")
     assert find(page, "#wrong").text == "" and len(bubbles(page)) == 2
