@@ -23,6 +23,7 @@ CORE = (
     "tensorflow-datasets>=4.9.10",
     "transformers>=5.0,<6",
     "tokenizers>=0.22",
+    "jinja2>=3.1",  # transformers' chat templates
     "safetensors>=0.6",
     "numpy>=2.1,<3",
     "pillow>=11",

@@ -15,7 +15,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.sampling import exact, scoring
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.sampling.events import Answer, Event
+from starflow2_jax.sampling.events import Event
 from starflow2_jax.sampling.prompts import spoken
 
 USUAL = dict(temperature=0.0, image_temperature=0.9, guidance=1.0)  # as on the command line
@@ -38,21 +38,12 @@ class Model:
 
     def stream(self, prompt: Said, seed: int = 0, every: int = 4, **options) -> Iterator[Event]:
         """The continuation as it comes: words, how far an image is, its pixels, the end; news every so many positions."""
-        options = self._options(options)
-        session = self.sampler.session(options, [seed])
+        session = self.sampler.session(self._options(options), [seed])
         session.read([self._prompt(prompt)], room=session.to_write)
-        ids, N = self.sampler.ids, self.sampler.model.cfg.tokens
-        answer = Answer(0, self.sampler.tokenizer, N, ids.end, options.stop)
-        for [count] in session.stream(every=every):
-            rows = session.rows
-            yield from answer.read(
-                np.asarray(rows.tokens)[0, :count],
-                bool(rows.done[0]),
-                lambda at, rows=rows: self.sampler.decode(np.asarray(rows.u)[:1, at : at + N], options.jacobi != 1)[0],
-            )
+        return session.events(every=every)
 
     def chat(self, seed: int = 0, **options) -> Chat:
-        """A conversation: `say` something, get its answer."""
+        """A conversation: `say` something, get its answer; or `stream` it."""
         return Chat(self.sampler, self._options(options), seed)
 
     def edit(self, image: np.ndarray, instruction: str, seed: int = 0, **options) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 from PIL import Image as Pillow
+from PIL import ImageOps
 
 from starflow2_jax import config as configs
 from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, content_hash
@@ -317,12 +319,17 @@ def test_images_of_16_bits_are_scaled_and_of_32_refused(tmp_path):
         refused(DocumentError, read_image, tmp_path / "wide.tiff", 1, saying=("wide.tiff", "32 bits"))
 
 
-def test_photos_are_read_as_the_camera_was_held(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_read_as_the_camera_was_held(tmp_path, orientation):
+    """Also where another tag is damaged: here a maker that is no text."""
     photo = Pillow.fromarray(np.arange(0, 256, 8, dtype=np.uint8).reshape(4, 8))
-    orientation = photo.getexif()
-    orientation[0x0112] = 6  # to be turned by a quarter
-    photo.save(tmp_path / "photo.png", exif=orientation)
-    turned = np.asarray(photo.transpose(Pillow.Transpose.ROTATE_270), np.float32)[..., None] / 127.5 - 1
+    tags = struct.pack(">HHLHH", 0x0112, 3, 1, orientation, 0), struct.pack(">HHLL", 0x010F, 5, 1, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">LH", 8, len(tags)) + b"".join(tags) + bytes(4)
+    photo.save(tmp_path / "photo.png", exif=exif)
+    good = photo.getexif()
+    good[0x0112] = orientation
+    photo.save(tmp_path / "good.png", exif=good)
+    turned = np.asarray(ImageOps.exif_transpose(Pillow.open(tmp_path / "good.png")), np.float32)[..., None] / 127.5 - 1
     np.testing.assert_allclose(read_image(tmp_path / "photo.png", 1), turned, atol=1e-6)
 
 

@@ -1,11 +1,13 @@
 """`starflow2 chat`: a conversation in the terminal."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from starflow2_jax.commands.model import add_model, restore
 from starflow2_jax.data.documents import Document, Image, Text, read_image, write_image
 from starflow2_jax.errors import UserError
+from starflow2_jax.sampling.events import Event, Picture, Words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
 
@@ -48,18 +50,30 @@ def converse(chat, out: Path, via: str = "flow") -> None:
         if not line:
             continue
         try:
-            for part in chat.say(parse(line, chat.sampler.codec.image_channels, via)):
-                if isinstance(part, Text):
-                    print(part.text.strip())
-                else:
-                    out.mkdir(parents=True, exist_ok=True)
-                    print(f"[{write_image(out / f'{number:03d}', part.pixels)}]")
-                    number += 1
+            answer = chat.stream(parse(line, chat.sampler.codec.image_channels, via))
+            number += show(answer, out, number)
         except UserError as error:
             print(f"! {error}")
         except KeyboardInterrupt:
             print("\ninterrupted")
             return
+
+
+def show(answer: Iterator[Event], out: Path, number: int) -> int:
+    """Print an answer as it comes, its images as files of `out` that are numbered from `number` on; returns how many."""
+    images, begun = 0, False  # begun: whether the line has words
+    for event in answer:
+        if isinstance(event, Words) and (text := event.text if begun else event.text.lstrip()):
+            print(text, end="", flush=True)
+            begun = True
+        elif isinstance(event, Picture):
+            out.mkdir(parents=True, exist_ok=True)
+            path = write_image(out / f"{number + images:03d}", event.pixels)
+            print(f"\n[{path}]" if begun else f"[{path}]")
+            images, begun = images + 1, False
+    if begun:
+        print()
+    return images
 
 
 def parse(line: str, channels: int, via: str = "flow") -> Document:

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import ExifTags
 from PIL import Image as Pillow
-from PIL import ImageOps
 
 from starflow2_jax.errors import UserError
+
+# EXIF's numbers. ImageOps.exif_transpose fails where another of the tags is damaged, for it writes them anew.
+ORIENTATIONS = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT, 3: Pillow.Transpose.ROTATE_180, 4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE, 6: Pillow.Transpose.ROTATE_270, 7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,11 @@ def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
 
 
 def upright(image: Pillow.Image, channels: int) -> Pillow.Image:
-    """The image as its camera was held, gray or RGB, with 8 bits a level. Raises ValueError for 32 bits."""
+    """The image as its camera was held, if that is told, gray or RGB, with 8 bits a level. Raises ValueError for 32 bits."""
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits a level, whose white is not known")
-    image = ImageOps.exif_transpose(image)
+    turned = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    image = image if turned is None else image.transpose(turned)
     if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
         image = Pillow.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -65,13 +66,17 @@ def load(folder: str | Path):
 def chat(tokenizer, turns: list[tuple[str, Document]]) -> Document:
     """A conversation -> the document that the assistant's next answer continues, by the tokenizer's own chat template.
 
-    turns: role ("system", "user", "assistant") and what it said. Raises DocumentError where there is no such template.
+    turns: role ("system", "user", "assistant") and what it said. Raises DocumentError where there is no such template, or
+    it refuses them.
     """
     if not tokenizer.chat_template:
         raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
     images = [part for _, said in turns for part in said if isinstance(part, Image)]
     messages = [{"role": role, "content": [_content(part) for part in said]} for role, said in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise DocumentError(f"the tokenizer's chat template refuses this conversation: {error}") from None
     if text.count(IMAGE_MARK) != len(images):
         raise DocumentError(f"the chat template must place each image once, as {IMAGE_MARK}, and no text may hold that")
     return unflat(text, images)

@@ -1,9 +1,12 @@
 """One conversation, turn by turn: what was read or written stays in the caches, generated images included."""
 
+from collections.abc import Iterator
+
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, DocumentError, Said
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
+from starflow2_jax.sampling.events import Event, as_document
 from starflow2_jax.sampling.prompts import is_empty, spoken
 
 
@@ -20,12 +23,22 @@ class Chat:
         self.sampler, self.options = sampler, options
         self.session = sampler.session(options, [seed])
         self.turns: list[tuple[str, Document]] = []
+        self.whole = True  # whether the caches hold the turns and nothing else
 
     def say(self, said: Said, options: SampleOptions | None = None) -> Document:
         """Read on, and write an answer. `options`: of this turn, with the same guidance branches as the first ones.
 
-        Raises UserError for what does not fit the model; then the conversation stands as before.
+        Raises UserError for what does not fit the model; then the conversation stands as before. One whose answer was
+        interrupted, or streamed and not heard to its end, does not go on: UserError, too.
         """
+        for _ in self.stream(said, options, every=None):
+            pass
+        return self.turns[-1][1]
+
+    def stream(self, said: Said, options: SampleOptions | None = None, every: int | None = 4) -> Iterator[Event]:
+        """`say`, told as the answer comes: words, how far an image is, its pixels, the end; news every so many positions."""
+        if not self.whole:
+            raise UserError("the last answer was broken off, so this conversation cannot go on; begin a new one")
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
             raise UserError("a conversation keeps its kinds of guidance, and takes no stop strings")
         options, document = options or self.options, spoken(self.sampler.tokenizer, said)
@@ -35,9 +48,15 @@ class Chat:
         more = self.added(turns) if self.sampler.tokenizer.chat_template else document
         self.session.choose(options)
         self.session.read([more], room=self.session.to_write)
-        [answer] = self.session.write()
-        self.turns = [*turns, ("assistant", answer)]
-        return answer
+        self.whole = False
+        return self._answer(turns, every)
+
+    def _answer(self, turns: list[tuple[str, Document]], every: int | None) -> Iterator[Event]:
+        heard = []
+        for event in self.session.events(every=every):
+            heard.append(event)
+            yield event
+        self.turns, self.whole = [*turns, ("assistant", as_document(heard))], True
 
     def added(self, turns: list[tuple[str, Document]]) -> Document:
         """What the template's text of the conversation has behind what is in the caches."""

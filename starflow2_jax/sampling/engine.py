@@ -19,7 +19,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, init_params, split
-from starflow2_jax.sampling.rows import SampleOptions, power
+from starflow2_jax.sampling.rows import SampleOptions, power, rounded
 from starflow2_jax.sampling.session import Session
 from starflow2_jax.stages import STAGES
 
@@ -113,11 +113,11 @@ class Sampler:
         """
         if not prompts:
             return []
-        seeds = [seed + i for i in range(len(prompts) * samples)]
-        session = self.session(options, seeds[::samples], rows)
+        seeds, rows = [seed + i for i in range(len(prompts) * samples)], max(rows, len(prompts))
+        session = self.session(options, seeds[::samples], rounded(rows))
         session.read(prompts, room=session.to_write)
         if samples > 1:
-            session = session.fork(np.repeat(np.arange(len(prompts)), samples), seeds, rows * samples)
+            session = session.fork(np.repeat(np.arange(len(prompts)), samples), seeds, rounded(rows * samples))
         return session.write()
 
     def decode(self, u: jax.Array | np.ndarray, calibrated: bool = True) -> np.ndarray:
@@ -130,6 +130,17 @@ class Sampler:
         self.uses(("decode", schedule, u.shape), f"the decoding of {len(u)} images")
         latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))[:count]
         return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
+
+    def pictures(self, u: jax.Array, begins: list[list[int]], calibrated: bool = True) -> list[dict[int, np.ndarray]]:
+        """Pixels of the images that begin at `begins` (a list a row) in u (B, T, D), by where each begins; `calibrated` as in
+        `decode`, which takes all of them at once."""
+        found: list[dict[int, np.ndarray]] = [{} for _ in begins]
+        if places := [(row, at) for row, some in enumerate(begins) for at in some]:
+            row, at = np.array(places).T
+            tokens = np.asarray(u)[row[:, None], at[:, None] + np.arange(self.model.cfg.tokens)]
+            for (row, at), pixels in zip(places, self.decode(tokens, calibrated), strict=True):
+                found[row][at] = pixels
+        return found
 
     def run(self, compiled, *arguments):
         """A compiled function on the sampler's mesh, which is where its layouts hold (`sharding.constrain`)."""

@@ -1,9 +1,11 @@
 """What one row writes, told piece by piece while it is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from starflow2_jax.data.documents import Document, Image, Text
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class End:
 Event = Words | Progress | Picture | End
 
 
+def as_document(events: Iterable[Event]) -> Document:
+    """What the events of one choice say."""
+    parts: Document = []
+    for event in events:
+        if isinstance(event, Picture):
+            parts.append(Image(event.pixels, generate=True))
+        elif isinstance(event, Words):
+            before = parts.pop().text if parts and isinstance(parts[-1], Text) else ""
+            parts.append(Text(before + event.text, predict=True))
+    return parts
+
+
 def text_runs(tokens: np.ndarray) -> list[list[int]]:
     """tokens (T,): a row's record -> the text tokens between its images, one list a run."""
     pieces = np.split(tokens, np.flatnonzero(tokens == -1))
@@ -56,10 +70,15 @@ class Answer:
         self.run: list[int] = []  # tokens of the text since the last image
         self.told = 0  # characters of it
         self.ended: End | None = None
+        self.cut = False  # whether a stop string ended it
 
-    def read(self, tokens: np.ndarray, done: bool, decode: Callable[[int], np.ndarray]) -> Iterator[Event]:
-        """tokens (count,): all that the row has written so far, -1 an image token. `decode`: pixels of the image that
-        begins at a position."""
+    def whole(self, tokens: np.ndarray) -> list[int]:
+        """Where the images begin that `read` will tell of."""
+        places = self.at + np.flatnonzero(tokens[self.at :] == -1)
+        return places[: len(places) // self.N * self.N : self.N].tolist() if self.ended is None else []
+
+    def read(self, tokens: np.ndarray, done: bool, pictures: Mapping[int, np.ndarray]) -> Iterator[Event]:
+        """tokens (count,): all that the row has written so far, -1 an image token. `pictures`: pixels, by `whole`."""
         while self.at < len(tokens) and self.ended is None:
             if tokens[self.at] >= 0:
                 self.run.append(int(tokens[self.at]))
@@ -76,7 +95,7 @@ class Answer:
                     yield Progress(self.choice, self.images, inside / self.N)
                     return
                 break
-            yield Picture(self.choice, self.images, decode(self.at))
+            yield Picture(self.choice, self.images, pictures[self.at])
             self.at, self.images, self.run, self.told = self.at + self.N, self.images + 1, [], 0
         if self.ended is None:
             yield from self._text(done)
@@ -94,7 +113,7 @@ class Answer:
             yield Words(self.choice, text[self.told : safe])
             self.told = safe
         if cuts:
-            self.ended = End(self.choice, "stop", self.at)
+            self.cut, self.ended = True, End(self.choice, "stop", self.at)
             yield self.ended
 
     def _safe(self, text: str) -> int:

@@ -238,6 +238,12 @@ def bucket(length: int) -> int:
     return BUCKET * power(-(-length // BUCKET))
 
 
+def rounded(count: int) -> int:
+    """`count` rows, or up to a quarter more, so that few numbers of rows are compiled: at most four to a doubling."""
+    step = max(power(count) // 8, 1)
+    return -(-count // step) * step
+
+
 def power(count: int) -> int:
     """The least power of two that is not below `count`, at least 1."""
     return 1 << max(int(count) - 1, 0).bit_length()

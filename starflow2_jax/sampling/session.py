@@ -20,7 +20,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.inversion import Jacobi
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
-from starflow2_jax.sampling.events import text_runs
+from starflow2_jax.sampling.events import Answer, Event, as_document, text_runs
 from starflow2_jax.sampling.prompts import is_empty, require_no_image_tokens
 from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions, bucket, power
 from starflow2_jax.sampling.steps import Program
@@ -58,10 +58,9 @@ class Session:
             raise UserError("the rows of a session share stop, jacobi, tolerance and the kinds of guidance")
         if any(o.image_first and o.max_images == 0 for o in options):
             raise UserError("image_first asks for an image, but max_images is 0; change one of them")
-        filtered = any(o.top_k or o.top_p < 1 for o in options)
         solver = Jacobi(int(one.jacobi), one.tolerance) if one.jacobi else sampler.deep
         chunk = min(solver.chunk, sampler.model.cfg.tokens)
-        return Program(sampler.model, sampler.ids, sampler.skips, one.branches, filtered, chunk, solver.tolerance)
+        return Program(sampler.model, sampler.ids, sampler.skips, one.branches, chunk, solver.tolerance)
 
     @property
     def to_write(self) -> np.ndarray:
@@ -136,14 +135,26 @@ class Session:
 
         An image that the last turn's `max_tokens` cut off goes on, and is part of the answer that finishes it.
         """
-        for _ in self.stream(options, every=None):
-            pass
-        if cut := int((self._open()[: self.size] > 0).sum()):
-            most, image = self.to_write.max(), self.sampler.model.cfg.tokens + 2
-            log.warning(
-                "%d of %d answers end within an image: max_tokens is %d, an image takes %d", cut, self.size, most, image
-            )
-        return self.written()
+        heard: list[list[Event]] = [[] for _ in range(self.size)]
+        for event in self.events(options, every=None):
+            heard[event.choice].append(event)
+        return [as_document(events) for events in heard]
+
+    def events(self, options: SampleOptions | None = None, every: int | None = 4) -> Iterator[Event]:
+        """`write`, told as it goes on, news every so many positions (None: at the end). `Event.choice` is the row."""
+        return self._told(self.stream(options, every))
+
+    def _told(self, going: Iterator[np.ndarray]) -> Iterator[Event]:
+        sampler, begun = self.sampler, np.asarray(self.rows.begun)
+        N, stop, calibrated = sampler.model.cfg.tokens, self.options[0].stop, self.options[0].jacobi != 1
+        answers = [Answer(i, sampler.tokenizer, N, sampler.ids.end, stop) for i in range(self.size)]
+        for counts in going:
+            tokens, done = np.asarray(self.rows.tokens), np.asarray(self.rows.done)
+            records = [tokens[i, : begun[i] + count] for i, count in enumerate(counts)]
+            whole = [answer.whole(record) for answer, record in zip(answers, records, strict=True)]
+            pictures = sampler.pictures(self.rows.u, whole, calibrated)
+            for i, answer in enumerate(answers):
+                yield from answer.read(records[i], bool(done[i]), pictures[i])
 
     def stream(self, options: SampleOptions | None = None, every: int | None = 8) -> Iterator[np.ndarray]:
         """`write`, stopping every so many steps: yields how many positions each row has written, (rows,)."""
@@ -158,6 +169,11 @@ class Session:
             if stop:
                 self._stop(stop)
             yield np.asarray(self.rows.count)[: self.size]
+        if cut := int((self._open()[: self.size] > 0).sum()):
+            most, image = self.to_write.max(), self.sampler.model.cfg.tokens + 2
+            log.warning(
+                "%d of %d answers end within an image: max_tokens is %d, an image takes %d", cut, self.size, most, image
+            )
 
     def choose(self, options: SampleOptions) -> None:
         """Those of all rows in the turns to come. Raises UserError where they need other branches for their guidance."""
@@ -200,39 +216,6 @@ class Session:
         forked.rows = self.sampler.run(row.take, self.rows, np.array([*indices, *spare]), seeds)
         return forked
 
-    def written(self) -> list[Document]:
-        """What each row has written in this turn; an image that is not whole is left out."""
-        tokens, u = np.asarray(self.rows.tokens)[: self.size], np.asarray(self.rows.u)
-        N = self.sampler.model.cfg.tokens
-        runs = [np.flatnonzero(r == -1) for r in tokens]
-        places = [(i, c) for i, run in enumerate(runs) for c in run[: len(run) // N * N : N]]
-        images: list[dict[int, np.ndarray]] = [{} for _ in tokens]
-        if places:
-            at, columns = np.array(places).T
-            found = u[at[:, None], columns[:, None] + np.arange(N)]
-            pixels = self.sampler.decode(found, calibrated=self.options[0].jacobi != 1)
-            for (i, c), image in zip(places, pixels, strict=True):
-                images[i][c] = image
-        return [self._document(r, found) for r, found in zip(tokens, images, strict=True)]
-
-    def _document(self, tokens: np.ndarray, images: dict[int, np.ndarray]) -> Document:
-        parts: Document = []
-        text: list[int] = []
-
-        def flush():
-            if words := self.sampler.tokenizer.decode(text, skip_special_tokens=True):
-                parts.append(Text(words, predict=True))
-            text.clear()
-
-        for column, token in enumerate(tokens):
-            if token >= 0:
-                text.append(int(token))
-            elif column in images:
-                flush()
-                parts.append(Image(images[column], generate=True))
-        flush()
-        return _before(parts, self.options[0].stop)
-
     def _make_room(self, reading: np.ndarray, writing: int | np.ndarray, less: np.ndarray | int = 0) -> None:
         """Caches for `reading` (rows,) more positions and `writing` behind them, `less` (rows,) of those there being dropped
         before. Raises DocumentError where a row's are too many."""
@@ -256,7 +239,7 @@ class Session:
 
 def call(sampler: "Sampler", program: Program, compiled, rows: Rows, *arguments) -> Rows:
     """`steps.read` or `steps.write` on rows, noted where it must be compiled first."""
-    shapes = tuple(x.shape for x in jax.tree.leaves((rows, arguments)) if hasattr(x, "shape"))
+    shapes = tuple(getattr(x, "shape", x) for x in jax.tree.leaves((rows, arguments)))
     what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.slots} positions"
     sampler.uses((compiled.__name__, program, shapes), what)
     return sampler.run(compiled, program, sampler.params, rows, *arguments)
@@ -265,12 +248,3 @@ def call(sampler: "Sampler", program: Program, compiled, rows: Rows, *arguments)
 def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
     """Any integers as 32 bits, and zeros for the spare rows."""
     return np.array([int(seed) % 2**32 for seed in seeds] + [0] * spare, np.uint32)
-
-
-def _before(parts: Document, stop: tuple[str, ...]) -> Document:
-    """The parts up to the first of the stop strings."""
-    for i, part in enumerate(parts):
-        cuts = [part.text.index(s) for s in stop if isinstance(part, Text) and s in part.text]
-        if cuts:
-            return parts[:i] + ([Text(part.text[: min(cuts)], predict=True)] if min(cuts) else [])
-    return parts

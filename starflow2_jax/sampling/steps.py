@@ -26,7 +26,6 @@ class Program:
     ids: TokenIds
     skips: bool
     branches: tuple[str, ...] = ()  # see SampleOptions.branches
-    filtered: bool = False  # whether any row draws its text from a part of the vocabulary
     jacobi: int = 1
     tolerance: float = 1e-3
 
@@ -267,8 +266,9 @@ def _draw_token(program: Program, params, rows: Rows, needed) -> jax.Array:
         no_more = jnp.where(controls.images_left == 0, -jnp.inf, logits[:, ids.vision_start])
         logits = logits.at[:, ids.vision_start].set(no_more)
         warm = logits / jnp.where(controls.temperature > 0, controls.temperature, 1)[:, None]
-        if program.filtered:
-            warm = keep_likely(warm, controls.top_k, controls.top_p)
+        some = free & (controls.temperature > 0) & ((controls.top_k > 0) | (controls.top_p < 1))
+        cut = partial(keep_likely, warm, controls.top_k, controls.top_p)  # sorts the vocabulary
+        warm = jax.lax.cond(jnp.any(some), cut, lambda: warm)
         keys = jax.vmap(jax.random.fold_in)(rows.key, rows.drawn)
         random = jax.vmap(jax.random.categorical)(keys, warm)
         return jnp.where(controls.temperature > 0, random, jnp.argmax(logits, axis=-1)).astype(jnp.int32)

@@ -206,7 +206,11 @@ async def _rank(service: Service, request: Request) -> Response:
 
 def _task(service: Service, body: object) -> tuple[Task, str]:
     image, captions, by_image = rank_request(body, service.intake)
-    return Task(ranking(service.worker.sampler, image, captions, by_image)), "image" if by_image else "text"
+    try:
+        pieces = ranking(service.worker.sampler, image, captions, by_image)
+    except DocumentError as error:
+        raise bad(str(error), "captions", "invalid_prompt") from None
+    return Task(pieces), "image" if by_image else "text"
 
 
 async def _api_error(request: Request, error: ApiError | DocumentError) -> Response:

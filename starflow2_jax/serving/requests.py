@@ -193,5 +193,5 @@ def _part(part: object, intake: Intake, budget: Budget, via: str, where: str) ->
 
 
 def check_model(body: object, name: str) -> None:
-    if isinstance(body, dict) and (asked := body.get("model", name)) != name:
+    if isinstance(body, dict) and (asked := body.get("model") or name) != name:
         raise ApiError(404, f"there is no model {asked!r} here; this is {name!r}", "model_not_found", "model")

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+from starflow2_jax.data.documents import DocumentError, Text
 from starflow2_jax.data.pipeline import Shape, collate
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler
-from starflow2_jax.sampling.events import Answer, End, Event, Picture, Words
+from starflow2_jax.sampling.events import Answer, End, Event, Picture, as_document
 from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
 from starflow2_jax.sampling.session import call
 from starflow2_jax.serving.errors import ApiError, told
@@ -26,9 +26,8 @@ from starflow2_jax.serving.kept import Conversations
 from starflow2_jax.serving.prompts import Turns, identity, pieces, prompt
 from starflow2_jax.serving.requests import ChatRequest
 
-# Every row has the guidance branch and the cut of the vocabulary, so that one program serves all requests: without
-# guidance its weight is 0, and top_p 1 keeps all tokens.
-WIDEST = SampleOptions(guidance=1.0, top_p=0.5, max_tokens=1)
+# Every row has the guidance branch, so that one program serves all requests: without guidance its weight is 0.
+WIDEST = SampleOptions(guidance=1.0, max_tokens=1)
 PIECE = 256  # positions of a prompt that are read before the running rows go on
 log = logging.getLogger(__name__)
 _put = jax.jit(row.put, donate_argnums=0)
@@ -42,7 +41,7 @@ class Writing:
     options: SampleOptions
     answer: Answer
     turns: Turns  # of the conversation that it answers
-    said: Document = field(default_factory=list)
+    heard: list[Event] = field(default_factory=list)
 
 
 class Worker(threading.Thread):
@@ -114,6 +113,14 @@ class Worker(threading.Thread):
         while self.waiting or self.entering or self.running:
             self._turn()
         self.conversations.kept.clear()
+        if self.draws:
+            for count in {power(n + 1) for n in range(self.size)}:  # images that may be whole at once
+                cfg = self.sampler.model.cfg
+                self.sampler.decode(np.zeros((count, cfg.tokens, cfg.channels)), self._calibrated)
+
+    @property
+    def _calibrated(self) -> bool:
+        return self.widest.jacobi != 1
 
     def submit(self, work: Job | Task) -> None:
         """Raises ApiError 429 where too many wait, 503 where the server is closing."""
@@ -249,12 +256,15 @@ class Worker(threading.Thread):
 
     def _report(self) -> None:
         tokens, count, done = jax.device_get((self.batch.tokens, self.batch.count, self.batch.done))
+        records = [tokens[i, : count[i]] for i in range(self.size)]
+        whole = [w.answer.whole(record) if w else [] for w, record in zip(self.writing, records, strict=True)]
+        pictures = self.sampler.pictures(self.batch.u, whole, self._calibrated)
         for i, writing in enumerate(self.writing):
             if writing is None:
                 continue
             job, answer = writing.job, writing.answer
             try:
-                for event in answer.read(tokens[i, : count[i]], bool(done[i]), lambda at, i=i: self._pixels(i, at)):
+                for event in answer.read(records[i], bool(done[i]), pictures[i]):
                     self._heard(i, event)
                     job.say(event)
             except Exception as error:
@@ -264,18 +274,11 @@ class Worker(threading.Thread):
 
     def _heard(self, index: int, event: Event) -> None:
         writing = self.writing[index]
-        if isinstance(event, Picture):
-            if not np.isfinite(event.pixels).all():
-                raise ApiError(500, "the model wrote an image that is no image; try another seed", "model_failed")
-            writing.said.append(Image(event.pixels))
-        elif isinstance(event, Words):
-            writing.said.append(Text(event.text))
-        elif isinstance(event, End) and not writing.options.stop:  # what a stop string cut off has been read, too
-            self.conversations.keep([*writing.turns, ("assistant", writing.said)], self.batch, index)
-
-    def _pixels(self, index: int, at: int) -> np.ndarray:
-        u = np.asarray(self.batch.u)[index, at : at + self.sampler.model.cfg.tokens]
-        return self.sampler.decode(u[None], calibrated=self.widest.jacobi != 1)[0]
+        if isinstance(event, Picture) and not np.isfinite(event.pixels).all():
+            raise ApiError(500, "the model wrote an image that is no image; try another seed", "model_failed")
+        writing.heard.append(event)
+        if isinstance(event, End) and not writing.answer.cut:  # what a stop string cut off has been read, too
+            self.conversations.keep([*writing.turns, ("assistant", as_document(writing.heard))], self.batch, index)
 
     def _free(self, indices: list[int]) -> None:
         for i in indices:

@@ -14,6 +14,7 @@ from starflow2_jax.data.documents import DocumentError, Image, Text, as_pillow
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sampling.events import End, Progress
 
 N = tiny.CONFIG.tokens
 TEMPLATE = (
@@ -108,6 +109,25 @@ def test_nothing_said_draws_nothing():
     assert Chat(sampler(), SampleOptions(max_tokens=N + 1, image_first=True)).say("")  # an image of nothing said at all
 
 
+def test_an_answer_told_as_it_comes():
+    """It is the one that `say` gives, and the conversation goes on; one that is not heard to its end ends it."""
+    options = SampleOptions(max_tokens=2 * N, image_first=True, guidance=1.0)
+    said, told = (Chat(sampler(), options, seed=1) for _ in range(2))
+    for turn in ("draw an eight", "and now?"):
+        answer, events = said.say(turn), list(told.stream(turn))
+        assert any(isinstance(e, Progress) for e in events) and isinstance(events[-1], End)
+        for a, b in zip(answer, told.turns[-1][1], strict=True):
+            assert a == b if isinstance(a, Text) else np.allclose(a.pixels, b.pixels, atol=1e-5)
+    assert (said.session.computed == told.session.computed).all()
+    next(told.stream("one more"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="broken off"):
+            told.say("one more")
+    with pytest.raises(DocumentError, match="shorten"):
+        said.say("draw " * 9000)
+    assert said.say("one more")  # what is refused changes nothing
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="stop strings"):
         Chat(sampler(), SampleOptions(stop=("a",)))
@@ -117,6 +137,8 @@ def test_refusals():
     chat.say([Text("draw")])
     with pytest.raises(DocumentError, match="changes earlier turns"):
         chat.say([Text("draw")])
+    with pytest.raises(DocumentError, match="template refuses this conversation: no users"):
+        Chat(sampler(TEMPLATE + "{{ raise_exception('no users') }}")).say("draw")
     document = [Text("a"), Image(tiny.pixels(1)), Image(tiny.pixels(2)), Text("b")]
     assert tokenizers.unflat(*tokenizers.flat(document)) == document
 

@@ -13,6 +13,7 @@ from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling import engine, rows, steps
 from starflow2_jax.sampling.engine import SampleOptions, Sampler, Session
+from starflow2_jax.sampling.events import Answer, as_document
 from starflow2_jax.sampling.guidance import extrapolate, mix_gaussians
 from starflow2_jax.sampling.steps import keep_likely
 from starflow2_jax.sequence import Step
@@ -137,11 +138,11 @@ def test_what_was_written_becomes_a_document(sampler):
     tokens[0, N + 3] = -1
     latents = tiny.CODEC.encode(tiny.pixels(5)[None]).reshape(1, 1, N, -1)
     u, _ = sampler.model.apply({"params": sampler.params}, latents, method=Pretzel.encode)
-    session = sampler.session(SampleOptions(), [0])
-    session.rows = session.rows.replace(
-        tokens=jnp.asarray(tokens), u=jnp.zeros((1, T, tiny.CHANNELS)).at[:, 1 : N + 1].set(u[:, 0])
+    answer = Answer(0, sampler.tokenizer, N, ids.end, ())
+    [pictures] = sampler.pictures(
+        jnp.zeros((1, T, tiny.CHANNELS)).at[:, 1 : N + 1].set(u[:, 0]), [answer.whole(tokens[0])]
     )
-    [[image, text]] = session.written()
+    image, text = as_document(answer.read(tokens[0, : N + 4], True, pictures))
     np.testing.assert_allclose(image.pixels, tiny.pixels(5), atol=1e-3)
     assert text == Text(" nine", predict=True)
 
@@ -328,8 +329,17 @@ def test_lengths_share_programs():
     assert len(fresh.programs) == 2 + 2 + 3  # for four rows; 1, 2, 4 images at once
     few = fresh.generate([[Text("draw")]] * 3, replace(options[0], max_images=1), rows=4)
     assert len(fresh.programs) == 7 and len(few) == 3
+    edit = SampleOptions(max_tokens=1, guidance=1.0, image_guidance=1.0)
+    assert fresh.generate([[Image(tiny.pixels(1)), Text("mirror it")]], edit)
+    assert len(fresh.programs) == 7 + 3  # a program reads in each of two lanes, the third reads nothing
     assert sum(f._cache_size() for f in (steps.read, steps.write, engine._decode)) == len(fresh.programs)
     assert fresh.generate([]) == []
+
+
+def test_few_numbers_of_rows():
+    counts = [rows.rounded(n) for n in range(1, 513)]
+    assert counts[:8] == list(range(1, 9)) and all(n <= c < 5 / 4 * n for n, c in enumerate(counts, start=1))
+    assert len(set(counts)) == 8 + 4 * 6  # four to a doubling
 
 
 @pytest.mark.parametrize(

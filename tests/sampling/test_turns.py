@@ -44,10 +44,6 @@ def test_an_image_that_was_cut_off_goes_on(sampler, jacobi):
             np.testing.assert_allclose(answer[0].pixels, want[0].pixels, atol=1e-4)
             assert [p.text for p in answer[1:]] == [p.text for p in want[1:]]
     assert (session.rows.begun == 4).all() and (session.rows.count == N).all()
-    events = list(Answer(0, sampler.tokenizer, N, sampler.ids.end, ()).read(
-        np.asarray(session.rows.tokens)[0, : 4 + N], True, lambda at: sampler.decode(session.rows.u[:1, at : at + N])[0]
-    ))  # fmt: skip
-    np.testing.assert_allclose(events[0].pixels, uncut[0][0].pixels, atol=1e-4)
 
 
 def test_an_image_that_is_whole_but_for_its_end(sampler):
@@ -183,7 +179,9 @@ def test_a_stop_string_does_not_span_an_image(sampler):
 def test_words_are_told_before_the_image_that_follows(sampler):
     """In one chunk with the image's beginning; what might have become a stop string is told, for the text has ended."""
     answer = Answer(0, sampler.tokenizer, N, sampler.ids.end, ("two x",))
-    events = list(answer.read(record(sampler, "a two", 2), False, None))
+    events = list(answer.read(record(sampler, "a two", 2), False, {}))
     assert "".join(e.text for e in events[:-1]) == "a two" and events[-1] == Progress(0, 0, 2 / N)
-    events = list(answer.read(record(sampler, "a two", N, "b"), False, lambda at: tiny.pixels(at)))
+    whole = record(sampler, "a two", N, "b")
+    [at] = answer.whole(whole)
+    events = list(answer.read(whole, False, {at: tiny.pixels(1)}))
     assert [type(e) for e in events] == [Picture, Words] and events[1].text == "b"

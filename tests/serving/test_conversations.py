@@ -151,8 +151,14 @@ def test_the_conversation_used_longest_ago_goes(talking):
 
 
 def test_what_a_stop_string_cut_is_not_kept(talking):
-    ask(talking[2], [say("one")], **STILL, max_tokens=3, max_images=0, stop="@@")
-    assert not talking[1].worker.conversations.kept
+    """One that did not come cuts nothing."""
+    options, kept = dict(**STILL, max_tokens=6, max_images=0), talking[1].worker.conversations.kept
+    text = ask(talking[2], [say("one")], **options).choices[0].message.content
+    kept.clear()
+    assert ask(talking[2], [say("one")], **options, stop=text[1:]).choices[0].message.content == text[:1]
+    assert not kept
+    ask(talking[2], [say("one")], **options, stop="@@")
+    assert len(kept) == 1
 
 
 def test_a_template_that_rewrites_earlier_turns_is_read_anew():

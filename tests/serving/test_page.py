@@ -46,6 +46,7 @@ def opened(address: str, refused: str = "400 (Bad") -> Iterator[webdriver.Chrome
     driver = webdriver.Chrome(options=options, service=Service(programs["chromedriver"]))
     try:
         driver.get(address)
+        driver.execute_script("document.getElementById('settings').open = true")
         yield driver
         said = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     finally:
@@ -88,7 +89,6 @@ def sizes(page, css: str) -> list:
 
 def test_draws(page):
     WebDriverWait(page, 60).until(lambda p: find(p, "#model").text == "tiny")
-    find(page, "#settings summary").click()
     for name, value in (("max_tokens", "30"), ("seed", "5")):
         put(page, f"#{name}", value)
     put(page, "#draw [name=text]", "draw an eight")
@@ -181,6 +181,7 @@ def test_arrow_keys_choose_a_tab(page):
 
 def test_asks_for_the_key(sampler):
     with served(sampler, key=KEY) as (_, address), opened(address, refused="401 (Un") as page:
+        page.refresh()  # its settings are closed
         WebDriverWait(page, 60).until(lambda p: "wants its API key" in find(p, "#model").text)
         put(page, "#key", "another" + Keys.TAB)
         put(page, "#draw [name=text]", "draw an eight")

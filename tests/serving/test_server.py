@@ -98,8 +98,9 @@ def test_a_chat_template_and_jacobi_passes():
         programs = steps.read._cache_size(), steps.write._cache_size()
         noted = [name for name, *_ in model.programs]
         assert programs == (before[0] + noted.count("read"), before[1] + noted.count("write"))
-        answer = ask(openai_client(address), max_tokens=N + 4, seed=5, image_first=True)
+        answer = ask(openai_client(address), max_tokens=N + 4, seed=5, image_first=True, n=2)
         assert (steps.read._cache_size(), steps.write._cache_size()) == programs  # it had compiled all that this takes
+        assert len(model.programs) == len(noted) and noted.count("decode") == 2  # two images at once, too
     document = chat(tokenizer, [("user", [Text("draw an eight")])])
     [want] = model.generate([document], SampleOptions(max_tokens=N + 4, image_first=True, jacobi=3), seed=5)
     the_same(answer.choices[0].message.parts, want)
@@ -169,7 +170,7 @@ def test_a_stop_string_is_not_told_while_a_character_is_half_written(sampler, st
     tokens = np.array(sampler.tokenizer.encode(text))
     assert len(tokens) > len(text)
     answer = Answer(0, sampler.tokenizer, N, sampler.ids.end, (stop,))
-    events = [e for k in range(1, len(tokens) + 1) for e in answer.read(tokens[:k], k == len(tokens), None)]
+    events = [e for k in range(1, len(tokens) + 1) for e in answer.read(tokens[:k], k == len(tokens), {})]
     assert "".join(e.text for e in events if isinstance(e, Words)) == told
     assert events[-1].reason == ("length" if told == text else "stop")
 
@@ -240,6 +241,11 @@ def test_bad_requests(address, change, status, message):
     assert answer.status_code == status and message in error["message"] and error["type"] == "invalid_request_error"
 
 
+def test_null_is_what_is_not_given(address):
+    body = {"messages": ASK, "max_tokens": 1} | dict.fromkeys(("model", "stop", "seed", "n", "tools", "stream_options"))
+    assert httpx.post(f"{address}/v1/chat/completions", json=body, trust_env=False, timeout=60).status_code == 200
+
+
 def test_bad_http(address):
     with httpx.Client(base_url=address, trust_env=False) as http:
         url = "/v1/chat/completions"
@@ -275,6 +281,8 @@ def test_rank(address, sampler):
     with httpx.Client(base_url=address, trust_env=False, timeout=60) as http:
         answer = http.post("/v1/rank", json=body).json()["data"]
         assert http.post("/v1/rank", json=body | {"captions": []}).status_code == 400
+        long = http.post("/v1/rank", json=body | {"captions": ["draw " * 300]})
+        assert long.status_code == 400 and long.json()["error"]["param"] == "captions"
     want = rank(sampler, np.asarray(scan, np.float32)[..., None] / 127.5 - 1, body["captions"])
     assert [a["caption"] for a in answer] == [caption for caption, _ in want]
     np.testing.assert_allclose([a["nats"] for a in answer], [nats for _, nats in want], rtol=1e-3)
@@ -325,17 +333,24 @@ def test_a_fault_leaves_the_others_alone(client, running, monkeypatch):
     """A request that fails in reading, and one that fails in its answer, beside one that does not."""
     worker = running[0].worker
     want = ask(client, max_tokens=30, seed=1, image_first=True).choices[0].message.parts
-    beginning, pixels = worker._beginning, worker._pixels
+    beginning, pictures = worker._beginning, worker.sampler.pictures
 
     def broken(job):
         if job.request.seeds == [666]:
             raise RuntimeError("broken")
         return beginning(job)
 
+    def spoiled(*arguments):
+        return [
+            {
+                at: pixels * (np.nan if worker.writing[i].job.request.seeds == [667] else 1)
+                for at, pixels in some.items()
+            }
+            for i, some in enumerate(pictures(*arguments))
+        ]
+
     monkeypatch.setattr(worker, "_beginning", broken)
-    monkeypatch.setattr(
-        worker, "_pixels", lambda i, at: pixels(i, at) * (np.nan if worker.writing[i].job.request.seeds == [667] else 1)
-    )
+    monkeypatch.setattr(worker.sampler, "pictures", spoiled)
     leave = held(worker)
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(ask, client, max_tokens=30, seed=s, image_first=True) for s in (666, 667, 1)]
