@@ -1,35 +1,21 @@
-"""What a user can get wrong gives one sentence that says what and where: configs, checkpoints, documents."""
+"""What a user can get wrong gives one sentence that says what and where: configs and checkpoints."""
 
 import json
 import shutil
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from PIL import Image as Pillow
-from PIL import ImageOps
+from refused import refused
 
 from starflow2_jax import config as configs
 from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, content_hash
 from starflow2_jax.config import ConfigError
 from starflow2_jax.data.digits import KINDS
-from starflow2_jax.data.documents import (
-    DocumentError,
-    Image,
-    JsonlDocuments,
-    Text,
-    from_json,
-    read_document,
-    read_image,
-    write_image,
-)
-from starflow2_jax.data.pipeline import Shape, batches, collate
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.flow import FlowBlockConfig
 from starflow2_jax.models.pretzel import PretzelConfig
@@ -37,16 +23,6 @@ from starflow2_jax.training import step
 from starflow2_jax.training.loop import Trainer
 
 QUICK = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
-
-
-def refused(error: type, call, *args, saying: tuple[str, ...], **kwargs) -> None:
-    """`call` raises `error`, a UserError, with one line that has all of `saying`."""
-    assert issubclass(error, UserError)
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 600, message
-    assert all(word in message for word in saying), message
 
 
 # Configs.
@@ -292,117 +268,3 @@ def test_weights_of_another_model(copy):
     c = CheckpointDirectory(copy)
     refused(CheckpointError, c.restore, 3, {"params": abstract(other)}, saying=("of another model",))
     refused(CheckpointError, c.restore, 3, {"params": abstract({"else": jnp.ones(3)})}, saying=("of another model",))
-
-
-# Documents and images.
-
-
-def test_images(tmp_path):
-    refused(DocumentError, read_image, tmp_path / "none.png", 1, saying=("none.png", "does not exist"))
-    (tmp_path / "text.png").write_text("no image")
-    refused(DocumentError, read_image, tmp_path / "text.png", 1, saying=("text.png", "cannot be read"))
-    Pillow.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
-    refused(DocumentError, read_image, tmp_path / "cut.png", 1, saying=("cut.png", "cannot be read"))
-    refused(DocumentError, read_image, tmp_path, 1, saying=("cannot be read",))
-
-
-def test_images_of_16_bits_are_scaled_and_of_32_refused(tmp_path):
-    levels = np.arange(0, 256, 4, dtype=np.uint16).reshape(8, 8)
-    Pillow.fromarray(levels * 257).save(tmp_path / "deep.png")  # 65535 is white
-    assert Pillow.open(tmp_path / "deep.png").mode.startswith("I;16")
-    for channels in (1, 3):
-        wanted = np.repeat(levels[..., None] / np.float32(127.5) - 1, channels, axis=2)
-        np.testing.assert_allclose(read_image(tmp_path / "deep.png", channels), wanted, atol=1e-6)
-    for dtype in (np.int32, np.float32):
-        Pillow.fromarray(levels.astype(dtype)).save(tmp_path / "wide.tiff")
-        refused(DocumentError, read_image, tmp_path / "wide.tiff", 1, saying=("wide.tiff", "32 bits"))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_read_as_the_camera_was_held(tmp_path, orientation):
-    """Also where another tag is damaged: here a maker that is no text."""
-    photo = Pillow.fromarray(np.arange(0, 256, 8, dtype=np.uint8).reshape(4, 8))
-    tags = struct.pack(">HHLHH", 0x0112, 3, 1, orientation, 0), struct.pack(">HHLL", 0x010F, 5, 1, 0)
-    exif = b"Exif\0\0MM\0*" + struct.pack(">LH", 8, len(tags)) + b"".join(tags) + bytes(4)
-    photo.save(tmp_path / "photo.png", exif=exif)
-    good = photo.getexif()
-    good[0x0112] = orientation
-    photo.save(tmp_path / "good.png", exif=good)
-    turned = np.asarray(ImageOps.exif_transpose(Pillow.open(tmp_path / "good.png")), np.float32)[..., None] / 127.5 - 1
-    np.testing.assert_allclose(read_image(tmp_path / "photo.png", 1), turned, atol=1e-6)
-
-
-def test_images_survive_their_files(tmp_path):
-    for channels in (1, 3):
-        pixels = np.random.default_rng(0).integers(0, 256, (5, 7, channels)).astype(np.float32) / 127.5 - 1
-        write_image(tmp_path / "image.png", pixels)
-        np.testing.assert_allclose(read_image(tmp_path / "image.png", channels), pixels, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "parts, saying",
-    [
-        ({}, ("non-empty list",)),
-        ([], ("non-empty list",)),
-        (["draw"], ("part 0", "neither")),
-        ([{"text": "a"}, {"txet": "b"}], ("part 1", "neither")),
-        ([{"text": "a"}, {"video": "film.mp4"}], ("part 1", "a video", "frames as images")),
-        ([{"text": 3}], ("part 0", "'text'")),
-        ([{"text": "a", "predict": "yes"}], ("part 0", "'predict'")),
-        ([{"text": "a", "generate": True}], ("part 0", "'generate'", "text part")),
-        ([{"image": None}], ("part 0", "'image'")),
-        ([{"image": "x.png", "via": "eye"}], ("part 0", '"via"', "'eye'")),
-        ([{"image": "x.png"}], ("x.png", "does not exist")),
-    ],
-)
-def test_parts_of_a_document(tmp_path, parts, saying):
-    refused(DocumentError, from_json, parts, tmp_path, 1, saying=saying)
-    (tmp_path / "data.jsonl").write_text('[{"text": "fine"}]\n\n' + json.dumps(parts) + "\n")
-    source = JsonlDocuments(tmp_path / "data.jsonl", 1)
-    assert len(source) == 2 and source[0] == [Text("fine")]
-    refused(DocumentError, source.__getitem__, 1, saying=("data.jsonl, document 1", *saying))
-
-
-def test_files_of_documents(tmp_path):
-    refused(DocumentError, read_document, tmp_path / "none.json", 1, saying=("none.json",))
-    (tmp_path / "broken.json").write_text('[{"text": "a"')
-    refused(DocumentError, read_document, tmp_path / "broken.json", 1, saying=("broken.json", "not valid JSON"))
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
-    refused(DocumentError, read_document, tmp_path / "binary.json", 1, saying=("binary.json",))
-    (tmp_path / "empty.jsonl").write_text("\n")
-    refused(DocumentError, JsonlDocuments, tmp_path / "empty.jsonl", 1, saying=("has no documents",))
-
-
-def test_documents_that_do_not_fit_the_model():
-    seeing, blind = tiny.encoder(), tiny.encoder(vision=False)
-    wrong = [Image(tiny.pixels(0, (8, 8)))]
-    refused(DocumentError, blind, wrong, saying=("8x8x1", "4x6x1"))
-    refused(DocumentError, blind, [Image(tiny.pixels(0), via="vit")], saying=("no vision tower",))
-    dreamt = [Image(tiny.pixels(0, (8, 8)), generate=True, via="vit")]
-    refused(DocumentError, seeing, dreamt, saying=("vit", "generated"))
-    latents = Image(np.zeros((4, 4, 16), np.float32), via="vit")
-    refused(DocumentError, seeing, [latents], saying=("pixels of 1 or 3 channels", "not 16"))
-    refused(DocumentError, seeing, [Image(tiny.pixels(0, (1, 201)), via="vit")], saying=("1x201", "200 times"))
-
-
-@pytest.mark.parametrize(
-    "document, saying",
-    [
-        ([Text("x " * 60)], ("tokens", "40")),
-        ([Image(tiny.pixels(i)) for i in range(3)], ("3 latents", "2")),
-        ([Image(tiny.pixels(0, (8, 12)), via="vit")], ("24 patches", "16")),
-    ],
-)
-def test_documents_too_long_for_a_row(document, saying):
-    shape = Shape(1, 40, 2, 16)
-    refused(DocumentError, collate, [tiny.encoder()(document)], shape, saying=saying)
-    refused(DocumentError, next, iter(batches([document], tiny.encoder(), shape)), saying=saying)
-
-
-def test_images_for_the_vision_tower_where_a_stage_has_no_room_for_them():
-    seen, saying = (
-        [Image(tiny.pixels(0, (4, 4)), via="vit")],
-        ("needs 4 patches", "holds 0", "raise stages.NAME.patches"),
-    )
-    refused(DocumentError, next, iter(batches([seen], tiny.encoder(), Shape(1, 40, 2))), saying=saying)
