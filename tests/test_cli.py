@@ -109,6 +109,8 @@ def test_samples_of_two_runs_are_not_mixed(checkpoint, tmp_path, monkeypatch, ca
     monkeypatch.setattr(Sampler, "deep", SEQUENTIAL)
     assert cli.main([*options, "--prompt", "draw"]) == 2
     assert cli.main(command) == 0 and (tmp_path / "out/samples.jsonl").read_text() == before
+    usual = [word for word in command if word not in ("--max-tokens", "2")]
+    assert cli.main([*usual, "--out", "usual"]) == 0 == cli.main([*usual, "--out", "usual", "--max-tokens", "128"])
     options[-1] = "plain"
     assert cli.main([*options, "--prompt", "draw"]) == 0 and cli.main([*options, "--prompt", "two"]) == 0
     assert cli.main([*options, "--documents", "ask.jsonl"]) == 2

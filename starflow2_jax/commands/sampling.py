@@ -60,6 +60,7 @@ def _sample(args, _) -> None:
 
     options = _options(args)
     sampler, out = restore(args), Path(args.out)
+    options = options.sized(sampler.model.cfg.tokens)
     channels = sampler.codec.image_channels
     if args.documents:
         prompts = JsonlDocuments(args.documents, channels)

@@ -71,6 +71,7 @@ def upright(image: Pillow.Image, channels: int) -> Pillow.Image:
     """The image as its camera was held, if that is told, gray or RGB, with 8 bits a level. Raises ValueError for 32 bits."""
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits a level, whose white is not known")
+    image.load()  # Pillow turns TIFF files itself, and forgets the tag
     turned = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
     image = image if turned is None else image.transpose(turned)
     if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255

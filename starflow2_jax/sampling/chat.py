@@ -6,7 +6,7 @@ from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, DocumentError, Said
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
-from starflow2_jax.sampling.events import Event, as_document
+from starflow2_jax.sampling.events import End, Event, as_document
 from starflow2_jax.sampling.prompts import is_empty, spoken
 
 
@@ -55,8 +55,9 @@ class Chat:
         heard = []
         for event in self.session.events(every=every):
             heard.append(event)
+            if isinstance(event, End):
+                self.turns, self.whole = [*turns, ("assistant", as_document(heard))], True
             yield event
-        self.turns, self.whole = [*turns, ("assistant", as_document(heard))], True
 
     def added(self, turns: list[tuple[str, Document]]) -> Document:
         """What the template's text of the conversation has behind what is in the caches."""

@@ -268,7 +268,7 @@ def _draw_token(program: Program, params, rows: Rows, needed) -> jax.Array:
         warm = logits / jnp.where(controls.temperature > 0, controls.temperature, 1)[:, None]
         some = free & (controls.temperature > 0) & ((controls.top_k > 0) | (controls.top_p < 1))
         cut = partial(keep_likely, warm, controls.top_k, controls.top_p)  # sorts the vocabulary
-        warm = jax.lax.cond(jnp.any(some), cut, lambda: warm)
+        warm = jax.lax.cond(jnp.any(some), lambda: jnp.where(some[:, None], cut(), warm), lambda: warm)
         keys = jax.vmap(jax.random.fold_in)(rows.key, rows.drawn)
         random = jax.vmap(jax.random.categorical)(keys, warm)
         return jnp.where(controls.temperature > 0, random, jnp.argmax(logits, axis=-1)).astype(jnp.int32)

@@ -55,8 +55,10 @@ def test_photos_are_read_as_the_camera_was_held(tmp_path, orientation):
     good = photo.getexif()
     good[0x0112] = orientation
     photo.save(tmp_path / "good.png", exif=good)
+    photo.save(tmp_path / "good.tiff", exif=good, compression="tiff_lzw")
     turned = np.asarray(ImageOps.exif_transpose(Pillow.open(tmp_path / "good.png")), np.float32)[..., None] / 127.5 - 1
-    np.testing.assert_allclose(read_image(tmp_path / "photo.png", 1), turned, atol=1e-6)
+    for name in ("photo.png", "good.tiff"):
+        np.testing.assert_allclose(read_image(tmp_path / name, 1), turned, atol=1e-6)
 
 
 def test_images_survive_their_files(tmp_path):

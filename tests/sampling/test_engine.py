@@ -342,6 +342,18 @@ def test_few_numbers_of_rows():
     assert len(set(counts)) == 8 + 4 * 6  # four to a doubling
 
 
+def test_a_row_is_cut_for_itself_alone(sampler, monkeypatch):
+    """A neighbour's top-k does not pass over the tokens of a row that asked for none."""
+    free = SampleOptions(max_tokens=6, max_images=0)
+    [alone] = sampler.generate(PROMPTS[:1], free, seed=1)
+    only = sampler.tokenizer.encode("nine")[0]
+    jax.clear_caches()
+    monkeypatch.setattr(steps, "keep_likely", lambda logits, *_: jnp.full_like(logits, -jnp.inf).at[:, only].set(0))
+    both = sampler.generate(PROMPTS[:1] * 2, [free, replace(free, top_k=3)], seed=1)
+    jax.clear_caches()
+    assert both == [alone, [Text(sampler.tokenizer.decode([only] * 6), predict=True)]]
+
+
 @pytest.mark.parametrize(
     "top_k, top_p, kept", [(0, 1.0, 5), (2, 1.0, 2), (0, 0.6, 2), (3, 0.8, 2), (1, 1.0, 1), (0, 0.0, 1)]
 )
