@@ -40,7 +40,7 @@ class Model:
         """The continuation as it comes: words, how far an image is, its pixels, the end; news every so many positions."""
         session = self.sampler.session(self._options(options), [seed])
         session.read([self._prompt(prompt)], room=session.to_write)
-        return session.events(every=every)
+        return session.stream(every=every)
 
     def chat(self, seed: int = 0, **options) -> Chat:
         """A conversation: `say` something, get its answer; or `stream` it."""

@@ -99,7 +99,7 @@ def write(sampler: Sampler, options: SampleOptions, rows: int, repeats: int) -> 
     waiting = iter(turns)
 
     def run():
-        for _ in next(waiting).stream(every=None):
+        for _ in next(waiting).advance(every=None):
             pass
 
     return median_seconds(run, repeats), turns[-1]

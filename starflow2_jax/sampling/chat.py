@@ -23,7 +23,7 @@ class Chat:
         self.sampler, self.options = sampler, options
         self.session = sampler.session(options, [seed])
         self.turns: list[tuple[str, Document]] = []
-        self.whole = True  # whether the caches hold the turns and nothing else
+        self.intact = True  # whether the caches hold the turns and nothing else
 
     def say(self, said: Said, options: SampleOptions | None = None) -> Document:
         """Read on, and write an answer. `options`: of this turn, with the same guidance branches as the first ones.
@@ -37,7 +37,7 @@ class Chat:
 
     def stream(self, said: Said, options: SampleOptions | None = None, every: int | None = 4) -> Iterator[Event]:
         """`say`, told as the answer comes: words, how far an image is, its pixels, the end; news every so many positions."""
-        if not self.whole:
+        if not self.intact:
             raise UserError("the last answer was broken off, so this conversation cannot go on; begin a new one")
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
             raise UserError("a conversation keeps its kinds of guidance, and takes no stop strings")
@@ -48,15 +48,15 @@ class Chat:
         more = self.added(turns) if self.sampler.tokenizer.chat_template else document
         self.session.choose(options)
         self.session.read([more], room=self.session.to_write)
-        self.whole = False
+        self.intact = False
         return self._answer(turns, every)
 
     def _answer(self, turns: list[tuple[str, Document]], every: int | None) -> Iterator[Event]:
         heard = []
-        for event in self.session.events(every=every):
+        for event in self.session.stream(every=every):
             heard.append(event)
             if isinstance(event, End):
-                self.turns, self.whole = [*turns, ("assistant", as_document(heard))], True
+                self.turns, self.intact = [*turns, ("assistant", as_document(heard))], True
             yield event
 
     def added(self, turns: list[tuple[str, Document]]) -> Document:

@@ -125,7 +125,7 @@ def calibrate_deep(
             session.read([prompts[i % len(prompts)] for i in range(batch)], room=N + 1)
             before = np.asarray(session.rows.passes)
             begin = time.perf_counter()
-            for _ in session.stream(every=None):
+            for _ in session.advance(every=None):
                 pass
             times.append(time.perf_counter() - begin)
         u = np.asarray(session.rows.u)[:batch, 1 : N + 1]

@@ -65,6 +65,11 @@ class SampleOptions:
         return self if self.max_tokens else replace(self, max_tokens=max(128, 2 * (image + 2)))
 
     @property
+    def calibrated(self) -> bool:
+        """Whether images are decoded as the checkpoint was calibrated for; `jacobi` 1 asks for token by token."""
+        return self.jacobi != 1
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """What guidance compares with: the same without its text ("images"), and nothing before the image ("bare")."""
         if self.image_guidance is not None:

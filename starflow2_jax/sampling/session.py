@@ -136,27 +136,27 @@ class Session:
         An image that the last turn's `max_tokens` cut off goes on, and is part of the answer that finishes it.
         """
         heard: list[list[Event]] = [[] for _ in range(self.size)]
-        for event in self.events(options, every=None):
+        for event in self.stream(options, every=None):
             heard[event.choice].append(event)
         return [as_document(events) for events in heard]
 
-    def events(self, options: SampleOptions | None = None, every: int | None = 4) -> Iterator[Event]:
+    def stream(self, options: SampleOptions | None = None, every: int | None = 4) -> Iterator[Event]:
         """`write`, told as it goes on, news every so many positions (None: at the end). `Event.choice` is the row."""
-        return self._told(self.stream(options, every))
+        return self._told(self.advance(options, every))
 
     def _told(self, going: Iterator[np.ndarray]) -> Iterator[Event]:
         sampler, begun = self.sampler, np.asarray(self.rows.begun)
-        N, stop, calibrated = sampler.model.cfg.tokens, self.options[0].stop, self.options[0].jacobi != 1
-        answers = [Answer(i, sampler.tokenizer, N, sampler.ids.end, stop) for i in range(self.size)]
+        N, options = sampler.model.cfg.tokens, self.options[0]
+        answers = [Answer(i, sampler.tokenizer, N, sampler.ids.end, options.stop) for i in range(self.size)]
         for counts in going:
             tokens, done = np.asarray(self.rows.tokens), np.asarray(self.rows.done)
             records = [tokens[i, : begun[i] + count] for i, count in enumerate(counts)]
             whole = [answer.whole(record) for answer, record in zip(answers, records, strict=True)]
-            pictures = sampler.pictures(self.rows.u, whole, calibrated)
+            pictures = sampler.pictures(self.rows.u, whole, options.calibrated)
             for i, answer in enumerate(answers):
                 yield from answer.read(records[i], bool(done[i]), pictures[i])
 
-    def stream(self, options: SampleOptions | None = None, every: int | None = 8) -> Iterator[np.ndarray]:
+    def advance(self, options: SampleOptions | None = None, every: int | None = 8) -> Iterator[np.ndarray]:
         """`write`, stopping every so many steps: yields how many positions each row has written, (rows,)."""
         self._begin(options)
         return self.go_on(every)

@@ -116,11 +116,7 @@ class Worker(threading.Thread):
         if self.draws:
             for count in {power(n + 1) for n in range(self.size)}:  # images that may be whole at once
                 cfg = self.sampler.model.cfg
-                self.sampler.decode(np.zeros((count, cfg.tokens, cfg.channels)), self._calibrated)
-
-    @property
-    def _calibrated(self) -> bool:
-        return self.widest.jacobi != 1
+                self.sampler.decode(np.zeros((count, cfg.tokens, cfg.channels)), self.widest.calibrated)
 
     def submit(self, work: Job | Task) -> None:
         """Raises ApiError 429 where too many wait, 503 where the server is closing."""
@@ -258,7 +254,7 @@ class Worker(threading.Thread):
         tokens, count, done = jax.device_get((self.batch.tokens, self.batch.count, self.batch.done))
         records = [tokens[i, : count[i]] for i in range(self.size)]
         whole = [w.answer.whole(record) if w else [] for w, record in zip(self.writing, records, strict=True)]
-        pictures = self.sampler.pictures(self.batch.u, whole, self._calibrated)
+        pictures = self.sampler.pictures(self.batch.u, whole, self.widest.calibrated)
         for i, writing in enumerate(self.writing):
             if writing is None:
                 continue

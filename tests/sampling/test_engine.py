@@ -288,7 +288,7 @@ def test_streaming_comes_to_the_same(sampler):
     options = SampleOptions(guidance=1.0, max_tokens=N + 6, image_first=True)
     session = sampler.session(options, [1])
     session.read(PROMPTS[:1])
-    counts = [int(c[0]) for c in session.stream(every=2)]
+    counts = [int(c[0]) for c in session.advance(every=2)]
     assert counts[:3] == [2, 4, 6] and counts[-1] == int(session.rows.count[0])
     tokens, u, _ = written(sampler, PROMPTS[:1], options, seed=1)
     assert (np.asarray(session.rows.tokens)[0, : N + 6] == tokens[0]).all()
@@ -300,10 +300,10 @@ def test_a_row_is_put_beside_others(sampler):
     options = SampleOptions(guidance=1.0, max_tokens=2 * N, image_first=True)
     both = sampler.session(options, [1, 2])
     both.read(PROMPTS[:2])
-    next(both.stream(every=5))
+    next(both.advance(every=5))
     single = sampler.session(options, [3])
     single.read(PROMPTS[2:])
-    next(single.stream(every=1))
+    next(single.advance(every=1))
     slots = both.rows.caches.slots
     both.rows = rows.put(both.rows, 1, rows.with_room(single.rows, slots))
     for _ in both.go_on():

@@ -102,7 +102,7 @@ def test_no_row_waits_for_another_kind(sampler):
         SampleOptions(max_tokens=40, image_first=True, jacobi=2),
     ]
     session = begun(sampler, options)
-    counts = [c.tolist() for c, _ in zip(session.stream(every=1), range(4), strict=False)]
+    counts = [c.tolist() for c, _ in zip(session.advance(every=1), range(4), strict=False)]
     assert counts == [[1, 1], [2, 3], [3, 5], [4, 7]]
 
 

@@ -59,10 +59,10 @@ def test_the_next_turn_reads_only_what_is_new(talking, most):
     options = SampleOptions(0, 0, 1.0, most, image_first=True)
     chat = Chat(model, options)
     said = [Image(np.asarray(scan, np.float32)[..., None] / 127.5 - 1), Text("mirror it")]
-    messages = [say("mirror it", data_url(scan))]
+    messages, answer = [say("mirror it", data_url(scan))], None
     for turn, text in enumerate(("", "and now?", "once more")):
         if turn:
-            message = answer.choices[0].message.model_dump()  # noqa: F821
+            message = answer.choices[0].message.model_dump()
             mine = message if turn == 1 else {"role": "assistant", "parts": message["parts"]}
             messages += [mine, say(text)]
             said = [Text(text)]

@@ -46,7 +46,6 @@ def opened(address: str, refused: str = "400 (Bad") -> Iterator[webdriver.Chrome
     driver = webdriver.Chrome(options=options, service=Service(programs["chromedriver"]))
     try:
         driver.get(address)
-        driver.execute_script("document.getElementById('settings').open = true")
         yield driver
         said = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     finally:
@@ -55,9 +54,19 @@ def opened(address: str, refused: str = "400 (Bad") -> Iterator[webdriver.Chrome
 
 
 @pytest.fixture(scope="module")
-def page(running):
+def browser(running):
     with opened(running[1]) as driver:
         yield driver
+
+
+@pytest.fixture
+def page(browser):
+    """As it is when it is opened, but for its settings, which are shown, and short answers."""
+    browser.get(browser.current_url)
+    WebDriverWait(browser, 60).until(lambda p: find(p, "#model").text == "tiny")
+    find(browser, "#settings summary").click()
+    put(browser, "#max_tokens", "30")
+    return browser
 
 
 @pytest.fixture
@@ -88,9 +97,7 @@ def sizes(page, css: str) -> list:
 
 
 def test_draws(page):
-    WebDriverWait(page, 60).until(lambda p: find(p, "#model").text == "tiny")
-    for name, value in (("max_tokens", "30"), ("seed", "5")):
-        put(page, f"#{name}", value)
+    put(page, "#seed", "5")
     put(page, "#draw [name=text]", "draw an eight")
     send(page, "draw")
     assert sizes(page, "#draw .out img") == [6] and find(page, "#wrong").text == ""
@@ -168,7 +175,6 @@ def test_half_an_answer_does_not_stay(page, running, monkeypatch):
     assert find(page, "#wrong").text == "" and len(bubbles(page)) == 2
     assert "Cut off here" in bubbles(page)[1]  # a random model does not end by itself
     assert page.execute_script("return turns.length") == 2
-    find(page, "#fresh").click()
 
 
 def test_arrow_keys_choose_a_tab(page):
@@ -181,7 +187,6 @@ def test_arrow_keys_choose_a_tab(page):
 
 def test_asks_for_the_key(sampler):
     with served(sampler, key=KEY) as (_, address), opened(address, refused="401 (Un") as page:
-        page.refresh()  # its settings are closed
         WebDriverWait(page, 60).until(lambda p: "wants its API key" in find(p, "#model").text)
         put(page, "#key", "another" + Keys.TAB)
         put(page, "#draw [name=text]", "draw an eight")
