@@ -7,7 +7,6 @@ splash_interpreted  the same, interpreted: for tests on CPU
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +26,12 @@ BLOCKS = (512, 256, 128)  # positions of a splash block, the largest that fits
 
 
 def attend_packed(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, kernel: str = "xla", temperature: float = 1.0
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, kernel: str = "xla"
 ) -> jax.Array:
     """Causal softmax attention in which only positions of equal segment ids see each other.
 
     q (B, S, H, K); k, v (B, S, J, K) with J dividing H; segments (B, S) int, None: a row is one document. Padding is a
-    segment like any other, so it stays finite. Logits are scaled by K^-0.5 / `temperature`. Returns (B, S, H, K) in q's
+    segment like any other, so it stays finite. Logits are scaled by K^-0.5. Returns (B, S, H, K) in q's
     dtype. On a mesh with a sequence axis each device keeps its queries and gets the keys and values of whole rows: with
     grouped heads they are small, and unlike in a ring one kernel call sees the whole row. Raises UserError for a kernel that
     does not exist, or cannot take these shapes on this platform.
@@ -45,20 +44,19 @@ def attend_packed(
     if kernel == "xla":
         if ways > 1:
             k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-        return attend(q, k, v, visible(segments, segments, 0, q.shape[1]), temperature)
+        return attend(q, k, v, visible(segments, segments, 0, q.shape[1]))
     k, v, heads = _heads(q, k, v, sizes.get("tensor", 1))
     rows = _rows(q.shape[0], sizes)
     local = _splash_kernel(q, heads and sizes["tensor"], ways, kernel) if kernel.startswith("splash") else None
-    body = partial(_on_a_device, temperature=temperature)
     start = jnp.arange(ways) * (q.shape[1] // ways)  # of each device's queries
     if mesh.empty:
-        return body(q, k, v, segments, segments, start, local)
+        return _on_a_device(q, k, v, segments, segments, start, local)
     cut = "sequence" if ways > 1 else None
     queries, keys = P(rows, cut, heads, None), P(rows, None, heads, None)
     ids = (None, None) if segments is None else (P(rows, cut), P(rows, None))
     there = local and local.manual_sharding_spec(NamedSharding(mesh, P(None, cut)))
     specs = (queries, keys, keys, *ids, P(cut), there)
-    along = jax.shard_map(body, in_specs=specs, out_specs=queries, check_vma=False)
+    along = jax.shard_map(_on_a_device, in_specs=specs, out_specs=queries, check_vma=False)
     return along(q, k, v, segments, segments, start, local)
 
 
@@ -71,14 +69,14 @@ def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int,
     return causal[None] if keys is None else causal & (queries[:, :, None] == keys[:, None, :])
 
 
-def _on_a_device(q, k, v, segments, keys, start, local, *, temperature: float):
+def _on_a_device(q, k, v, segments, keys, start, local):
     """This device's rows, heads and queries, from position start[0] on, with all keys and values of their rows."""
     if local is None:
-        return _cudnn(q, k, v, segments, keys, start[0], temperature)
-    return _splash(local, q, k, v, segments, keys, temperature)
+        return _cudnn(q, k, v, segments, keys, start[0])
+    return _splash(local, q, k, v, segments, keys)
 
 
-def _cudnn(q, k, v, segments, keys, start, temperature: float):
+def _cudnn(q, k, v, segments, keys, start):
     """cuDNN has no segment ids here: packed documents are kept apart by a bias (B, 1, S, C), as is a part of the queries."""
     apart = keys is not None or q.shape[1] < k.shape[1]
     mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1], k.shape[1]))[:, None] if apart else None
@@ -87,15 +85,15 @@ def _cudnn(q, k, v, segments, keys, start, temperature: float):
         k,
         v,
         mask=mask,
-        scale=q.shape[-1] ** -0.5 / temperature,
+        scale=q.shape[-1] ** -0.5,
         is_causal=q.shape[1] == k.shape[1],
         implementation="cudnn",
     )
 
 
-def _splash(local, q, k, v, segments, keys, temperature: float):
+def _splash(local, q, k, v, segments, keys):
     """Splash attention takes (heads, positions, channels), a row at a time, and does not scale."""
-    q, k, v = (a.swapaxes(1, 2) for a in (q * (q.shape[-1] ** -0.5 / temperature), k, v))
+    q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
     ids = None if segments is None else splash.SegmentIds(segments, keys)
     return jax.vmap(local)(q, k, v, ids).swapaxes(1, 2)
 

@@ -158,6 +158,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, mask, segments, stored, start, temperature):
+        """`stored` (keys, values), `start` and `temperature` belong to a call with a cache; without one they are None."""
         c = self.cfg
         linear = partial(dense, dtype=c.dtype, part="attention")
         q = linear((c.heads, c.head), "query", c.qkv_bias)(x)
@@ -173,9 +174,9 @@ class Attention(nn.Module):
             k, v = (a.astype(q.dtype) for a in stored)
             out = attention.attend_cached(q, k, v, mask, temperature)
         elif mask is None:
-            out = attend_packed(q, k, v, segments, c.kernel, temperature)
+            out = attend_packed(q, k, v, segments, c.kernel)
         else:
-            out = attention.attend(q, k, v, mask, temperature)
+            out = attention.attend(q, k, v, mask)
         out = linear(c.width, "out", c.out_bias, axis=(-2, -1), gain=(2 * c.layers) ** -0.5)(out)
         return out, stored
 
@@ -244,9 +245,13 @@ class Transformer(nn.Module):
 
         All positions are here: they see what is before them, within the documents of `segments` (B, S), or in the row
         without; or what `mask` says. With `cache` the earlier positions are in it (it brings its own mask).
+        `temperature` divides the attention logits of a call with a cache. Other calls refuse it: their kernels need a static
+        scale, and a value that goes through `nn.scan` is traced.
         With `mask_of_layer` (L,) int, `mask` is a stack (A, B, S, S) and layer l sees through mask[mask_of_layer[l]].
         """
         c, policy = self.cfg, self.cfg.remat
+        if cache is None and not (isinstance(temperature, float) and temperature == 1.0):
+            raise ValueError("only a call with a cache takes a temperature")
         layer = Layer if policy == "none" else nn.remat(Layer, prevent_cse=not c.scan, policy=REMAT[policy])
         x = constrain(x, "batch", "sequence", "embed")
         if c.scan and cache is None:
@@ -258,7 +263,7 @@ class Transformer(nn.Module):
                 length=c.layers,
                 unroll=1 if self.is_initializing() else c.unroll,  # the same parameters, compiled faster
             )
-            x, _ = scan(c, name="layers")(x, mask_of_layer, None, angles, mask, segments, None, temperature)
+            x, _ = scan(c, name="layers")(x, mask_of_layer, None, angles, mask, segments, None, None)
             return x, None
         start, stored = None, [None] * c.layers
         if cache is not None:

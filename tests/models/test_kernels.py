@@ -1,6 +1,7 @@
 """Every attention kernel against softmax written out, on packed rows, forward and backward."""
 
 import contextlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from starflow2_jax import sharding
 from starflow2_jax.errors import UserError
 from starflow2_jax.models import kernels
 from starflow2_jax.models.kernels import attend_packed
+from starflow2_jax.models.layers import Transformer, TransformerConfig
 
 STREAMS = {"vlm": (4, 2), "flow": (2, 2)}  # heads of the queries; of keys and values
 S, K = 256, 128
@@ -27,17 +29,17 @@ def inputs(heads: str, rows: int = 2, dtype=np.float32):
     return arrays, segments.astype(np.int32)
 
 
-def written_out(q, k, v, segments, temperature):
+def written_out(q, k, v, segments):
     """float64, one query after another's exponentials: sum over the keys that are visible."""
     q, k, v = (jnp.asarray(a, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32) for a in (q, k, v))
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
-    logits = jnp.einsum("bshk,bchk->bhsc", q, k) / (np.sqrt(K) * temperature)
+    logits = jnp.einsum("bshk,bchk->bhsc", q, k) / np.sqrt(K)
     see = np.tril(np.ones((S, S), bool)) & (segments[:, :, None] == segments[:, None, :])
     weights = jnp.exp(logits) * see[:, None]
     return jnp.einsum("bhsc,bchk->bshk", weights / weights.sum(-1, keepdims=True), v)
 
 
-def compare(run, arrays, segments, tolerance, temperature=1.0):
+def compare(run, arrays, segments, tolerance):
     """Outputs and the gradients with respect to queries, keys and values."""
     *qkv, cotangent = arrays
 
@@ -45,7 +47,7 @@ def compare(run, arrays, segments, tolerance, temperature=1.0):
         out, back = jax.vjp(f, *qkv)
         return out, *back(cotangent.astype(out.dtype))
 
-    want = jax.jit(lambda: both(lambda q, k, v: written_out(q, k, v, segments, temperature)))()
+    want = jax.jit(lambda: both(lambda q, k, v: written_out(q, k, v, segments)))()
     for a, b in zip(jax.jit(lambda: both(run))(), want, strict=True):
         np.testing.assert_allclose(
             np.float32(a), np.float32(b), rtol=0, atol=tolerance * float(np.abs(np.float32(b)).max())
@@ -56,7 +58,7 @@ def compare(run, arrays, segments, tolerance, temperature=1.0):
 @pytest.mark.parametrize("stream", STREAMS)
 def test_kernels_on_packed_rows(kernel, stream):
     arrays, segments = inputs(stream)
-    compare(lambda q, k, v: attend_packed(q, k, v, segments, kernel, 1.3), arrays, segments, 1e-5, 1.3)
+    compare(lambda q, k, v: attend_packed(q, k, v, segments, kernel), arrays, segments, 1e-5)
 
 
 @pytest.mark.parametrize("kernel", ("xla", "splash_interpreted"))
@@ -80,8 +82,7 @@ def test_cudnn_on_rows_that_are_cut(stream):
 
     def run(q, k, v):
         halves = [
-            kernels._on_a_device(q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None,
-                                 temperature=1.0)
+            kernels._on_a_device(q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None)
             for half in (slice(0, S // 2), slice(S // 2, S))
         ]  # fmt: skip
         return jnp.concatenate(halves, axis=1)
@@ -145,6 +146,29 @@ def test_cudnn_is_told_of_documents(monkeypatch, cudnn_anywhere, mesh, local):
         assert ("NO_MASK" if cut else "CAUSAL") in call
         operands = [f"2x{queries}x{H}x{K}", *[f"2x{S}x{J}x{K}"] * 2, *([f"{bias}x1x{queries}x{S}"] if bias else [])]
         assert f": ({', '.join(f'tensor<{shape}xbf16>' for shape in operands)}) ->" in call
+
+
+@pytest.mark.parametrize("remat", ("none", "full", "dots"))
+def test_cudnn_within_a_scanned_stack(monkeypatch, cudnn_anywhere, remat):
+    """cuDNN's softmax scale is an attribute of the call, so it must stay a Python number inside nn.scan and nn.remat."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    cfg = TransformerConfig(layers=2, width=256, heads=2, mlp_hidden=256, dtype="bfloat16", remat=remat, kernel="cudnn")
+    model, x, segments = Transformer(cfg), jnp.ones((2, S, 256)), jnp.asarray(inputs("flow")[1])
+    params = jax.eval_shape(lambda: Transformer(replace(cfg, kernel="xla")).init(jax.random.key(0), x, None))
+
+    def loss(params):
+        return model.apply(params, x, None, segments=segments)[0].sum()
+
+    text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") and text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(")
+
+
+def test_only_a_cached_call_takes_a_temperature():
+    model, x = Transformer(TransformerConfig(layers=2, width=32, heads=2, mlp_hidden=48)), jnp.ones((1, 4, 32))
+    with pytest.raises(ValueError, match="only a call with a cache"):
+        model.init(jax.random.key(0), x, None, temperature=1.5)
 
 
 @pytest.mark.parametrize("mesh", (dict(data=4, tensor=2), dict(data=2, sequence=4)))
