@@ -46,7 +46,7 @@ quoted() {
 
 # Sets TRAIN: what every process of a run executes, in the folder of the repository.
 train_command() {
-  : "${CONFIG:?set CONFIG to the experiment file, such as experiments/starflow2_7b_t2i.py}"
+  : "${CONFIG:?set CONFIG to the experiment file, such as starflow2_7b_t2i}"
   : "${OUT:?set OUT to the checkpoint directory, on a file system that all hosts share}"
   TRAIN=(starflow2 train --config "$CONFIG" --out "$OUT" --distributed "$@")
 }

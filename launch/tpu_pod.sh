@@ -20,7 +20,7 @@
 # install: PYTHON=python3.11, installed from the system's packages where it is missing;
 #         BUCKET: a Cloud Storage bucket, mounted at /bucket of each host by gcsfuse. Give it a hierarchical namespace:
 #         a checkpoint is complete when its folder gets its name.
-# start, restart: CONFIG, such as experiments/starflow2_7b_t2i.py:v5p; OUT, a folder that all hosts see, such as
+# start, restart: CONFIG, such as starflow2_7b_t2i:v5p; OUT, a folder that all hosts see, such as
 #         /bucket/runs/7b; RESTARTS=50: how often a host starts again after a fault.
 #
 # Machines that were taken away: delete, create, install, start; training goes on from OUT.

@@ -12,7 +12,7 @@ import numpy as np
 
 from starflow2_jax.data.documents import Document, Image, Said, compose
 from starflow2_jax.errors import UserError
-from starflow2_jax.sampling import exact, scoring
+from starflow2_jax.sampling import noise_space, scoring
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Event
@@ -64,7 +64,7 @@ class Model:
         sigma: the noise's deviation in the images' units; None: as in training.
         """
         sigma = self.sampler.noise if sigma is None else sigma
-        return exact.denoise(self.sampler, [self._prompt(prompt)], [compose(answer)], sigma)[0]
+        return noise_space.denoise(self.sampler, [self._prompt(prompt)], [compose(answer)], sigma)[0]
 
     def score(self, document: Said) -> list[scoring.Score]:
         """The exact log-likelihood of each part that counts: Image(generate=True), Text(predict=True)."""
@@ -79,8 +79,8 @@ class Model:
 
     def invert(self, image: np.ndarray, prompt: Said, as_prompt: Said) -> np.ndarray:
         """The image's noise under one prompt, as an image under another: (height, width, C), not clipped."""
-        z = exact.encode(self.sampler, [self._prompt(prompt)], [image])
-        return exact.decode(self.sampler, [self._prompt(as_prompt)], z)[0]
+        z = noise_space.encode(self.sampler, [self._prompt(prompt)], [image])
+        return noise_space.decode(self.sampler, [self._prompt(as_prompt)], z)[0]
 
     def _prompt(self, said: Said) -> Document:
         return spoken(self.sampler.tokenizer, said)

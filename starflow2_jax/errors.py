@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Bad input. The message is one sentence for the user: what is wrong and what to do."""
 
 
+class ConfigError(UserError):
+    """A config that cannot be used; the message is one sentence for its author."""
+
+
 def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Raises UserError, with the nearest allowed value, where `value` is none of them."""
     if value not in allowed:

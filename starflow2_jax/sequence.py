@@ -4,6 +4,8 @@ A row holds one or more packed documents. An image is <|vision_start|>, its toke
 "Position t predicts t + 1" is written in this file and nowhere else.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,17 @@ from flax import struct
 
 # The modality of a position: nothing, a text token, an image token of the flow, an image token of the vision tower.
 PAD, TEXT, FLOW, VIT = range(4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Static sizes of a batch."""
+
+    rows: int  # B
+    length: int  # S
+    images: int  # M, flow images of a row
+    patches: int = 0  # P, vision-tower patches of a row; 0: no vision input
+    vlm_length: int = 0  # positions of a row that are no flow image, where the VLM runs over those alone; 0: any number
 
 
 @struct.dataclass

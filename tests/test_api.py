@@ -7,7 +7,7 @@ import tiny
 from starflow2_jax.api import Model
 from starflow2_jax.data.documents import DocumentError, Image, Text, compose
 from starflow2_jax.errors import UserError
-from starflow2_jax.sampling import exact, scoring
+from starflow2_jax.sampling import noise_space, scoring
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import End, Picture, Progress, Words
 
@@ -81,15 +81,15 @@ def test_exact_things(model):
     by_text = scoring.rank(model.sampler, PICTURE, captions, False, scoring.describe)
     assert model.rank(PICTURE, captions, by="text") == by_text
     np.testing.assert_allclose(model.invert(PICTURE, "a two", "a two"), PICTURE, atol=1e-3)
-    z = exact.encode(model.sampler, [[Text("a two")]], [PICTURE])
+    z = noise_space.encode(model.sampler, [[Text("a two")]], [PICTURE])
     np.testing.assert_array_equal(
-        model.invert(PICTURE, "a two", "an eight"), exact.decode(model.sampler, [[Text("an eight")]], z)[0]
+        model.invert(PICTURE, "a two", "an eight"), noise_space.decode(model.sampler, [[Text("an eight")]], z)[0]
     )
     with pytest.raises(UserError, match="by is"):
         model.rank(PICTURE, captions, by="x")
     answer = [Image(PICTURE, generate=True), Text("done")]
     cleaned, text = model.denoise("a two", answer, sigma=0.1)
-    [[want, _]] = exact.denoise(model.sampler, [[Text("a two")]], [answer], 0.1)
+    [[want, _]] = noise_space.denoise(model.sampler, [[Text("a two")]], [answer], 0.1)
     np.testing.assert_array_equal(cleaned.pixels, want.pixels)
     assert text.text == "done" and np.abs(cleaned.pixels - PICTURE).max() > 1e-3
     np.testing.assert_allclose(model.denoise("a two", answer)[0].pixels, PICTURE, atol=1e-5)  # trained with no noise

@@ -12,17 +12,16 @@ import tiny
 from ml_collections import ConfigDict
 from refused import refused
 
-from starflow2_jax import config as configs
-from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, content_hash
-from starflow2_jax.config import ConfigError
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, content_hash
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data.digits import KINDS
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.models.flow import FlowBlockConfig
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.training import step
 from starflow2_jax.training.loop import Trainer
 
-QUICK = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
+QUICK = Path(__file__).parents[1] / "starflow2_jax/experiments" / "digits_quick.py"
 
 
 # Configs.

@@ -10,14 +10,16 @@ import tiny
 from ml_collections import ConfigDict
 from tiny_experiment import tiny_config
 
-from starflow2_jax import cli, flops
-from starflow2_jax import config as configs
+from starflow2_jax import cli
 from starflow2_jax.benchmarks import checkpoint, data, program, synthetic, train
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import JsonlDocuments
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.models import flops
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training.program import batch_shape, find_stage
 
-EXPERIMENT = Path(__file__).parents[1] / "experiments/digits_quick.py"
+EXPERIMENT = Path(__file__).parents[1] / "starflow2_jax/experiments/digits_quick.py"
 SMALL = [
     *(f"model.{part}.layers=1" for part in ("deep", "shallow", "vlm", "vlm.vision")),
     "model.shallow_blocks=1", "stages.text_to_image.rows=8", "stages.text_to_image.optimizer.name=adamw", "stages.text_to_image.length=64", "stages.text_to_image.images=2",
@@ -35,7 +37,7 @@ def test_which_stage(given, name):
 
 @pytest.mark.parametrize("given", ["5", "0", "t2i"])
 def test_an_unknown_stage_is_named(given):
-    with pytest.raises(configs.ConfigError, match=f"no stage '{given}' in this config; there are image_to_text, joint"):
+    with pytest.raises(ConfigError, match=f"no stage '{given}' in this config; there are image_to_text, joint"):
         find_stage(config(), given)
 
 

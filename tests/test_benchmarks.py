@@ -1,4 +1,4 @@
-"""The scripts of docs/benchmarks run, on tiny models, and what they compare agrees. What they measure is never an assertion."""
+"""The scripts of benchmarks/ run, on tiny models, and what they compare agrees. What they measure is never an assertion."""
 
 import importlib
 import json
@@ -11,12 +11,12 @@ import tiny
 
 from starflow2_jax.sampling.engine import Sampler
 
-SCRIPTS = Path(__file__).parents[1] / "docs/benchmarks"
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """A script of docs/benchmarks, by its name, as a module."""
+    """A script of benchmarks/, by its name, as a module."""
     monkeypatch.syspath_prepend(SCRIPTS)
     return importlib.import_module
 

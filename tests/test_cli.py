@@ -13,10 +13,10 @@ from PIL import Image as Pillow
 from tiny_experiment import tiny_config
 
 from starflow2_jax import cli
-from starflow2_jax import config as configs
 from starflow2_jax.commands import sampling, training
+from starflow2_jax.config import loading as configs
 from starflow2_jax.evaluation import digits
-from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi
+from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.preemption import Preempted
@@ -38,7 +38,14 @@ def starflow2(*arguments, cwd: Path) -> subprocess.CompletedProcess:
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     done = starflow2(
-        "train", "--config", ROOT / "experiments/digits_quick.py", "--runlocal", "--out", "run", *SHRINK, cwd=folder
+        "train",
+        "--config",
+        ROOT / "starflow2_jax/experiments/digits_quick.py",
+        "--runlocal",
+        "--out",
+        "run",
+        *SHRINK,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     stages = [json.loads(line)["stage"] for line in (folder / "run/metrics/metrics.jsonl").read_text().splitlines()]
@@ -230,9 +237,9 @@ def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--config", "{root}/experiments/digits_quick.py", "--config.stages.joint.step=3"], "'stages.joint.steps'"),
+        (["train", "--config", "{root}/starflow2_jax/experiments/digits_quick.py", "--config.stages.joint.step=3"], "'stages.joint.steps'"),
         (["train", "--config", "missing.py"], "there is no experiment file missing.py"),
-        (["train", "--config", "{root}/experiments/digits_quick.py", "--conf.seed=3"], "unknown argument '--conf.seed=3'"),
+        (["train", "--config", "{root}/starflow2_jax/experiments/digits_quick.py", "--conf.seed=3"], "unknown argument '--conf.seed=3'"),
         (["sample", "--checkpoint", "missing", "--prompt", "draw a seven"], "there is no checkpoint directory"),
         (["sample", "--checkpoint", "missing", "--prompt", "draw a seven", "--num", "0"], "--num"),
         (["eval", "--checkpoint", "missing", "--limit", "0"], "--limit is at least 10"),
@@ -251,7 +258,7 @@ def test_a_path_that_cannot_be_written_is_one_sentence(command, out, said, check
     monkeypatch.chdir(tmp_path)
     Path("a file").write_text("kept")
     arguments = {
-        "train": ["--config", str(ROOT / "experiments/digits_quick.py"), "--runlocal", *SHRINK],
+        "train": ["--config", str(ROOT / "starflow2_jax/experiments/digits_quick.py"), "--runlocal", *SHRINK],
         "sample": ["--checkpoint", str(checkpoint), "--prompt", "draw a seven", "--max-tokens", "1"],
     }[command]
     monkeypatch.setattr(training, "_devices", lambda count: None)  # this process has its own

@@ -8,19 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-from starflow2_jax import config as configs
-from starflow2_jax.flops import training_flops
+from starflow2_jax.config import loading as configs
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.models.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
-from starflow2_jax.planning.chips import CHIPS as TPUS
+from starflow2_jax.parallel.hardware import CHIPS as TPUS
+from starflow2_jax.parallel.sharding import AXES
 from starflow2_jax.planning.plan import settings
-from starflow2_jax.sharding import AXES
 from starflow2_jax.stages import STAGES as STAGE_TABLE
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.program import batch_shape, require_rows
 from starflow2_jax.training.step import new_state
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[1] / "starflow2_jax/experiments"
 STAGES = {"t2i": "text_to_image", "adapter": "image_to_text", "joint": "joint"}
 CHIPS = {"v5e": 256, "v5p": 64, "v6e": 256}
 FROZEN = {"7b": 8.292, "3b": 3.755}  # billions of parameters of the published VLMs, tied head once
@@ -62,7 +63,7 @@ def test_rows_can_be_grouped_cut_and_spread(experiment):
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_planned_is_what_is_trained(stage, chip):
     """Settings, mesh and FLOP of the kept plans are the experiments' own for that chip; there they fit and reach half the peak."""
-    [kept] = json.loads((EXPERIMENTS.parent / f"docs/benchmarks/plans/{stage}_{chip}.json").read_text())
+    [kept] = json.loads((EXPERIMENTS.parents[1] / f"docs/benchmarks/plans/{stage}_{chip}.json").read_text())
     config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py:{chip}")
     row = STAGE_TABLE[STAGES[stage]]
     assert settings(config, row) == kept["settings"]
@@ -76,11 +77,11 @@ def test_what_is_planned_is_what_is_trained(stage, chip):
 
 
 def test_a_chip_that_an_experiment_does_not_know():
-    with pytest.raises(configs.ConfigError, match="knows the chips v5e, v5p, v6e, not 'v4'"):
+    with pytest.raises(ConfigError, match="knows the chips v5e, v5p, v6e, not 'v4'"):
         configs.load(EXPERIMENTS / "starflow2_7b_joint.py:v4")
-    with pytest.raises(configs.ConfigError, match="is the same for all chips; leave out :v5e"):
+    with pytest.raises(ConfigError, match="is the same for all chips; leave out :v5e"):
         configs.load(EXPERIMENTS / "digits_quick.py:v5e")
-    with pytest.raises(configs.ConfigError, match="there is no experiment file .*none.py"):
+    with pytest.raises(ConfigError, match="there is no experiment file .*none.py"):
         configs.load(EXPERIMENTS / "none.py:v5e")
 
 

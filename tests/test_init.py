@@ -8,7 +8,7 @@ import reference_qwen
 import tiny
 
 from starflow2_jax import cli
-from starflow2_jax import config as configs
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.errors import UserError
@@ -16,7 +16,7 @@ from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.weights import qwen
 
-QUICK = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
+QUICK = Path(__file__).parents[1] / "starflow2_jax/experiments" / "digits_quick.py"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"

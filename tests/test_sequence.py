@@ -8,7 +8,8 @@ import tiny
 
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
-from starflow2_jax.data.pipeline import Shape, batches
+from starflow2_jax.data.pipeline import batches
+from starflow2_jax.sequence import Shape
 
 
 @pytest.fixture(scope="module")

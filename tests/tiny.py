@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import Document, Image, Text
-from starflow2_jax.data.pipeline import Encoder, Shape, batches, collate
-from starflow2_jax.models.codec import PatchCodec
+from starflow2_jax.data.pipeline import Encoder, batches, collate
 from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params
 from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
-from starflow2_jax.sequence import Sequence
+from starflow2_jax.sequence import Sequence, Shape
 
 GRID, CHANNELS = (2, 3), 4  # not square, so that rows and columns cannot be mixed up
 SIZE = (4, 6)  # pixels of a flow image

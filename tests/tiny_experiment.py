@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-QUICK = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
+QUICK = Path(__file__).parents[1] / "starflow2_jax/experiments" / "digits_quick.py"
 
 
 def tiny_config(**changes) -> ConfigDict:

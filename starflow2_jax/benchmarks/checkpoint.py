@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.benchmarks.program import build
 from starflow2_jax.benchmarks.train import step_seconds
-from starflow2_jax.checkpoints import CheckpointDirectory, abstract
-from starflow2_jax.keeping import Keep
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
+from starflow2_jax.checkpoints.retention import Keep
 
 
 def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> dict:

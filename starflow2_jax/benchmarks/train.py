@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from starflow2_jax import flops, sequence
+from starflow2_jax import sequence
 from starflow2_jax.benchmarks import profile
 from starflow2_jax.benchmarks.program import Program, build
+from starflow2_jax.models import flops
 from starflow2_jax.training.program import batch_shape
 
 WARM_UP = 3  # steps that are not timed

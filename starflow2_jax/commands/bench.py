@@ -28,7 +28,7 @@ def add(commands) -> None:
 def _bench(args, overrides) -> None:
     import jax
 
-    from starflow2_jax import config as configs
+    from starflow2_jax.config import loading as configs
     from starflow2_jax.errors import UserError
 
     steps = STEPS[args.what] if args.steps is None else args.steps

@@ -22,8 +22,8 @@ def restore(args, data: int = -1):
     """The Sampler, with `data` copies of the model (-1: as many as there are devices for). Raises UserError."""
     import jax
 
+    from starflow2_jax.parallel.sharding import make_mesh
     from starflow2_jax.sampling.engine import Sampler
-    from starflow2_jax.sharding import make_mesh
 
     if wrong := [name for name in ("fsdp", "tensor") if getattr(args, name) < 1]:
         raise UserError(f"--{wrong[0]} is at least 1")

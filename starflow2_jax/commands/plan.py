@@ -30,11 +30,12 @@ def _plan(args, overrides) -> None:
     import os
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; the TPU is only described
-    from starflow2_jax import config as configs
-    from starflow2_jax.planning import chips, compiling, plan, report
+    from starflow2_jax.config import loading as configs
+    from starflow2_jax.parallel import hardware
+    from starflow2_jax.planning import compiling, plan, report
     from starflow2_jax.training.program import find_stage
 
-    topology = chips.parse(args.topology)
+    topology = hardware.parse(args.topology)
     config = configs.load(args.config, overrides)
     stage = find_stage(config, args.stage)
     devices = compiling.tpu_devices(topology)

@@ -108,7 +108,7 @@ def _prompt(args, sampler, prompts, index: int):
 
 
 def _answers(args, sampler, prompts, options, seed: int, rows: int):
-    from starflow2_jax.sampling.exact import denoise
+    from starflow2_jax.sampling.noise_space import denoise
 
     answers = sampler.generate(prompts, options, seed, args.num, rows)
     if args.denoise:
@@ -249,7 +249,7 @@ def _add_invert(commands) -> None:
 
 def _invert(args, _) -> None:
     from starflow2_jax.data.documents import read_image, write_image
-    from starflow2_jax.sampling.exact import decode, encode
+    from starflow2_jax.sampling.noise_space import decode, encode
     from starflow2_jax.sampling.prompts import spoken
 
     sampler = restore(args)
@@ -276,7 +276,7 @@ def _add_calibrate(commands) -> None:
 
 
 def _calibrate(args, _) -> None:
-    from starflow2_jax.sampling.inversion import calibrate_checkpoint, table
+    from starflow2_jax.sampling.calibration import calibrate_checkpoint, table
     from starflow2_jax.sampling.prompts import spoken
 
     if args.batch < 1 or not args.tolerance >= 0 or not args.guidance >= 0:

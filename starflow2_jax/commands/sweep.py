@@ -29,24 +29,24 @@ def add(commands) -> None:
 
 
 def _sweep(args, _) -> None:
-    from starflow2_jax import sweep_report, sweeps
     from starflow2_jax.errors import UserError
+    from starflow2_jax.sweeps import points, report
 
     if args.launcher and args.runlocal:
         raise UserError("--runlocal is for runs here; put it into the launcher's command")
     if args.again and not args.launcher:
         raise UserError("--again is for points that a --launcher was given")
-    sweep = sweeps.load(args.sweep, args.out, args.runlocal)
+    sweep = points.load(args.sweep, args.out, args.runlocal)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped is interrupted: the running point saves
     try:
         if args.launcher:
-            sweeps.submit(sweep, args.launcher, args.again)
+            points.submit(sweep, args.launcher, args.again)
         else:
-            sweeps.run(sweep, partial(sweeps.train_command, sweep, runlocal=args.runlocal))
+            points.run(sweep, partial(points.train_command, sweep, runlocal=args.runlocal))
     finally:
-        rows = sweep_report.write(sweep, args.out)
-    print(sweep_report.markdown(rows), end="")
-    if failed := sum(point.state == sweeps.FAILED for point in sweep.points):
+        rows = report.write(sweep, args.out)
+    print(report.markdown(rows), end="")
+    if failed := sum(point.state == points.FAILED for point in sweep.points):
         again = " with --again" if args.launcher else " again"
         raise UserError(f"{failed} of {len(sweep.points)} points failed; mend them and run the same command{again}")

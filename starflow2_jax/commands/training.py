@@ -34,18 +34,18 @@ def _add_train(commands) -> None:
 
 
 def _train(args, overrides) -> None:
-    from starflow2_jax import config as configs
+    from starflow2_jax.config import loading as configs
 
     config = configs.load(args.config, overrides, args.runlocal)
     out = args.out or f"runs/{Path(args.config).stem}"
     _devices(config.cpu_devices)
     if args.compilation_cache:
         _keep_compiled(args.compilation_cache)
-    from starflow2_jax import distributed
+    from starflow2_jax.parallel import processes
 
-    distributed.initialize(args)
+    processes.initialize(args)
     summary = _trained(config, out, args.profile)
-    if distributed.primary():
+    if processes.primary():
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in summary["share"].items())
         print(f"checkpoint: {out}\ntime: {shares} (more in {out}/metrics/summary.json)")
 
@@ -84,7 +84,7 @@ def _add_init(commands) -> None:
 
 
 def _init(args, overrides) -> None:
-    from starflow2_jax import config as configs
+    from starflow2_jax.config import loading as configs
 
     config = configs.load(args.config, overrides)
     _devices(config.cpu_devices)
@@ -133,11 +133,11 @@ def _add_quickstart(commands) -> None:
 
 
 def _quickstart(args, _) -> None:
-    from starflow2_jax import config as configs
+    from starflow2_jax.config import loading as configs
 
     if args.smoke:  # most of it is compiling; read when JAX starts, which is below
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    experiment = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
+    experiment = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
     config = configs.load(experiment, runlocal=args.smoke)
     _devices(config.cpu_devices)
     checkpoint = Path(args.out) / "checkpoint"

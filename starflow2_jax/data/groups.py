@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from starflow2_jax import distributed
-from starflow2_jax.config import ConfigError
-from starflow2_jax.data.pipeline import Encoder, Shape, batches
-from starflow2_jax.sequence import Sequence
+from starflow2_jax.data.pipeline import Encoder, batches
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.parallel import processes
+from starflow2_jax.sequence import Sequence, Shape
 
 
 class GroupedBatches:
@@ -38,7 +38,7 @@ class GroupedBatches:
     def get_state(self) -> dict[str, list]:
         """The position; all processes ask for it together, each knows that of its groups."""
         mine = {str(group): reader.get_state() for group, reader in self._readers.items()}
-        known = {group: state for states in distributed.gather(mine) for group, state in states.items()}
+        known = {group: state for states in processes.gather(mine) for group, state in states.items()}
         return {"groups": [known.get(str(group)) for group in range(self.groups)]}
 
     def set_state(self, state: dict) -> None:

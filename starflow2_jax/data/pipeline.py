@@ -1,33 +1,22 @@
 """Documents -> packed batches of Sequences, with grain: deterministic, the position saved and restored."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import grain
 import numpy as np
 
 from starflow2_jax import sequence
+from starflow2_jax.data import vision as preprocessing
 from starflow2_jax.data.documents import Document, DocumentError, Image, counts
 from starflow2_jax.data.tokenizer import TokenIds
-from starflow2_jax.models import qwen_vision
-from starflow2_jax.sequence import Sequence, VisionInput
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Static sizes of a batch."""
-
-    rows: int  # B
-    length: int  # S
-    images: int  # M, flow images of a row
-    patches: int = 0  # P, vision-tower patches of a row; 0: no vision input
-    vlm_length: int = 0  # positions of a row that are no flow image, where the VLM runs over those alone; 0: any number
+from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.sequence import Sequence, Shape, VisionInput
 
 
 class Encoder:
     """Turns a Document into the features of one sequence: tokens, positions, latents, what is predicted."""
 
-    def __init__(self, tokenizer, codec, vision: qwen_vision.VisionConfig | None = None):
+    def __init__(self, tokenizer, codec, vision: VisionConfig | None = None):
         self.tokenizer, self.codec, self.vision = tokenizer, codec, vision
         self.ids = TokenIds.of(tokenizer)
         self.tokenize = lru_cache(100_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
@@ -78,7 +67,7 @@ class Encoder:
                 )
             seen.append(part)
         try:
-            h, w = self.codec.grid if flow else qwen_vision.merged_grid(self.vision, part.pixels.shape[:2])
+            h, w = self.codec.grid if flow else preprocessing.merged_grid(self.vision, part.pixels.shape[:2])
         except ValueError as error:
             raise DocumentError(str(error)) from None
         weight = float(part.generate)
@@ -98,7 +87,7 @@ class Encoder:
         if self.vision is None:
             return {}
         width = self.vision.patch_width
-        parts = [qwen_vision.preprocess(self.vision, p.pixels) for p in seen]
+        parts = [preprocessing.preprocess(self.vision, p.pixels) for p in seen]
         counts = [len(p["patches"]) for p in parts]
         windows = np.cumsum([0] + [p["window"].max() + 1 for p in parts])
         return {

@@ -5,10 +5,11 @@ from itertools import islice
 import numpy as np
 from ml_collections import ConfigDict
 
-from starflow2_jax import config as configs
+from starflow2_jax.codecs.patch import Codec, LatentCodec, PatchCodec
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data import digits, tokenizer
 from starflow2_jax.data.documents import CaptionsDropped, DocumentError, Image, JsonlDocuments, Shown, Text
-from starflow2_jax.models.codec import Codec, LatentCodec, PatchCodec
+from starflow2_jax.errors import ConfigError
 from starflow2_jax.stages import STAGES, Stage
 
 FITTED = 1000  # documents that a codec and a tokenizer are fitted to
@@ -34,12 +35,12 @@ def make_codec(config: ConfigDict) -> Codec:
     if kind == "latents":
         return configs.build(LatentCodec, values)
     if kind != "patch":
-        raise configs.ConfigError(f"codec.kind is 'patch' or 'latents', not {kind!r}")
+        raise ConfigError(f"codec.kind is 'patch' or 'latents', not {kind!r}")
     if config.codec.patch < 1:
-        raise configs.ConfigError(f"codec.patch is at least 1, not {config.codec.patch}")
+        raise ConfigError(f"codec.patch is at least 1, not {config.codec.patch}")
     if config.data.source == "digits":
         if config.codec.get("image_channels", 1) != 1:
-            raise configs.ConfigError("the digits are gray; set codec.image_channels to 1")
+            raise ConfigError("the digits are gray; set codec.image_channels to 1")
         images = digits.split("train")[0]
     else:
         images = [p.pixels for p in _parts(config) if isinstance(p, Image) and p.via == "flow"]
@@ -51,9 +52,7 @@ def make_codec(config: ConfigDict) -> Codec:
     if len(sizes) > 1:
         raise DocumentError(f"{config.data.source} has flow images of sizes {sizes}; bring them to one size")
     if sides := [s for s in sizes[0] if s % config.codec.patch]:
-        raise configs.ConfigError(
-            f"codec.patch={config.codec.patch} does not divide an image's side of {sides[0]} pixels"
-        )
+        raise ConfigError(f"codec.patch={config.codec.patch} does not divide an image's side of {sides[0]} pixels")
     return PatchCodec.fit(np.stack(images), config.codec.patch)
 
 

@@ -7,8 +7,9 @@ import numpy as np
 
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import Document, Image, Text, counts
-from starflow2_jax.data.pipeline import Shape, collate
+from starflow2_jax.data.pipeline import collate
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sequence import Shape
 from starflow2_jax.training.losses import image_nll
 
 AIMS = {

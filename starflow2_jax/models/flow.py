@@ -13,7 +13,7 @@ from flax import struct
 
 from starflow2_jax.errors import UserError, require_one_of
 from starflow2_jax.models import attention
-from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule, solve
+from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi, Schedule, solve
 from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense, widened
 
 SOFTPLUS_ONE = 0.541324854612918  # softplus of this is 1

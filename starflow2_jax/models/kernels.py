@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.attention import attend
-from starflow2_jax.sharding import constrain
+from starflow2_jax.parallel.sharding import constrain
 
 PLATFORMS = {"xla": None, "cudnn": "gpu", "splash": "tpu", "splash_interpreted": None}
 SAVED = "attention"  # name of what the backward pass of splash attention needs, for remat policies

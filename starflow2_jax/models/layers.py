@@ -13,7 +13,7 @@ from starflow2_jax.errors import UserError, require_one_of, require_positive
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.kernels import PLATFORMS, SAVED, attend_packed
-from starflow2_jax.sharding import constrain, constrain_parameter
+from starflow2_jax.parallel.sharding import constrain, constrain_parameter
 
 LAYER_INPUT = "layer_input"
 _POLICIES = jax.checkpoint_policies

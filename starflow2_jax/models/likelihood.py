@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from starflow2_jax.models.flow import normalize
 from starflow2_jax.models.pretzel import Output
+from starflow2_jax.parallel.sharding import axis_size, constrain
 from starflow2_jax.sequence import Sequence
-from starflow2_jax.sharding import axis_size, constrain
 
 CHUNK = 256  # positions of a row whose logits exist at once
 

@@ -12,7 +12,7 @@ from starflow2_jax.errors import UserError, require_positive
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
-from starflow2_jax.models.inversion import Schedule
+from starflow2_jax.models.jacobi import Schedule
 from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense, require_sections
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.sequence import Sequence, Step

@@ -10,7 +10,7 @@ from starflow2_jax.errors import require_positive
 from starflow2_jax.models import attention
 from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, require_sections
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
-from starflow2_jax.sharding import constrain
+from starflow2_jax.parallel.sharding import constrain
 
 
 @dataclass(frozen=True)

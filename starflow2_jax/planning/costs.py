@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from starflow2_jax.planning.chips import Topology
+from starflow2_jax.parallel.hardware import Topology
 from starflow2_jax.planning.hlo import Computation, Instruction, Module
 
 ROOFLINE = (

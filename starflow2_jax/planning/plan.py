@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from ml_collections import ConfigDict
 
-from starflow2_jax import config as configs
-from starflow2_jax import flops, sharding
+from starflow2_jax.config import loading as configs
+from starflow2_jax.models import flops
+from starflow2_jax.parallel import sharding
+from starflow2_jax.parallel.hardware import Topology
 from starflow2_jax.planning import compiling
-from starflow2_jax.planning.chips import Topology
 from starflow2_jax.planning.compiling import DoesNotFit, Program
 from starflow2_jax.planning.costs import ROOFLINE, Analysis, Costs
 from starflow2_jax.planning.hlo import Module

@@ -9,16 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from starflow2_jax import config as configs
-from starflow2_jax import sharding
-from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import Document
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.inversion import SEQUENTIAL, Jacobi, Schedule
+from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, init_params, split
+from starflow2_jax.parallel import sharding
 from starflow2_jax.sampling.rows import SampleOptions, power, rounded
 from starflow2_jax.sampling.session import Session
 from starflow2_jax.stages import STAGES

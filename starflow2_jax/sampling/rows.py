@@ -12,7 +12,7 @@ from flax import struct
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Caches, Pretzel
-from starflow2_jax.sharding import constrain_rows
+from starflow2_jax.parallel.sharding import constrain_rows
 
 BUCKET = 32  # prompts and caches are as long as this times a power of two, so that few shapes are compiled
 WHOLE = ("max_tokens", "top_k", "max_images", "jacobi")  # options that are whole numbers

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax import sharding
+from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
-from starflow2_jax.data.pipeline import Shape, collate
-from starflow2_jax.models.codec import PatchCodec
+from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models.likelihood import CHUNK, image_noise, text_nll
 from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.parallel import sharding
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.prompts import require_no_image_tokens
 from starflow2_jax.sampling.rows import bucket, power
-from starflow2_jax.sequence import Sequence
+from starflow2_jax.sequence import Sequence, Shape
 
 BATCH = 16  # documents that are read at once
 PIXEL_BITS = 7.0  # log2 of 128: what a level of 8 bits in [-1, 1] is narrower than 1

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax import sharding
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
-from starflow2_jax.data.pipeline import Shape, collate
+from starflow2_jax.data.pipeline import collate
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.inversion import Jacobi
+from starflow2_jax.models.jacobi import Jacobi
+from starflow2_jax.parallel import sharding
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.events import Answer, Event, as_document, text_runs
 from starflow2_jax.sampling.prompts import is_empty, require_no_image_tokens
 from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions, bucket, power
 from starflow2_jax.sampling.steps import Program
+from starflow2_jax.sequence import Shape
 
 if TYPE_CHECKING:
     from starflow2_jax.sampling.engine import Sampler

@@ -23,9 +23,9 @@ from starflow2_jax.sampling.events import End, Event
 from starflow2_jax.serving import completions
 from starflow2_jax.serving.errors import ApiError, bad, told
 from starflow2_jax.serving.guards import AtMost, KnownHosts, refusal
-from starflow2_jax.serving.intake import Intake
 from starflow2_jax.serving.jobs import Fault, Job, Started, Task
 from starflow2_jax.serving.ranking import ranking
+from starflow2_jax.serving.request_limits import Intake
 from starflow2_jax.serving.requests import chat_request, check_model, rank_request
 from starflow2_jax.serving.worker import Worker
 

@@ -10,9 +10,9 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from starflow2_jax.data.documents import as_pillow, from_pillow, upright
-from starflow2_jax.models.qwen_vision import merged_grid, resized
+from starflow2_jax.data.vision import merged_grid, resized
 from starflow2_jax.serving.errors import ApiError, bad
-from starflow2_jax.serving.intake import Intake
+from starflow2_jax.serving.request_limits import Intake
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG"}
 

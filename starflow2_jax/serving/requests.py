@@ -11,7 +11,7 @@ from starflow2_jax.sampling.prompts import texts
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.images import Budget, from_url
-from starflow2_jax.serving.intake import Intake
+from starflow2_jax.serving.request_limits import Intake
 
 ROLES = ("system", "developer", "user", "assistant")
 IGNORED = (

@@ -9,7 +9,7 @@ import uvicorn
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.app import Service, make_app
-from starflow2_jax.serving.intake import Intake
+from starflow2_jax.serving.request_limits import Intake
 from starflow2_jax.serving.worker import Worker
 
 

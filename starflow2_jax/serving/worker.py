@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.data.documents import DocumentError, Text
-from starflow2_jax.data.pipeline import Shape, collate
+from starflow2_jax.data.pipeline import collate
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.events import Answer, End, Event, Picture, as_document
 from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
 from starflow2_jax.sampling.session import call
+from starflow2_jax.sequence import Shape
+from starflow2_jax.serving.conversation_cache import Conversations
 from starflow2_jax.serving.errors import ApiError, told
 from starflow2_jax.serving.jobs import Fault, Job, Started, Task
-from starflow2_jax.serving.kept import Conversations
 from starflow2_jax.serving.prompts import Turns, identity, pieces, prompt
 from starflow2_jax.serving.requests import ChatRequest
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.config import ConfigError
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import ConfigError, UserError
 
 POLICIES = ("ignore", "abort", "skip", "rollback")
 DEFAULTS = dict(nonfinite="abort", spike="ignore", deviations=8.0, window=100, most=10)

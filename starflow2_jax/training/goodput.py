@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from starflow2_jax.planning.chips import CHIPS
+from starflow2_jax.parallel.hardware import CHIPS
 
 KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is in steps
 

@@ -8,16 +8,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from starflow2_jax import config as configs
-from starflow2_jax import distributed, sharding
-from starflow2_jax.checkpoints import CheckpointDirectory, abstract
+from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
+from starflow2_jax.checkpoints.retention import Keep
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data import sources
 from starflow2_jax.data.groups import GroupedBatches, own_rows
-from starflow2_jax.data.pipeline import Encoder, Shape
-from starflow2_jax.errors import UserError
-from starflow2_jax.files import new_folder, require_new
-from starflow2_jax.keeping import Keep
+from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.models.pretzel import Pretzel, init_params
+from starflow2_jax.parallel import processes, sharding
+from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger, peak_flops
@@ -36,28 +37,26 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, folder: str | Path):
         if unknown := set(config.order) - (set(STAGES) & set(config.stages)):
-            raise configs.ConfigError(f"unknown stages {sorted(unknown)} in order; there are {', '.join(STAGES)}")
+            raise ConfigError(f"unknown stages {sorted(unknown)} in order; there are {', '.join(STAGES)}")
         if not config.order or len(set(config.order)) < len(config.order):
-            raise configs.ConfigError(f"order names each stage to run once, one at least, of {', '.join(STAGES)}")
+            raise ConfigError(f"order names each stage to run once, one at least, of {', '.join(STAGES)}")
         self.config = config
         keep = Keep(config.keep, config.keep_every, config.keep_best)
         self.checkpoints = CheckpointDirectory(folder, keep)
         self.peak = peak_flops(config.peak_flops)
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
-        self.begun = distributed.on_primary(self.checkpoints.exists)
+        self.begun = processes.on_primary(self.checkpoints.exists)
         if self.begun:
             if other := configs.differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
-                raise configs.ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
+                raise ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
         else:
             self.codec, self.tokenizer = sources.make_codec(config), sources.make_tokenizer(config)
         if len(self.tokenizer) > self.model.cfg.vlm.vocabulary:
-            raise configs.ConfigError(
-                f"the tokenizer has {len(self.tokenizer)} tokens; raise model.vlm.vocabulary to that"
-            )
+            raise ConfigError(f"the tokenizer has {len(self.tokenizer)} tokens; raise model.vlm.vocabulary to that")
         if (self.model.cfg.grid, self.model.cfg.channels) != (self.codec.grid, self.codec.channels):
-            raise configs.ConfigError(
+            raise ConfigError(
                 f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels so"
             )
 
@@ -71,7 +70,7 @@ class Trainer:
         done = self.checkpoints.latest() or 0
         ledger = Ledger(self.checkpoints.meta(done).get("time") if done else None)
         total = sum(self.config.stages[name].steps for name in self.config.order)
-        folder, writes = self.checkpoints.folder, distributed.primary()
+        folder, writes = self.checkpoints.folder, processes.primary()
         with (
             jax.set_mesh(self.mesh),
             ledger.noticing_compilations(),
@@ -102,11 +101,11 @@ class Trainer:
             self._require_same_steps()
         self._require_stages()
         if self.begun:
-            distributed.on_primary(partial(self.checkpoints.write_config, self.config))
+            processes.on_primary(partial(self.checkpoints.write_config, self.config))
         else:
-            distributed.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))
+            processes.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))
         self.begun = True
-        if not distributed.primary():  # fitted on another machine, it may differ in the last bit
+        if not processes.primary():  # fitted on another machine, it may differ in the last bit
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
 
     def _require_same_steps(self) -> None:
@@ -118,12 +117,12 @@ class Trainer:
         before = sum(self.config.stages[n].steps for n in order[: order.index(name)]) if name in order else None
         folder, steps = self.checkpoints.folder, self.config.stages[name].steps if name in order else 0
         if before is None or before + own != done or own > steps:
-            raise configs.ConfigError(
+            raise ConfigError(
                 f"{folder} stands at step {done}, {own} of them in {name}, where this config's order and steps do not come by; "
                 "keep those of what is done, or name another --out"
             )
         if own < steps and not self.checkpoints.has(done, "optimizer"):
-            raise configs.ConfigError(
+            raise ConfigError(
                 f"stage {name} of {folder} has ended after {own} steps, and its optimizer was not kept, so that it cannot go on "
                 f"to {steps}; leave stages.{name}.steps at {own}, or name another --out"
             )
@@ -139,7 +138,7 @@ class Trainer:
             try:
                 self._require_stage(STAGES[name])
             except UserError as error:
-                raise configs.ConfigError(f"stage {name}: {error}") from None
+                raise ConfigError(f"stage {name}: {error}") from None
 
     def _require_stage(self, stage: Stage) -> None:
         data, cfg = self.config.data, self.config.stages[stage.name]
@@ -159,9 +158,9 @@ class Trainer:
         vlm, folder = Path(vlm), Path(folder).resolve()
         require_new(folder)
         if "pretrain" in config.order:
-            raise configs.ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
+            raise ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
         if other := configs.differences(load_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
-            raise configs.ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
+            raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
         codec = sources.make_codec(config)
         with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:
             CheckpointDirectory(partial).create_on(vlm, config, codec)
@@ -248,8 +247,8 @@ class Trainer:
         """What the model needs beside the groups that the state holds."""
         if held(stage) == "frozen":
             return self._fresh("trainable")
-        if not distributed.on_primary((self.checkpoints.folder / "frozen").is_dir):
-            raise configs.ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
+        if not processes.on_primary((self.checkpoints.folder / "frozen").is_dir):
+            raise ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
         return self.checkpoints.restore_frozen(abstract(self._shapes("frozen"), self.mesh))
 
     def _save(self, stage: Stage, number: int, state: TrainState, data_state, rest: dict, metrics: dict | None) -> None:

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from starflow2_jax import sharding
-from starflow2_jax.config import ConfigError
-from starflow2_jax.errors import require_one_of
+from starflow2_jax.errors import ConfigError, require_one_of
+from starflow2_jax.parallel import sharding
 
 # Of a stack's kernels, whose axis 0 is the layer: which axes are summed over, and which are new.
 MUON_AXES = {

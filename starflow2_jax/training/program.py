@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from starflow2_jax import sharding
-from starflow2_jax.checkpoints import abstract
-from starflow2_jax.config import ConfigError
+from starflow2_jax.checkpoints.directory import abstract
 from starflow2_jax.data.groups import rows_of_a_group
-from starflow2_jax.data.pipeline import Shape
-from starflow2_jax.errors import require_positive
+from starflow2_jax.errors import ConfigError, require_positive
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
-from starflow2_jax.sequence import Sequence, VisionInput
+from starflow2_jax.parallel import sharding
+from starflow2_jax.sequence import Sequence, Shape, VisionInput
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.step import TrainState, make_step, new_state, offloaded, state_shardings

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from starflow2_jax import sharding
-from starflow2_jax.flops import training_flops
+from starflow2_jax.models.flops import training_flops
+from starflow2_jax.parallel import sharding
 from starflow2_jax.stages import Stage
 from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger

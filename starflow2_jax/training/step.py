@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from starflow2_jax import sharding
-from starflow2_jax.config import ConfigError
+from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.likelihood import CHUNK
 from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import losses

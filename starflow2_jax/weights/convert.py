@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from starflow2_jax.files import new_folder, require_new
+from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
 from starflow2_jax.weights import qwen
 from starflow2_jax.weights.folder import TYPES, Entry, read_entries, read_tensor, same_bits, write_folder
 from starflow2_jax.weights.store import CHUNK, ArrayStore

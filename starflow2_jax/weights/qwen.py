@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax import config as configs
+from starflow2_jax.config import loading as configs
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.sequence import VisionInput

@@ -15,7 +15,7 @@ import tensorstore as ts
 from absl import logging
 from flax import traverse_util
 
-from starflow2_jax.content import combine, sums
+from starflow2_jax.checkpoints.content_hash import combine, sums
 from starflow2_jax.weights.table import WeightError
 
 CHUNK = 2**24  # bytes of a chunk at most: what is read, hashed and written at a time

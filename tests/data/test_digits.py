@@ -6,11 +6,12 @@ import pytest
 import tiny
 from sklearn.datasets import load_digits
 
+from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits, tokenizer
 from starflow2_jax.data.documents import Image, Shown, Text
-from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.data.pipeline import Encoder, batches
 from starflow2_jax.evaluation.digits import classify
-from starflow2_jax.models.codec import PatchCodec
+from starflow2_jax.sequence import Shape
 
 SHARES = dict.fromkeys(digits.KINDS, 1.0)
 

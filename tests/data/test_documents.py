@@ -20,7 +20,8 @@ from starflow2_jax.data.documents import (
     read_image,
     write_image,
 )
-from starflow2_jax.data.pipeline import Shape, batches, collate
+from starflow2_jax.data.pipeline import batches, collate
+from starflow2_jax.sequence import Shape
 
 
 def test_images(tmp_path):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from starflow2_jax import sharding
-from starflow2_jax.config import ConfigError
 from starflow2_jax.data import groups as groups_module
 from starflow2_jax.data.documents import Text
 from starflow2_jax.data.groups import GroupedBatches, own_rows
-from starflow2_jax.data.pipeline import Encoder, Shape, batches
-from starflow2_jax.sequence import FLOW, PAD
+from starflow2_jax.data.pipeline import Encoder, batches
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.parallel import sharding
+from starflow2_jax.sequence import FLOW, PAD, Shape
 
 SHAPE = Shape(8, 40, 2)
 
@@ -54,7 +54,7 @@ def read_on(hosts: list[GroupedBatches], count: int) -> list[list[np.ndarray]]:
 def position(hosts: list[GroupedBatches], monkeypatch) -> dict:
     """What each host would save; in one process, `gather` gets what each of them knows."""
     known = [{str(g): r.get_state() for g, r in host._readers.items()} for host in hosts]
-    monkeypatch.setattr(groups_module.distributed, "gather", lambda _: known)
+    monkeypatch.setattr(groups.processes, "gather", lambda _: known)
     states = [host.get_state() for host in hosts]
     assert all(state == states[0] for state in states)
     return json.loads(json.dumps(states[0]))  # as in a checkpoint

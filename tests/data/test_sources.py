@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import tiny
 
-from starflow2_jax import config as configs
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data import sources
 from starflow2_jax.data.documents import Document, Image, Text, without_caption, write_image
-from starflow2_jax.data.pipeline import Encoder, Shape, batches
+from starflow2_jax.data.pipeline import Encoder, batches
 from starflow2_jax.errors import UserError
+from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
 
-QUICK = Path(__file__).parents[2] / "experiments" / "digits_quick.py"
+QUICK = Path(__file__).parents[2] / "starflow2_jax/experiments" / "digits_quick.py"
 
 
 def config_of(folder: Path, images: list[np.ndarray], via: str = "flow", **codec):

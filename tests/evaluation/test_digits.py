@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tiny
 
+from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.evaluation import digits as evaluation
 from starflow2_jax.evaluation.digits import correlation, evaluate, held_out_nll
-from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.pretzel import Output
 
 LIMIT = 20

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax import sharding
 from starflow2_jax.errors import UserError
 from starflow2_jax.models import kernels
 from starflow2_jax.models.kernels import attend_packed
 from starflow2_jax.models.layers import Transformer, TransformerConfig
+from starflow2_jax.parallel import sharding
 
 STREAMS = {"vlm": (4, 2), "flow": (2, 2)}  # heads of the queries; of keys and values
 S, K = 256, 128

@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
-from starflow2_jax.data.pipeline import Shape, collate
+from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.pretzel import Caches, Output, Pretzel, for_sampling, init_params
 from starflow2_jax.models.qwen import Qwen
-from starflow2_jax.sequence import Sequence, Step
+from starflow2_jax.sequence import Sequence, Shape, Step
 
 CLOSE = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 

@@ -16,13 +16,15 @@ from PIL import Image as Pillow
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from starflow2_jax import sequence
+from starflow2_jax.data import vision as preprocessing
 from starflow2_jax.data.documents import Image, Text
-from starflow2_jax.data.pipeline import Shape, batches, collate
+from starflow2_jax.data.pipeline import batches, collate
 from starflow2_jax.data.tokenizer import TokenIds
-from starflow2_jax.models import qwen_vision
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
 from starflow2_jax.models.qwen import Qwen
+from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sequence import Shape
 from starflow2_jax.weights import qwen as qwen_weights
 from starflow2_jax.weights.table import import_tensors
 
@@ -300,13 +302,13 @@ def test_bfloat16_is_no_worse_than_the_references():
 @pytest.mark.parametrize("limits", ((56 * 56, 28 * 28 * 1280), (28 * 28, 28 * 28 * 16)))
 def test_preprocessing(size, limits):
     """Resizing, normalisation and patch order, against the reference's processor."""
-    cfg = qwen_vision.VisionConfig(1, 8, 1, 8, 8, min_pixels=limits[0], max_pixels=limits[1])
+    cfg = VisionConfig(1, 8, 1, 8, 8, min_pixels=limits[0], max_pixels=limits[1])
     pixels = photo(0, size)
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": limits[0], "longest_edge": limits[1]})(
         Pillow.fromarray(np.round((pixels + 1) * 127.5).astype(np.uint8)), return_tensors="np"
     )
-    found = qwen_vision.preprocess(cfg, pixels)
-    h, w = qwen_vision.merged_grid(cfg, size)
+    found = preprocessing.preprocess(cfg, pixels)
+    h, w = preprocessing.merged_grid(cfg, size)
     assert theirs["image_grid_thw"].tolist() == [[1, 2 * h, 2 * w]]
     assert found["patches"].shape == theirs["pixel_values"].shape
     assert np.abs(found["patches"] - theirs["pixel_values"]).max() < 1e-5

@@ -11,7 +11,7 @@ PROGRAM = r"""
 import re
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from starflow2_jax import sharding
+from starflow2_jax.parallel import sharding
 from starflow2_jax.models.kernels import attend_packed
 from starflow2_jax.models.layers import Transformer, TransformerConfig
 

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from starflow2_jax import sharding
-from starflow2_jax.planning.chips import CHIPS, Topology
+from starflow2_jax.parallel import sharding
+from starflow2_jax.parallel.hardware import CHIPS, Topology
 from starflow2_jax.planning.costs import Analysis, first_group
 from starflow2_jax.planning.hlo import Module
 

@@ -7,13 +7,14 @@ import jax
 import pytest
 
 from starflow2_jax import cli
-from starflow2_jax import config as configs
-from starflow2_jax.errors import UserError
-from starflow2_jax.planning import chips, compiling, plan, report, search
+from starflow2_jax.config import loading as configs
+from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.parallel import hardware
+from starflow2_jax.planning import compiling, plan, report, search
 from starflow2_jax.training.program import batch_shape, find_stage
 
-EXPERIMENT = Path(__file__).parents[2] / "experiments" / "starflow2_7b_t2i.py"
-TOPOLOGY = chips.Topology(chips.CHIPS["v5e"], (2, 4))
+EXPERIMENT = Path(__file__).parents[2] / "starflow2_jax/experiments" / "starflow2_7b_t2i.py"
+TOPOLOGY = hardware.Topology(hardware.CHIPS["v5e"], (2, 4))
 XLA_SAYS = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 33.60G of 15.75G hbm.
 
   Largest program allocations in hbm:
@@ -79,7 +80,7 @@ def test_search_survives_what_does_not_compile(small):
 
     def make(config):
         if config.mesh.fsdp == 3:
-            raise configs.ConfigError("mesh fsdp=3 does not fit 8 devices")
+            raise ConfigError("mesh fsdp=3 does not fit 8 devices")
         rows = config.stages.text_to_image.rows
         fits = rows < 16
         return plan.Plan("", "", 8, {}, {}, fits, 1, 2 * 2**30, {}, tokens_per_second=rows, mfu=0.5)
@@ -130,7 +131,7 @@ def test_out_of_memory_says_what_to_change(small):
 
 @pytest.mark.parametrize("text, chips_", [("v5p:4x4x4", 64), ("v5e:16x16", 256), ("v6e:16x16", 256), ("v4:4x4x8", 128)])
 def test_topologies(text, chips_):
-    assert str(chips.parse(text)) == text and chips.parse(text).chips == chips_
+    assert str(hardware.parse(text)) == text and hardware.parse(text).chips == chips_
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_topologies(text, chips_):
 )
 def test_wrong_topologies_name_the_nearest(text, nearest):
     with pytest.raises(UserError, match=nearest + r"\b"):
-        chips.parse(text)
+        hardware.parse(text)
 
 
 def test_without_the_compiler_it_says_so(monkeypatch, capsys):

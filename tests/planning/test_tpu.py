@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = f"""
-from starflow2_jax import config as configs
+from starflow2_jax.config import loading as configs
 
 def get_config(runlocal=False):
-    c = configs.load({str(ROOT / "experiments" / "starflow2_7b_joint.py")!r}, runlocal=True).unlock()
+    c = configs.load({str(ROOT / "starflow2_jax/experiments" / "starflow2_7b_joint.py")!r}, runlocal=True).unlock()
     c.stages.joint.optimizer.offload = True
     return c
 """

@@ -11,13 +11,13 @@ import tiny
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.parallel.sharding import make_mesh, tree_shardings
 from starflow2_jax.sampling import engine, rows, steps
 from starflow2_jax.sampling.engine import SampleOptions, Sampler, Session
 from starflow2_jax.sampling.events import Answer, as_document
 from starflow2_jax.sampling.guidance import extrapolate, mix_gaussians
 from starflow2_jax.sampling.steps import keep_likely
 from starflow2_jax.sequence import Step
-from starflow2_jax.sharding import make_mesh, tree_shardings
 
 N = tiny.CONFIG.tokens
 PROMPTS = [

@@ -10,18 +10,18 @@ import pytest
 import tiny
 from tiny_experiment import tiny_config
 
-from starflow2_jax import config as configs
-from starflow2_jax import sharding
-from starflow2_jax.checkpoints import CheckpointDirectory
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.codecs.patch import PatchCodec
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.errors import UserError
 from starflow2_jax.models import layers
-from starflow2_jax.models.codec import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
+from starflow2_jax.parallel import sharding
+from starflow2_jax.parallel.sharding import make_mesh
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.sampling.exact import decode, denoise, encode
+from starflow2_jax.sampling.noise_space import decode, denoise, encode
 from starflow2_jax.sampling.scoring import score
-from starflow2_jax.sharding import make_mesh
 from starflow2_jax.stages import STAGES
 
 PICTURE = tiny.pixels(1, (8, 8))

@@ -12,13 +12,13 @@ import pytest
 import tiny
 
 from starflow2_jax import cli, sequence
+from starflow2_jax.codecs.patch import LatentCodec, PatchCodec
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import DocumentError, Image, Text, write_image
 from starflow2_jax.evaluation.digits import held_out_nll
-from starflow2_jax.models.codec import LatentCodec, PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.sampling.exact import decode, denoise, encode
+from starflow2_jax.sampling.noise_space import decode, denoise, encode
 from starflow2_jax.sampling.scoring import describe, illustrate, rank, score
 
 N, D = tiny.CONFIG.tokens, tiny.CHANNELS
@@ -120,7 +120,7 @@ def test_a_score_depends_on_nothing_else_in_the_batch(sampler):
 
 
 def test_a_mesh_gives_the_same():
-    from starflow2_jax.sharding import make_mesh
+    from starflow2_jax.parallel.sharding import make_mesh
 
     spread = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, mesh=make_mesh(data=2, fsdp=4))
     for i, parts in enumerate(score(spread, DOCUMENTS[:2])):

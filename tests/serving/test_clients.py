@@ -13,11 +13,11 @@ from live import LIMITS, ask, data_url, image_part, of_latents, openai_client, s
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow, from_pillow
+from starflow2_jax.data.vision import merged_grid
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel
-from starflow2_jax.models.qwen_vision import merged_grid
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.serving.intake import Intake
+from starflow2_jax.serving.request_limits import Intake
 from starflow2_jax.serving.requests import chat_request
 from starflow2_jax.serving.server import Server
 

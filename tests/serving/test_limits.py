@@ -20,7 +20,7 @@ from starflow2_jax.serving import ranking
 from starflow2_jax.serving import worker as worker_module
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.images import Budget
-from starflow2_jax.serving.intake import Intake
+from starflow2_jax.serving.request_limits import Intake
 from starflow2_jax.serving.requests import chat_request
 
 NEVER = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]

@@ -28,12 +28,12 @@ from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow
 from starflow2_jax.data.tokenizer import chat
-from starflow2_jax.models.inversion import Jacobi
+from starflow2_jax.models.jacobi import Jacobi
+from starflow2_jax.parallel.sharding import make_mesh, tree_shardings
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Answer, Words
 from starflow2_jax.sampling.scoring import rank
-from starflow2_jax.sharding import make_mesh, tree_shardings
 
 N = tiny.CONFIG.tokens
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_experiment import drill_config
 
-from starflow2_jax.checkpoints import CheckpointDirectory, abstract
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
 from starflow2_jax.training.loop import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from starflow2_jax.config import ConfigError
+from starflow2_jax.errors import ConfigError
 from starflow2_jax.training import goodput
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss, Watch, guarded
 from starflow2_jax.training.goodput import Ledger

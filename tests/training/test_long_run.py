@@ -15,11 +15,11 @@ import tiny
 from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
-from starflow2_jax import manifest
-from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints import file_list
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.data.documents import Text
-from starflow2_jax.flops import training_flops
-from starflow2_jax.keeping import Keep
+from starflow2_jax.models.flops import training_flops
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training import loop, program
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss
@@ -223,12 +223,12 @@ def test_one_bit_of_a_large_file(tmp_path):
     """Larger than what is read at a time, and not looked at where it is not to be read."""
     step, name = tmp_path / "7", "optimizer/d/0"
     (step / "optimizer" / "d").mkdir(parents=True)
-    (step / name).write_bytes(bytes(manifest.PIECE + 5))
-    manifest.write(step)
-    assert manifest.fault(step) is None
+    (step / name).write_bytes(bytes(file_list.PIECE + 5))
+    file_list.write(step)
+    assert file_list.fault(step) is None
     damage(step, name, "flipped")
-    assert manifest.fault(step) == f"{name} is changed"
-    assert manifest.fault(step, unread=("optimizer",)) is None
+    assert file_list.fault(step) == f"{name} is changed"
+    assert file_list.fault(step, unread=("optimizer",)) is None
 
 
 def test_no_step_is_whole(three_steps, tmp_path):
@@ -256,7 +256,7 @@ def test_a_step_that_is_there_or_passed_is_not_saved_in_silence(three_steps, num
 
 def test_a_step_without_a_list_of_files_is_used(three_steps, tmp_path):
     folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
-    (folder / "steps" / "3" / manifest.NAME).unlink()
+    (folder / "steps" / "3" / file_list.NAME).unlink()
     assert CheckpointDirectory(folder).require_latest() == 3
 
 
@@ -278,9 +278,9 @@ def test_a_step_whose_list_was_never_written_is_read_first(trainer, capfd, liste
     wanted.run(progress=False)
     trainer().run(progress=False, stop_at=8)
     steps = trainer().checkpoints.folder / "steps"
-    (steps / "8" / manifest.NAME).unlink()
+    (steps / "8" / file_list.NAME).unlink()
     if not listed:
-        (steps / "4" / manifest.NAME).unlink()
+        (steps / "4" / file_list.NAME).unlink()
     damage(steps / "8", "params/d", "cut")
     t = trainer()
     t.run(progress=False)
@@ -293,7 +293,7 @@ def test_a_step_whose_list_was_never_written_is_read_first(trainer, capfd, liste
 def test_the_only_step_stays_where_it_is(trainer):
     trainer().run(progress=False, stop_at=4)
     step = trainer().checkpoints.folder / "steps" / "4"
-    (step / manifest.NAME).unlink()
+    (step / file_list.NAME).unlink()
     damage(step, "params/d", "cut")
     with pytest.raises(CheckpointError, match="step 4 .* cannot be restored.*there is no other step"):
         trainer().run(progress=False)

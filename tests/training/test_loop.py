@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
-from starflow2_jax.checkpoints import CheckpointDirectory, abstract, content_hash
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract, content_hash
 from starflow2_jax.data.documents import Text, read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import init_params

@@ -9,10 +9,9 @@ import pytest
 import tiny
 from flax import struct
 
-from starflow2_jax import sharding
-from starflow2_jax.config import ConfigError
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.models.pretzel import split
+from starflow2_jax.parallel import sharding
 from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.step import TrainState, offloaded, state_shardings

@@ -12,13 +12,15 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from starflow2_jax import sequence, sharding
+from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
-from starflow2_jax.data.pipeline import Shape, collate
+from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models import attention
 from starflow2_jax.models.flow import Flow
 from starflow2_jax.models.layers import Transformer, TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, split
+from starflow2_jax.parallel import sharding
+from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training import losses, program
 from starflow2_jax.training.optimizer import make_optimizer

@@ -6,10 +6,11 @@ import pytest
 import tiny
 
 from starflow2_jax import sequence
-from starflow2_jax.config import ConfigError
 from starflow2_jax.data.documents import DocumentError, Image, Text
-from starflow2_jax.data.pipeline import Shape, batches
+from starflow2_jax.data.pipeline import batches
+from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.pretzel import split
+from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training.step import loss_sums, make_step
 

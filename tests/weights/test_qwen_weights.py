@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reference_qwen import INDEX, bits, make, newer, published, refused, resave, run, same, tensors
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from starflow2_jax import sharding
-from starflow2_jax.checkpoints import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.parallel import sharding
 from starflow2_jax.weights import convert, qwen
 from starflow2_jax.weights.qwen import QWEN2_5_VL
 from starflow2_jax.weights.table import expected, source_shape

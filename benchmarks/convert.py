@@ -1,0 +1,136 @@
+"""Peak memory of converting Qwen2.5-VL's weights, and of placing and saving them on eight devices; convert.md has numbers.
+
+python benchmarks/convert.py --size 3b --layers 12 --folder /tmp/convert_benchmark
+
+Makes a folder of random bfloat16 tensors in the published layout, fewer layers where one says so; every step runs in a
+process of its own. The folder is removed at the end.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+GB = 1e9
+
+
+def peak() -> float:
+    """Of this process's resident memory so far, in GB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GB
+
+
+def make(folder: Path, size: str, layers: int) -> None:
+    """The reference's folder, in files of 2 GB."""
+    from starflow2_jax.weights import qwen
+    from starflow2_jax.weights.folder import write_folder
+    from starflow2_jax.weights.table import expected, source_shape
+
+    cfg = dataclasses.replace(qwen.QWEN2_5_VL[size], layers=layers)
+    wanted, _ = expected(qwen.table(cfg), qwen.abstract_params(cfg))
+    shapes = {name: source_shape(*parts) for name, parts in wanted.items()}
+    random = np.random.default_rng(0)
+
+    def tensor(name: str) -> np.ndarray:
+        bits = random.integers(0, 2**16, shapes[name], np.uint16, endpoint=False)
+        bits &= 0xBFFF  # with this bit clear a number is finite
+        return bits.view(ml_dtypes.bfloat16)
+
+    folder.mkdir(parents=True)
+    write_folder(folder, shapes, dict.fromkeys(shapes, np.dtype(ml_dtypes.bfloat16)), tensor, 2 * 10**9)
+    vision = dict(
+        depth=cfg.vision.layers, hidden_size=cfg.vision.width, intermediate_size=cfg.vision.mlp_hidden,
+        num_heads=cfg.vision.heads, out_hidden_size=cfg.width,
+    )  # fmt: skip
+    config = dict(
+        model_type="qwen2_5_vl", vocab_size=cfg.vocabulary, hidden_size=cfg.width, intermediate_size=cfg.mlp_hidden,
+        num_hidden_layers=layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
+        rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rotary_theta, tie_word_embeddings=cfg.tied_head,
+        rope_scaling=dict(type="mrope", mrope_section=cfg.rotary_sections), vision_config=vision,
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def command(*arguments: str) -> None:
+    from starflow2_jax.cli import main
+
+    if main(["convert", "qwen2_5_vl", *arguments]):
+        raise SystemExit("the conversion failed")
+
+
+def compare(a: Path, b: Path) -> None:
+    from starflow2_jax.weights.folder import read_entries, same_bits
+
+    first, second = read_entries(a), read_entries(b)
+    if set(first) != set(second) or not all(same_bits(x, second[name]) for name, x in first.items()):
+        raise SystemExit("what came back is not what went in")
+
+
+def place(checkpoint: Path, saved: Path | None) -> None:
+    """Restore over eight CPU devices, each parameter on its shards, the content hash checked; and save again."""
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
+    from starflow2_jax.parallel import sharding
+    from starflow2_jax.weights import qwen
+
+    tree = qwen.abstract_params(qwen.load_config(checkpoint / "vlm.json"))
+    tree = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), tree)
+    frozen = CheckpointDirectory(checkpoint).restore_frozen(abstract(tree, sharding.make_mesh(data=1, fsdp=8)))
+    jax.block_until_ready(frozen)
+    if saved:
+        saved.mkdir()
+        CheckpointDirectory(saved).save_frozen(frozen)
+
+
+def _report(pipe, step, arguments) -> None:
+    begin = time.time()
+    step(*arguments)
+    pipe.send((time.time() - begin, peak()))
+
+
+def measure(name: str, step, *arguments) -> None:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_report, args=(there, step, arguments))
+    process.start()
+    there.close()
+    seconds, memory = here.recv()
+    process.join()
+    print(f"{name}: {seconds:.0f} s, peak resident memory {memory:.2f} GB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="3b", help="of qwen.QWEN2_5_VL")
+    parser.add_argument("--layers", type=int, default=12, help="of the text decoder")
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder for some three times the model")
+    args = parser.parse_args()
+    folder = args.folder
+    folder.mkdir(parents=True)
+    try:
+        measure("make", make, folder / "hf", args.size, args.layers)
+        from starflow2_jax.weights.folder import read_entries
+
+        sizes = {name: entry.nbytes / GB for name, entry in read_entries(folder / "hf").items()}
+        largest = max(sizes, key=sizes.get)
+        print(f"model {sum(sizes.values()):.2f} GB; largest tensor {largest} {sizes[largest]:.2f} GB")
+        measure("convert --to", command, "--from", str(folder / "hf"), "--to", str(folder / "checkpoint"))
+        measure("convert --to-hf", command, "--from", str(folder / "checkpoint"), "--to-hf", str(folder / "back"))
+        measure("compare bit for bit", compare, folder / "hf", folder / "back")
+        shutil.rmtree(folder / "back")
+        measure("restore on 8 devices", place, folder / "checkpoint", None)
+        measure("restore on 8 devices and save", place, folder / "checkpoint", folder / "saved")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

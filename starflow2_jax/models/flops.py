@@ -1,0 +1,201 @@
+"""Floating-point operations of a training step and of the sampler's, counted by hand from the sizes of what is run."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from starflow2_jax.models.layers import TransformerConfig
+from starflow2_jax.models.likelihood import CHUNK
+from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.sequence import Shape
+from starflow2_jax.stages import Stage
+
+RULE = (
+    "matrix products only; a frozen parameter costs 2 FLOP a token forward and 2 more where a gradient passes through, a "
+    "trained one 6; attention as if causal over whole rows, counted as half; recomputation not counted; all positions of "
+    "a batch count, padding too"
+)
+SAMPLING_RULE = (
+    "matrix products only, 2 FLOP a parameter and position; read: from empty caches, attention as if causal; write: one text "
+    "position of each row and of its guidance, caches half full"
+)
+FROM_INPUTS = ("full", "offload")  # remat policies that make a layer again from its input, wherever that is kept
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOP of one step of all chips together, by part of the model. Each dict adds up to a whole.
+
+    `model`: what the mathematics needs (`RULE`), the numerator of an MFU. `hardware`: what the compiled program
+    executes: with recomputation, and of attention what its kernel does.
+    """
+
+    model: dict[str, float]
+    hardware: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.model.values())
+
+    @property
+    def executed(self) -> float:
+        return sum(self.hardware.values())
+
+    def mfu(self, seconds: float, chips: int, peak: float) -> float:
+        """Model FLOPs utilisation of a step that takes `seconds` on `chips` of `peak` FLOP/s each."""
+        return self.total / (seconds * chips * peak)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """Products of one kind: FLOP of the forward pass, and how often as much is done in all."""
+
+    part: str
+    forward: float
+    times: float  # 1 forward, 1 more for the inputs' gradient, 1 more for the weights'
+    again: float = 0.0  # recomputed in the backward pass
+    needed: float = 1.0  # the share of `forward` that the mathematics needs
+
+
+def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int = CHUNK) -> Flops:
+    """FLOP of one training step over a batch of `shape`; `text_chunk`: positions of a row that the text head takes at once.
+
+    What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
+    """
+    return _sums(_terms(cfg, stage, shape, text_chunk))
+
+
+def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, slots: int, lanes: int) -> dict[str, Flops]:
+    """FLOP of the sampler's `read`, of slots / 2 positions of each row, and of one turn of its `write`, in `lanes` cache rows
+    of each row. What is counted: `SAMPLING_RULE`; executed is attention over all `slots` of the caches."""
+    length = slots // 2
+    images = rows * max(1, length // (cfg.tokens + 2))
+    read = [*_forward_streams(cfg, stage, rows, length, slots, length / 2)]
+    for _ in range(cfg.shallow_blocks):
+        read += _forward("shallow flow", cfg.shallow, images, cfg.tokens, cfg.tokens, cfg.tokens / 2)
+        read.append(_Term("shallow flow", 2.0 * 3 * cfg.channels * cfg.shallow.width * images * cfg.tokens, 1))
+    write = [*_forward_streams(cfg, stage, rows * lanes, 1, slots, slots / 2)]
+    write.append(_Term("text head", 2.0 * cfg.vlm.vocabulary * cfg.vlm.width * rows, 1))
+    return {"read": _sums(read), "write": _sums(write)}
+
+
+def _sums(terms: Iterable[_Term]) -> Flops:
+    model: dict[str, float] = {}
+    hardware: dict[str, float] = {}
+    for term in terms:
+        model[term.part] = model.get(term.part, 0.0) + term.forward * term.needed * term.times
+        hardware[term.part] = hardware.get(term.part, 0.0) + term.forward * (term.times + term.again)
+    return Flops(model, hardware)
+
+
+def _forward_streams(
+    cfg: PretzelConfig, stage: Stage, rows: int, length: int, slots: int, seen: float
+) -> Iterator[_Term]:
+    """Both streams over (rows, length) with caches of `slots`, of which a position sees `seen` on average."""
+    E, E_vlm, D = cfg.deep.width, cfg.vlm.width, cfg.channels
+    linear = {
+        "adapter": cfg.adapter_hidden * (D + E_vlm),
+        "embeddings": E * (D + E_vlm),
+        "Gaussian head": 2 * D * E,
+    }
+    if stage.skips:
+        linear["skips"] = 2 * E * E_vlm
+    for part, parameters in linear.items():
+        yield _Term(part, 2.0 * parameters * rows * length, 1)
+    yield from _forward("VLM", cfg.vlm.transformer, rows, length, slots, seen)
+    yield from _forward("deep flow", cfg.deep, rows, length, slots, seen)
+
+
+def _forward(part: str, c: TransformerConfig, rows: int, length: int, keys: int, seen: float) -> Iterator[_Term]:
+    """A stack's forward pass over (rows, length), attention multiplying all `keys`."""
+    yield _Term(part, 2.0 * c.layers * sum(matrices(c)) * rows * length, 1)
+    products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * keys
+    yield _Term(f"{part} attention", products, 1, needed=seen / keys)
+
+
+def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> Iterator[_Term]:
+    B, S, M, P, T = shape.rows, shape.length, shape.images, shape.patches, shape.vlm_length
+    trains = set(stage.trains)
+    vlm_moves, flow_moves = "vlm" in trains, "deep" in trains
+    positions, vlm_positions = B * S, B * (T or S)
+    through = vlm_moves or "adapter" in trains  # a gradient passes through the VLM's layers
+    N, D, E, E_vlm = cfg.tokens, cfg.channels, cfg.deep.width, cfg.vlm.width
+
+    def linear(part, parameters, tokens, trained, into):
+        return _Term(part, 2.0 * parameters * tokens, 1 + trained + into)
+
+    for block in range(cfg.shallow_blocks):
+        yield from _stack("shallow flow", cfg.shallow, B * M, N, flow_moves, flow_moves)
+        yield linear("shallow flow", D * cfg.shallow.width, B * M * N, flow_moves, flow_moves and block > 0)
+        yield linear("shallow flow", 2 * D * cfg.shallow.width, B * M * N, flow_moves, flow_moves)
+
+    if not T:  # else the VLM sees no image position
+        moves = "adapter" in trains
+        yield linear("adapter", D * cfg.adapter_hidden, positions, moves, moves and flow_moves)
+        yield linear("adapter", cfg.adapter_hidden * E_vlm, positions, moves, moves)
+    yield from _stack("VLM", cfg.vlm.transformer, B, T or S, vlm_moves, through)
+    if cfg.vlm.vision and P:
+        yield from _vision(cfg.vlm.vision, B, P, vlm_moves)
+    if stage.text_loss:
+        chunk = min(text_chunk, S)
+        forward = 2.0 * cfg.vlm.vocabulary * E_vlm * B * -(-S // chunk) * chunk
+        yield _Term("text head", forward, 2 + vlm_moves, again=1)  # each chunk's logits are made twice
+    if stage.deep:
+        yield linear("embeddings", D * E, positions, flow_moves, flow_moves)
+        yield linear("embeddings", E_vlm * E, positions, flow_moves, through)
+        yield from _stack("deep flow", cfg.deep, B, S, flow_moves, flow_moves)
+        yield linear("Gaussian head", 2 * D * E, positions, flow_moves, flow_moves)
+    if stage.skips:
+        yield linear("skips", E_vlm * E, vlm_positions, "w_vlm" in trains, through)
+        yield linear("skips", E * E_vlm, positions, "w_d" in trains, flow_moves)
+
+
+def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: bool, through: bool) -> Iterator[_Term]:
+    """A causal stack over (rows, length). `through`: whether a gradient passes to what is below."""
+    projections, mlp = matrices(c)
+    down = c.mlp_hidden * c.width
+    policy = c.remat if through else "none"
+    again = 1 - down / (projections + mlp) if policy in FROM_INPUTS else 0  # the last product's result is never needed
+    yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
+    # logits q k^T and weights v: no parameters, so a gradient means both inputs', twice the forward pass
+    products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * length
+    times = 3 if through else 1
+    yield _Term(f"{part} attention", products, times, _executed(c.kernel, policy, trained, through) - times, needed=0.5)
+
+
+def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
+    """How often attention does its two products of whole rows, recomputation included.
+
+    Kernels pass over what causality hides, and make the logits anew in the backward pass: splash attention for the
+    queries' gradient and for the keys' and values', cuDNN once.
+    """
+    if kernel == "xla":
+        again = {"none": 0.0, "dots": 1.0 if trained else 0.5}.get(policy, 1.0)
+        return 3 + again if through else 1
+    backward = 2.5 if kernel == "cudnn" else 3.5
+    saved = policy in ("none", "dots") if kernel != "cudnn" else policy == "none"
+    return 0.5 * (1 + backward + (not saved)) if through else 0.5
+
+
+def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[_Term]:
+    """The vision tower over (rows, patches): windows count as windows, though all of a row is multiplied."""
+    t, part = c.transformer, "vision tower"
+    projections, mlp = matrices(t)
+    tokens, times = rows * patches, 3 if trained else 1
+    policy = t.remat if trained else "none"
+    again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
+    yield _Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
+    yield _Term(part, 2.0 * c.patch_width * c.width * tokens, 1 + trained)
+    merged = c.width * c.merge**2
+    yield _Term(part, 2.0 * merged * (merged + c.out_width) * (tokens / c.merge**2), times)
+    window = min(patches, max(c.window // (c.patch * c.merge), 1) ** 2 * c.merge**2)
+    full = len(c.full_attention_layers) / c.layers
+    needed = full + (1 - full) * window / patches
+    products = 2 * 2.0 * t.layers * t.width * rows * patches * patches
+    yield _Term(f"{part} attention", products, times, float(policy != "none"), needed)
+
+
+def matrices(c: TransformerConfig) -> tuple[int, int]:
+    """Parameters of one layer's matrices: attention's four, and the MLP's."""
+    projections = c.width * c.head * (2 * c.heads + 2 * c.kv)
+    return projections, (3 if c.gated_mlp else 2) * c.width * c.mlp_hidden

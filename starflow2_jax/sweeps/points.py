@@ -1,0 +1,264 @@
+"""Sweeps: one experiment at many points of its config, run one after another or handed to a launcher, then compared.
+
+A sweep is a Python file with
+
+    CONFIG    the experiment file, relative to the sweep's
+    METRIC    what is compared, "stage/name" of metrics.jsonl; the lower the better
+    ALWAYS    overrides of every point (optional)
+    points()  yields the points: dicts of config key -> value; `grid` and `random` make them
+
+Each point is trained in a folder of its own, named by its overrides, so that the same command goes on after an
+interruption, and a file to which points were added runs only those.
+"""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from starflow2_jax.config import loading as configs
+from starflow2_jax.errors import ConfigError
+
+AVERAGED = 3  # logged values at the end of a stage that are averaged: single batches are noisy
+
+DONE, FAILED, WAITING, OPEN = "done", "failed", "handed on", "not run"
+
+
+def grid(axes: dict[str, Sequence]) -> Iterator[dict]:
+    """Every combination of the keys' values."""
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def random(draws: dict[str, Callable[[np.random.Generator], object]], count: int, seed: int) -> Iterator[dict]:
+    """`count` points, each key drawn by its function, such as `log_uniform(1e-4, 1e-2)`. Point i depends on (seed, i)."""
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        yield {key: draw(rng) for key, draw in draws.items()}
+
+
+def uniform(low: float, high: float):
+    return lambda rng: float(rng.uniform(low, high))
+
+
+def log_uniform(low: float, high: float):
+    """Three significant digits, so that the number can be read and typed."""
+    return lambda rng: float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.3g}")
+
+
+def choice(values: Sequence):
+    return lambda rng: values[int(rng.integers(len(values)))]
+
+
+@dataclass(frozen=True)
+class Point:
+    overrides: dict
+    arguments: tuple[str, ...]  # of `starflow2 train`
+    folder: Path
+    steps: int  # of the whole run
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def state(self) -> str:
+        if (self.run / "steps" / str(self.steps)).is_dir():  # named so when the last checkpoint is complete
+            return DONE
+        if self.failure:
+            return FAILED
+        return WAITING if (self.folder / "submitted").exists() else OPEN
+
+    @property
+    def failure(self) -> str:
+        """Why it failed when it was last run, or nothing."""
+        if code := self._said("ended"):
+            return f"its job ended with exit code {code.strip()}"
+        return self._said("failed")
+
+    def _said(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
+
+    def begin(self) -> None:
+        """Make its folder, without what earlier runs left beside the run itself."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "point.json").write_text(json.dumps(self.overrides, indent=1))
+        for name in ("failed", "submitted", "ended"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def result(self, metric: str) -> float | None:
+        """The mean of the last logged values of "stage/name", once it is done; None where there is none or it is no number."""
+        stage, _, name = metric.partition("/")
+        if self.state != DONE:
+            return None
+        lines = (json.loads(line) for line in (self.run / "metrics/metrics.jsonl").read_text().splitlines())
+        values = [line[name] for line in lines if line["stage"] == stage and name in line]
+        mean = float(np.mean(values[-AVERAGED:])) if values else math.nan
+        return mean if math.isfinite(mean) else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    config: Path
+    metric: str
+    points: tuple[Point, ...]
+
+    @property
+    def varied(self) -> dict[str, str]:
+        """The keys that differ from point to point -> names as short as they can be told apart."""
+        keys = list(dict.fromkeys(key for p in self.points for key in p.overrides))
+        keys = [k for k in keys if len({repr(p.overrides.get(k)) for p in self.points}) > 1]
+        names = {}
+        for key in keys:
+            parts = key.split(".")
+            others = [k for k in keys if k != key]
+            tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+            names[key] = next((t for t in tails if not any(f".{k}".endswith(f".{t}") for k in others)), key)
+        return names
+
+
+def load(path: str | Path, folder: str | Path, runlocal: bool = False) -> Sweep:
+    """Read a sweep file and check each point's config, before anything is run. Raises ConfigError."""
+    path, folder = Path(path), Path(folder)
+    if not path.is_file():
+        raise ConfigError(f"there is no sweep file {path}")
+    spec = importlib.util.spec_from_file_location("sweep", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if missing := [name for name in ("CONFIG", "METRIC", "points") if not hasattr(module, name)]:
+        raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps.py for what a sweep file holds")
+    config = (path.parent / module.CONFIG).resolve()
+    always = getattr(module, "ALWAYS", {})
+    points = tuple(_point(config, {**always, **overrides}, folder, runlocal) for overrides in module.points())
+    if not points:
+        raise ConfigError(f"{path} yields no point")
+    if len({p.folder for p in points}) < len(points):
+        raise ConfigError(f"{path} yields a point twice; take one away")
+    stage = module.METRIC.partition("/")[0]
+    if stage not in configs.load(config, points[0].arguments, runlocal).order:
+        raise ConfigError(f'METRIC={module.METRIC!r} is not "stage/name" of a stage that {config} runs')
+    return Sweep(config, module.METRIC, points)
+
+
+def _point(config: Path, overrides: dict, folder: Path, runlocal: bool) -> Point:
+    texts = tuple(f"{key}={value if isinstance(value, str) else repr(value)}" for key, value in overrides.items())
+    loaded = configs.load(config, texts, runlocal)
+    configs.pretzel(loaded)
+    name = hashlib.sha256(json.dumps([str(config.name), sorted(texts), runlocal]).encode()).hexdigest()[:10]
+    steps = sum(loaded.stages[stage].steps for stage in loaded.order)
+    return Point(overrides, texts, folder.resolve() / name, steps)
+
+
+def train_command(sweep: Sweep, point: Point, runlocal: bool = False) -> list[str]:
+    """The command that trains a point here."""
+    command = [sys.executable, "-m", "starflow2_jax.cli", "train", "--config", str(sweep.config)]
+    return [*command, "--out", str(point.run), *(["--runlocal"] if runlocal else []), *_flags(point)]
+
+
+def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
+    """A launcher's command with {config}, {out}, {name} (of the point's folder) and {overrides} filled in; overrides become words of their own where they
+    stand alone."""
+    filled = []
+    for word in shlex.split(template):
+        if word == "{overrides}":
+            filled += _flags(point)
+        else:
+            values = {
+                "config": sweep.config,
+                "out": point.run,
+                "name": f"p{point.folder.name}",
+                "overrides": shlex.join(_flags(point)),
+            }
+            for name, value in values.items():
+                word = word.replace(f"{{{name}}}", str(value))
+            filled.append(word)
+    return filled
+
+
+def _flags(point: Point) -> list[str]:
+    return [f"--config.{text}" for text in point.arguments]
+
+
+def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[str], None] = print) -> None:
+    """Train what is not done, one point after another. A point that fails is reported, and the next one is run.
+
+    Interrupted (KeyboardInterrupt), the point that runs is told to save (SIGTERM) and waited for.
+    """
+    for number, point in enumerate(sweep.points, 1):
+        title = f"point {number} of {len(sweep.points)} ({_told(sweep, point)})"
+        if point.state == DONE:
+            report(f"{title}: done already")
+            continue
+        report(f"{title}: {'goes on' if (point.run / 'config.json').exists() else 'begins'}")
+        point.begin()
+        begin = time.monotonic()
+        code = _wait(command(point), point.folder / "log.txt")
+        seconds = round(time.monotonic() - begin, 1)
+        if point.state == DONE:
+            report(f"{title}: done in {seconds} s, {sweep.metric} {point.result(sweep.metric)}")
+        else:
+            reason = f"exit code {code}: {_last_line(point.folder / 'log.txt')}"
+            (point.folder / "failed").write_text(reason)
+            report(f"{title}: failed, {reason}")
+
+
+def _wait(command: list[str], log: Path) -> int:
+    """Run `command` to its end, its output added to `log`. In a session of its own: Ctrl-C is ours to pass on."""
+    with log.open("a") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+
+
+def submit(sweep: Sweep, template: str, again: str | None = None, report: Callable[[str], None] = print) -> None:
+    """Hand every point that is neither done nor handed on already to a launcher.
+
+    `again` is "ended": points whose jobs have ended without being done, too; or "all": whatever is not done. That a job has
+    ended is known where it leaves its exit code in the file that the variable ENDED named when it was handed on.
+    """
+    for number, point in enumerate(sweep.points, 1):
+        title = f"point {number} of {len(sweep.points)} ({_told(sweep, point)})"
+        state, handed_on = point.state, (point.folder / "submitted").exists()
+        free = not handed_on or again == "all" or (again == "ended" and state == FAILED)
+        if state == DONE or not free:
+            report(f"{title}: {point.failure if state == FAILED else f'{state} already'}")
+            continue
+        point.begin()
+        command = launch_command(sweep, point, template)
+        try:
+            variables = {**os.environ, "ENDED": str(point.folder / "ended")}
+            done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+            code, said = done.returncode, (done.stdout + done.stderr).strip()
+        except OSError as error:
+            code, said = 127, str(error)
+        if code:
+            (point.folder / "failed").write_text(f"the launcher failed, exit code {code}: {said[-300:]}")
+            report(f"{title}: the launcher failed: {said[-300:]}")
+        else:
+            (point.folder / "submitted").write_text(said)
+            report(f"{title}: handed on {said}")
+
+
+def _told(sweep: Sweep, point: Point) -> str:
+    return ", ".join(f"{name}={point.overrides.get(key)}" for key, name in sweep.varied.items())
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+    return lines[-1][:300] if lines else "it said nothing"

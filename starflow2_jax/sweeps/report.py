@@ -1,0 +1,85 @@
+"""What a sweep found: a table (Markdown, CSV, JSON) and a plot of the metric against each parameter."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from starflow2_jax.sweeps.points import FAILED, Sweep
+
+FILES = ("sweep.md", "sweep.csv", "sweep.json", "sweep.png")
+
+
+def write(sweep: Sweep, folder: str | Path) -> list[dict]:
+    """Write FILES into `folder` and return the rows: one a point, best first, those without a result last."""
+    folder = Path(folder)
+    rows = [
+        {
+            **{name: point.overrides.get(key) for key, name in sweep.varied.items()},
+            sweep.metric: point.result(sweep.metric),
+            "state": f"{FAILED}: {point.failure}" if point.state == FAILED else point.state,
+            "folder": point.folder.name,
+        }
+        for point in sweep.points
+    ]
+    rows.sort(key=lambda row: (row[sweep.metric] is None, row[sweep.metric] or 0.0))
+    (folder / "sweep.json").write_text(
+        json.dumps({"config": sweep.config.name, "metric": sweep.metric, "points": rows}, indent=1)
+    )
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "sweep.md").write_text(markdown(rows))
+    done = [row for row in rows if row[sweep.metric] is not None]
+    if done and sweep.varied:
+        _plot(done, list(sweep.varied.values()), sweep.metric, folder / "sweep.png")
+    return rows
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    def cell(value) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _plot(rows: Sequence[dict], names: Sequence[str], metric: str, path: Path) -> None:
+    """One panel a parameter. Of two parameters, points that agree in the other one are joined."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for panel, name in zip(panels, names, strict=True):
+        others = [n for n in names if n != name]
+        groups = {}
+        for row in rows:
+            groups.setdefault(str(row[others[0]]) if len(others) == 1 else "", []).append(row)
+        for label, members in sorted(groups.items()):
+            members = sorted(members, key=lambda row: row[name] if _numeric(rows, name) else str(row[name]))
+            xs = [row[name] if _numeric(rows, name) else str(row[name]) for row in members]
+            style = "o-" if len(others) == 1 else "o"
+            panel.plot(xs, [r[metric] for r in members], style, label=f"{others[0]} {label}" if label else None)
+        if spans_decades([row[name] for row in rows]):
+            panel.set_xscale("log")
+            if len(values := sorted({row[name] for row in rows})) <= 6:  # the values themselves, not powers of ten
+                panel.set_xticks(values, [f"{v:g}" for v in values])
+                panel.minorticks_off()
+        if any(groups):
+            panel.legend(fontsize=8)
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(metric)
+    figure.savefig(path, dpi=110)
+
+
+def _numeric(rows: Sequence[dict], name: str) -> bool:
+    return all(isinstance(row[name], int | float) and not isinstance(row[name], bool) for row in rows)
+
+
+def spans_decades(values: Sequence) -> bool:
+    """Whether a logarithmic axis fits: positive numbers, the largest at least ten times the smallest."""
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return numbers and min(values) > 0 and max(values) >= 10 * min(values)

@@ -1,0 +1,104 @@
+"""Meshes of TPUs and over several slices, which no test machine has: devices that only say where they are."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from starflow2_jax.errors import UserError
+from starflow2_jax.parallel import sharding
+
+
+@dataclass(frozen=True)
+class Device:
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def slices(**mesh) -> np.ndarray:
+    """In which of two slices of four devices each place of the mesh is."""
+    devices = [Device(i, i // 4) for i in range(8)]
+    placed = sharding.placed_devices(tuple(mesh.get(axis, 1) for axis in sharding.AXES), devices)
+    assert sorted(d.id for d in placed.flat) == list(range(8))
+    return np.vectorize(lambda device: device.slice_index)(placed)
+
+
+def test_data_goes_between_slices():
+    where = slices(data=2, fsdp=2, tensor=2)
+    assert (where[0] == 0).all() and (where[1] == 1).all()
+    assert all(len(set(where[i].flat)) == 1 for i in range(2))
+
+
+def test_fsdp_goes_between_slices_where_data_does_not():
+    where = slices(fsdp=4, sequence=2)
+    assert len(set(where.flat)) == 2
+    assert all(len(set(where[0, i].flat)) == 1 for i in range(4))
+
+
+def test_tensor_never_does():
+    with pytest.raises(UserError, match="the devices are of 2 slices: data=1"):
+        slices(tensor=8)
+
+
+DESCRIBED = """
+import json
+import jax
+from jax.experimental import topologies
+from starflow2_jax.parallel import sharding
+from starflow2_jax.errors import UserError
+from starflow2_jax.planning import compiling
+from starflow2_jax.parallel import hardware
+
+
+def groups(devices, **sizes):
+    mesh = sharding.make_mesh(data=-1, devices=devices, **sizes)
+    assert mesh.axis_names == sharding.AXES and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    return [[(d.slice_index if hasattr(d, "slice_index") else 0, *d.coords) for d in group]
+            for group in mesh.devices.reshape(-1, mesh.shape["sequence"] * mesh.shape["tensor"])]
+
+
+v5e, v6e, v5p, v4 = (compiling.tpu_devices(hardware.parse(t)) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4"))
+two = list(topologies.get_topology_desc("v6e:4x4", platform="tpu", num_slices=2).devices)
+print(json.dumps({
+    "v6e": [groups(v6e, fsdp=64, tensor=4), groups(v6e, fsdp=64, sequence=2, tensor=2)],
+    "v5p": [groups(v5p, fsdp=32, tensor=2), groups(v5p, fsdp=8, tensor=8)],
+    "two slices": [groups(two, fsdp=8, tensor=2)],
+    "v4": [groups(v4, fsdp=8, tensor=2)],
+}))
+for devices in v5e, v6e, v5p:
+    usual = jax.make_mesh((1, len(devices), 1, 1), sharding.AXES, devices=devices)
+    assert (sharding.make_mesh(data=1, fsdp=-1, devices=devices).devices == usual.devices).all()
+try:
+    sharding.make_mesh(devices=list(topologies.get_topology_desc("v4:2x2x1", platform="tpu").devices))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.tpu
+def test_axes_share_the_dimensions_of_a_torus():
+    """No axis of these is made of whole dimensions: yet what lies together in `sequence` and `tensor` is a box of neighbours.
+
+    Meshes of fsdp alone are JAX's own. Where a v4's chip is two devices, JAX makes no mesh of them.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", DESCRIBED],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, made, refused = done.stdout.splitlines()
+    for meshes, chips in zip(json.loads(made).values(), (256, 64, 32, 16), strict=True):
+        for mesh in meshes:
+            assert len({tuple(place) for group in mesh for place in group}) == chips
+            for group in np.array(mesh):
+                assert np.prod(np.ptp(group, axis=0) + 1) == len(group)
+    assert refused.startswith("the devices cannot be laid out as a mesh data=8 fsdp=1 sequence=1 tensor=1 (")
