@@ -54,7 +54,7 @@ def read_on(hosts: list[GroupedBatches], count: int) -> list[list[np.ndarray]]:
 def position(hosts: list[GroupedBatches], monkeypatch) -> dict:
     """What each host would save; in one process, `gather` gets what each of them knows."""
     known = [{str(g): r.get_state() for g, r in host._readers.items()} for host in hosts]
-    monkeypatch.setattr(groups.processes, "gather", lambda _: known)
+    monkeypatch.setattr(groups_module.processes, "gather", lambda _: known)
     states = [host.get_state() for host in hosts]
     assert all(state == states[0] for state in states)
     return json.loads(json.dumps(states[0]))  # as in a checkpoint

@@ -88,7 +88,9 @@ def test_grid_and_random():
     assert {p["name"] for p in drawn} == {"a", "b"}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "starflow2_jax/experiments/sweeps").glob("digits*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "starflow2_jax/experiments/sweeps").glob("digits*.py")), ids=lambda p: p.stem
+)
 def test_the_sweeps_here_load(file, tmp_path):
     sweep = points.load(file, tmp_path)
     assert len(sweep.points) >= 4 and not list(tmp_path.iterdir())
