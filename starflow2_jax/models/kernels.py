@@ -1,15 +1,18 @@
 """Attention of whole rows, causal and within packed documents: one function, the kernel named by the config, any mesh.
 
 xla                 plain, everywhere
-cudnn               cuDNN's flash attention, on NVIDIA GPUs
+cudnn               cuDNN's flash attention, on NVIDIA GPUs; packed documents are kept apart by a bias (B, 1, S, S)
+cudnn_packed        the same on GPUs of compute capability 9.0 and newer, with the documents' offsets in place of the bias
 splash              JAX's splash attention (Pallas), on TPUs
 splash_interpreted  the same, interpreted: for tests on CPU
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding
@@ -19,7 +22,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.attention import attend
 from starflow2_jax.parallel.sharding import constrain
 
-PLATFORMS = {"xla": None, "cudnn": "gpu", "splash": "tpu", "splash_interpreted": None}
+PLATFORMS = {"xla": None, "cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu", "splash_interpreted": None}
 SAVED = "attention"  # name of what the backward pass of splash attention needs, for remat policies
 LANES = 128  # of a TPU: blocks and heads are multiples of it
 BLOCKS = (512, 256, 128)  # positions of a splash block, the largest that fits
@@ -48,15 +51,16 @@ def attend_packed(
     k, v, heads = _heads(q, k, v, sizes.get("tensor", 1))
     rows = _rows(q.shape[0], sizes)
     local = _splash_kernel(q, heads and sizes["tensor"], ways, kernel) if kernel.startswith("splash") else None
+    body = partial(_on_a_device, kernel=kernel)
     start = jnp.arange(ways) * (q.shape[1] // ways)  # of each device's queries
     if mesh.empty:
-        return _on_a_device(q, k, v, segments, segments, start, local)
+        return body(q, k, v, segments, segments, start, local)
     cut = "sequence" if ways > 1 else None
     queries, keys = P(rows, cut, heads, None), P(rows, None, heads, None)
     ids = (None, None) if segments is None else (P(rows, cut), P(rows, None))
     there = local and local.manual_sharding_spec(NamedSharding(mesh, P(None, cut)))
     specs = (queries, keys, keys, *ids, P(cut), there)
-    along = jax.shard_map(_on_a_device, in_specs=specs, out_specs=queries, check_vma=False)
+    along = jax.shard_map(body, in_specs=specs, out_specs=queries, check_vma=False)
     return along(q, k, v, segments, segments, start, local)
 
 
@@ -69,8 +73,18 @@ def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int,
     return causal[None] if keys is None else causal & (queries[:, :, None] == keys[:, None, :])
 
 
-def _on_a_device(q, k, v, segments, keys, start, local):
+def most_documents(length: int) -> int:
+    """How many documents a row of `length` positions may hold for the kernel "cudnn_packed", padding not counted.
+
+    Their number is a static size of cuDNN's call, and its time grows with it: 64 positions a document on average.
+    """
+    return max(8, length // 64)
+
+
+def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str):
     """This device's rows, heads and queries, from position start[0] on, with all keys and values of their rows."""
+    if kernel == "cudnn_packed" and segments is not None:
+        return _cudnn_packed(q, k, v, segments)
     if local is None:
         return _cudnn(q, k, v, segments, keys, start[0])
     return _splash(local, q, k, v, segments, keys)
@@ -89,6 +103,47 @@ def _cudnn(q, k, v, segments, keys, start):
         is_causal=q.shape[1] == k.shape[1],
         implementation="cudnn",
     )
+
+
+def _cudnn_packed(q, k, v, segments):
+    """Whole rows; segments (B, S) are runs of equal ids, padding included, at most `most_documents` + 1 of them.
+
+    A row with more becomes NaN: cuDNN would leave out what lies beyond. JAX 0.10.2 computes the offsets of grouped keys with
+    the stride of the queries, so keys and values are repeated to the queries' heads.
+    """
+    if q.size >= 2**31:
+        raise UserError(
+            f"the attention kernel 'cudnn_packed' counts in 32 bits, too few for {q.shape[0]} rows of {q.shape[1]} positions on "
+            "a device; lower rows, raise accumulate or set kernel to 'cudnn'"
+        )
+    k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
+    offsets, lengths, too_many = _documents(segments, most_documents(q.shape[1]) + 1)
+    v = jnp.where(too_many[:, None, None, None], jnp.nan, v)
+    return cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+
+
+def _documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs of equal ids in segments (B, S) -> their first positions (B, most + 1), lengths (B, most), both int32 and -1 where
+    a row has fewer, and whether a row has more than `most` (B,)."""
+    B, S = segments.shape
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    count = jnp.sum(begins, axis=1, keepdims=True)
+    which = jnp.where(begins, jnp.cumsum(begins, axis=1) - 1, most)
+    rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, S))
+    first = jnp.full((B, most + 1), S, jnp.int32).at[rows, which].min(jnp.arange(S, dtype=jnp.int32), mode="drop")
+    first = first.at[:, most].set(S)
+    lengths = jnp.where(jnp.arange(most) < count, first[:, 1:] - first[:, :-1], -1)
+    return jnp.where(jnp.arange(most + 1) < count, first, -1), lengths, count[:, 0] > most
 
 
 def _splash(local, q, k, v, segments, keys):
@@ -148,7 +203,11 @@ def _refuse(kernel: str, q: jax.Array, ways: int, mesh) -> None:
             f"splash attention takes rows of a multiple of {LANES * ways} positions and heads of a multiple of {LANES} "
             f"channels, not {S} and {K}; set kernel to 'xla'"
         )
-    if kernel == "cudnn" and (q.dtype not in (jnp.bfloat16, jnp.float16) or K % 8 or K > 128 or S % 2):
+    if kernel == "cudnn_packed" and ways > 1:
+        raise UserError(
+            "the attention kernel 'cudnn_packed' takes whole rows; set mesh.sequence to 1, or kernel to 'cudnn'"
+        )
+    if kernel.startswith("cudnn") and (q.dtype not in (jnp.bfloat16, jnp.float16) or K % 8 or K > 128 or S % 2):
         raise UserError(
             f"cuDNN's attention takes bfloat16 or float16, heads of a multiple of 8 channels up to 128 and an even number of "
             f"positions, not {q.dtype}, {K} and {S}; set kernel to 'xla'"

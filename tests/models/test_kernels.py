@@ -68,10 +68,55 @@ def test_rows_of_one_document(kernel):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ("cudnn", "cudnn_packed"))
 @pytest.mark.parametrize("stream", STREAMS)
-def test_cudnn_on_packed_rows(stream):
-    arrays, segments = inputs(stream, dtype=jnp.bfloat16)
-    compare(lambda q, k, v: attend_packed(q, k, v, segments, "cudnn"), arrays, segments, 2e-2)
+def test_cudnn_on_packed_rows(stream, kernel):
+    arrays, segments = inputs(stream, 4, dtype=jnp.bfloat16)
+    compare(lambda q, k, v: attend_packed(q, k, v, jnp.asarray(segments), kernel), arrays, segments, 2e-2)
+
+
+@pytest.mark.gpu
+def test_cudnn_says_when_a_row_holds_too_many_documents():
+    (q, k, v, _), segments = inputs("vlm", dtype=jnp.bfloat16)
+    segments[1] = np.arange(S) // (S // 16)  # sixteen documents; there is room for eight and padding
+    out = jax.jit(lambda q, k, v: attend_packed(q, k, v, jnp.asarray(segments), "cudnn_packed"))(q, k, v)
+    assert np.isfinite(np.float32(out[0])).all() and np.isnan(np.float32(out[1])).all()
+
+
+def test_where_documents_lie_in_a_row():
+    """Against positions counted one by one, padding in the middle and at the end, and a row with one document too many."""
+    segments = np.array([[1, 1, 2, 3, 3, 3, 0, 0], [1] * 8, [1, 2, 3, 4, 5, 5, 5, 5], [4, 4, 0, 0, 5, 6, 6, 6]])
+    offsets, lengths, too_many = kernels._documents(jnp.asarray(segments), 4)
+    for row in (0, 1, 3):
+        begins = [i for i in range(8) if i == 0 or segments[row, i] != segments[row, i - 1]]
+        ends = [*begins[1:], 8]
+        assert offsets[row].tolist() == begins + [-1] * (5 - len(begins))
+        assert lengths[row].tolist() == [b - a for a, b in zip(begins, ends, strict=True)] + [-1] * (4 - len(begins))
+    assert too_many.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_what_packed_cudnn_is_told(monkeypatch, cudnn_anywhere, stream):
+    """The arguments of cuDNN's packed call, computed document by document: the same heads, lengths and first positions."""
+
+    def stand_in(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+        assert mask_type.name == "PADDING_CAUSAL" and k.shape == v.shape == q.shape
+        assert (q_seqlen == kv_seqlen).all() and (q_offsets == kv_offsets).all()
+        out = np.zeros(q.shape, np.float32)
+        for b in range(len(q)):
+            for at, size in zip(q_offsets[b], q_seqlen[b], strict=False):
+                here = slice(at, at + size)
+                if size > 0:
+                    plain = jax.nn.dot_product_attention(
+                        *(a[b : b + 1, here] for a in (q, k, v)), scale=scale, is_causal=True
+                    )
+                    out[b, here] = plain[0]
+        return out
+
+    monkeypatch.setattr(kernels.cudnn, "dot_product_attention", stand_in)
+    (*qkv, _), segments = inputs(stream, 4, dtype=jnp.bfloat16)
+    found = attend_packed(*map(jnp.asarray, qkv), jnp.asarray(segments), "cudnn_packed")
+    np.testing.assert_allclose(found, written_out(*(np.float32(a) for a in qkv), segments), atol=3e-2)
 
 
 @pytest.mark.gpu
@@ -82,7 +127,8 @@ def test_cudnn_on_rows_that_are_cut(stream):
 
     def run(q, k, v):
         halves = [
-            kernels._on_a_device(q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None)
+            kernels._on_a_device(q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None,
+                                 kernel="cudnn")
             for half in (slice(0, S // 2), slice(S // 2, S))
         ]  # fmt: skip
         return jnp.concatenate(halves, axis=1)
@@ -116,7 +162,7 @@ def test_kernels_on_a_mesh(kernel, mesh, rows):
 
 @pytest.fixture
 def cudnn_anywhere(monkeypatch):
-    monkeypatch.setattr(kernels, "PLATFORMS", kernels.PLATFORMS | {"cudnn": None})
+    monkeypatch.setattr(kernels, "PLATFORMS", kernels.PLATFORMS | {"cudnn": None, "cudnn_packed": None})
 
 
 # Of one device: heads of the queries, heads of the keys, queries.
@@ -184,7 +230,7 @@ def test_what_cudnn_is_told_is_right(monkeypatch, cudnn_anywhere, mesh):
 @pytest.mark.parametrize(
     "kernel, shape, dtype, reason",
     [
-        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, splash"),
+        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, cudnn_packed, splash"),
         ("splash", (1, 256, 2, 128), jnp.float32, "'splash' runs on tpu, not on cpu"),
         ("cudnn", (1, 256, 2, 128), jnp.bfloat16, "'cudnn' runs on gpu, not on cpu"),
         ("splash_interpreted", (1, 200, 2, 128), jnp.float32, "rows of a multiple of 128 positions"),
