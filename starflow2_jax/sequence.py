@@ -24,6 +24,7 @@ class Shape:
     images: int  # M, flow images of a row
     patches: int = 0  # P, vision-tower patches of a row; 0: no vision input
     vlm_length: int = 0  # positions of a row that are no flow image, where the VLM runs over those alone; 0: any number
+    documents: int = 0  # most documents of a row; 0: any number
 
 
 @struct.dataclass

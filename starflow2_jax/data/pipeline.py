@@ -166,7 +166,7 @@ def batches(
 
     `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for. `group` of `groups`: which
     documents of the endlessly repeated source these are (see groups.py). With `shape.vlm_length` a row holds at most so many
-    positions that are no flow image. Raises DocumentError for a document that a row cannot hold.
+    positions that are no flow image, with `shape.documents` at most so many documents. Raises DocumentError for a document that a row cannot hold.
     """
     want = lengths(shape, encoder.vision is not None)
     if shape.vlm_length:
@@ -191,7 +191,11 @@ def batches(
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
     )
     packed = grain.experimental.FirstFitPackIterDataset(
-        dataset, length_struct=want, num_packing_bins=shape.rows, shuffle_bins=False
+        dataset,
+        length_struct=want,
+        num_packing_bins=shape.rows,
+        shuffle_bins=False,
+        max_sequences_per_bin=shape.documents or None,
     )
     return packed.batch(shape.rows).map(to_sequence)
 

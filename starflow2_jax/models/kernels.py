@@ -76,9 +76,9 @@ def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int,
 def most_documents(length: int) -> int:
     """How many documents a row of `length` positions may hold for the kernel "cudnn_packed", padding not counted.
 
-    Their number is a static size of cuDNN's call, and its time grows with it: 64 positions a document on average.
+    Their number is a static size of cuDNN's call, and its time grows with it: 128 positions a document on average.
     """
-    return max(8, length // 64)
+    return max(8, length // 128)
 
 
 def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from starflow2_jax.checkpoints.directory import abstract
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError, require_positive
+from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
@@ -79,7 +80,9 @@ def in_tree(group: str, tree: str) -> bool:
 
 def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
     cfg = config.stages[stage.name]
-    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.vlm_length)
+    packed = any(config.model[stream].get("kernel") == "cudnn_packed" for stream in ("vlm", "deep"))
+    documents = most_documents(cfg.length) if packed else 0
+    return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.vlm_length, documents)
 
 
 def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> TrainState:

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import tiny
+import tiny_experiment
 from PIL import Image as Pillow
 from PIL import ImageOps
 from refused import refused
@@ -21,7 +22,10 @@ from starflow2_jax.data.documents import (
     write_image,
 )
 from starflow2_jax.data.pipeline import batches, collate
+from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.sequence import Shape
+from starflow2_jax.stages import STAGES
+from starflow2_jax.training.program import batch_shape
 
 
 def test_images(tmp_path):
@@ -135,3 +139,21 @@ def test_images_for_the_vision_tower_where_a_stage_has_no_room_for_them():
         ("needs 4 patches", "holds 0", "raise stages.NAME.patches"),
     )
     refused(DocumentError, next, iter(batches([seen], tiny.encoder(), Shape(1, 40, 2))), saying=saying)
+
+
+def test_a_row_holds_at_most_so_many_documents():
+    short = [[Text("a seven", predict=True)]] * 8
+
+    def most(documents: int) -> int:
+        rows = next(iter(batches(short, tiny.encoder(), Shape(2, 64, 2, documents=documents))))
+        return int(rows.segments.max())
+
+    assert most(0) > 3 and most(3) == 3
+
+
+def test_packed_cudnn_bounds_the_documents_of_a_row():
+    config = tiny_experiment.get_config()
+    assert batch_shape(config, STAGES["joint"]).documents == 0
+    config.model.vlm.kernel = "cudnn_packed"
+    shape = batch_shape(config, STAGES["joint"])
+    assert shape.documents == most_documents(shape.length)
