@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.checkpoints.directory import abstract
 from starflow2_jax.data.groups import rows_of_a_group
-from starflow2_jax.errors import ConfigError, require_positive
+from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
@@ -61,7 +61,6 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
 def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
-    require_positive(rows=cfg.rows, length=cfg.length, accumulate=cfg.accumulate)
     spread = sharding.spread(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
