@@ -45,18 +45,21 @@ def option(
 
 @dataclass(frozen=True)
 class Key:
-    """A key that is no group: its place in the page, type, declaration and value (MISSING: not given)."""
+    """A key of a page: its place, type, declaration, value and default (MISSING: not given, none)."""
 
     path: str
-    type: typing.Any
+    type: typing.Any  # a dataclass where the key is a group of others
     field: dataclasses.Field
     value: object
+    default: object
 
     @property
-    def default(self) -> object:
-        """MISSING where the key must be given."""
-        factory = self.field.default_factory
-        return self.field.default if factory is MISSING else factory()
+    def group(self) -> bool:
+        return dataclasses.is_dataclass(self.type)
+
+    @property
+    def help(self) -> str:
+        return self.field.metadata["help"]
 
 
 def check(config) -> None:
@@ -141,19 +144,40 @@ def _built(path: str, hint, field: dataclasses.Field, value):
     return value
 
 
-def keys(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
-    """All keys of a page, in the order of the declarations; `values`: what is given of it."""
-    hints = typing.get_type_hints(cls)
+def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
+    """All keys of a page as declared: those of a group that are no groups first, each group before what it holds.
+
+    `values`: what is given of the page.
+    """
+    hints, groups = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
         hint, value, place = hints[field.name], values.get(field.name, MISSING), _below(path, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
         group, table = _group(hint, field, value), _table(hint)
-        if group and not (_optional(hint) and not isinstance(value, Mapping)):
-            yield from keys(group, value if isinstance(value, Mapping) else {}, place)
-        elif table is not None and dataclasses.is_dataclass(table):
-            for key, part in (value if isinstance(value, Mapping) else {}).items():
-                yield from keys(table, part, f"{place}.{key}")
+        entries = value if isinstance(value, Mapping) else {}
+        if group and (entries or not _optional(hint)):
+            groups.append((Key(place, group, field, value, default), entries))
+        elif table and dataclasses.is_dataclass(table):
+            groups += [(Key(f"{place}.{name}", table, field, part, MISSING), part) for name, part in entries.items()]
+        elif table and entries:
+            yield from (Key(f"{place}.{name}", table, field, part, MISSING) for name, part in entries.items())
         else:
-            yield Key(place, hint, field, value)
+            yield Key(place, hint, field, value, default)
+    for key, entries in groups:
+        yield key
+        yield from walk(key.type, entries, key.path)
+
+
+def keys(cls: type, values: Mapping) -> list[Key]:
+    """Those that are no groups."""
+    return [key for key in walk(cls, values) if not key.group]
+
+
+def spelled(value) -> str:
+    """A key's value as a user types it."""
+    if isinstance(value, tuple):
+        return ",".join(map(spelled, value)) or "()"
+    return str(value)
 
 
 def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:

@@ -15,8 +15,10 @@ def require_consistent(config: ExperimentConfig) -> None:
             f"order names the stage {missing[0]}, and the config has no stages.{missing[0]}; give its steps, or take it out"
         )
     _require_codec(config)
+    for name, cfg in config.stages.items():
+        _require_stage(config, STAGES[name], cfg)
     for name in config.order:
-        _require_stage(config, STAGES[name], config.stages[name])
+        _require_rows(config, name, config.stages[name])
 
 
 def _require_codec(config: ExperimentConfig) -> None:
@@ -32,17 +34,22 @@ def _require_codec(config: ExperimentConfig) -> None:
         raise ConfigError(f"codec.grid is {grid}, and model.grid is {model.grid}; set both to the same")
 
 
-def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> None:
-    place, mesh, vision = f"stages.{stage.name}", config.mesh, config.model.vlm.vision
+def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
+    """A batch's rows can be cut into micro-batches, over the mesh where its sizes are given, and into groups."""
+    mesh = config.mesh
     spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # -1: all devices left, one at least
     if cfg.rows % spread:
         raise ConfigError(
-            f"{place}.rows={cfg.rows} must be a multiple of {spread} (mesh.data, mesh.fsdp and accumulate)"
+            f"stages.{name}.rows={cfg.rows} must be a multiple of {spread} (mesh.data, mesh.fsdp and accumulate)"
         )
     try:
         rows_of_a_group(cfg.rows, config.data.groups)
     except ConfigError as error:
-        raise ConfigError(f"stage {stage.name}: {error}") from None
+        raise ConfigError(f"stage {name}: {error}") from None
+
+
+def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> None:
+    place, vision = f"stages.{stage.name}", config.model.vlm.vision
     if cfg.vlm_length > cfg.length:
         raise ConfigError(f"{place}.vlm_length={cfg.vlm_length} must not be above length={cfg.length}")
     if cfg.vlm_length and stage.vlm_on_images:

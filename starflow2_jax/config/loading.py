@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from starflow2_jax.config.checks import require_consistent
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.errors import ConfigError
-from starflow2_jax.fields import assign, build
+from starflow2_jax.fields import Key, assign, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -63,6 +63,11 @@ def complete(values: Mapping | ConfigDict) -> ConfigDict:
     experiment = build(ExperimentConfig, _plain(values))
     require_consistent(experiment)
     return ConfigDict(dataclasses.asdict(experiment)).lock()
+
+
+def described(config: ConfigDict) -> list[Key]:
+    """Every key of a whole config with its help and default, groups before what they hold."""
+    return list(walk(ExperimentConfig, _plain(config)))
 
 
 def _plain(values) -> dict:

@@ -44,12 +44,12 @@ class OptimizerConfig:
     """Raises UserError for options that do not go together."""
 
     name: str = option("the optimizer", "adamw", choices=("adamw", "muon", "adafactor"))
-    learning_rate: float = option("at the end of the warm-up", 1e-4, least=0)
+    learning_rate: float = option("learning rate at the end of the warm-up", 1e-4, least=0)
     final_fraction: float = option("share of the learning rate that the cosine decay ends at", 0.1, least=0, most=1)
     warmup: int = option("steps of linear warm-up; at most half of the stage's", 2000, least=0)
     b1: float = option("decay of the first moment", 0.9, least=0, below=1)
     b2: float = option("decay of the second moment", 0.95, least=0, below=1)
-    weight_decay: float = option("decoupled, of matrices and embeddings", 1e-4, least=0)
+    weight_decay: float = option("decoupled weight decay, of matrices and embeddings", 1e-4, least=0)
     clip: float = option("largest norm of the whole gradient", 1.0, above=0)
     moments: str = option("type that the moments are kept in", "float32", choices=("float32", "bfloat16"))
     offload: bool = option("keep the optimizer's state in the host's memory", False)
@@ -59,13 +59,9 @@ class OptimizerConfig:
         if self.moments == "float32":
             return
         if self.name == "adafactor":  # it averages ever more slowly; and factored it is small
-            raise UserError(
-                "optimizer.moments='bfloat16' would make adafactor's average stand still; set it to 'float32'"
-            )
+            raise UserError("moments='bfloat16' would make adafactor's average stand still; set it to 'float32'")
         if max(self.b1, self.b2) > 0.99:  # an average takes steps of 1 - b2 of itself, and bfloat16 resolves 1/256
-            raise UserError(
-                "optimizer.moments='bfloat16' needs b1 and b2 of at most 0.99; a slower average would stand still"
-            )
+            raise UserError("moments='bfloat16' needs b1 and b2 of at most 0.99; a slower average would stand still")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """STARFlow2 on Qwen2.5-VL-3B, stage 1: caption -> image. See starflow2_7b_t2i.py.
 
-    starflow2 convert qwen2_5_vl --from Qwen2.5-VL-3B-Instruct --to vlm_3b
-    starflow2 init --vlm vlm_3b --config starflow2_3b_t2i --out runs/3b
-    starflow2 train --config starflow2_3b_t2i --out runs/3b --config.data.source=captions.jsonl
+starflow2 convert qwen2_5_vl --from Qwen2.5-VL-3B-Instruct --to vlm_3b
+starflow2 init --vlm vlm_3b --config starflow2_3b_t2i --out runs/3b
+starflow2 train --config starflow2_3b_t2i --out runs/3b --config.data.source=captions.jsonl
 """
 
 from ml_collections import ConfigDict

@@ -69,20 +69,26 @@ class TransformerConfig:
     mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)
     kv_heads: int = option("key and value heads (J); 0: as many as heads", 0, least=0)
     head_dim: int = option("channels of a head (K); 0: width / heads", 0, least=0)
-    norm: str = option('"layer", "rms" (x w) or "rms_zero" (x (1 + w))', "rms", choices=NORMS)
+    norm: str = option("layer norm; rms scales by w, rms_zero by 1 + w", "rms", choices=NORMS)
     norm_eps: float = option("added to the mean square before its root", 1e-6, above=0)
-    activation: str = option("of the MLP", "gelu", choices=ACTIVATIONS)
+    activation: str = option("activation of the MLP", "gelu", choices=ACTIVATIONS)
     gated_mlp: bool = option("the MLP is act(gate) * up", False)
     qkv_bias: bool = option("queries, keys and values have a bias", False)
     out_bias: bool = option("the attention's output has a bias", False)
     mlp_bias: bool = option("the MLP's linear maps have a bias", False)
     qk_norm: bool = option("RMS norm of each head of queries and keys, before the rotation", False)
     post_norm: bool = option("RMS norm after attention and after the MLP", False)
-    dropout: float = option("of what a branch adds to the stream, in training", 0.0, least=0, below=1)
+    dropout: float = option(
+        "share of what a branch adds to the stream that is dropped in training", 0.0, least=0, below=1
+    )
     layer_scale: bool = option("a learned factor per channel on what attention and the MLP add", False)
-    dtype: str = option("of matrix products; norms, softmax and rotations are fp32 always", "float32", choices=DTYPES)
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
     remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
-    kernel: str = option("of attention over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS)
+    kernel: str = option(
+        "attention kernel over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS
+    )
     scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
     unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 

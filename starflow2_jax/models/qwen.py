@@ -36,9 +36,13 @@ class QwenConfig:
         "deviation of fresh token embeddings; 1 keeps a word's identity through a short training", 0.02, least=0
     )
     vision: VisionConfig | None = option("the vision tower; None: the VLM sees no image by itself", None)
-    dtype: str = option("of matrix products; norms, softmax and rotations are fp32 always", "float32", choices=DTYPES)
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
     remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
-    kernel: str = option("of attention over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS)
+    kernel: str = option(
+        "attention kernel over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS
+    )
     scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
     unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 

@@ -27,15 +27,19 @@ class VisionConfig:
     channels: int = option("channels of a pixel", 3, least=1)
     window: int = option("side of an attention window, in pixels", 112, least=1)
     full_attention_layers: tuple[int, ...] = option(
-        "layers that attend over the whole image instead of windows, from 0", (7, 15, 23, 31), least=0
+        "layers (from 0) that attend over the whole image instead of windows", (7, 15, 23, 31), least=0
     )
     min_pixels: int = option("least pixels of a resized image", 56 * 56, least=1)
     max_pixels: int = option("most pixels of a resized image", 28 * 28 * 1280, least=1)
     mean: tuple[float, ...] = option("mean of pixels in 0..1, by channel (CLIP's)", (0.48145466, 0.4578275, 0.40821073))
-    std: tuple[float, ...] = option("their deviation (CLIP's)", (0.26862954, 0.26130258, 0.27577711), above=0)
+    std: tuple[float, ...] = option(
+        "standard deviation of pixels in 0..1, by channel (CLIP's)", (0.26862954, 0.26130258, 0.27577711), above=0
+    )
     rotary_theta: float = option("base of the rotary frequencies", 1e4, above=0)
     norm_eps: float = option("added to the mean square before its root", 1e-6, above=0)
-    dtype: str = option("of matrix products; norms, softmax and rotations are fp32 always", "float32", choices=DTYPES)
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
     remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
     scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
     unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
