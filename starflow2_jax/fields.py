@@ -127,12 +127,10 @@ def _built(path: str, hint, field: dataclasses.Field, value):
     group, table = _group(hint, field, value), _table(hint)
     if group:
         return build(group, value, path)
-    if table is not None and isinstance(value, Mapping):
-        if dataclasses.is_dataclass(table):
-            for key in value:
-                require_one_of(f"each key of {path}", key, field.metadata["choices"])
-            return {key: build(table, part, f"{path}.{key}") for key, part in value.items()}
-        value = {key: _fitted(part, table) for key, part in value.items()}
+    if table and isinstance(value, Mapping):
+        for key in value if field.metadata["choices"] else ():
+            require_one_of(f"each key of {path}", key, field.metadata["choices"])
+        return {key: _built(f"{path}.{key}", table, field, part) for key, part in value.items()}
     value = _fitted(value, hint)
     if not _fits(value, hint):
         raise _mismatch(path, hint, field, value)
@@ -356,7 +354,10 @@ def _plain(hint):
 def _group(hint, field: dataclasses.Field, value) -> type | None:
     """The dataclass that a key holds, or None where it is no group."""
     if variant := field.metadata.get("variant"):
-        return variant.choose(value.get(variant.selector) if isinstance(value, Mapping) else None)
+        chosen = value.get(variant.selector) if isinstance(value, Mapping) else None
+        if not isinstance(chosen, str | None):
+            raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {_short(chosen)}")
+        return variant.choose(chosen)
     return _plain(hint) if dataclasses.is_dataclass(_plain(hint)) else None
 
 

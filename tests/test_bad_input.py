@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
-from ml_collections import ConfigDict
 from refused import refused
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, content_hash
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.digits import KINDS
 from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.fields import build
 from starflow2_jax.models.flow import FlowBlockConfig
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.training import step
@@ -59,18 +59,18 @@ def test_right_overrides():
 def test_a_config_that_describes_nothing(tmp_path):
     refused(ConfigError, configs.load, tmp_path / "none.py", saying=("no experiment file", "none.py"))
     values = configs.load(QUICK).model.to_dict()
-    wrong = ConfigDict(values)
-    wrong.deep = {**values["deep"], "widht": 3}
-    refused(ConfigError, configs.build, PretzelConfig, wrong, saying=("TransformerConfig", "'widht'", "'width'"))
+    wrong = {**values, "deep": {**values["deep"], "widht": 3}}
+    refused(ConfigError, build, PretzelConfig, wrong, saying=("TransformerConfig", "'widht'", "'width'"))
     values.pop("vlm")
-    refused(ConfigError, configs.build, PretzelConfig, values, saying=("PretzelConfig", "vlm"))
+    refused(ConfigError, build, PretzelConfig, values, saying=("PretzelConfig", "vlm"))
 
 
 @pytest.mark.parametrize(
     "change, saying",
     [
         (dict(order=("pretrain", "jiont")), ("jiont", "joint")),
-        (dict(mesh=dict(data=3, fsdp=1, tensor=1)), ("data=3", "8 devices")),
+        (dict(mesh=dict(data=3, fsdp=1, tensor=1)), ("rows=16", "multiple of 3", "mesh.data")),
+        (dict(mesh=dict(data=16, fsdp=1, tensor=1)), ("data=16", "8 devices")),
         (dict(codec=dict(patch=4)), ("codec", "16 channels", "model.channels is 4", "model.channels=16")),
         (dict(codec=dict(patch=4), model=dict(channels=16)), ("model.grid", "(2, 2)")),
         (dict(model=dict(vlm=dict(vocabulary=10))), ("model.vlm.vocabulary",)),

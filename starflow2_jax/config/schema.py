@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cache
 
-from starflow2_jax.config.kinds import codec_options, source_options
+from starflow2_jax.config.kinds import CODECS, codec_options, source_options
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import Variant, check, option
 from starflow2_jax.models.pretzel import PretzelConfig
@@ -36,7 +36,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    kind: str = option('how images become tokens: "latents" of files, or "patch": the pixels of squares', "latents")
+    kind: str = option("latents: of files; patch: the pixels of squares", "latents", choices=CODECS)
 
 
 @dataclass(frozen=True)

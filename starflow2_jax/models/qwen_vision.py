@@ -46,6 +46,8 @@ class VisionConfig:
 
     def __post_init__(self):
         check(self)
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise UserError(f"mean and std must have one entry for each of the {self.channels} channels")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"min_pixels={self.min_pixels} must not be above max_pixels={self.max_pixels}")
         if (head := self.transformer.head) % 4:

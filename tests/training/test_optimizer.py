@@ -7,6 +7,7 @@ import pytest
 import tiny
 from flax import struct
 
+from starflow2_jax.config.schema import OptimizerConfig
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.parallel import sharding
@@ -121,7 +122,7 @@ def test_adamw_with_warm_up_cosine_and_clipping():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(UserError, match="optimizer.name is one of adamw, muon, adafactor, not 'sgd'"):
+    with pytest.raises(UserError, match="name is one of adamw, muon, adafactor, not 'sgd'"):
         optimizer("sgd")
 
 
