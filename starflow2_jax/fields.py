@@ -74,9 +74,6 @@ def require_allowed(name: str, value, field: dataclasses.Field) -> None:
     if isinstance(value, tuple):
         for part in value:
             require_allowed(f"each entry of {name}", part, field)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            require_allowed(f"{name}.{key}", part, field)
     elif isinstance(value, str):
         if choices := field.metadata["choices"]:
             require_one_of(name, value, choices)
@@ -127,19 +124,18 @@ def _built(path: str, hint, field: dataclasses.Field, value):
     group, table = _group(hint, field, value), _table(hint)
     if group:
         return build(group, value, path)
-    if table and isinstance(value, Mapping):
-        for key in value if field.metadata["choices"] else ():
-            require_one_of(f"each key of {path}", key, field.metadata["choices"])
-        return {key: _built(f"{path}.{key}", table, field, part) for key, part in value.items()}
-    value = _fitted(value, hint)
-    if not _fits(value, hint):
+    named = table and isinstance(value, Mapping)
+    value = value if named else _fitted(value, hint)
+    if not named and not _fits(value, hint):
         raise _mismatch(path, hint, field, value)
     try:
-        if field.metadata:
+        for key in value if named and field.metadata["choices"] else ():
+            require_one_of(f"each key of {path}", key, field.metadata["choices"])
+        if field.metadata and not named:
             require_allowed(path, value, field)
     except UserError as error:
         raise ConfigError(str(error)) from None
-    return value
+    return {key: _built(f"{path}.{key}", table, field, part) for key, part in value.items()} if named else value
 
 
 def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
@@ -153,6 +149,8 @@ def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
         default = field.default if field.default_factory is MISSING else field.default_factory()
         group, table = _group(hint, field, value), _table(hint)
         entries = value if isinstance(value, Mapping) else {}
+        if table and (order := field.metadata["choices"]):
+            entries = {name: entries[name] for name in order if name in entries}
         if group and (entries or not _optional(hint)):
             groups.append((Key(place, group, field, value, default), entries))
         elif table and dataclasses.is_dataclass(table):
@@ -307,8 +305,6 @@ def _fits(value, hint) -> bool:
         inner = typing.get_args(hint)
         right = isinstance(value, tuple) and (inner[-1] is Ellipsis or len(inner) == len(value))
         return right and all(_fits(part, inner[0]) for part in value)
-    if typing.get_origin(hint) is dict:
-        return isinstance(value, dict) and all(_fits(part, typing.get_args(hint)[1]) for part in value.values())
     return type(value) is hint
 
 

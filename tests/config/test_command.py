@@ -25,9 +25,9 @@ def printed(capsys, *arguments: str) -> str:
 
 def test_the_page_has_every_key_with_its_help_and_says_which_differ(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "4000")
-    lines = printed(capsys, "--config", "digits", "--config.seed=0", "--config.model.soft_clip=2").splitlines()
+    text = printed(capsys, "--config", "digits", "--config.seed=0", "--config.model.soft_clip=2")
     config = configs.load("digits", ["model.soft_clip=2"])
-    found = {m[2]: (m[1], m[3]) for line in lines if (m := re.fullmatch(r"([* ]) (\S+) = \S* +(.*)", line))}
+    found = {m[2]: (m[1], m[3]) for m in re.finditer(r"^([* ]) (\S+) = \S*\s+(.*)$", text, re.MULTILINE)}
     wanted = [key for key in keys(ExperimentConfig, config.to_dict()) if key.value != {}]
     assert set(found) == {key.path for key in wanted}
     for key in wanted:
@@ -36,7 +36,7 @@ def test_the_page_has_every_key_with_its_help_and_says_which_differ(capsys, monk
     assert found["seed"][0] == " " and found["model.soft_clip"] == ("*", found["model.soft_clip"][1])
     assert "default 0.0" in found["model.soft_clip"][1] and "one of none, full" in found["model.deep.remat"][1]
     stars = sum(star == "*" for star, _ in found.values())
-    assert lines[0].startswith(f"{stars} of {len(found)} keys")
+    assert text.startswith(f"{stars} of {len(found)} keys")
 
 
 def test_what_is_printed_can_be_typed(capsys):
