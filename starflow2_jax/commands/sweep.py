@@ -9,7 +9,12 @@ from starflow2_jax.commands.experiment import add_chip
 
 def add(commands) -> None:
     p = commands.add_parser("sweep", help="one experiment at many points of its config", allow_abbrev=False)
-    p.add_argument("--sweep", required=True, help="sweep file, such as experiments/sweeps/digits_lr.py")
+    p.add_argument(
+        "--sweep",
+        required=True,
+        metavar="FILE",
+        help="sweep file, or the name of one of this package, such as digits_lr",
+    )
     p.add_argument("--out", required=True, help="folder of the runs, the table and the plot")
     p.add_argument(
         "--launcher",

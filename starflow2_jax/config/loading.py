@@ -49,12 +49,17 @@ def load(
 
 def find(path: str | Path) -> Path:
     """An experiment's file: `path` itself, or that of the experiment of this package with that name ("digits_quick")."""
-    shipped = EXPERIMENTS / f"{path}.py"
-    found = shipped if shipped.is_file() and not Path(path).exists() else Path(path)
+    found = shipped(path, EXPERIMENTS)
     if not found.is_file():
         names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("[!_]*.py")))
         raise ConfigError(f"there is no experiment file {path}; this package has {names}")
     return found
+
+
+def shipped(path: str | Path, folder: Path) -> Path:
+    """`path`, or the file of this package's `folder` that it names where there is no such path."""
+    inside = folder / f"{path}.py"
+    return inside if inside.is_file() and not Path(path).exists() else Path(path)
 
 
 def complete(values: Mapping | ConfigDict) -> ConfigDict:

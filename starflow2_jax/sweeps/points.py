@@ -132,7 +132,7 @@ class Sweep:
 
 def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str | None = None) -> Sweep:
     """Read a sweep file and check each point's config, before anything is run. Raises ConfigError."""
-    path, folder = Path(path), Path(folder)
+    path, folder = configs.shipped(path, configs.EXPERIMENTS / "sweeps"), Path(folder)
     if not path.is_file():
         raise ConfigError(f"there is no sweep file {path}")
     spec = importlib.util.spec_from_file_location("sweep", path)
