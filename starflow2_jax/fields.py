@@ -20,7 +20,7 @@ class Variant:
     """A group whose class depends on one of its own keys, such as the codec's options on `kind`."""
 
     selector: str  # that key
-    choose: Callable[[object], type]  # its value (None: not given) -> the dataclass; raises ConfigError
+    choose: Callable[[str | None], type]  # its value (None: not given) -> the dataclass; raises ConfigError
 
 
 def option(
@@ -103,8 +103,8 @@ def build(cls: type, values: Mapping, path: str = ""):
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is a group of keys, not {_short(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := set(values) - set(fields):
-        raise ConfigError(f"{place} has no field {min(unknown)!r}; did you mean {_near(min(unknown), fields)!r}?")
+    if unknown := sorted(set(values) - set(fields), key=str):
+        raise ConfigError(f"{place} has no field {unknown[0]!r}; did you mean {_near(unknown[0], fields)!r}?")
     hints, given = typing.get_type_hints(cls), {}
     for name, field in fields.items():
         if name in values:
@@ -242,8 +242,10 @@ def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> N
 
 def _entry(values: dict, name: str) -> dict:
     """The group `name` within plain values, made where there is none."""
-    if not isinstance(values.get(name), dict):
+    if values.get(name) is None:
         values[name] = {}
+    if not isinstance(values[name], dict):
+        raise ConfigError(f"{name} is a group of keys, not {_short(values[name])}")
     return values[name]
 
 
@@ -265,7 +267,7 @@ def _read(text: str, hint):
     if _optional(hint):
         return None if text.lower() == "none" else _read(text, _plain(hint))
     if hint is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _no(text)
+        return text.lower() == "true" if text.lower() in ("true", "false") else _no(text)
     if hint is int:
         return int(text) if re.fullmatch(r"[+-]?\d(_?\d)*", text) else _no(text)
     if hint is float:
@@ -273,8 +275,7 @@ def _read(text: str, hint):
     if typing.get_origin(hint) is tuple:
         inside = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
         parts = [part.strip() for part in inside.removesuffix(",").split(",")] if inside.strip() else []
-        types_ = _entries(hint, len(parts))
-        return tuple(_read(part, each) for part, each in zip(parts, types_, strict=True))
+        return tuple(_read(part, each) for part, each in zip(parts, _entries(hint, len(parts)), strict=True))
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
     return text[1:-1] if quoted else text
 
@@ -294,7 +295,8 @@ def _fitted(value, hint):
     hint = _plain(hint)
     if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
         return tuple(_fitted(part, typing.get_args(hint)[0]) for part in value)
-    return float(value) if hint is float and type(value) is int else value
+    small = type(value) is int and abs(value) <= LARGEST_FLOAT
+    return float(value) if hint is float and (small or isinstance(value, float)) else value
 
 
 def _fits(value, hint) -> bool:

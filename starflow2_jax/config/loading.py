@@ -42,7 +42,10 @@ def load(
         if "chip" not in inspect.signature(module.get_config).parameters:
             raise ConfigError(f"{path} is the same for all chips; leave out --chip {chip}")
         arguments["chip"] = chip
-    values = _plain(module.get_config(runlocal, **arguments))
+    config = module.get_config(runlocal, **arguments)
+    if not isinstance(config, ConfigDict | Mapping):
+        raise ConfigError(f"{path}: get_config returns {config!r}, not an ml_collections ConfigDict")
+    values = _plain(config)
     assign(ExperimentConfig, values, overrides)
     return complete(values)
 
