@@ -6,7 +6,7 @@
 #   create     ask for the machines: a queued resource; `status` says when they are there (ACTIVE)
 #   status     what has become of that
 #   install    copy this folder to every host and make its Python environment; mounts BUCKET, where it is given
-#   start      begin or go on: arguments are those of `starflow2 train`, such as --config.seed=1
+#   start      begin or go on: arguments are those of `starflow2 train`, such as --chip v5p
 #   tail       follow the log of the first host
 #   stop       save and end
 #   restart    stop, then start
@@ -20,8 +20,8 @@
 # install: PYTHON=python3.11, installed from the system's packages where it is missing;
 #         BUCKET: a Cloud Storage bucket, mounted at /bucket of each host by gcsfuse. Give it a hierarchical namespace:
 #         a checkpoint is complete when its folder gets its name.
-# start, restart: CONFIG, such as starflow2_7b_t2i:v5p; OUT, a folder that all hosts see, such as
-#         /bucket/runs/7b; RESTARTS=50: how often a host starts again after a fault.
+# start, restart: CONFIG, such as starflow2_7b_t2i, with --chip v5p among the arguments; OUT, a folder that all hosts
+#         see, such as /bucket/runs/7b; RESTARTS=50: how often a host starts again after a fault.
 #
 # Machines that were taken away: delete, create, install, start; training goes on from OUT.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

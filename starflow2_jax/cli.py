@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from starflow2_jax.commands import bench, chat, plan, sampling, serve, sweep, training, weights
+from starflow2_jax.commands import bench, chat, config, plan, sampling, serve, sweep, training, weights
 from starflow2_jax.errors import UserError
 
 
@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it need not tell that there is no PyTorch
     parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (training, sweep, plan, bench, sampling, chat, serve, weights):
+    for module in (training, config, sweep, plan, bench, sampling, chat, serve, weights):
         module.add(commands)
     args, rest = parser.parse_known_args(argv)
     overridden = [r for r in rest if r.startswith("--config.")]

@@ -17,10 +17,3 @@ def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         [near] = difflib.get_close_matches(str(value), allowed, 1, 0.0)
         raise UserError(f"{name} is one of {', '.join(allowed)}, not {value!r}; did you mean {near!r}?")
-
-
-def require_positive(**numbers: int) -> None:
-    """Raises UserError for the first that is below 1."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} is at least 1, not {number}")

@@ -47,13 +47,13 @@ def test_builds_at_full_size(size, stage):
 
 
 @pytest.mark.parametrize(
-    "experiment",
-    [p.name for p in sorted(EXPERIMENTS.glob("starflow2_*.py"))]
-    + [f"starflow2_7b_{stage}.py:{chip}" for stage in STAGES for chip in CHIPS],
+    "experiment, chip",
+    [(p.name, None) for p in sorted(EXPERIMENTS.glob("starflow2_*.py"))]
+    + [(f"starflow2_7b_{stage}.py", chip) for stage in STAGES for chip in CHIPS],
 )
-def test_rows_can_be_grouped_cut_and_spread(experiment):
+def test_rows_can_be_grouped_cut_and_spread(experiment, chip):
     """On a slice of 256, or as many devices as the mesh names."""
-    config = configs.load(EXPERIMENTS / experiment)
+    config = configs.load(EXPERIMENTS / experiment, chip=chip)
     sizes = [256 if config.mesh.get(axis, 1) == -1 else config.mesh.get(axis, 1) for axis in AXES]
     for name in config.order:
         require_rows(config, STAGE_TABLE[name], jax.sharding.AbstractMesh(tuple(sizes), AXES))
@@ -64,7 +64,7 @@ def test_rows_can_be_grouped_cut_and_spread(experiment):
 def test_what_is_planned_is_what_is_trained(stage, chip):
     """Settings, mesh and FLOP of the kept plans are the experiments' own for that chip; there they fit and reach half the peak."""
     [kept] = json.loads((EXPERIMENTS.parents[1] / f"docs/benchmarks/plans/{stage}_{chip}.json").read_text())
-    config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py:{chip}")
+    config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py", chip=chip)
     row = STAGE_TABLE[STAGES[stage]]
     assert settings(config, row) == kept["settings"]
     assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"fsdp": CHIPS[chip]} and config.mesh.fsdp == -1
@@ -78,11 +78,11 @@ def test_what_is_planned_is_what_is_trained(stage, chip):
 
 def test_a_chip_that_an_experiment_does_not_know():
     with pytest.raises(ConfigError, match="knows the chips v5e, v5p, v6e, not 'v4'"):
-        configs.load(EXPERIMENTS / "starflow2_7b_joint.py:v4")
-    with pytest.raises(ConfigError, match="is the same for all chips; leave out :v5e"):
-        configs.load(EXPERIMENTS / "digits_quick.py:v5e")
+        configs.load("starflow2_7b_joint", chip="v4")
+    with pytest.raises(ConfigError, match="is the same for all chips; leave out --chip v5e"):
+        configs.load("digits_quick", chip="v5e")
     with pytest.raises(ConfigError, match="there is no experiment file .*none.py"):
-        configs.load(EXPERIMENTS / "none.py:v5e")
+        configs.load("none.py", chip="v5e")
 
 
 @pytest.mark.parametrize(

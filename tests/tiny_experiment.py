@@ -1,18 +1,12 @@
 """An experiment of the smallest size: experiments/digits_quick.py with a tiny model and rows."""
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-QUICK = Path(__file__).parents[1] / "starflow2_jax/experiments" / "digits_quick.py"
+from starflow2_jax.config import loading as configs
 
 
 def tiny_config(**changes) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("digits_quick", QUICK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    c = module.get_config(runlocal=True).unlock()
+    c = configs.load("digits_quick", runlocal=True).unlock()
     c.codec.patch, c.model.grid, c.model.channels = 4, (2, 2), 16
     c.mesh = dict(data=8, fsdp=1, tensor=1)
     small = dict(layers=1, width=32, heads=2, unroll=1)

@@ -30,7 +30,7 @@ def measure(config: ConfigDict, stage: str | None, steps: int, folder: Path, tra
     devices = program.trainer.mesh.devices.ravel().tolist()
     shape = batch_shape(config, program.stage)
     counted = flops.training_flops(program.trainer.model.cfg, program.stage, shape)
-    dtype = config.model.deep.get("dtype", "float32")
+    dtype = config.model.deep.dtype
     peak = matrix_peak(devices, dtype)
     tokens = int(np.sum(np.asarray(program.batch.modality) != sequence.PAD))
     found = {

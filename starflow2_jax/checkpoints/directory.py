@@ -27,8 +27,9 @@ from starflow2_jax.checkpoints import file_list
 from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.codecs.patch import CODECS, Codec
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data import tokenizer as tokenizers
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.models.jacobi import Jacobi, Schedule
 from starflow2_jax.parallel import processes, sharding
 
@@ -88,7 +89,10 @@ class CheckpointDirectory:
                 f"{self.folder} has the checkpoint format {number}, but this version of starflow2 reads {FORMAT}, in which the "
                 "same weights mean something else; use the version that wrote it, or train again"
             )
-        return ConfigDict(_tuples(values)).lock()
+        try:
+            return configs.complete(_tuples(values))
+        except ConfigError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'} is no config of this version: {error}") from None
 
     def codec(self) -> Codec:
         values = self._json("codec.json")

@@ -4,13 +4,15 @@ import json
 import tempfile
 from pathlib import Path
 
+from starflow2_jax.commands.experiment import add_config
+
 STEPS = {"train": 20, "data": 50, "checkpoint": 3}
 
 
 def add(commands) -> None:
     p = commands.add_parser("bench", help="measure training, data or checkpoints here", allow_abbrev=False)
     p.add_argument("what", choices=STEPS)
-    p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
+    add_config(p)
     p.add_argument("--stage", help="its name, or 1, 2, 3 (default: the last of the config's order)")
     p.add_argument(
         "--steps", type=int, help=f"steps, batches or saves (default: {', '.join(map(str, STEPS.values()))})"
@@ -34,7 +36,7 @@ def _bench(args, overrides) -> None:
     steps = STEPS[args.what] if args.steps is None else args.steps
     if steps < 1:
         raise UserError(f"--steps must be at least 1, not {steps}")
-    config = configs.load(args.config, overrides, args.runlocal)
+    config = configs.load(args.config, overrides, args.runlocal, args.chip)
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if args.folder:
         Path(args.folder).mkdir(parents=True, exist_ok=True)

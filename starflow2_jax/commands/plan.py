@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+from starflow2_jax.commands.experiment import add_config
 from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
     p = commands.add_parser("plan", help="what a training step needs of a TPU that is not there", allow_abbrev=False)
-    p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
+    add_config(p)
     p.add_argument("--topology", required=True, help="such as v5p:4x4x4, v5e:16x16, v6e:16x16, v4:4x4x4")
     p.add_argument("--stage", help="its name, or 1, 2, 3 (default: the last of the config's order)")
     p.add_argument("--json", help="file to write the plan to, too")
@@ -36,7 +37,7 @@ def _plan(args, overrides) -> None:
     from starflow2_jax.training.program import find_stage
 
     topology = hardware.parse(args.topology)
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, overrides, chip=args.chip)
     stage = find_stage(config, args.stage)
     devices = compiling.tpu_devices(topology)
     if args.search:

@@ -4,10 +4,17 @@ import signal
 from functools import partial
 from pathlib import Path
 
+from starflow2_jax.commands.experiment import add_chip
+
 
 def add(commands) -> None:
     p = commands.add_parser("sweep", help="one experiment at many points of its config", allow_abbrev=False)
-    p.add_argument("--sweep", required=True, help="sweep file, such as experiments/sweeps/digits_lr.py")
+    p.add_argument(
+        "--sweep",
+        required=True,
+        metavar="FILE",
+        help="sweep file, or the name of one of this package, such as digits_lr",
+    )
     p.add_argument("--out", required=True, help="folder of the runs, the table and the plot")
     p.add_argument(
         "--launcher",
@@ -25,6 +32,7 @@ def add(commands) -> None:
         "one folder spoil it",
     )
     p.add_argument("--runlocal", action="store_true", help="shrink each run to a few steps")
+    add_chip(p)
     p.set_defaults(run=_sweep, kept="points that are done stand; the same command goes on with the rest")
 
 
@@ -36,7 +44,7 @@ def _sweep(args, _) -> None:
         raise UserError("--runlocal is for runs here; put it into the launcher's command")
     if args.again and not args.launcher:
         raise UserError("--again is for points that a --launcher was given")
-    sweep = points.load(args.sweep, args.out, args.runlocal)
+    sweep = points.load(args.sweep, args.out, args.runlocal, args.chip)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped is interrupted: the running point saves
     try:

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from starflow2_jax.commands.experiment import add_config
 from starflow2_jax.errors import UserError
 
 
@@ -16,7 +17,7 @@ def add(commands) -> None:
 
 def _add_train(commands) -> None:
     p = commands.add_parser("train", help="run an experiment's stages, or go on with them", allow_abbrev=False)
-    p.add_argument("--config", required=True, help="experiment file; --config.KEY=VALUE overrides a key")
+    add_config(p)
     p.add_argument("--out", default=None, help="checkpoint directory (default: runs/NAME of the experiment)")
     p.add_argument("--runlocal", action="store_true", help="shrink it to a few steps")
     p.add_argument(
@@ -36,7 +37,7 @@ def _add_train(commands) -> None:
 def _train(args, overrides) -> None:
     from starflow2_jax.config import loading as configs
 
-    config = configs.load(args.config, overrides, args.runlocal)
+    config = configs.load(args.config, overrides, args.runlocal, args.chip)
     out = args.out or f"runs/{Path(args.config).stem}"
     _devices(config.cpu_devices)
     if args.compilation_cache:
@@ -78,7 +79,7 @@ def _keep_compiled(folder: str) -> None:
 def _add_init(commands) -> None:
     p = commands.add_parser("init", help="begin a run on a converted VLM", allow_abbrev=False)
     p.add_argument("--vlm", required=True, help="checkpoint that `starflow2 convert` made")
-    p.add_argument("--config", required=True, help="experiment file; --config.key=value overrides a key")
+    add_config(p)
     p.add_argument("--out", required=True, help="new checkpoint directory")
     p.set_defaults(run=_init)
 
@@ -86,12 +87,13 @@ def _add_init(commands) -> None:
 def _init(args, overrides) -> None:
     from starflow2_jax.config import loading as configs
 
-    config = configs.load(args.config, overrides)
+    config = configs.load(args.config, overrides, chip=args.chip)
     _devices(config.cpu_devices)
     from starflow2_jax.training.loop import Trainer
 
     Trainer.begin(config, args.out, args.vlm)
-    print(f"ready: starflow2 train --config {args.config} --out {args.out}")
+    chip = f" --chip {args.chip}" if args.chip else ""
+    print(f"ready: starflow2 train --config {args.config}{chip} --out {args.out}")
 
 
 def _add_eval(commands) -> None:
@@ -137,8 +139,7 @@ def _quickstart(args, _) -> None:
 
     if args.smoke:  # most of it is compiling; read when JAX starts, which is below
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    experiment = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
-    config = configs.load(experiment, runlocal=args.smoke)
+    config = configs.load("digits_quick", runlocal=args.smoke)
     _devices(config.cpu_devices)
     checkpoint = Path(args.out) / "checkpoint"
     spent = _trained(config, checkpoint)["seconds"]  # of all starts, where it was interrupted

@@ -1,16 +1,19 @@
-"""Experiments are ml_collections configs in Python files; this file loads them, overrides keys and builds what they describe."""
+"""Experiments: Python files that return an ml_collections config of what differs from the schema's defaults. Here they are
+loaded, overridden, filled in and checked."""
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.config.checks import require_consistent
+from starflow2_jax.config.schema import ExperimentConfig
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.fields import Key, assign, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -18,113 +21,72 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
 
 
-def load(path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, **arguments) -> ConfigDict:
-    """Run `get_config(runlocal, **arguments)` of an experiment file, apply "key.sub=value" overrides, lock it.
+def load(
+    path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, chip: str | None = None
+) -> ConfigDict:
+    """The whole config of an experiment, locked: what its file says, then "key.sub=value" overrides, then the defaults.
 
-    FILE:CHIP adds the argument `chip`, for experiments that know what suits which TPU. Raises ConfigError.
+    `path`: a file with `get_config(runlocal)`, or the name of an experiment of this package. `chip`: a TPU generation, for
+    experiments whose `get_config` takes it. Raises ConfigError, before any device is touched.
     """
-    path = _shipped(path)
-    if not Path(path).is_file():
-        path, _, chip = str(path).partition(":")
-        path = _shipped(path)
-        arguments |= {"chip": chip} if chip else {}
+    path = find(path)
     spec = importlib.util.spec_from_file_location("experiment", path)
-    if spec is None or not Path(path).is_file():
-        raise ConfigError(f"there is no experiment file {path}")
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no Python file; name an experiment file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if "chip" in arguments and "chip" not in inspect.signature(module.get_config).parameters:
-        raise ConfigError(f"{path} is the same for all chips; leave out :{arguments['chip']}")
-    config = module.get_config(runlocal, **arguments).lock()
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--config.{override} needs a value: --config.{override}=VALUE")
-        assign(config, key, value)
-    return config
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no get_config(runlocal); see {EXPERIMENTS} for experiments")
+    arguments = {}
+    if chip is not None:
+        if "chip" not in inspect.signature(module.get_config).parameters:
+            raise ConfigError(f"{path} is the same for all chips; leave out --chip {chip}")
+        arguments["chip"] = chip
+    config = module.get_config(runlocal, **arguments)
+    if not isinstance(config, ConfigDict | Mapping):
+        raise ConfigError(f"{path}: get_config returns {config!r}, not an ml_collections ConfigDict")
+    values = _plain(config)
+    assign(ExperimentConfig, values, overrides)
+    return complete(values)
 
 
-def _shipped(path: str | Path) -> str | Path:
-    """The experiment of this package that `path` names ("digits_quick"), or `path` where it names none."""
-    found = EXPERIMENTS / f"{path}.py"
-    return found if found.is_file() and not Path(path).exists() else path
+def find(path: str | Path) -> Path:
+    """An experiment's file: `path` itself, or that of the experiment of this package with that name ("digits_quick")."""
+    found = shipped(path, EXPERIMENTS)
+    if not found.is_file():
+        names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("[!_]*.py")))
+        raise ConfigError(f"there is no experiment file {path}; this package has {names}")
+    return found
 
 
-def assign(config: ConfigDict, key: str, text: str) -> None:
-    """Set `key` ("a.b.c") to the value that `text` spells, of the type it has now; floats take integers."""
-    *parents, last = key.split(".")
-    node = config
-    for i, name in enumerate([*parents, last]):
-        if not isinstance(node, ConfigDict) or name not in node:
-            raise ConfigError(f"there is no config key {key!r}; {_nearest(config, key)}")
-        if i < len(parents):
-            node = node[name]
-    old = node[last]
-    if isinstance(old, ConfigDict):
-        raise ConfigError(f"config key {key!r} is a group; set one of {', '.join(f'{key}.{k}' for k in old)}")
-    try:
-        value = text if isinstance(old, str) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if not _is_like(value := _widened(value, old), old):
-        raise ConfigError(f"config key {key!r} takes a {type(old).__name__} such as {old!r}, not {text!r}")
-    node[last] = value
+def shipped(path: str | Path, folder: Path) -> Path:
+    """`path`, or the file of this package's `folder` that it names where there is no such path."""
+    inside = folder / f"{path}.py"
+    return inside if inside.is_file() and not Path(path).exists() else Path(path)
 
 
-def _widened(value, old):
-    """Integers become floats where the old value has them."""
-    if isinstance(value, tuple) and isinstance(old, tuple) and old:
-        return tuple(_widened(x, old[0]) for x in value)
-    return float(value) if type(value) is int and isinstance(old, float) else value
+def complete(values: Mapping | ConfigDict) -> ConfigDict:
+    """The whole config, locked: `values` and the defaults of what they leave out. Raises ConfigError for keys and values
+    that there are not, and for what cannot work together."""
+    experiment = build(ExperimentConfig, _plain(values))
+    require_consistent(experiment)
+    return ConfigDict(dataclasses.asdict(experiment)).lock()
 
 
-def _is_like(value, old) -> bool:
-    """Whether types agree, those within a tuple included; an empty one says nothing of them."""
-    if type(value) is not type(old):
-        return False
-    return not isinstance(old, tuple) or not old or all(_is_like(x, old[0]) for x in value)
+def described(config: ConfigDict) -> list[Key]:
+    """Every key of a whole config with its help and default, groups before what they hold."""
+    return list(walk(ExperimentConfig, _plain(config)))
 
 
-def _nearest(config: ConfigDict, key: str) -> str:
-    keys = list(_leaves(config))
-    close = difflib.get_close_matches(key, keys, 1, 0.0)
-    return f"did you mean {close[0]!r}?" if close else "the config is empty"
-
-
-def _leaves(config: ConfigDict, prefix: str = "") -> typing.Iterator[str]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def build(cls: type, values: ConfigDict | dict):
-    """A dataclass from the values of its fields, nested ones included. Raises UserError for fields or values that do not fit, with
-    their place in front."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := set(values) - set(fields):
-        name = min(unknown)
-        close = difflib.get_close_matches(name, fields, 1, 0.0)
-        raise ConfigError(f"{cls.__name__} has no field {name!r}; did you mean {close[0]!r}?")
-    kwargs = {}
-    for name, value in values.items():
-        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
-        if nested and value is not None:
-            try:
-                value = build(nested[0], value)
-            except UserError as error:
-                raise ConfigError(f"{name}: {error}") from None
-        kwargs[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**kwargs)
-    except TypeError as error:
-        raise ConfigError(f"{cls.__name__}: {error}") from None
+def _plain(values) -> dict:
+    """Nested dicts of their own, in place of ConfigDicts."""
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    return {name: _plain(value) if isinstance(value, Mapping | ConfigDict) else value for name, value in values.items()}
 
 
 def pretzel(config: ConfigDict) -> PretzelConfig:
-    return build(PretzelConfig, config.model)
+    return build(PretzelConfig, _plain(config.model), "model")
 
 
 def differences(there, here, prefix: str = "") -> list[str]:

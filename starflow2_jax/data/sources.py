@@ -6,10 +6,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from starflow2_jax.codecs.patch import Codec, LatentCodec, PatchCodec
-from starflow2_jax.config import loading as configs
 from starflow2_jax.data import digits, tokenizer
 from starflow2_jax.data.documents import CaptionsDropped, DocumentError, Image, JsonlDocuments, Shown, Text
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.fields import build
 from starflow2_jax.stages import STAGES, Stage
 
 FITTED = 1000  # documents that a codec and a tokenizer are fitted to
@@ -33,7 +33,7 @@ def make_codec(config: ConfigDict) -> Codec:
     values = config.codec.to_dict()
     kind = values.pop("kind")
     if kind == "latents":
-        return configs.build(LatentCodec, values)
+        return build(LatentCodec, values)
     if kind != "patch":
         raise ConfigError(f"codec.kind is 'patch' or 'latents', not {kind!r}")
     if config.codec.patch < 1:

@@ -1,29 +1,26 @@
 """STARFlow2 on scikit-learn's digits: the longer recipe, meant for an hour on two CPU cores; see docs/benchmarks/digits.md.
 
-    starflow2 train --config experiments/digits.py --out runs/digits
-
-It is experiments/digits_quick.py with more steps. The quickstart's numbers and page of it:
-
+    starflow2 train --config digits --out runs/digits
     starflow2 eval --checkpoint runs/digits --out runs/digits_report
-"""
 
-from pathlib import Path
+It is digits_quick with more steps, more regularisation and scans that are warped.
+"""
 
 from ml_collections import ConfigDict
 
-from starflow2_jax.config import loading as configs
+from starflow2_jax.experiments import digits_quick
 
 STEPS = dict(pretrain=200, text_to_image=800, image_to_text=30, joint=3200)
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
-    c = configs.load(Path(__file__).with_name("digits_quick.py"), runlocal=runlocal).unlock()
-    if not runlocal:
-        for name, steps in STEPS.items():
-            c.stages[name].steps = steps
-            c.stages[name].ema = 0.999
-            c.stages[name].optimizer.weight_decay = 0.1
-        c.stages.joint.shares.caption = 7.0
-        c.data.warp = 0.7  # each of the 1,500 scans is seen over a hundred times
-        c.model.shallow.dropout = c.model.deep.dropout = 0.05
+    c = digits_quick.get_config(runlocal)
+    if runlocal:
+        return c
+    for name, steps in STEPS.items():
+        c.stages[name].update(steps=steps, ema=0.999)
+        c.stages[name].optimizer.weight_decay = 0.1
+    c.stages.joint.shares.caption = 7.0
+    c.data.warp = 0.7  # each of the 1,500 scans is seen over a hundred times
+    c.model.shallow.dropout = c.model.deep.dropout = 0.05
     return c

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from starflow2_jax.errors import UserError, require_one_of, require_positive
+from starflow2_jax.errors import UserError
+from starflow2_jax.fields import check, option
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.kernels import PLATFORMS, SAVED, attend_packed
@@ -62,38 +63,37 @@ class TransformerConfig:
     """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)). Raises UserError for values
     that mean nothing or do not fit each other."""
 
-    layers: int
-    width: int  # E
-    heads: int  # H
-    mlp_hidden: int  # F
-    kv_heads: int = 0  # J; 0: as many as heads
-    head_dim: int = 0  # K; 0: width / heads
-    norm: str = "rms"  # "layer", "rms" (x w), "rms_zero" (x (1 + w))
-    norm_eps: float = 1e-6
-    activation: str = "gelu"
-    gated_mlp: bool = False  # act(gate) * up
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm of each head of q and k, before the rotation
-    post_norm: bool = False  # RMS norm after attention and after the MLP
-    dropout: float = 0.0  # of what a branch adds to the stream; only where a "dropout" key is given: in training
-    layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
-    dtype: str = (
-        "float32"  # of the matrix products; norms, softmax and rotations are fp32 always (float64 is for tests)
+    layers: int = option("layers (L)", least=1)
+    width: int = option("channels of the residual stream (E)", least=1)
+    heads: int = option("attention heads (H)", least=1)
+    mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)
+    kv_heads: int = option("key and value heads (J); 0: as many as heads", 0, least=0)
+    head_dim: int = option("channels of a head (K); 0: width / heads", 0, least=0)
+    norm: str = option("layer norm; rms scales by w, rms_zero by 1 + w", "rms", choices=NORMS)
+    norm_eps: float = option("added to the mean square before its root", 1e-6, above=0)
+    activation: str = option("activation of the MLP", "gelu", choices=ACTIVATIONS)
+    gated_mlp: bool = option("the MLP is act(gate) * up", False)
+    qkv_bias: bool = option("queries, keys and values have a bias", False)
+    out_bias: bool = option("the attention's output has a bias", False)
+    mlp_bias: bool = option("the MLP's linear maps have a bias", False)
+    qk_norm: bool = option("RMS norm of each head of queries and keys, before the rotation", False)
+    post_norm: bool = option("RMS norm after attention and after the MLP", False)
+    dropout: float = option(
+        "share of what a branch adds to the stream that is dropped in training", 0.0, least=0, below=1
     )
-    remat: str = "none"  # a key of REMAT
-    kernel: str = "xla"  # of attention over whole rows, see kernels.py
-    scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding
-    unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
+    layer_scale: bool = option("a learned factor per channel on what attention and the MLP add", False)
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
+    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
+    kernel: str = option(
+        "attention kernel over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS
+    )
+    scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
+    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 
     def __post_init__(self):
-        for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("dtype", DTYPES), ("kernel", PLATFORMS)):
-            require_one_of(name, getattr(self, name), allowed)
-        require_one_of("remat", self.remat, REMAT)
-        require_positive(
-            layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, unroll=self.unroll
-        )
+        check(self)
         if not self.head_dim and self.width % self.heads:
             raise UserError(f"heads={self.heads} must divide width={self.width}, or head_dim be given")
         if self.heads % self.kv:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax import sequence
-from starflow2_jax.errors import UserError, require_positive
+from starflow2_jax.errors import UserError
+from starflow2_jax.fields import check, option
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
@@ -24,21 +25,21 @@ FROZEN = ("vlm",)  # parameter groups (top-level names) of pretrained parts; all
 class PretzelConfig:
     """Raises UserError for streams that do not fit each other."""
 
-    vlm: QwenConfig
-    grid: tuple[int, int]  # image tokens, N = h w
-    channels: int  # D
-    shallow: TransformerConfig  # of one block
-    shallow_blocks: int
-    deep: TransformerConfig
-    adapter_hidden: int
-    deep_rotary_theta: float = 1e4
-    deep_rotary_sections: tuple[int, ...] = (8, 12, 12)
-    soft_clip: float = 0.0
+    vlm: QwenConfig = option("the vision-language model, frozen once it is pretrained")
+    grid: tuple[int, int] = option("rows and columns of an image's tokens (N = h w)", least=1)
+    channels: int = option("channels of an image token (D)", least=1)
+    shallow: TransformerConfig = option("one block of the shallow flow, over the tokens of one image")
+    shallow_blocks: int = option("blocks of the shallow flow", least=1)
+    deep: TransformerConfig = option("the deep flow, over the whole row of text and images")
+    adapter_hidden: int = option("hidden channels of the adapter from image tokens into the VLM", least=1)
+    deep_rotary_theta: float = option("base of the deep flow's rotary frequencies", 1e4, above=0)
+    deep_rotary_sections: tuple[int, ...] = option(
+        "rotary pairs of the deep flow for time, row and column; half of a head's channels", (8, 12, 12), least=0
+    )
+    soft_clip: float = option("bound c of c tanh(x / c) on the flows' outputs; 0: none", 0.0, least=0)
 
     def __post_init__(self):
-        h, w = self.grid
-        require_positive(grid=min(h, w), channels=self.channels, shallow_blocks=self.shallow_blocks)
-        require_positive(adapter_hidden=self.adapter_hidden)
+        check(self)
         require_sections("deep_rotary_sections", self.deep_rotary_sections, self.deep.head)
         if self.vlm.vision and self.vlm.vision.out_width != self.vlm.width:
             raise UserError(

@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.errors import require_positive
+from starflow2_jax.fields import check, option
 from starflow2_jax.models import attention
-from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, require_sections
+from starflow2_jax.models.kernels import PLATFORMS
+from starflow2_jax.models.layers import DTYPES, REMAT, Norm, Transformer, TransformerConfig, require_sections
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
 from starflow2_jax.parallel.sharding import constrain
 
@@ -20,29 +21,33 @@ class QwenConfig:
     Raises UserError for sizes that do not fit each other.
     """
 
-    vocabulary: int  # V
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_hidden: int
-    rotary_theta: float = 1e6
-    rotary_sections: tuple[int, ...] = (16, 24, 24)
-    norm_eps: float = 1e-6
-    tied_head: bool = False
-    embedding_std: float = (
-        0.02  # of fresh token embeddings; 1 keeps a word's identity in the hidden states of a short training
+    vocabulary: int = option("tokens (V)", least=1)
+    layers: int = option("layers (L)", least=1)
+    width: int = option("channels of the residual stream (E)", least=1)
+    heads: int = option("attention heads (H)", least=1)
+    kv_heads: int = option("key and value heads (J)", least=1)
+    head_dim: int = option("channels of a head (K)", least=1)
+    mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)
+    rotary_theta: float = option("base of the rotary frequencies", 1e6, above=0)
+    rotary_sections: tuple[int, ...] = option("rotary pairs for time, row and column", (16, 24, 24), least=0)
+    norm_eps: float = option("added to the mean square before its root", 1e-6, above=0)
+    tied_head: bool = option("the text head is the token embedding", False)
+    embedding_std: float = option(
+        "deviation of fresh token embeddings; 1 keeps a word's identity through a short training", 0.02, least=0
     )
-    vision: VisionConfig | None = None
-    dtype: str = "float32"
-    remat: str = "none"  # these four: see TransformerConfig
-    kernel: str = "xla"
-    scan: bool = True
-    unroll: int = 1
+    vision: VisionConfig | None = option("the vision tower; None: the VLM sees no image by itself", None)
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
+    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
+    kernel: str = option(
+        "attention kernel over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS
+    )
+    scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
+    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 
     def __post_init__(self):
-        require_positive(vocabulary=self.vocabulary, kv_heads=self.kv_heads, head_dim=self.head_dim)
+        check(self)
         require_sections("rotary_sections", self.rotary_sections, self.transformer.head)
 
     @property

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.errors import UserError, require_positive
-from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.errors import UserError
+from starflow2_jax.fields import check, option
+from starflow2_jax.models.layers import ACTIVATIONS, DTYPES, REMAT, Norm, Transformer, TransformerConfig, dense
 from starflow2_jax.sequence import VisionInput
 
 
@@ -15,30 +16,40 @@ from starflow2_jax.sequence import VisionInput
 class VisionConfig:
     """Raises UserError for sizes that do not fit each other."""
 
-    layers: int
-    width: int
-    heads: int
-    mlp_hidden: int
-    out_width: int  # the text decoder's width
-    patch: int = 14
-    merge: int = 2  # merge x merge patches become one token
-    temporal_patch: int = 2  # a still image is repeated
-    channels: int = 3
-    window: int = 112  # side of an attention window, in pixels
-    full_attention_layers: tuple[int, ...] = (7, 15, 23, 31)
-    min_pixels: int = 56 * 56  # of a resized image
-    max_pixels: int = 28 * 28 * 1280
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of pixels in 0..1
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    rotary_theta: float = 1e4
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
-    remat: str = "none"
-    scan: bool = True
-    unroll: int = 1
+    layers: int = option("layers (L)", least=1)
+    width: int = option("channels of the residual stream (E)", least=1)
+    heads: int = option("attention heads (H)", least=1)
+    mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)
+    out_width: int = option("channels of a merged token: the text decoder's width", least=1)
+    patch: int = option("side of a patch, in pixels", 14, least=1)
+    merge: int = option("merge x merge patches become one token", 2, least=1)
+    temporal_patch: int = option("frames of a patch; a still image is repeated", 2, least=1)
+    channels: int = option("channels of a pixel", 3, least=1)
+    window: int = option("side of an attention window, in pixels", 112, least=1)
+    full_attention_layers: tuple[int, ...] = option(
+        "layers (from 0) that attend over the whole image instead of windows", (7, 15, 23, 31), least=0
+    )
+    min_pixels: int = option("least pixels of a resized image", 56 * 56, least=1)
+    max_pixels: int = option("most pixels of a resized image", 28 * 28 * 1280, least=1)
+    mean: tuple[float, ...] = option("mean of pixels in 0..1, by channel (CLIP's)", (0.48145466, 0.4578275, 0.40821073))
+    std: tuple[float, ...] = option(
+        "standard deviation of pixels in 0..1, by channel (CLIP's)", (0.26862954, 0.26130258, 0.27577711), above=0
+    )
+    rotary_theta: float = option("base of the rotary frequencies", 1e4, above=0)
+    norm_eps: float = option("added to the mean square before its root", 1e-6, above=0)
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
+    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
+    scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
+    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 
     def __post_init__(self):
-        require_positive(patch=self.patch, merge=self.merge, temporal_patch=self.temporal_patch, window=self.window)
+        check(self)
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise UserError(f"mean and std must have one entry for each of the {self.channels} channels")
+        if self.min_pixels > self.max_pixels:
+            raise UserError(f"min_pixels={self.min_pixels} must not be above max_pixels={self.max_pixels}")
         if (head := self.transformer.head) % 4:
             raise UserError(f"heads have {head} channels (width / heads), but take a multiple of 4 for row and column")
 

@@ -118,7 +118,7 @@ def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
     cfg, m = config.stages[stage.name], config.model
     found = {name: cfg[name] for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate")}
     for part in ("vlm", "shallow", "deep"):
-        found |= {f"{part}.{name}": m[part][name] for name in ("remat", "kernel", "dtype") if name in m[part]}
+        found |= {f"{part}.{name}": m[part][name] for name in ("remat", "kernel", "dtype")}
     return found | {f"optimizer.{k}": cfg.optimizer[k] for k in ("name", "moments", "offload")}
 
 
@@ -180,10 +180,10 @@ def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
         said.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor and moments=float32")
         if not cfg.optimizer.offload:
             said.append("stages.*.optimizer.offload=True: what the optimizer keeps goes to the host's memory")
-    streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].get("remat") != "full"]
+    streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].remat != "full"]
     if streams:
         said.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
-    if any(config.model[part].get("kernel", "xla") == "xla" for part in ("vlm", "deep")):
+    if any(config.model[part].kernel == "xla" for part in ("vlm", "deep")):
         said.append("kernel=splash in model.vlm, model.deep and model.shallow: no attention matrix in memory")
     said.append(
         "mesh.tensor or mesh.sequence above 1: several chips share a row's heads or positions, and its activations"

@@ -2,7 +2,7 @@
 
 A sweep is a Python file with
 
-    CONFIG    the experiment file, relative to the sweep's
+    CONFIG    the experiment: a file, relative to the sweep's, or the name of one of this package
     METRIC    what is compared, "stage/name" of metrics.jsonl; the lower the better
     ALWAYS    overrides of every point (optional)
     points()  yields the points: dicts of config key -> value; `grid` and `random` make them
@@ -64,7 +64,7 @@ def choice(values: Sequence):
 @dataclass(frozen=True)
 class Point:
     overrides: dict
-    arguments: tuple[str, ...]  # of `starflow2 train`
+    arguments: tuple[str, ...]  # of the config: "key=value"
     folder: Path
     steps: int  # of the whole run
 
@@ -114,6 +114,7 @@ class Sweep:
     config: Path
     metric: str
     points: tuple[Point, ...]
+    chip: str | None = None  # of the experiment
 
     @property
     def varied(self) -> dict[str, str]:
@@ -129,34 +130,36 @@ class Sweep:
         return names
 
 
-def load(path: str | Path, folder: str | Path, runlocal: bool = False) -> Sweep:
+def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str | None = None) -> Sweep:
     """Read a sweep file and check each point's config, before anything is run. Raises ConfigError."""
-    path, folder = Path(path), Path(folder)
+    path, folder = configs.shipped(path, configs.EXPERIMENTS / "sweeps"), Path(folder)
     if not path.is_file():
         raise ConfigError(f"there is no sweep file {path}")
     spec = importlib.util.spec_from_file_location("sweep", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if missing := [name for name in ("CONFIG", "METRIC", "points") if not hasattr(module, name)]:
-        raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps.py for what a sweep file holds")
-    config = (path.parent / module.CONFIG).resolve()
+        raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps/points.py for what a sweep file holds")
+    beside = path.parent / module.CONFIG
+    config = beside.resolve() if beside.is_file() else configs.find(module.CONFIG)
     always = getattr(module, "ALWAYS", {})
-    points = tuple(_point(config, {**always, **overrides}, folder, runlocal) for overrides in module.points())
+    points = tuple(_point(config, {**always, **overrides}, folder, runlocal, chip) for overrides in module.points())
     if not points:
         raise ConfigError(f"{path} yields no point")
     if len({p.folder for p in points}) < len(points):
         raise ConfigError(f"{path} yields a point twice; take one away")
     stage = module.METRIC.partition("/")[0]
-    if stage not in configs.load(config, points[0].arguments, runlocal).order:
+    if stage not in configs.load(config, points[0].arguments, runlocal, chip).order:
         raise ConfigError(f'METRIC={module.METRIC!r} is not "stage/name" of a stage that {config} runs')
-    return Sweep(config, module.METRIC, points)
+    return Sweep(config, module.METRIC, points, chip)
 
 
-def _point(config: Path, overrides: dict, folder: Path, runlocal: bool) -> Point:
+def _point(config: Path, overrides: dict, folder: Path, runlocal: bool, chip: str | None) -> Point:
     texts = tuple(f"{key}={value if isinstance(value, str) else repr(value)}" for key, value in overrides.items())
-    loaded = configs.load(config, texts, runlocal)
-    configs.pretzel(loaded)
-    name = hashlib.sha256(json.dumps([str(config.name), sorted(texts), runlocal]).encode()).hexdigest()[:10]
+    loaded = configs.load(config, texts, runlocal, chip)
+    name = hashlib.sha256(
+        json.dumps([str(config.name), sorted(texts), runlocal, *([chip] if chip else [])]).encode()
+    ).hexdigest()[:10]
     steps = sum(loaded.stages[stage].steps for stage in loaded.order)
     return Point(overrides, texts, folder.resolve() / name, steps)
 
@@ -164,7 +167,7 @@ def _point(config: Path, overrides: dict, folder: Path, runlocal: bool) -> Point
 def train_command(sweep: Sweep, point: Point, runlocal: bool = False) -> list[str]:
     """The command that trains a point here."""
     command = [sys.executable, "-m", "starflow2_jax.cli", "train", "--config", str(sweep.config)]
-    return [*command, "--out", str(point.run), *(["--runlocal"] if runlocal else []), *_flags(point)]
+    return [*command, "--out", str(point.run), *(["--runlocal"] if runlocal else []), *_flags(sweep, point)]
 
 
 def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
@@ -173,13 +176,13 @@ def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
     filled = []
     for word in shlex.split(template):
         if word == "{overrides}":
-            filled += _flags(point)
+            filled += _flags(sweep, point)
         else:
             values = {
                 "config": sweep.config,
                 "out": point.run,
                 "name": f"p{point.folder.name}",
-                "overrides": shlex.join(_flags(point)),
+                "overrides": shlex.join(_flags(sweep, point)),
             }
             for name, value in values.items():
                 word = word.replace(f"{{{name}}}", str(value))
@@ -187,8 +190,9 @@ def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
     return filled
 
 
-def _flags(point: Point) -> list[str]:
-    return [f"--config.{text}" for text in point.arguments]
+def _flags(sweep: Sweep, point: Point) -> list[str]:
+    """Of `starflow2 train`: what makes the point."""
+    return [*(["--chip", sweep.chip] if sweep.chip else []), *(f"--config.{text}" for text in point.arguments)]
 
 
 def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[str], None] = print) -> None:

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.errors import ConfigError, UserError
-
-POLICIES = ("ignore", "abort", "skip", "rollback")
-DEFAULTS = dict(nonfinite="abort", spike="ignore", deviations=8.0, window=100, most=10)
+from starflow2_jax.config.schema import FaultsConfig
+from starflow2_jax.errors import UserError
+from starflow2_jax.fields import build
 
 
 class NonFiniteLoss(UserError):
@@ -33,13 +32,7 @@ class Watch:
 
     def __init__(self, cfg, state: dict | None = None):
         """`state`: what `state()` gave when the checkpoint that the run goes on from was saved."""
-        cfg = DEFAULTS | dict(cfg or {})
-        if cfg["nonfinite"] not in POLICIES[1:] or cfg["spike"] not in POLICIES:
-            raise ConfigError(
-                f"faults.nonfinite is one of {', '.join(POLICIES[1:])} and faults.spike of {', '.join(POLICIES)}, "
-                f"not {cfg['nonfinite']!r} and {cfg['spike']!r}"
-            )
-        self.cfg, state = cfg, state or {}
+        self.cfg, state = build(FaultsConfig, dict(cfg), "faults"), state or {}
         self.losses: list[tuple[int, float]] = [tuple(pair) for pair in state.get("losses", ())]
         self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks"), 0) | state.get("counts", {})
         self.since_save = 0
@@ -49,12 +42,12 @@ class Watch:
 
     def limit(self, step: int) -> float:
         """Above it the loss of `step` is a spike. From the losses up to two steps before, which are known when it begins."""
-        window = [loss for number, loss in self.losses if number < step - 1][-self.cfg["window"] :]
-        if self.cfg["spike"] == "ignore" or len(window) < min(20, self.cfg["window"]):
+        window = [loss for number, loss in self.losses if number < step - 1][-self.cfg.window :]
+        if self.cfg.spike == "ignore" or len(window) < min(20, self.cfg.window):
             return math.inf
         median = float(np.median(window))
         deviation = 1.4826 * float(np.median(np.abs(np.array(window) - median)))  # of a normal distribution
-        limit = median + self.cfg["deviations"] * max(deviation, 1e-3 * (1 + abs(median)))
+        limit = median + self.cfg.deviations * max(deviation, 1e-3 * (1 + abs(median)))
         return float(np.float32(limit))  # as `guarded` compares it
 
     def judge(self, step: int, values: dict[str, float], standing: str) -> str | None:
@@ -67,7 +60,7 @@ class Watch:
         if not bad and loss <= limit:
             self._accept(step, loss)
             return None
-        action = self.cfg["nonfinite" if bad else "spike"]
+        action = self.cfg.nonfinite if bad else self.cfg.spike
         self.counts["nonfinite" if bad else "spikes"] += 1
         self.since_save += 1
         seen = f"the loss is {loss} and the gradient norm {values['grad_norm']}"
@@ -75,15 +68,13 @@ class Watch:
         if action == "abort":
             kind = NonFiniteLoss if bad else LossSpike
             raise kind(f"{seen} at {standing}: lower the learning rate and start again")
-        if self.since_save > self.cfg["most"]:
-            raise LossSpike(
-                f"{seen} at {standing}; more than faults.most={self.cfg['most']} steps since then went wrong"
-            )
+        if self.since_save > self.cfg.most:
+            raise LossSpike(f"{seen} at {standing}; more than faults.most={self.cfg.most} steps since then went wrong")
         self.counts["skipped" if action == "skip" else "rollbacks"] += 1
         return action
 
     def _accept(self, step: int, loss: float) -> None:
-        self.losses = [*self.losses, (step, loss)][-(self.cfg["window"] + 2) :]
+        self.losses = [*self.losses, (step, loss)][-(self.cfg.window + 2) :]
 
     def rewind(self, step: int) -> None:
         """The run goes back to the end of `step`."""
@@ -93,16 +84,16 @@ class Watch:
 def guarded(step: Callable, cfg) -> Callable:
     """(state, frozen, batch, limit) -> (state, metrics): a training step that counts the batch's "tokens", padding left
     out, and whose update is not applied where the policy says "skip" and its loss is above `limit` or not finite."""
-    cfg = DEFAULTS | dict(cfg or {})
+    cfg = build(FaultsConfig, dict(cfg), "faults")
 
     def run(state, frozen, batch, limit=math.inf):
         new, metrics = step(state, frozen, batch)
         metrics = metrics | {"tokens": jnp.sum(batch.segments > 0)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         bad = False
-        if cfg["nonfinite"] == "skip":
+        if cfg.nonfinite == "skip":
             bad = ~finite
-        if cfg["spike"] == "skip":
+        if cfg.spike == "skip":
             bad = bad | (finite & (metrics["loss"] > limit))
         if bad is not False:
             old = (state.params, state.ema, state.optimizer)

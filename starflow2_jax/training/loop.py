@@ -20,7 +20,6 @@ from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES, Stage
-from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger, peak_flops
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.optimizer import make_optimizer
@@ -36,11 +35,7 @@ class Trainer:
     """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet."""
 
     def __init__(self, config: ConfigDict, folder: str | Path):
-        if unknown := set(config.order) - (set(STAGES) & set(config.stages)):
-            raise ConfigError(f"unknown stages {sorted(unknown)} in order; there are {', '.join(STAGES)}")
-        if not config.order or len(set(config.order)) < len(config.order):
-            raise ConfigError(f"order names each stage to run once, one at least, of {', '.join(STAGES)}")
-        self.config = config
+        self.config = config = configs.complete(config)
         keep = Keep(config.keep, config.keep_every, config.keep_best)
         self.checkpoints = CheckpointDirectory(folder, keep)
         self.peak = peak_flops(config.peak_flops)
@@ -129,7 +124,6 @@ class Trainer:
 
     def _require_stages(self) -> None:
         """Raises UserError for what would stop a stage that is still to come, before anything is trained."""
-        Watch(self.config.faults)
         done, last = self.checkpoints.latest() or 0, 0
         for name in self.config.order:
             last += self.config.stages[name].steps

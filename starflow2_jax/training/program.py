@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.checkpoints.directory import abstract
 from starflow2_jax.data.groups import rows_of_a_group
-from starflow2_jax.errors import ConfigError, require_positive
+from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.parallel import sharding
@@ -62,7 +62,6 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
 def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
-    require_positive(rows=cfg.rows, length=cfg.length, accumulate=cfg.accumulate)
     spread = sharding.spread(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
@@ -80,7 +79,7 @@ def in_tree(group: str, tree: str) -> bool:
 
 def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
     cfg = config.stages[stage.name]
-    packed = any(config.model[stream].get("kernel") == "cudnn_packed" for stream in ("vlm", "deep"))
+    packed = any(config.model[stream].kernel == "cudnn_packed" for stream in ("vlm", "deep"))
     documents = most_documents(cfg.length) if packed else 0
     return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.vlm_length, documents)
 

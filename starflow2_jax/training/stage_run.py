@@ -18,6 +18,11 @@ from starflow2_jax.training.preemption import Preempted, Preemption
 from starflow2_jax.training.profiling import Profiler
 
 
+def due(every: int, number: int) -> bool:
+    """Whether something that is done after every so many steps is due after step `number`; 0: never."""
+    return every > 0 and number % every == 0
+
+
 @dataclass
 class Tools:
     """What all stages of a run share."""
@@ -66,8 +71,8 @@ class StageRun:
             self._step()
             number = self.number
             told = tools.preemption.reached(number)
-            saves = number < last and (number % config.save_every == 0 or number == stop_at or told)
-            logs = number % config.log_every == 0 or number == last
+            saves = number < last and (due(config.save_every, number) or number == stop_at or told)
+            logs = due(config.log_every, number) or (number == last and config.log_every > 0)
             if not self._look(0 if saves or logs else 1):
                 logged = self.number
                 continue

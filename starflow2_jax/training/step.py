@@ -113,11 +113,8 @@ def make_step(
     `noise` (D,): deviation of the noise added to the latents; `text_weight`: lambda of L_NF + lambda L_NTP; `accumulate`:
     micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut changes nothing.
     `vlm_length`: how many positions of a row the VLM runs over (see Pretzel; 0: all). `latent_penalty`: STARFlow's
-    regulariser (arXiv 2506.06276), so often the mean square of what leaves each block of the shallow flow. Raises
-    ConfigError for a `vlm_length` in a stage whose loss needs all positions.
+    regulariser (arXiv 2506.06276), so often the mean square of what leaves each block of the shallow flow.
     """
-    if vlm_length and stage.vlm_on_images:
-        raise ConfigError(f"stages.{stage.name}.vlm_length must be 0: the stage's loss needs the VLM at flow images")
 
     def loss_fn(moving, rest, batch, weights, key):
         sums = loss_sums(model, rest | moving, stage, batch, text_chunk, key, vlm_length, latent_penalty)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.config import loading as configs
+from starflow2_jax.fields import build
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.sequence import VisionInput
@@ -126,7 +126,7 @@ def write_config(path: Path, cfg: QwenConfig) -> None:
 def load_config(path: Path) -> QwenConfig:
     """What `write_config` wrote. Raises WeightError."""
     try:
-        return configs.build(QwenConfig, json.loads(path.read_text()))
+        return build(QwenConfig, json.loads(path.read_text()))
     except FileNotFoundError:
         raise WeightError(f"{path.parent} is no converted VLM: it has no {path.name}") from None
     except (OSError, ValueError, TypeError) as error:

@@ -261,3 +261,22 @@ def test_trains_for_real(tmp_path):
     rows = json.loads((tmp_path / "out/sweep.json").read_text())["points"]
     assert [r["rows"] for r in rows] == [2, 3] and np.isfinite(rows[0]["pretrain/loss"])
     assert "must be a multiple of 2" in rows[1]["state"]
+
+
+def test_the_chip_goes_to_every_point(tmp_path):
+    """To its config, its folder and its command; the experiment and the sweep may be this package's, by name."""
+    text = SWEEP.replace(f"{ROOT}/starflow2_jax/experiments/digits_quick.py", "starflow2_7b_t2i").replace(
+        "pretrain", "text_to_image"
+    )
+    (tmp_path / "sweep.py").write_text(text)
+    sweep, other = (points.load(tmp_path / "sweep.py", tmp_path / "out", chip=chip) for chip in ("v5e", "v6e"))
+    assert not {p.folder for p in sweep.points} & {p.folder for p in other.points}
+    for command in (
+        points.train_command(sweep, sweep.points[0]),
+        points.launch_command(sweep, sweep.points[0], "go {overrides}"),
+    ):
+        at = command.index("--chip")
+        assert command[at + 1] == "v5e" and command[at + 2].startswith("--config.order=")
+    with pytest.raises(config.ConfigError, match="knows the chips v5e, v5p, v6e, not 'v4'"):
+        points.load(tmp_path / "sweep.py", tmp_path / "out", chip="v4")
+    assert len(points.load("digits_lr", tmp_path / "out").points) == 4

@@ -218,7 +218,7 @@ def test_what_the_config_says_reaches_the_step(monkeypatch):
     stage = dict(
         text_weight=0.3, accumulate=2, ema=0.7, vlm_length=5, latent_penalty=0.01, optimizer=dict(offload=False)
     )
-    config = ConfigDict(dict(noise=0.2, faults=None, stages=dict(joint=stage)))
+    config = ConfigDict(dict(noise=0.2, faults={}, stages=dict(joint=stage)))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     program.jitted_step(config, tiny.MODEL, STAGES["joint"], OPTIMIZER, tiny.CODEC.std, mesh)
     np.testing.assert_allclose(seen.pop("noise"), 0.2 / np.array(tiny.CODEC.std), rtol=1e-6)

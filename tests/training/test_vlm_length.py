@@ -6,13 +6,14 @@ import pytest
 import tiny
 
 from starflow2_jax import sequence
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.data.pipeline import batches
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
-from starflow2_jax.training.step import loss_sums, make_step
+from starflow2_jax.training.step import loss_sums
 
 STAGE, LENGTH = STAGES["text_to_image"], 26
 
@@ -73,4 +74,4 @@ def test_documents_it_cannot_compute_are_refused(document, vlm_length, reason):
 @pytest.mark.parametrize("name", ("pretrain", "image_to_text", "joint"))
 def test_other_stages_need_the_vlm_everywhere(name):
     with pytest.raises(ConfigError, match=f"stages.{name}.vlm_length must be 0"):
-        make_step(tiny.MODEL, STAGES[name], None, noise=0.0, text_weight=1.0, vlm_length=LENGTH)
+        configs.load("digits_quick", [f"stages.{name}.vlm_length={LENGTH}"])

@@ -10,7 +10,7 @@ only=${1:-}
 
 plan() { # NAME EXPERIMENT TOPOLOGY
   if [[ -n $only && $only != "$1" ]]; then return; fi
-  starflow2 plan --config "starflow2_7b_$2:${3%%:*}" --topology "$3" --json "$here/$1.json" >"$here/$1.txt"
+  starflow2 plan --config "starflow2_7b_$2" --chip "${3%%:*}" --topology "$3" --json "$here/$1.json" >"$here/$1.txt"
 }
 
 for stage in t2i adapter joint; do

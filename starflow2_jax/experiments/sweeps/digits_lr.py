@@ -1,11 +1,11 @@
 """Learning rate and weight decay of a short text_to_image stage on digits: four points.
 
-Launch: starflow2 sweep --sweep experiments/sweeps/digits_lr.py --out runs/sweeps/digits_lr
+Launch: starflow2 sweep --sweep digits_lr --out runs/sweeps/digits_lr
 """
 
 from starflow2_jax.sweeps.points import grid
 
-CONFIG = "../digits_quick.py"
+CONFIG = "digits_quick"
 METRIC = "text_to_image/image_loss"
 ALWAYS = {
     "order": ("pretrain", "text_to_image"),

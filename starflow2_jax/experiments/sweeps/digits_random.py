@@ -1,11 +1,11 @@
 """Learning rate, weight decay and dropout of digits_quick.py's text_to_image stage: twelve random points.
 
-Launch: starflow2 sweep --sweep experiments/sweeps/digits_random.py --out runs/sweeps/digits_random
+Launch: starflow2 sweep --sweep digits_random --out runs/sweeps/digits_random
 """
 
 from starflow2_jax.sweeps.points import choice, log_uniform, random
 
-CONFIG = "../digits_quick.py"
+CONFIG = "digits_quick"
 METRIC = "text_to_image/image_loss"
 ALWAYS = {"order": ("pretrain", "text_to_image")}
 OPTIMIZER = "stages.text_to_image.optimizer"

@@ -1,0 +1,63 @@
+"""What of a config cannot work together, as far as it can be told without devices and files."""
+
+from starflow2_jax.config.schema import ExperimentConfig, StageConfig
+from starflow2_jax.data.groups import rows_of_a_group
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.stages import STAGES, Stage
+
+
+def require_consistent(config: ExperimentConfig) -> None:
+    """Raises ConfigError for the first thing that does not fit another, with the keys to change."""
+    if not config.order or len(set(config.order)) < len(config.order):
+        raise ConfigError(f"order names each stage to run once, one at least, of {', '.join(STAGES)}")
+    if missing := [name for name in config.order if name not in config.stages]:
+        raise ConfigError(
+            f"order names the stage {missing[0]}, and the config has no stages.{missing[0]}; give its steps, or take it out"
+        )
+    _require_codec(config)
+    for name, cfg in config.stages.items():
+        _require_stage(config, STAGES[name], cfg)
+    for name in config.order:
+        _require_rows(config, name, config.stages[name])
+
+
+def _require_codec(config: ExperimentConfig) -> None:
+    """The codec's tokens are the model's, as far as the codec's options say."""
+    codec, model = config.codec, config.model
+    if codec.channels != model.channels:
+        raise ConfigError(
+            f"the codec {codec.kind!r} makes tokens of {codec.channels} channels, and model.channels is {model.channels}; "
+            f"set model.channels={codec.channels}, or the codec's options"
+        )
+    grid = getattr(codec, "grid", model.grid)  # patches: as many as the images have
+    if grid != model.grid:
+        raise ConfigError(f"codec.grid is {grid}, and model.grid is {model.grid}; set both to the same")
+
+
+def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
+    """A batch's rows can be cut into micro-batches, over the mesh where its sizes are given, and into groups."""
+    mesh = config.mesh
+    spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # -1: all devices left, one at least
+    if cfg.rows % spread:
+        raise ConfigError(
+            f"stages.{name}.rows={cfg.rows} must be a multiple of {spread} (mesh.data, mesh.fsdp and accumulate)"
+        )
+    try:
+        rows_of_a_group(cfg.rows, config.data.groups)
+    except ConfigError as error:
+        raise ConfigError(f"stage {name}: {error}") from None
+
+
+def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> None:
+    place, vision = f"stages.{stage.name}", config.model.vlm.vision
+    if cfg.vlm_length > cfg.length:
+        raise ConfigError(f"{place}.vlm_length={cfg.vlm_length} must not be above length={cfg.length}")
+    if cfg.vlm_length and stage.vlm_on_images:
+        raise ConfigError(f"{place}.vlm_length must be 0: the stage's loss needs the VLM at flow images")
+    if cfg.patches and not vision:
+        raise ConfigError(f"{place}.patches={cfg.patches} needs a vision tower, and model.vlm.vision is None")
+    if cfg.patches and cfg.patches % vision.merge**2:
+        raise ConfigError(
+            f"{place}.patches={cfg.patches} must be a multiple of {vision.merge**2}, which model.vlm.vision.merge makes one "
+            "token"
+        )

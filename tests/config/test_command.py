@@ -1,0 +1,73 @@
+"""`starflow2 config`, and the chip as an option of the commands that take an experiment."""
+
+import re
+
+import pytest
+
+from starflow2_jax import cli
+from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import ExperimentConfig
+from starflow2_jax.fields import keys
+
+COMMANDS = {
+    "config": [],
+    "train": ["--out", "out"],
+    "init": ["--vlm", "vlm", "--out", "out"],
+    "plan": ["--topology", "v5p:4x4x4"],
+    "bench": ["train"],
+}
+
+
+def printed(capsys, *arguments: str) -> str:
+    assert cli.main(["config", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_page_has_every_key_with_its_help_and_says_which_differ(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")
+    text = printed(capsys, "--config", "digits", "--config.seed=0", "--config.model.soft_clip=2")
+    config = configs.load("digits", ["model.soft_clip=2"])
+    found = {m[2]: (m[1], m[3]) for m in re.finditer(r"^([* ]) (\S+) = \S*\s+(.*)$", text, re.MULTILINE)}
+    wanted = [key for key in keys(ExperimentConfig, config.to_dict()) if key.value != {}]
+    assert set(found) == {key.path for key in wanted}
+    for key in wanted:
+        star, notes = found[key.path]
+        assert notes.startswith(key.help) and (star == "*") == (key.value != key.default), key.path
+    assert found["seed"][0] == " " and found["model.soft_clip"] == ("*", found["model.soft_clip"][1])
+    assert "default 0.0" in found["model.soft_clip"][1] and "one of none, full" in found["model.deep.remat"][1]
+    stars = sum(star == "*" for star, _ in found.values())
+    assert text.startswith(f"{stars} of {len(found)} keys")
+
+
+def test_what_is_printed_can_be_typed(capsys):
+    """All lines of one page, given as overrides of another experiment, make that page."""
+    text = printed(capsys, "--config", "digits_quick", "--runlocal", "--config.stages.*.rows=32")
+    lines = [m for line in text.splitlines() if (m := re.match(r"[* ] (\S+) = (\S*)", line))]
+    given = [f"--config.{m[1]}={m[2]}" for m in lines]
+    assert printed(capsys, "--config", "digits", *given) == text
+
+
+def test_a_page_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = printed(capsys, "--config", "starflow2_7b_t2i").splitlines()
+    assert max(map(len, lines)) <= 100 and sum(map(len, lines)) > 9000
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_chip_is_an_option(command, capsys, monkeypatch):
+    """It reaches the experiment; a wrong one and one that is not needed are one sentence each."""
+    seen = []
+    load = configs.load
+    with monkeypatch.context() as patched:
+        patched.setattr(configs, "load", lambda *a, **k: (seen.append(load(*a, **k)), exit(7)))
+        with pytest.raises(SystemExit):
+            cli.main([command, *COMMANDS[command], "--config", "starflow2_7b_t2i", "--chip", "v5e"])
+    assert seen[0].stages.text_to_image.rows == 512 and seen[0].model.deep.kernel == "splash"
+    for name, chip, said in (
+        ("starflow2_7b_t2i", "v4", "knows the chips v5e, v5p, v6e, not 'v4'"),
+        ("digits_quick", "v5e", "digits_quick.py is the same for all chips; leave out --chip v5e"),
+        ("starflow2_7b_t2i:v5e", "v5e", "there is no experiment file starflow2_7b_t2i:v5e"),
+    ):
+        assert cli.main([command, *COMMANDS[command], "--config", name, "--chip", chip]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
