@@ -1,7 +1,6 @@
 """Experiments are ml_collections configs in Python files; this file loads them, overrides keys and builds what they describe."""
 
 import ast
-import dataclasses
 import difflib
 import importlib.util
 import inspect
@@ -10,12 +9,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.models.config_values import build, differences
 from starflow2_jax.models.pretzel import PretzelConfig
 
+__all__ = ["assign", "build", "differences", "load", "pretzel"]
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-# Fields that say how a model is computed, begun and fed, not what it is.
-COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, **arguments) -> ConfigDict:
@@ -99,41 +98,5 @@ def _leaves(config: ConfigDict, prefix: str = "") -> typing.Iterator[str]:
             yield prefix + name
 
 
-def build(cls: type, values: ConfigDict | dict):
-    """A dataclass from the values of its fields, nested ones included. Raises UserError for fields or values that do not fit, with
-    their place in front."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := set(values) - set(fields):
-        name = min(unknown)
-        close = difflib.get_close_matches(name, fields, 1, 0.0)
-        raise ConfigError(f"{cls.__name__} has no field {name!r}; did you mean {close[0]!r}?")
-    kwargs = {}
-    for name, value in values.items():
-        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
-        if nested and value is not None:
-            try:
-                value = build(nested[0], value)
-            except UserError as error:
-                raise ConfigError(f"{name}: {error}") from None
-        kwargs[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**kwargs)
-    except TypeError as error:
-        raise ConfigError(f"{cls.__name__}: {error}") from None
-
-
 def pretzel(config: ConfigDict) -> PretzelConfig:
     return build(PretzelConfig, config.model)
-
-
-def differences(there, here, prefix: str = "") -> list[str]:
-    """In which fields two configs of one class describe other parameters, as "deep.layers is 6, not 8"."""
-    found = []
-    for field in dataclasses.fields(there):
-        a, b = getattr(there, field.name), getattr(here, field.name)
-        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            found += differences(a, b, f"{prefix}{field.name}.")
-        elif a != b and field.name not in COMPUTED:
-            found.append(f"{prefix}{field.name} is {a}, not {b}")
-    return found

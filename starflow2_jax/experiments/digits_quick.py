@@ -36,7 +36,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), unroll=2,
     )  # fmt: skip
     flow = dict(
-        width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm=True, dropout=0.0
+        width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm="rms_zero", dropout=0.0
     )  # fmt: skip
     c.model.shallow_blocks = 2
     c.model.shallow = dict(layers=2, unroll=2, **flow)

@@ -49,7 +49,7 @@ def get_config(
         heads=24,
         mlp_hidden=12288,
         norm="rms_zero",
-        qk_norm=True,
+        qk_norm="rms_zero",
         dtype="bfloat16",
         remat="full",
         kernel="xla",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.likelihood import CHUNK
 from starflow2_jax.models.pretzel import PretzelConfig
-from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import Stage
 
@@ -185,12 +185,9 @@ def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator
     policy = t.remat if trained else "none"
     again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
     yield _Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
-    yield _Term(part, 2.0 * c.patch_width * c.width * tokens, 1 + trained)
-    merged = c.width * c.merge**2
-    yield _Term(part, 2.0 * merged * (merged + c.out_width) * (tokens / c.merge**2), times)
-    window = min(patches, max(c.window // (c.patch * c.merge), 1) ** 2 * c.merge**2)
-    full = len(c.full_attention_layers) / c.layers
-    needed = full + (1 - full) * window / patches
+    yield _Term(part, 2.0 * c.embedding_parameters * tokens, 1 + trained)
+    yield _Term(part, 2.0 * c.merger_parameters * (tokens / c.merge**2), times)
+    needed = c.visible_patches(patches) / patches
     products = 2 * 2.0 * t.layers * t.width * rows * patches * patches
     yield _Term(f"{part} attention", products, times, float(policy != "none"), needed)
 

@@ -15,17 +15,17 @@ from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.kernels import PLATFORMS, SAVED, attend_packed
 from starflow2_jax.parallel.sharding import constrain, constrain_parameter
 
-LAYER_INPUT = "layer_input"
+LAYER_INPUT = "layer_input"  # its name for remat policies
 _POLICIES = jax.checkpoint_policies
-# What of a layer the backward pass finds saved; the rest it computes again.
+# Which values of a layer are saved for the backward pass; it computes the others again.
 REMAT = {
-    "none": None,  # all
-    "full": _POLICIES.nothing_saveable,  # the layer's input
-    # That, the outputs of matrix products with weights, and what splash attention's backward pass needs.
+    "none": None,  # all of them
+    "full": _POLICIES.nothing_saveable,  # the layer's input alone
+    # The layer's input, the outputs of matrix products with weights, and what splash attention's backward pass needs.
     "dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(SAVED)
     ),
-    # The layer's input, in the host's memory.
+    # The layer's input alone, in the host's memory.
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
@@ -36,12 +36,12 @@ REMAT = {
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """x in fp32, or in float64 where it is that."""
+    """x in fp32; float64 stays float64."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in fp32 at least, as PyTorch writes it: by erf, which a TPU computes in one pass, unlike jax.nn.gelu's erfc."""
+    """The exact GELU, in fp32 at least, by erf as in PyTorch: a TPU computes erf in one pass, jax.nn.gelu's erfc not."""
     wide = widened(x)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
@@ -53,14 +53,16 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
-NORMS = ("layer", "rms", "rms_zero")
+NORMS = ("layer", "rms", "rms_zero")  # (x - mean) w + b, x w, x (1 + w), each x divided by its root mean square
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)). Raises UserError for values
-    that mean nothing or do not fit each other."""
+    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Raises UserError for unknown values, or sizes that do not fit each other.
+    """
 
     layers: int
     width: int  # E
@@ -68,29 +70,30 @@ class TransformerConfig:
     mlp_hidden: int  # F
     kv_heads: int = 0  # J; 0: as many as heads
     head_dim: int = 0  # K; 0: width / heads
-    norm: str = "rms"  # "layer", "rms" (x w), "rms_zero" (x (1 + w))
+    norm: str = "rms"  # of NORMS
     norm_eps: float = 1e-6
-    activation: str = "gelu"
+    activation: str = "gelu"  # of ACTIVATIONS
     gated_mlp: bool = False  # act(gate) * up
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm of each head of q and k, before the rotation
-    post_norm: bool = False  # RMS norm after attention and after the MLP
-    dropout: float = 0.0  # of what a branch adds to the stream; only where a "dropout" key is given: in training
-    layer_scale: bool = False  # a learned factor per channel on what attention and the MLP add
+    qk_norm: str = "none"  # norm of each head of q and k before the rotation: "none" or one of NORMS
+    post_norm: bool = False  # RMS norm of the outputs of attention and MLP
+    dropout: float = 0.0  # of the outputs of attention and MLP; acts only if a "dropout" key is given, as training does
+    layer_scale: bool = False  # a learned factor per channel on the outputs of attention and MLP
     dtype: str = (
-        "float32"  # of the matrix products; norms, softmax and rotations are fp32 always (float64 is for tests)
+        "float32"  # of the matrix products; norms, softmax and rotations are always fp32 (float64 is for tests)
     )
     remat: str = "none"  # a key of REMAT
-    kernel: str = "xla"  # of attention over whole rows, see kernels.py
+    kernel: str = "xla"  # of attention over whole rows: a key of kernels.PLATFORMS
     scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding
-    unroll: int = 1  # layers a step of the scan; all of them is fastest on CPU
+    unroll: int = 1  # layers per step of the scan; all of them is fastest on CPU
 
     def __post_init__(self):
         for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS), ("dtype", DTYPES), ("kernel", PLATFORMS)):
             require_one_of(name, getattr(self, name), allowed)
         require_one_of("remat", self.remat, REMAT)
+        require_one_of("qk_norm", self.qk_norm, ("none", *NORMS))
         require_positive(
             layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, unroll=self.unroll
         )
@@ -101,15 +104,17 @@ class TransformerConfig:
 
     @property
     def kv(self) -> int:
+        """Key/value heads, J."""
         return self.kv_heads or self.heads
 
     @property
     def head(self) -> int:
+        """Channels of a head, K."""
         return self.head_dim or self.width // self.heads
 
 
 def require_sections(name: str, sections: tuple[int, ...], head: int) -> None:
-    """Raises UserError where rotary sections (of time, row, column) do not make up the pairs of a head's channels."""
+    """Raises UserError unless the rotary sections (time, row, column) sum to the pairs of a head's channels."""
     if len(sections) != 3 or 2 * sum(sections) != head:
         raise UserError(f"{name}={tuple(sections)} must be three numbers that sum to half of a head's {head} channels")
 
@@ -122,6 +127,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., E) -> the same shape."""
         wide = widened(x)
         E = x.shape[-1]
         if self.kind == "layer":
@@ -137,13 +143,16 @@ class Norm(nn.Module):
 
 
 def _cast_on_shards(path: str, x, kernel, bias, dtype=None, inexact=True):
-    """Flax's promotion of types, the kernel pinned to its shards after it: what is gathered is of the smaller type."""
+    """Flax's promotion of types, with the kernel pinned to its shards after it, so that the smaller type is gathered."""
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype, inexact=inexact)
     return x, constrain_parameter(kernel, path), bias
 
 
 def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.0, part: str = "") -> nn.DenseGeneral:
-    """A linear map with fan-in initialisation of variance `gain`^2 / fan-in. `part`: the module it lies in, for its shards."""
+    """A linear map, its kernel drawn with variance `gain`^2 / fan-in.
+
+    `part` is the name of the module around it, by which the sharding rules know the kernel.
+    """
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "normal") if gain else nn.initializers.zeros
     cast = partial(_cast_on_shards, f"{part}/{name}/kernel")
     return nn.DenseGeneral(
@@ -152,20 +161,24 @@ def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention with grouped key/value heads."""
+    """Multi-head self-attention with grouped key/value heads, causal unless a mask is given."""
 
     cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x, angles, mask, segments, stored, start, temperature):
-        """`stored` (keys, values), `start` and `temperature` belong to a call with a cache; without one they are None."""
+        """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
+
+        `stored` is this layer's keys and values (B, J, C, K), `start` (B,) their filled lengths. Without a cache `stored`,
+        `start` and `temperature` are None.
+        """
         c = self.cfg
         linear = partial(dense, dtype=c.dtype, part="attention")
         q = linear((c.heads, c.head), "query", c.qkv_bias)(x)
         k = linear((c.kv, c.head), "key", c.qkv_bias)(x)
         v = linear((c.kv, c.head), "value", c.qkv_bias)(x)
-        if c.qk_norm:
-            q, k = Norm("rms_zero", name="query_norm")(q), Norm("rms_zero", name="key_norm")(k)
+        if c.qk_norm != "none":
+            q, k = Norm(c.qk_norm, name="query_norm")(q), Norm(c.qk_norm, name="key_norm")(k)
         if angles is not None:
             q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         q = constrain(q, "batch", "sequence", "heads", None)
@@ -182,12 +195,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, activation, linear; or the gated form act(gate(x)) * up(x)."""
+    """Linear, activation, linear; or the gated form down(act(gate(x)) * up(x))."""
 
     cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x (B, S, E) -> (B, S, E)."""
         c = self.cfg
         act = ACTIVATIONS[c.activation]
         linear = partial(dense, bias=c.mlp_bias, dtype=c.dtype, part="mlp")
@@ -198,12 +212,21 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """One layer of a Transformer."""
+
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, which, stored, angles, mask, segments, start, temperature):
+    def __call__(self, x, which, added, stored, angles, mask, segments, start, temperature):
+        """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
+
+        `which` picks this layer's mask out of a stack, `added` (B, S, E) is this layer's part of `layer_inputs`; both may
+        be None.
+        """
         c = self.cfg
         x = checkpoint_name(x, LAYER_INPUT)
+        if added is not None:
+            x = x + added.astype(x.dtype)
         mask = mask if which is None else mask[which]
         y, stored = Attention(c, name="attention")(
             Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, segments, stored, start, temperature
@@ -226,7 +249,10 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers, no final norm. Parameters carry a leading axis L, as "layers"; without `scan` they are "layers_0" and on."""
+    """The layers, without a final norm.
+
+    Parameters are stacked along a leading axis L under "layers"; without `scan` they are "layers_0", "layers_1", ...
+    """
 
     cfg: TransformerConfig
 
@@ -240,14 +266,17 @@ class Transformer(nn.Module):
         temperature: float = 1.0,
         mask_of_layer: jax.Array | None = None,
         segments: jax.Array | None = None,
+        layer_inputs: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """x (B, S, E), angles (B, S, K/2) or None, mask (B, S, S) -> y (B, S, E) and the cache grown by S positions.
+        """x (B, S, E) -> y (B, S, E) and the cache grown by S positions.
 
-        All positions are here: they see what is before them, within the documents of `segments` (B, S), or in the row
-        without; or what `mask` says. With `cache` the earlier positions are in it (it brings its own mask).
-        `temperature` divides the attention logits of a call with a cache. Other calls refuse it: their kernels need a static
-        scale, and a value that goes through `nn.scan` is traced.
-        With `mask_of_layer` (L,) int, `mask` is a stack (A, B, S, S) and layer l sees through mask[mask_of_layer[l]].
+        angles: rotary angles (B, S, K/2); None: no rotation.
+        mask: (B, S, S) bool, True where query s sees key c. None: attention is causal, within `segments` (B, S) if given.
+        cache: the positions before x, which every position of x sees, and those of x up to its own; takes no mask.
+        temperature: divides the attention logits of a call with a cache. Other calls refuse it: their kernels need a
+            static scale, and a value that passes through `nn.scan` is traced.
+        mask_of_layer: (L,) int. Then `mask` is a stack (A, B, S, S), and layer l uses mask[mask_of_layer[l]].
+        layer_inputs: (L, B, S, E), of which layer l adds its own part to its input.
         """
         c, policy = self.cfg, self.cfg.remat
         if cache is None and not (isinstance(temperature, float) and temperature == 1.0):
@@ -259,11 +288,11 @@ class Transformer(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, *[nn.broadcast] * 6),
+                in_axes=(0, 0, *[nn.broadcast] * 6),
                 length=c.layers,
                 unroll=1 if self.is_initializing() else c.unroll,  # the same parameters, compiled faster
             )
-            x, _ = scan(c, name="layers")(x, mask_of_layer, None, angles, mask, segments, None, None)
+            x, _ = scan(c, name="layers")(x, mask_of_layer, layer_inputs, None, angles, mask, segments, None, None)
             return x, None
         start, stored = None, [None] * c.layers
         if cache is not None:
@@ -275,19 +304,20 @@ class Transformer(nn.Module):
                 run = partial(Layer(c, parent=None).apply, {"params": own})
             else:
                 run = layer(c, name=f"layers_{i}")
-            which = None if mask_of_layer is None else mask_of_layer[i]
-            x, stored[i] = run(x, which, stored[i], angles, mask, segments, start, temperature)
+            which, added = (None if a is None else a[i] for a in (mask_of_layer, layer_inputs))
+            x, stored[i] = run(x, which, added, stored[i], angles, mask, segments, start, temperature)
         if cache is not None:
             cache = KVCache(*zip(*stored, strict=True), cache.length + x.shape[1])
         return x, cache
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache of `batch` rows with room for `slots` positions each."""
         c = self.cfg
         return KVCache.empty(c.layers, batch, slots, c.kv, c.head, jnp.dtype(c.dtype))
 
 
 def separate_layers(params: dict) -> dict:
-    """Parameters as a Transformer with `scan` keeps them -> as one without does."""
+    """Parameters of modules with `scan` -> of the same modules without: "layers" becomes "layers_0", "layers_1", ..."""
     found = {}
     for name, group in params.items():
         if name == "layers":

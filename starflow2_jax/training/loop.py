@@ -29,7 +29,7 @@ from starflow2_jax.training.profiling import Profiler
 from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step, require_rows
 from starflow2_jax.training.stage_run import StageRun, Tools
 from starflow2_jax.training.step import TrainState, finish, new_state, require_host, state_shardings
-from starflow2_jax.weights.qwen import load_config
+from starflow2_jax.weights.vlm import load_config
 
 
 class Trainer:

@@ -125,7 +125,7 @@ def starflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
         norm="layer" if layer_norm else "rms_zero", norm_eps=1e-5 if layer_norm else 1e-6,
         activation="gelu_tanh" if c["use_swiglu"] else "gelu", gated_mlp=c["use_swiglu"],
         qkv_bias=c["use_bias"], out_bias=c["use_bias"], mlp_bias=c["use_bias"],
-        qk_norm=c["use_qk_norm"], post_norm=c["use_post_norm"],
+        qk_norm="rms_zero" if c["use_qk_norm"] else "none", post_norm=c["use_post_norm"],
     )  # fmt: skip
     block = FlowBlockConfig(
         (side, side), c["in_channels"], transformer,

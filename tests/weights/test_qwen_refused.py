@@ -107,7 +107,7 @@ def test_tied_heads(tmp_path, capsys):
         return t
 
     resave(source, change)
-    refused(capsys, source, "lm_head.weight differs from the token embeddings")
+    refused(capsys, source, "lm_head.weight differs from model.embed_tokens.weight")
     resave(source, lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"})
     edit(source, "config.json", lambda c: c.update(tie_word_embeddings=False))
     refused(capsys, source, "missing tensor lm_head.weight")
@@ -201,7 +201,8 @@ def test_an_interrupted_conversion_leaves_nothing(copy, checkpoint, monkeypatch,
         return original(*args)
 
     monkeypatch.setattr(ArrayStore, method, fails_later)
-    there, back_again = convert.to_checkpoint, partial(convert.to_reference, shard_bytes=10_000)
+    there = partial(convert.to_checkpoint, "qwen2_5_vl")
+    back_again = partial(convert.to_reference, "qwen2_5_vl", shard_bytes=10_000)
     with pytest.raises(error):
         back_again(checkpoint, copy.parent / "new") if back else there(copy, copy.parent / "new")
     assert count == 10 and list(copy.parent.iterdir()) == [copy]
