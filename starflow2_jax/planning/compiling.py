@@ -41,7 +41,7 @@ QUIET = {
 
 
 class DoesNotFit(UserError):
-    """The program does not fit a chip's memory. `needed`: bytes, `largest`: its largest arrays as (bytes, description)."""
+    """The program does not fit a chip: `needed` bytes, and its `largest` arrays as (bytes, description)."""
 
     def __init__(self, message: str, needed: float, largest: list[tuple[float, str]]):
         super().__init__(message)
@@ -100,8 +100,8 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
 def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, slots: int) -> dict[str, Program]:
     """Compile the sampler's `read` and `write` for `rows` rows whose caches have room for `slots` positions.
 
-    `read` reads slots / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on; parameters
-    and caches are bfloat16. Raises DoesNotFit.
+    `read` reads slots / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on, and
+    parameters and caches are bfloat16. Raises DoesNotFit.
     """
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)

@@ -10,10 +10,10 @@ from starflow2_jax.parallel.hardware import Topology
 from starflow2_jax.planning.hlo import Computation, Instruction, Module
 
 ROOFLINE = (
-    "operations run one after another, each for the longer of its FLOP at the matrix units' peak and its bytes at the "
-    "memory's; collectives run one after another, each for the bytes that a ring algorithm sends at the bandwidth of the "
-    "links of its axis, and cost only the time in which no computation runs beside them. Left out: latencies, the units' "
-    "inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
+    "operations run one after another, each for the longer of its FLOP at the matrix units' peak and its bytes at "
+    "the memory's; collectives run one after another, each for the bytes that a ring algorithm sends at the "
+    "bandwidth of the links of its axis, and cost only the time in which no computation runs beside them. Left out: "
+    "latencies, the units' inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
 )
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -97,8 +97,8 @@ class Analysis:
     def _fused(self, around: Computation, at: Instruction, clocks: list[float], pending: dict, times: float) -> None:
         """Advance both clocks by an operation that computes, and by the collectives that are fused into it.
 
-        The TPU's compiler may split a collective over fusions: one starts it, others compute while it runs, one ends it,
-        and all carry the number of its channel. A collective within a single fusion overlaps with that fusion alone.
+        The TPU's compiler may split a collective over fusions: one starts it, others compute while it runs, one ends
+        it, and all carry the number of its channel. A collective within a single fusion overlaps with that one alone.
         """
         begin = clocks[0]
         clocks[0] += self._compute(around, at, times)
@@ -257,7 +257,7 @@ class Analysis:
         return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
 
     def _bandwidth(self, group: list[int], base: str) -> float:
-        """Bytes/s that a chip sends: one link for each dimension of the torus that the group extends along, two in a ring."""
+        """Bytes/s that a chip sends: a link for each dimension along which the group lies, two if it closes to a ring."""
         chip, places = self.topology.chip, self.coordinates[group]
         sizes = [len(set(column)) for column in places.T]
         along = [d for d, size in enumerate(sizes) if size > 1]

@@ -30,7 +30,7 @@ class Array:
 
     @property
     def hbm(self) -> float:
-        """Bytes in the chip's main memory: 0 if the compiler put it into another memory space, such as S(1) for VMEM."""
+        """Bytes in the chip's main memory: 0 in another memory space, such as S(1) for VMEM."""
         return 0.0 if re.search(r"S\([1-9]", self.layout) else self.bytes
 
 
@@ -65,7 +65,7 @@ class Instruction:
         return sum(a.hbm for a in self.arrays)
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=`: a computation's name, or the text between braces; None if there is no such attribute."""
+        """The value of `name=`: a computation's name, or the text between braces; None without that attribute."""
         found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
         return None if found is None else found[1] if found[1] is not None else found[2]
 
@@ -185,7 +185,10 @@ class Module:
 
 
 def _splash_flops(kernel: str, operands: list[Array]) -> float:
-    """FLOP of splash attention, which brings no estimate: queries (..., H, S, K), keys (..., J, C, K), half of all pairs."""
+    """FLOP of splash attention, which brings no estimate; causality leaves half of all pairs.
+
+    Its operands begin with queries (..., H, S, K) and keys (..., J, C, K).
+    """
     queries, keys = [a.dims for a in operands if len(a.dims) > 2 and a.dtype in ("bf16", "f32", "f16")][:2]
     products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel]
     return products * 2.0 * math.prod(queries) * keys[-2] / 2

@@ -33,8 +33,8 @@ def text(plan: Plan) -> str:
     lines += ["  " + line for line in collectives(plan)]
     lines += ["largest arrays", *(f"  {_size(size):>12}  {what[:100]}" for size, what in plan.largest)]
     lines += [
-        f"predicted step {plan.seconds:.3g} s (matrix units {plan.matrix_seconds:.3g}, memory {plan.memory_seconds:.3g}, "
-        f"waiting for the interconnect {plan.exposed_seconds:.3g})"
+        f"predicted step {plan.seconds:.3g} s (matrix units {plan.matrix_seconds:.3g}, "
+        f"memory {plan.memory_seconds:.3g}, waiting for the interconnect {plan.exposed_seconds:.3g})"
     ]
     lines += [f"predicted {plan.tokens_per_second:,.0f} positions a second"]
     if plan.mfu:
