@@ -257,7 +257,7 @@ class Analysis:
         return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
 
     def _bandwidth(self, group: list[int], base: str) -> float:
-        """Bytes/s that a chip sends: a link for each dimension along which the group lies, two if it closes to a ring."""
+        """Bytes/s that a chip sends: a link for each dimension along which the group lies, two if that is a ring."""
         chip, places = self.topology.chip, self.coordinates[group]
         sizes = [len(set(column)) for column in places.T]
         along = [d for d, size in enumerate(sizes) if size > 1]
