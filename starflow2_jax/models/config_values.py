@@ -15,8 +15,8 @@ COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "m
 def build(cls: type, values: Mapping[str, typing.Any]) -> typing.Any:
     """An instance of the dataclass `cls` from the values of its fields, nested dataclasses included.
 
-    A field of type VlmConfig takes the dataclass of the kind that its values name. Raises ConfigError, with the place of the
-    field in front, for fields or values that do not fit.
+    A field of type VlmConfig takes the dataclass of the kind that its values name. Raises ConfigError, with the place
+    of the field in front, for fields or values that do not fit.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}

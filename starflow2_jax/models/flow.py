@@ -263,7 +263,8 @@ class Flow(nn.Module):
     ) -> jax.Array:
         """z (B, N, D) -> h (B, N, D); arguments as FlowBlock's. Guidance acts in the blocks that take a condition.
 
-        `schedule` has a solver for each block; without one all go token by token. Raises ValueError for too many or too few.
+        `schedule` has a solver for each block; without one all go token by token. Raises ValueError for too many or
+        too few.
         """
         solvers = (SEQUENTIAL,) * len(self.chain) if schedule is None else schedule
         for block, solver in reversed(list(zip(self.chain, solvers, strict=True))):

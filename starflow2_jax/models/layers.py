@@ -41,7 +41,7 @@ def widened(x: jax.Array) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in fp32 at least, by erf as in PyTorch: a TPU computes erf in one pass, jax.nn.gelu's erfc not."""
+    """The exact GELU, in fp32 at least, by erf as in PyTorch; a TPU computes erf faster than jax.nn.gelu's erfc."""
     wide = widened(x)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
@@ -143,7 +143,7 @@ class Norm(nn.Module):
 
 
 def _cast_on_shards(path: str, x, kernel, bias, dtype=None, inexact=True):
-    """Flax's promotion of types, with the kernel pinned to its shards after it, so that the smaller type is gathered."""
+    """Promote types as Flax does, then pin the kernel to its shards, so that the smaller type is what travels."""
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype, inexact=inexact)
     return x, constrain_parameter(kernel, path), bias
 
@@ -169,8 +169,8 @@ class Attention(nn.Module):
     def __call__(self, x, angles, mask, segments, stored, start, temperature):
         """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
 
-        `stored` is this layer's keys and values (B, J, C, K), `start` (B,) their filled lengths. Without a cache `stored`,
-        `start` and `temperature` are None.
+        `stored` is this layer's keys and values (B, J, C, K), `start` (B,) their filled lengths. Without a cache
+        `stored`, `start` and `temperature` are None.
         """
         c = self.cfg
         linear = partial(dense, dtype=c.dtype, part="attention")
@@ -220,8 +220,8 @@ class Layer(nn.Module):
     def __call__(self, x, which, added, stored, angles, mask, segments, start, temperature):
         """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
 
-        `which` picks this layer's mask out of a stack, `added` (B, S, E) is this layer's part of `layer_inputs`; both may
-        be None.
+        `which` picks this layer's mask out of a stack, `added` (B, S, E) is this layer's part of `layer_inputs`; both
+        may be None.
         """
         c = self.cfg
         x = checkpoint_name(x, LAYER_INPUT)
@@ -271,8 +271,9 @@ class Transformer(nn.Module):
         """x (B, S, E) -> y (B, S, E) and the cache grown by S positions.
 
         angles: rotary angles (B, S, K/2); None: no rotation.
-        mask: (B, S, S) bool, True where query s sees key c. None: attention is causal, within `segments` (B, S) if given.
-        cache: the positions before x, which every position of x sees, and those of x up to its own; takes no mask.
+        mask: (B, S, S) bool, True where query s sees key c. None: attention is causal, and stays within the documents of
+            `segments` (B, S) if these are given.
+        cache: the positions before x, which every position of x sees. Such a call is causal and takes no mask.
         temperature: divides the attention logits of a call with a cache. Other calls refuse it: their kernels need a
             static scale, and a value that passes through `nn.scan` is traced.
         mask_of_layer: (L,) int. Then `mask` is a stack (A, B, S, S), and layer l uses mask[mask_of_layer[l]].

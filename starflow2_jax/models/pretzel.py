@@ -140,8 +140,8 @@ class Pretzel(nn.Module):
 
         skips: whether the skips W_vlm and W_D are open.
         deep: whether the deep flow runs; without it there is no Gaussian of the next image token.
-        vlm_length: only with closed skips. The VLM runs over the text and vit positions of each row alone, gathered into
-            rows of this length, so they see no flow image; its output is 0 elsewhere. 0: it runs over whole rows.
+        vlm_length: only with closed skips. The VLM runs over the text and vit positions of each row alone, gathered
+            into rows of this length, so they see no flow image; its output is 0 elsewhere. 0: it runs over whole rows.
         """
         u = logdet = reads = states = None
         if isinstance(inputs, Sequence):

@@ -91,14 +91,14 @@ class VisionConfig:
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels of an image -> of what the tower sees (Qwen2-VL's rule).
 
-        Sides become multiples of patch x merge, the area lies between min_pixels and max_pixels, and the aspect ratio is
-        kept as far as those allow. Raises ValueError for an image more than 200 times as long as wide.
+        Sides become multiples of patch x merge, the area lies between min_pixels and max_pixels, and the aspect ratio
+        is kept as far as those allow. Raises ValueError for an image more than 200 times as long as wide.
         """
         side, area = self.patch * self.merge, math.prod(size)
         if max(size) > 200 * min(size):
             raise ValueError(
-                f"an image of {size[0]}x{size[1]} pixels was given; the vision tower takes none that is over 200 times as "
-                "long as wide"
+                f"an image of {size[0]}x{size[1]} pixels was given; the vision tower takes none that is over 200 times "
+                "as long as wide"
             )
         height, width = (round(s / side) * side for s in size)
         if height * width > self.max_pixels:
@@ -115,10 +115,11 @@ class VisionConfig:
         return height // (self.patch * self.merge), width // (self.patch * self.merge)
 
     def preprocess(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Pixels (height, width, C) in [-1, 1] -> "patches" (P, patch width), "coordinates" (P, 2), "window" (P,) from 0.
+        """Pixels (height, width, C) in [-1, 1] -> "patches" (P, patch width), "coordinates" (P, 2), "window" (P,).
 
-        A gray image is repeated to the tower's channels. If an image must be resized, it is rounded to 8-bit levels and
-        resized with a bicubic filter. The patches of one merged token are neighbours; merged tokens are in raster order.
+        A gray image is repeated to the tower's channels. If an image must be resized, it is rounded to 8-bit levels
+        and resized with a bicubic filter. The patches of one merged token are neighbours; merged tokens are in raster
+        order.
         """
         height, width = self.resized(pixels.shape[:2])
         h, w = height // (self.patch * self.merge), width // (self.patch * self.merge)

@@ -1,7 +1,7 @@
 """The contract of a vision-language model, and the table of those that there are.
 
-Pretzel and everything around it know a VLM through the protocols of this file alone. A new one is a config class, a Flax
-module and a row of VLMS; docs/extending.md walks through it.
+Pretzel and everything around it know a VLM through the protocols of this file alone. A new one is a config class, a
+Flax module and a row of VLMS; docs/extending.md walks through it.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class VisionConfig(Protocol):
         ...
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) in pixels of an image -> of what the tower sees. Raises ValueError for an image it refuses."""
+        """(height, width) of an image in pixels -> the size that the tower sees. Raises ValueError for a refused size."""
         ...
 
     def merged_grid(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -45,8 +45,8 @@ def make_mesh(
     """A mesh over `devices` (None: all). One size may be -1: all devices that the others leave.
 
     With devices of several slices the data axis spans the slices, and fsdp too if data is too short for all of them;
-    the other axes stay within a slice. Within a slice, axes may share a dimension of the torus. Raises UserError for sizes
-    that do not fit the devices.
+    the other axes stay within a slice. Within a slice, axes may share a dimension of the torus. Raises UserError for
+    sizes that do not fit the devices.
     """
     devices = devices or jax.devices()
     sizes, count = [data, fsdp, sequence, tensor], len(devices)

@@ -58,8 +58,8 @@ Wanted = dict[str, tuple[Rule, tuple[Part, ...]]]
 def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
     """The reference's folder `source` of a VLM of this kind -> a new checkpoint `target`.
 
-    Names, shapes and types are checked before anything is written, numbers while they are written. Raises UserError, and
-    then leaves nothing behind.
+    Names, shapes and types are checked before anything is written, numbers while they are written. Raises UserError,
+    and then leaves nothing behind.
     """
     require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
     weights = VLM_WEIGHTS[kind]
@@ -89,7 +89,8 @@ def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
 def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_bytes: int = 4 * 10**9) -> None:
     """A checkpoint that `to_checkpoint` made -> a new folder `target` as the reference library saves it, bit for bit.
 
-    A weight file has at most `shard_bytes`, or a single larger tensor. Raises UserError, and then leaves nothing behind.
+    A weight file has at most `shard_bytes`, or a single larger tensor. Raises UserError, and then leaves nothing
+    behind.
     """
     require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
     checkpoint, target = Path(checkpoint).resolve(), Path(target).resolve()
