@@ -85,7 +85,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperatur
 
 
 def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """`attend` with keys and values in the layout of a KVCache, (B, J, C, K), which its products read without a copy."""
+    """`attend` with keys and values in the layout of a KVCache, (B, J, C, K), which it reads without a copy."""
     B, S, H, K = q.shape
     J = k.shape[1]
     R = H // J

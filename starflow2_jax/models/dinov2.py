@@ -1,4 +1,4 @@
-"""DINOv2, the frozen image encoder whose patch features an FAE codec compresses (Oquab et al. 2023, arXiv 2304.07193)."""
+"""DINOv2, the frozen image encoder whose patch features an FAE codec compresses (arXiv 2304.07193)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -106,7 +106,7 @@ def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def preprocess(cfg: DinoConfig, pixels: Any) -> Any:
-    """Pixels (..., height, width, C) in [-1, 1] -> the encoder's input: normalised by the mean and deviation of ImageNet.
+    """Pixels (..., height, width, C) in [-1, 1] -> the encoder's input, normalised by ImageNet's mean and deviation.
 
     Gray images (C = 1) are repeated to the encoder's channels. Nothing is resized: raises ValueError if the sides are
     no multiples of the patch. Works on NumPy and JAX arrays alike.

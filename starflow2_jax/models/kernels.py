@@ -79,7 +79,7 @@ def _on_a_device(q, k, v, segments, keys, start, local):
 
 
 def _cudnn(q, k, v, segments, keys, start):
-    """cuDNN's attention, which takes no segment ids: a mask (B, 1, S, C) separates documents, and places cut queries."""
+    """cuDNN's attention. It takes no segment ids; a mask (B, 1, S, C) separates documents and places cut queries."""
     apart = keys is not None or q.shape[1] < k.shape[1]
     mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1], k.shape[1]))[:, None] if apart else None
     return jax.nn.dot_product_attention(

@@ -271,8 +271,8 @@ class Transformer(nn.Module):
         """x (B, S, E) -> y (B, S, E) and the cache grown by S positions.
 
         angles: rotary angles (B, S, K/2); None: no rotation.
-        mask: (B, S, S) bool, True where query s sees key c. None: attention is causal, and stays within the documents of
-            `segments` (B, S) if these are given.
+        mask: (B, S, S) bool, True where query s sees key c. None: attention is causal, and stays within the documents
+            of `segments` (B, S) if these are given.
         cache: the positions before x, which every position of x sees. Such a call is causal and takes no mask.
         temperature: divides the attention logits of a call with a cache. Other calls refuse it: their kernels need a
             static scale, and a value that passes through `nn.scan` is traced.

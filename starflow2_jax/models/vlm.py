@@ -55,7 +55,7 @@ class VisionConfig(Protocol):
         ...
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of an image in pixels -> the size that the tower sees. Raises ValueError for a refused size."""
+        """(height, width) of an image in pixels -> the size that the tower sees. Raises ValueError to refuse it."""
         ...
 
     def merged_grid(self, size: tuple[int, int]) -> tuple[int, int]:
