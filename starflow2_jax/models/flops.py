@@ -68,7 +68,7 @@ def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: i
 
 
 def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, slots: int, lanes: int) -> dict[str, Flops]:
-    """FLOP of the sampler's `read` (slots / 2 positions of each row) and of one turn of its `write`, by `SAMPLING_RULE`.
+    """FLOP of the sampler's `read` (slots / 2 positions of each row) and of a turn of its `write`, by `SAMPLING_RULE`.
 
     lanes: cache rows of each row, for guidance. The executed FLOP count attention over all `slots` of the caches.
     """

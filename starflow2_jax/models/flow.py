@@ -278,7 +278,7 @@ class Flow(nn.Module):
         temperature: float = 1.0,
         schedule: Schedule | None = None,
     ) -> jax.Array:
-        """z (B, N, D) -> h (B, N, D), with the arguments of FlowBlock.inverse. Blocks without a condition are not guided.
+        """z (B, N, D) -> h (B, N, D); arguments as in FlowBlock.inverse. Blocks without a condition are not guided.
 
         schedule: a solver for each block; None: all are solved token by token. Raises ValueError for another number of
         solvers than blocks.

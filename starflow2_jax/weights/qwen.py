@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
@@ -31,7 +32,10 @@ STACK, HEADS = "stack/layers/", ("query", "key", "value")
 
 
 def read_folder(folder: Path, dtype: str) -> QwenConfig:
-    """The reference's config.json and preprocessor_config.json -> our config, computing in `dtype`. Raises WeightError."""
+    """The reference's config.json and preprocessor_config.json -> our config that computes in `dtype`.
+
+    Raises WeightError.
+    """
     cfg = read_config(folder / "config.json", dtype)
     if cfg.vision is None:
         return cfg
@@ -39,8 +43,10 @@ def read_folder(folder: Path, dtype: str) -> QwenConfig:
 
 
 def read_config(path: Path, dtype: str) -> QwenConfig:
-    """The reference's config.json -> ours, computing in `dtype`. An option that is not in the file has the reference's
-    default. Raises WeightError for a file that cannot be read, or asks for something that is not supported.
+    """The reference's config.json -> our config that computes in `dtype`.
+
+    An option that the file leaves out has the reference's default. Raises WeightError for a file that cannot be read,
+    or that asks for something we do not support.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2_5_VLConfig
@@ -122,7 +128,8 @@ def read_processor(path: Path, vision: VisionConfig) -> VisionConfig:
         ) from None
 
 
-def _refuse_unsupported(path: Path, text, vision) -> None:
+def _refuse_unsupported(path: Path, text: Any, vision: Any) -> None:
+    """Raises WeightError for options of the text decoder and vision tower that we do not support."""
     rotary = text.rope_parameters.get("rope_type", "default")
     found = {
         "text hidden_act": (text.hidden_act, "silu"),
@@ -161,7 +168,7 @@ def copies(cfg: QwenConfig) -> dict[str, str]:
 
 
 def _layer(source: str, target: str, norms: tuple[str, str], bias: bool = False) -> tuple[Rule, ...]:
-    """Norms and gated MLP of a layer."""
+    """Rules of a layer's norms and gated MLP."""
     return (
         *norm(source + norms[0], target + "attention_norm", bias=False),
         *norm(source + norms[1], target + "mlp_norm", bias=False),
@@ -170,6 +177,7 @@ def _layer(source: str, target: str, norms: tuple[str, str], bias: bool = False)
 
 
 def _vision(v: VisionConfig, source: str) -> tuple[Rule, ...]:
+    """Rules of the vision tower, whose tensors' names begin with `source`."""
     target, block, stack = "vlm/vision/", source + "blocks.{layer}.", "vlm/vision/" + STACK
     sizes = {"c": v.channels, "t": v.temporal_patch, "p": v.patch, "q": v.patch}
     patches = Rule(
