@@ -113,7 +113,7 @@ def _forward_streams(
 
 def _forward(part: str, c: TransformerConfig, rows: int, length: int, keys: int, seen: float) -> Iterator[_Term]:
     """A stack's forward pass over (rows, length); attention multiplies all `keys`, of which `seen` are visible."""
-    yield _Term(part, 2.0 * c.layers * sum(matrices(c)) * rows * length, 1)
+    yield _Term(part, 2.0 * c.layers * sum(matrix_parameters(c)) * rows * length, 1)
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * keys
     yield _Term(f"{part} attention", products, 1, needed=seen / keys)
 
@@ -158,7 +158,7 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> I
 
 def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: bool, through: bool) -> Iterator[_Term]:
     """A causal stack over (rows, length). `through`: whether a gradient passes on to the stack's input."""
-    projections, mlp = matrices(c)
+    projections, mlp = matrix_parameters(c)
     down = c.mlp_hidden * c.width
     policy = c.remat if through else "none"
     again = 1 - down / (projections + mlp) if policy in FROM_INPUTS else 0  # the last product is not needed
@@ -186,7 +186,7 @@ def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
 def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[_Term]:
     """The vision tower over (rows, patches). The program multiplies whole rows; only visible patches are needed."""
     t, part = c.transformer, "vision tower"
-    projections, mlp = matrices(t)
+    projections, mlp = matrix_parameters(t)
     tokens, times = rows * patches, 3 if trained else 1
     policy = t.remat if trained else "none"
     again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
@@ -198,7 +198,7 @@ def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator
     yield _Term(f"{part} attention", products, times, float(policy != "none"), needed)
 
 
-def matrices(c: TransformerConfig) -> tuple[int, int]:
+def matrix_parameters(c: TransformerConfig) -> tuple[int, int]:
     """Parameters of a layer's matrices: the four of attention together, and those of the MLP."""
     projections = c.width * c.head * (2 * c.heads + 2 * c.kv)
     return projections, (3 if c.gated_mlp else 2) * c.width * c.mlp_hidden

@@ -52,7 +52,7 @@ class Topology:
         return self.shape[dimension] % self.chip.wraps == 0
 
 
-def parse(text: str) -> Topology:
+def parse_topology(text: str) -> Topology:
     """The topology that a text such as "v5p:4x4x4" names. Raises UserError, with the nearest topology that exists."""
     name, _, sizes = text.partition(":")
     chip = CHIPS.get(name)

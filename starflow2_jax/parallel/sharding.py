@@ -147,7 +147,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def spread(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh) -> int:
     """Number of shards that rows are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -106,7 +106,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    B, slots = rows + -rows % sharding.spread(mesh), row.bucket(slots)
+    B, slots = rows + -rows % sharding.row_shards(mesh), row.bucket(slots)
     branches = ("bare",)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

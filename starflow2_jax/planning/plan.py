@@ -98,7 +98,7 @@ def plan_sampler(
         plan.largest = error.largest
         plan.advice = ["fewer rows or slots, or a larger tensor axis, which splits the caches' heads"]
         return [plan]
-    B, lanes = rows + -rows % sharding.spread(programs["read"].mesh), 2
+    B, lanes = rows + -rows % sharding.row_shards(programs["read"].mesh), 2
     hand = flops.sampling_flops(configs.pretzel(config), stage, B, bucket(slots), lanes)
     for name, program in programs.items():
         what = f"sampler, {name}: {'half of the slots' if name == 'read' else 'one position a row'}"
