@@ -6,6 +6,7 @@ Flax module and a row of VLMS; docs/extending.md walks through it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -153,8 +154,8 @@ def example_vision(cfg: VisionConfig | None) -> VisionInput | None:
 def abstract_params(cfg: VlmConfig) -> dict:
     """Shapes and types of Pretzel's group `vlm`: {"vlm": {...}}."""
     module, ids = make_vlm(cfg), jnp.zeros((1, 1), jnp.int32)
-    example = VlmInputs(ids, ids, jnp.zeros((1, 1, 3), jnp.int32), ids, vision=example_vision(cfg.vision), slot=ids)
-    init = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), method=lambda m: m.logits(m(example)[0])),
+    example = VlmInputs(
+        ids, ids, jnp.zeros((1, 1, 3), jnp.int32), ids, vision=example_vision(cfg.vision), vision_index=ids
     )
-    return {"vlm": init["params"]}
+    every_part = partial(module.init, method=lambda m: m.logits(m(example)[0]))
+    return {"vlm": jax.eval_shape(every_part, jax.random.key(0))["params"]}

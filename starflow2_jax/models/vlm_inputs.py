@@ -21,14 +21,14 @@ class VlmInputs:
     segments: jax.Array | None = None  # (B, S) int32; documents of a row count from 1, 0 is padding
     flow: jax.Array | None = None  # (B, S, E): the embeddings at FLOW positions; None if there are none
     vision: VisionInput | None = None  # the images that the vision tower sees; None if there are none
-    slot: jax.Array | None = None  # (B, S) int32: which merged token of the vision tower a VIT position reads
+    vision_index: jax.Array | None = None  # (B, S) int32: which merged token of the vision tower a VIT position reads
 
     def at_vit(self, merged: jax.Array) -> jax.Array:
         """Merged tokens of the vision tower (B, T, E) -> the one that each position reads (B, S, E).
 
         Only VIT positions mean anything in the result.
         """
-        return gather_positions(merged, self.slot)
+        return gather_positions(merged, self.vision_index)
 
     def embeddings(self, words: jax.Array, merged: jax.Array | None = None) -> jax.Array:
         """The input of the first layer (B, S, E).
