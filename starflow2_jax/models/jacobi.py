@@ -8,6 +8,7 @@ is.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +42,10 @@ SEQUENTIAL = Jacobi(chunk=1)
 Schedule = tuple[Jacobi, ...]  # one for each block of a chain, the block nearest the data first
 
 # (tokens before each of the chunk's (B, c, D), index of the chunk's first token, state) -> mean, scale (B, c, D), state
-Predict = Callable[[jax.Array, jax.Array, object], tuple[jax.Array, jax.Array, object]]
+Predict = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
 
 
-def solve(predict: Predict, z: jax.Array, begin: jax.Array, state, method: Jacobi) -> tuple[jax.Array, jax.Array]:
+def solve(predict: Predict, z: jax.Array, begin: jax.Array, state: Any, method: Jacobi) -> tuple[jax.Array, jax.Array]:
     """Solve for h (B, S, D), given z (B, S, D) and `begin` (B, D), the token before the first.
 
     Returns h and the number of passes over each chunk, (B, chunks) int32; the last chunk may be shorter. `state` is

@@ -62,7 +62,9 @@ def attend_packed(
     return along(q, k, v, segments, segments, start, local)
 
 
-def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int, length: int = 0) -> jax.Array:
+def visible(
+    queries: jax.Array | None, keys: jax.Array | None, start: int | jax.Array, size: int, length: int = 0
+) -> jax.Array:
     """(B or 1, size, length) bool: query i, at position start + i, sees the keys of its segment up to its position.
 
     queries (B, size) and keys (B, length) are segment ids, None if all are equal. length 0: as many keys as queries.

@@ -15,6 +15,7 @@ from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.kernels import PLATFORMS, SAVED, attend_packed
 from starflow2_jax.parallel.sharding import constrain, constrain_parameter
 
+LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, (B, J, C, K) each
 LAYER_INPUT = "layer_input"  # its name for remat policies
 _POLICIES = jax.checkpoint_policies
 # Which values of a layer are saved for the backward pass; it computes the others again.
@@ -148,7 +149,15 @@ def _cast_on_shards(path: str, x, kernel, bias, dtype=None, inexact=True):
     return x, constrain_parameter(kernel, path), bias
 
 
-def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.0, part: str = "") -> nn.DenseGeneral:
+def dense(
+    features: int | tuple[int, ...],
+    name: str,
+    bias: bool,
+    dtype: str,
+    axis: int | tuple[int, ...] = -1,
+    gain: float = 1.0,
+    part: str = "",
+) -> nn.DenseGeneral:
     """A linear map, its kernel drawn with variance `gain`^2 / fan-in.
 
     `part` is the name of the module around it, by which the sharding rules know the kernel.
@@ -166,7 +175,16 @@ class Attention(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, segments, stored, start, temperature):
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array | None,
+        mask: jax.Array | None,
+        segments: jax.Array | None,
+        stored: LayerCache | None,
+        start: jax.Array | None,
+        temperature: float | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
 
         `stored` is this layer's keys and values (B, J, C, K), `start` (B,) their filled lengths. Without a cache
@@ -217,7 +235,18 @@ class Layer(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, which, added, stored, angles, mask, segments, start, temperature):
+    def __call__(
+        self,
+        x: jax.Array,
+        which: jax.Array | None,
+        added: jax.Array | None,
+        stored: LayerCache | None,
+        angles: jax.Array | None,
+        mask: jax.Array | None,
+        segments: jax.Array | None,
+        start: jax.Array | None,
+        temperature: float | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
 
         `which` picks this layer's mask out of a stack, `added` (B, S, E) is this layer's part of `layer_inputs`; both
