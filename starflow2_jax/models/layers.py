@@ -79,6 +79,7 @@ class TransformerConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str = "none"  # norm of each head of q and k before the rotation: "none" or one of NORMS
+    qk_norm_eps: float = 1e-6
     post_norm: bool = False  # RMS norm of the outputs of attention and MLP
     dropout: float = 0.0  # of the outputs of attention and MLP; acts only if a "dropout" key is given, as training does
     layer_scale: bool = False  # a learned factor per channel on the outputs of attention and MLP
@@ -187,8 +188,8 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
 
-        `stored` is this layer's keys and values (B, J, C, K), `start` (B,) their filled lengths. Without a cache
-        `stored`, `start` and `temperature` are None.
+        `stored` is this layer's keys and values (B, J, C, K), `start` (B,) their filled lengths; both are None
+        without a cache, and then `temperature` is not used.
         """
         c = self.cfg
         linear = partial(dense, dtype=c.dtype, part="attention")
@@ -196,7 +197,8 @@ class Attention(nn.Module):
         k = linear((c.kv, c.head), "key", c.qkv_bias)(x)
         v = linear((c.kv, c.head), "value", c.qkv_bias)(x)
         if c.qk_norm != "none":
-            q, k = Norm(c.qk_norm, name="query_norm")(q), Norm(c.qk_norm, name="key_norm")(k)
+            q = Norm(c.qk_norm, c.qk_norm_eps, name="query_norm")(q)
+            k = Norm(c.qk_norm, c.qk_norm_eps, name="key_norm")(k)
         if angles is not None:
             q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         q = constrain(q, "batch", "sequence", "heads", None)
