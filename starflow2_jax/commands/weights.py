@@ -5,7 +5,7 @@ import os
 
 def add(commands) -> None:
     p = commands.add_parser("convert", help="other people's weights <-> a checkpoint", allow_abbrev=False)
-    p.add_argument("kind", help="of vision-language model: a row of starflow2_jax.weights.vlm.VLM_WEIGHTS")
+    p.add_argument("kind", help="kind of vision-language model; a name that is none is answered with the list")
     p.add_argument(
         "--from", dest="source", required=True, help="the reference library's folder; with --to-hf a checkpoint"
     )
