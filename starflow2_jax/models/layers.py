@@ -83,9 +83,7 @@ class TransformerConfig:
     post_norm: bool = False  # RMS norm of the outputs of attention and MLP
     dropout: float = 0.0  # of the outputs of attention and MLP; acts only if a "dropout" key is given, as training does
     layer_scale: bool = False  # a learned factor per channel on the outputs of attention and MLP
-    dtype: str = (
-        "float32"  # of the matrix products; norms, softmax and rotations are always fp32 (float64 is for tests)
-    )
+    dtype: str = "float32"  # of matrix products; norms, softmax and rotations are fp32 at least (float64: for tests)
     remat: str = "none"  # a key of REMAT
     kernel: str = "xla"  # of attention over whole rows: a key of kernels.PLATFORMS
     scan: bool = True  # the layers' parameters are stacked and scanned over; False: each has its own, for decoding

@@ -30,9 +30,7 @@ class Candidate:
         """A locked copy of the config with this choice."""
         config = config.copy_and_resolve_references().unlock()
         config.stages[stage.name].rows = self.rows
-        config.data.groups = math.gcd(
-            self.rows, config.data.groups
-        )  # must divide the rows; the plan does not depend on it
+        config.data.groups = math.gcd(self.rows, config.data.groups)  # must divide the rows; changes no plan
         config.mesh.update(self.mesh)
         for stream in STREAMS:
             config.model[stream].remat = self.remat
