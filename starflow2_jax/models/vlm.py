@@ -80,7 +80,8 @@ class VlmConfig(Protocol):
     width: int  # E
     vision: VisionConfig | None  # None: it sees no images
     dtype: str  # of its matrix products and caches
-    kernel: str  # these two: see TransformerConfig
+    remat: str  # these three: see TransformerConfig
+    kernel: str
     scan: bool
 
     @property
