@@ -28,12 +28,13 @@ def peak() -> float:
 
 def make(folder: Path, size: str, layers: int) -> None:
     """The reference's folder, in files of 2 GB."""
+    from starflow2_jax.models.vlm import abstract_params
     from starflow2_jax.weights import qwen
     from starflow2_jax.weights.folder import write_folder
     from starflow2_jax.weights.table import expected, source_shape
 
     cfg = dataclasses.replace(qwen.QWEN2_5_VL[size], layers=layers)
-    wanted, _ = expected(qwen.table(cfg), qwen.abstract_params(cfg))
+    wanted, _ = expected(qwen.table(cfg), abstract_params(cfg))
     shapes = {name: source_shape(*parts) for name, parts in wanted.items()}
     random = np.random.default_rng(0)
 
@@ -79,10 +80,11 @@ def place(checkpoint: Path, saved: Path | None) -> None:
 
     jax.config.update("jax_num_cpu_devices", 8)
     from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
+    from starflow2_jax.models.vlm import abstract_params
     from starflow2_jax.parallel import sharding
-    from starflow2_jax.weights import qwen
+    from starflow2_jax.weights.vlm import load_config
 
-    tree = qwen.abstract_params(qwen.load_config(checkpoint / "vlm.json"))
+    tree = abstract_params(load_config(checkpoint / "vlm.json"))
     tree = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), tree)
     frozen = CheckpointDirectory(checkpoint).restore_frozen(abstract(tree, sharding.make_mesh(data=1, fsdp=8)))
     jax.block_until_ready(frozen)

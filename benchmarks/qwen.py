@@ -51,7 +51,7 @@ def ours(cfg: QwenConfig, model) -> tuple[Qwen, dict]:
 
     def every_part(m):
         m.embed(jnp.zeros((1, 1), jnp.int32))
-        return m.logits(m(x, positions, jnp.ones((1, 1, 1), bool))[0])
+        return m.logits(m.run(x, positions, jnp.ones((1, 1, 1), bool))[0])
 
     @jax.jit
     def init(key):
@@ -70,7 +70,7 @@ def _copy(cfg: QwenConfig, params: dict, tensors: dict) -> dict:
     seen = {name: t for name, t in tensors.items() if "visual" not in name}
     seen = {n: t for n, t in seen.items() if not (cfg.tied_head and n == "lm_head.weight")}
     shapes = {"vlm": jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)}
-    table = qwen.table(replace(cfg, vision=None), qwen.generation(tensors))
+    table = qwen.table(replace(cfg, vision=None), tensors)
     return jax.tree.map(jnp.asarray, import_tensors(table, seen, shapes)["vlm"])
 
 
@@ -78,7 +78,7 @@ def _copy(cfg: QwenConfig, params: dict, tensors: dict) -> dict:
 def forward(module: Qwen, params, tokens, positions):
     mask = attention.causal_mask(jnp.zeros_like(tokens))
     x = module.apply({"params": params}, tokens, method=Qwen.embed)
-    hidden, _ = module.apply({"params": params}, x, positions, mask)
+    hidden, _ = module.apply({"params": params}, x, positions, mask, method=Qwen.run)
     return module.apply({"params": params}, hidden, method=Qwen.logits)
 
 
@@ -88,7 +88,7 @@ def gradient(module: Qwen, params, x, positions):
 
     def loss(x):
         hidden, _ = module.apply(
-            {"params": params}, x, positions, jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
+            {"params": params}, x, positions, jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool)), method=Qwen.run
         )
         return jnp.mean(jnp.square(module.apply({"params": params}, hidden, method=Qwen.logits)))
 
@@ -103,7 +103,7 @@ def decode(module: Qwen, params, tokens, count: int):
     def apply(tokens, start, cache):
         x = module.apply({"params": params}, tokens, method=Qwen.embed)
         positions = jnp.broadcast_to((start + jnp.arange(tokens.shape[1]))[None, :, None], (*tokens.shape, 3))
-        hidden, cache = module.apply({"params": params}, x, positions, None, cache)
+        hidden, cache = module.apply({"params": params}, x, positions, None, cache, method=Qwen.run)
         return module.apply({"params": params}, hidden[:, -1], method=Qwen.logits).argmax(-1), cache
 
     def step(carry, i):

@@ -34,7 +34,7 @@ ACTIVATIONS = {"silu": torch.nn.functional.silu, "relu2": lambda x: torch.relu(x
 
 def mid_size() -> Sampler:
     """Width 512, 256 tokens of 32 channels, random weights away from their zeros."""
-    flow = dict(width=512, heads=8, mlp_hidden=2048, norm="rms_zero", activation="relu2", qk_norm=True)
+    flow = dict(width=512, heads=8, mlp_hidden=2048, norm="rms_zero", activation="relu2", qk_norm="rms_zero")
     cfg = PretzelConfig(
         vlm=QwenConfig(
             vocabulary=512, layers=6, width=512, heads=8, kv_heads=2, head_dim=64, mlp_hidden=1408,
@@ -83,7 +83,7 @@ class Stack:
                 torch.einsum("bse,ehk->bshk", h, a[n]["kernel"]) + a[n].get("bias", 0)
                 for n in ("query", "key", "value")
             )
-            if c.qk_norm:
+            if c.qk_norm != "none":
                 q, k = (self.norm(t, a[n]["scale"], 1e-6) for t, n in ((q, "query_norm"), (k, "key_norm")))
             q, k = self.rotate(q, angles), self.rotate(k, angles)
             if len(cache) > i:

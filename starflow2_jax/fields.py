@@ -12,6 +12,8 @@ from starflow2_jax.errors import ConfigError, UserError, require_one_of
 
 LARGEST_INT = 2**31 - 1  # of JAX's integers
 LARGEST_FLOAT = 3.4028234e38  # of float32
+# Fields that say how a model is computed, initialised and fed, not which parameters it has.
+COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
 SHOWN = 60  # characters of a wrong value that a message shows
 
 
@@ -138,6 +140,21 @@ def _built(path: str, hint, field: dataclasses.Field, value):
     return {key: _built(f"{path}.{key}", table, field, part) for key, part in value.items()} if named else value
 
 
+def differences(there: object, here: object, prefix: str = "") -> list[str]:
+    """The fields in which two configs describe other parameters, as "deep.layers is 6, not 8"."""
+    if type(there) is not type(here):
+        kinds = (getattr(cfg, "kind", type(cfg).__name__) for cfg in (there, here))
+        return ["{}kind is {}, not {}".format(prefix, *kinds)]
+    found = []
+    for field in dataclasses.fields(there):
+        a, b = getattr(there, field.name), getattr(here, field.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            found += differences(a, b, f"{prefix}{field.name}.")
+        elif a != b and field.name not in COMPUTED:
+            found.append(f"{prefix}{field.name} is {a}, not {b}")
+    return found
+
+
 def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
     """All keys of a page as declared: those of a group that are no groups first, each group before what it holds.
 
@@ -182,7 +199,7 @@ def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
     What chooses a variant is set first. Raises ConfigError for a key that there is not, with the nearest one, and for text
     that is not of the key's type.
     """
-    choosing = {f"{f.name}.{f.metadata['variant'].selector}" for f in dataclasses.fields(cls) if f.metadata["variant"]}
+    choosing = set(_selectors(cls))
     pairs = [override.partition("=") for override in overrides]
     for key, equals, text in sorted(pairs, key=lambda pair: pair[0] not in choosing):
         if not equals:
@@ -196,6 +213,17 @@ def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
             inside = [k.path for k in keys(cls, values) if fnmatch.fnmatchcase(k.path, f"{key}.*")]
             more = ", ..." if len(inside) > 8 else ""
             raise ConfigError(f"config key {key!r} is a group; set one of {', '.join(inside[:8])}{more}") from None
+
+
+def _selectors(cls: type, path: str = "") -> Iterator[str]:
+    """The keys that choose a variant, in all groups that are not variants themselves."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        place = _below(path, field.name)
+        if variant := field.metadata.get("variant"):
+            yield f"{place}.{variant.selector}"
+        elif dataclasses.is_dataclass(plain := _plain(hints[field.name])):
+            yield from _selectors(plain, place)
 
 
 class _UnknownKeyError(Exception):

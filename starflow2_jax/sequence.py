@@ -97,7 +97,7 @@ def text_positions(start: int, count: int) -> np.ndarray:
 
 
 def image_positions(start: int, grid: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """Rotary positions (h w, 3) of an image at offset `start`, and the offset of what follows it (Qwen2.5-VL's rule)."""
+    """Rotary positions (h w, 3) of an image at offset `start`, and the offset after it (arXiv 2409.12191)."""
     h, w = grid
     rows, columns = np.divmod(np.arange(h * w), w)
     return start + np.stack([np.zeros_like(rows), rows, columns], axis=-1), start + max(h, w)

@@ -14,7 +14,7 @@ from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.training.loop import Trainer
-from starflow2_jax.weights import qwen
+from starflow2_jax.weights.vlm import load_config
 
 QUICK = Path(__file__).parents[1] / "starflow2_jax/experiments" / "digits_quick.py"
 TEMPLATE = (
@@ -39,7 +39,7 @@ def vlm(tmp_path_factory) -> Path:
 
 def config_for(vlm: Path, **changes):
     config = configs.load(QUICK, runlocal=True).unlock()
-    config.model.vlm = asdict(qwen.load_config(vlm / "vlm.json"))
+    config.model.vlm = asdict(load_config(vlm / "vlm.json"))
     config.order = ("text_to_image", "joint")
     config.mesh = dict(data=8, fsdp=1, tensor=1)
     for stage in config.stages.values():

@@ -23,7 +23,7 @@ VISION = VisionConfig(
     min_pixels=1,
 )  # fmt: skip
 FLOW = TransformerConfig(
-    layers=2, width=32, heads=2, mlp_hidden=64, norm="rms_zero", activation="relu2", qk_norm=True
+    layers=2, width=32, heads=2, mlp_hidden=64, norm="rms_zero", activation="relu2", qk_norm="rms_zero"
 )  # fmt: skip
 CONFIG = PretzelConfig(
     vlm=QwenConfig(

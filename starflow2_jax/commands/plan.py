@@ -36,7 +36,7 @@ def _plan(args, overrides) -> None:
     from starflow2_jax.planning import compiling, plan, report
     from starflow2_jax.training.program import find_stage
 
-    topology = hardware.parse(args.topology)
+    topology = hardware.parse_topology(args.topology)
     config = configs.load(args.config, overrides, chip=args.chip)
     stage = find_stage(config, args.stage)
     devices = compiling.tpu_devices(topology)

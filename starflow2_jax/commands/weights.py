@@ -5,8 +5,10 @@ import os
 
 def add(commands) -> None:
     p = commands.add_parser("convert", help="other people's weights <-> a checkpoint", allow_abbrev=False)
-    p.add_argument("model", choices=("qwen2_5_vl",))
-    p.add_argument("--from", dest="source", required=True, help="folder of the reference; with --to-hf a checkpoint")
+    p.add_argument("kind", help="kind of vision-language model; a name that is none is answered with the list")
+    p.add_argument(
+        "--from", dest="source", required=True, help="the reference library's folder; with --to-hf a checkpoint"
+    )
     to = p.add_mutually_exclusive_group(required=True)
     to.add_argument("--to", help="new checkpoint of the frozen VLM")
     to.add_argument("--to-hf", help="new folder of safetensors files, as the reference library saves it")
@@ -19,7 +21,7 @@ def _convert(args, _) -> None:
     from starflow2_jax.weights import convert
 
     if args.to:
-        convert.to_checkpoint(args.source, args.to)
+        convert.to_checkpoint(args.kind, args.source, args.to)
     else:
-        convert.to_reference(args.source, args.to_hf, int(args.shard_gb * 10**9))
+        convert.to_reference(args.kind, args.source, args.to_hf, int(args.shard_gb * 10**9))
     print(f"written: {args.to or args.to_hf}")

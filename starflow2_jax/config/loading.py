@@ -17,8 +17,6 @@ from starflow2_jax.fields import Key, assign, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-# Fields that say how a model is computed, begun and fed, not what it is.
-COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
 
 
 def load(
@@ -87,15 +85,3 @@ def _plain(values) -> dict:
 
 def pretzel(config: ConfigDict) -> PretzelConfig:
     return build(PretzelConfig, _plain(config.model), "model")
-
-
-def differences(there, here, prefix: str = "") -> list[str]:
-    """In which fields two configs of one class describe other parameters, as "deep.layers is 6, not 8"."""
-    found = []
-    for field in dataclasses.fields(there):
-        a, b = getattr(there, field.name), getattr(here, field.name)
-        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            found += differences(a, b, f"{prefix}{field.name}.")
-        elif a != b and field.name not in COMPUTED:
-            found.append(f"{prefix}{field.name} is {a}, not {b}")
-    return found

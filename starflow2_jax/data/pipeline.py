@@ -6,10 +6,9 @@ import grain
 import numpy as np
 
 from starflow2_jax import sequence
-from starflow2_jax.data import vision as preprocessing
 from starflow2_jax.data.documents import Document, DocumentError, Image, counts
 from starflow2_jax.data.tokenizer import TokenIds
-from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
 
 
@@ -67,7 +66,7 @@ class Encoder:
                 )
             seen.append(part)
         try:
-            h, w = self.codec.grid if flow else preprocessing.merged_grid(self.vision, part.pixels.shape[:2])
+            h, w = self.codec.grid if flow else self.vision.merged_grid(part.pixels.shape[:2])
         except ValueError as error:
             raise DocumentError(str(error)) from None
         weight = float(part.generate)
@@ -87,7 +86,7 @@ class Encoder:
         if self.vision is None:
             return {}
         width = self.vision.patch_width
-        parts = [preprocessing.preprocess(self.vision, p.pixels) for p in seen]
+        parts = [self.vision.preprocess(p.pixels) for p in seen]
         counts = [len(p["patches"]) for p in parts]
         windows = np.cumsum([0] + [p["window"].max() + 1 for p in parts])
         return {

@@ -1,4 +1,7 @@
-"""Tokenizers are `transformers` ones with Qwen2.5-VL's special tokens; this file names those tokens and loads the files."""
+"""The tokenizer is one of `transformers` whose vocabulary has the special tokens that this file names.
+
+A converter of a VLM whose tokenizer names these tokens otherwise renames them in the tokenizer's files.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +33,12 @@ class TokenIds:
         names = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
         vocabulary = tokenizer.get_vocab()
         if missing := [n for n in names if n not in vocabulary]:
-            raise ValueError(f"the tokenizer lacks {', '.join(missing)}; give one of a Qwen2.5-VL checkpoint")
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}; give the one of a converted VLM")
         return cls(*(vocabulary[n] for n in names))
 
 
 def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `size` tokens, with Qwen's special ones; as any other in `transformers`."""
+    """A byte-level BPE of at most `size` tokens, the special ones included, as `transformers` has them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -20,7 +20,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.data = dict(source="digits")
     c.codec = dict(kind="patch", patch=2, image_channels=1)
 
-    flow = dict(width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm=True)
+    flow = dict(width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm="rms_zero")
     c.model = dict(grid=(4, 4), channels=4, shallow_blocks=2, adapter_hidden=256)
     c.model.shallow = dict(layers=2, unroll=2, **flow)
     c.model.deep = dict(layers=6, unroll=6, **flow)

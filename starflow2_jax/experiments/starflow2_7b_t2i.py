@@ -34,7 +34,9 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     c.keep_every = 20_000
     c.faults = dict(nonfinite="skip", spike="skip")
     c.codec = dict(kind="latents", grid=(16, 16), channels=32)
-    flow = dict(width=3072, heads=24, mlp_hidden=12288, norm="rms_zero", qk_norm=True, dtype="bfloat16", remat="full")
+    flow = dict(
+        width=3072, heads=24, mlp_hidden=12288, norm="rms_zero", qk_norm="rms_zero", dtype="bfloat16", remat="full"
+    )
     c.model = dict(grid=(16, 16), channels=32, shallow_blocks=2, adapter_hidden=4096, deep_rotary_sections=(16, 24, 24))
     c.model.shallow = dict(layers=4, **flow)
     c.model.deep = dict(layers=24, **flow)

@@ -1,4 +1,4 @@
-"""Attention: masks, the kernel, the key/value cache and rotary angles."""
+"""Attention by plain matrix products, with its masks, the key/value cache and rotary angles."""
 
 from functools import partial
 
@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
-MASKED = -1e30  # finite, so that a row that sees nothing stays a number
+MASKED = -1e30  # finite, so that a query that sees no key does not become NaN
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer of one causal stack, and how much of each row is filled.
+    """Keys and values of every layer of a causal stack, and how much of each row is filled.
 
-    `length` is the number of positions row b has read. A call with S new positions writes slots length .. length+S-1;
-    what lies beyond `length` is never seen, so a row is rewound (or right padding dropped) by lowering its `length`.
-    An array a layer, each written in place, a head's slots side by side: what a step of decoding reads.
+    `length` is the number of positions that a row has read. A call with S new positions writes slots length .. length +
+    S - 1. Slots from `length` on are never seen, so lowering `length` rewinds a row, or drops the padding at its end.
+    Each layer has an array of its own, written in place, with the slots of a head contiguous, as decoding reads them.
     """
 
     keys: tuple[jax.Array, ...]  # L of (B, J, C, K)
@@ -24,7 +25,10 @@ class KVCache:
     length: jax.Array  # (B,) int32
 
     @classmethod
-    def empty(cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "KVCache":
+    def empty(
+        cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> "KVCache":
+        """A cache whose rows have read nothing."""
         keys, values = (
             tuple(jnp.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(layers)) for _ in range(2)
         )
@@ -32,14 +36,15 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """C."""
+        """Positions that a row has room for, C."""
         return self.keys[0].shape[2]
 
 
 def write_slots(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Write `new` (B, S, J, K) into `stored` (B, J, C, K) from slot start[b] on.
+    """`stored` (B, J, C, K) with `new` (B, S, J, K) written from slot start[b] on.
 
-    On CPU head by head: as one write of a whole row, XLA puts it into what reads the cache, too, and copies it for that.
+    On CPU each head is written by itself: XLA fuses the write of a whole row into the attention that reads the cache,
+    and copies the cache for it.
     """
     new = new.swapaxes(1, 2).astype(stored.dtype)
     by_row = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
@@ -54,21 +59,21 @@ def write_slots(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Arra
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:
-    """(B, S, S) bool: query s sees key c <= s of its own document (`segments` (B, S), equal ids see each other)."""
+    """(B, S, S) bool: query s sees the keys c <= s whose segment id is its own; segments (B, S)."""
     size = segments.shape[1]
     return (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((size, size), bool))
 
 
 def cached_mask(length: jax.Array, steps: int, slots: int) -> jax.Array:
-    """(B, steps, slots) bool: new position i of row b sees the slots up to and with its own, length[b] + i."""
+    """(B, steps, slots) bool: new position i of row b sees the slots up to its own, length[b] + i, included."""
     last = length[:, None] + jnp.arange(steps)
     return jnp.arange(slots) <= last[:, :, None]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Softmax attention, logits and softmax in fp32.
+    """Softmax attention with logits and softmax in fp32.
 
-    q (B, S, H, K); k, v (B, C, J, K) with J dividing H; mask (B, S, C) or broadcastable, True where visible. Logits are
+    q (B, S, H, K); k, v (B, C, J, K), J divides H; mask (B, S, C) or broadcastable, True where visible. Logits are
     scaled by K^-0.5 and divided by `temperature`. Returns (B, S, H, K) in q's dtype.
     """
     B, S, H, K = q.shape
@@ -80,7 +85,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperatur
 
 
 def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """`attend` to keys and values as a KVCache keeps them, (B, J, C, K): matrix products that read them as they lie."""
+    """`attend` with keys and values in the layout of a KVCache, (B, J, C, K), which it reads without a copy."""
     B, S, H, K = q.shape
     J = k.shape[1]
     R = H // J
@@ -94,13 +99,15 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, tem
 
 
 def _softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """logits (B, J, R, S, C), mask (B, S, C) or broadcastable."""
+    """Softmax of logits (B, J, R, S, C) over C, where mask (B, S, C) or broadcastable is True."""
     return jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
 
 
 def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...]) -> jax.Array:
-    """Qwen2.5-VL's rotary angles (B, S, K/2) fp32: `sections` of the frequencies follow each axis of
-    positions (B, S, 3): time, row, column."""
+    """Multimodal rotary angles (B, S, K/2) fp32 of positions (B, S, 3): time, row, column (arXiv 2409.12191).
+
+    `sections` are the numbers of frequencies that follow each of the three. Raises ValueError if their sum is not K/2.
+    """
     if sum(sections) != head_dim // 2:
         raise ValueError(f"rotary sections {sections} must sum to head_dim / 2 = {head_dim // 2}")
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -109,9 +116,9 @@ def multimodal_angles(positions: jax.Array, head_dim: int, theta: float, section
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate the pairs of channels (i, i + K/2) of x (B, S, H, K) by angles (B, S, K/2), or (S, K/2), in fp32 at least.
+    """Rotate the pairs of channels (i, i + K/2) of x (B, S, H, K) by angles (B, S, K/2) or (S, K/2), in fp32 at least.
 
-    STARFlow pairs (2i, 2i+1) instead; `weights/flow.py` sorts its channels, which leaves their products what they are.
+    STARFlow pairs channels (2i, 2i + 1) instead; `weights/flow.py` reorders them, which does not change q k.
     """
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)

@@ -1,7 +1,7 @@
-"""DINOv2: the frozen image encoder whose patch features the FAE codec is to compress (Oquab et al. 2023, arXiv 2304.07193)."""
+"""DINOv2, the frozen image encoder whose patch features an FAE codec compresses (arXiv 2304.07193)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,8 @@ from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, de
 
 @dataclass(frozen=True)
 class DinoConfig:
+    """Sizes of the encoder, and the normalisation of its images."""
+
     layers: int
     width: int  # E
     heads: int
@@ -21,29 +23,41 @@ class DinoConfig:
     grid: int  # side of the learned position embedding, in patches
     patch: int = 14
     channels: int = 3
-    gated_mlp: bool = False  # silu(gate) * up, as in giant; else exact GELU
+    gated_mlp: bool = False  # silu(gate) * up, as in the size giant; otherwise exact GELU
     registers: int = 0  # R
-    antialias: bool = False  # how the position embedding is resized, see `resize_matrix`
+    antialias: bool = False  # of the position embedding's resizing, see `resize_matrix`
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    dtype: str = "float32"
+    dtype: str = "float32"  # these three: see TransformerConfig
     remat: str = "none"
     unroll: int = 1
 
     @property
     def transformer(self) -> TransformerConfig:
+        """The encoder's layers."""
         return TransformerConfig(
-            layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, norm="layer",
-            norm_eps=self.norm_eps, activation="silu" if self.gated_mlp else "gelu", gated_mlp=self.gated_mlp,
-            qkv_bias=self.qkv_bias, out_bias=True, mlp_bias=True, layer_scale=True, dtype=self.dtype,
-            remat=self.remat, unroll=self.unroll,
-        )  # fmt: skip
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            mlp_hidden=self.mlp_hidden,
+            norm="layer",
+            norm_eps=self.norm_eps,
+            activation="silu" if self.gated_mlp else "gelu",
+            gated_mlp=self.gated_mlp,
+            qkv_bias=self.qkv_bias,
+            out_bias=True,
+            mlp_bias=True,
+            layer_scale=True,
+            dtype=self.dtype,
+            remat=self.remat,
+            unroll=self.unroll,
+        )
 
 
 class DinoFeatures(NamedTuple):
-    """What the encoder says of each image, after its final LayerNorm."""
+    """Features of each image after the final LayerNorm."""
 
     patches: jax.Array  # (B, h, w, E)
     class_token: jax.Array  # (B, E)
@@ -51,13 +65,15 @@ class DinoFeatures(NamedTuple):
 
 
 class DinoEncoder(nn.Module):
+    """Images in, features of their patches out."""
+
     cfg: DinoConfig
 
     @nn.compact
     def __call__(self, images: jax.Array) -> DinoFeatures:
-        """Normalised images (B, h patch, w patch, C), see `preprocess` -> features of h x w patches.
+        """Images (B, h patch, w patch, C), normalised by `preprocess` -> features of h x w patches.
 
-        Raises ValueError where the patch does not divide the sides.
+        Raises ValueError for other channels, or sides that are no multiples of the patch.
         """
         c = self.cfg
         B, height, width, C = images.shape
@@ -81,7 +97,7 @@ class DinoEncoder(nn.Module):
 
 
 def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Image size in pixels -> grid of patches. Raises ValueError where the patch does not divide the sides."""
+    """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are no multiples of the patch."""
     if size[0] % cfg.patch or size[1] % cfg.patch or not min(size):
         raise ValueError(
             f"an image of {size[0]}x{size[1]} pixels was given; the encoder takes sides that {cfg.patch} divides"
@@ -89,18 +105,18 @@ def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
     return size[0] // cfg.patch, size[1] // cfg.patch
 
 
-def preprocess(cfg: DinoConfig, pixels):
-    """Pixels (..., height, width, C) in [-1, 1] -> what the encoder takes: ImageNet's mean and deviation removed.
+def preprocess(cfg: DinoConfig, pixels: Any) -> Any:
+    """Pixels (..., height, width, C) in [-1, 1] -> the encoder's input, normalised by ImageNet's mean and deviation.
 
-    The sides must be multiples of the patch (ValueError); nothing is resized here. Gray images, C = 1, are repeated
-    to the encoder's channels. Works on NumPy and JAX arrays alike.
+    Gray images (C = 1) are repeated to the encoder's channels. Nothing is resized: raises ValueError if the sides are
+    no multiples of the patch. Works on NumPy and JAX arrays alike.
     """
     patch_grid(cfg, pixels.shape[-3:-1])
     return ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)
 
 
 def resize_positions(table: jax.Array, size: tuple[int, int], antialias: bool) -> jax.Array:
-    """Position embedding (grid^2, E) of a square grid -> (h, w, E), bicubic, in fp32."""
+    """Position embedding (grid^2, E) of a square grid, resized to (h, w, E) by a bicubic filter, in fp32."""
     grid = round(table.shape[0] ** 0.5)
     table = table.astype(jnp.float32).reshape(grid, grid, -1)
     if size == (grid, grid):
@@ -110,10 +126,10 @@ def resize_positions(table: jax.Array, size: tuple[int, int], antialias: bool) -
 
 
 def resize_matrix(size: int, new: int, antialias: bool) -> np.ndarray:
-    """The matrix (new, size) of PyTorch's bicubic resizing along one axis, align_corners=False.
+    """The matrix (new, size) of PyTorch's bicubic resizing along one axis, with align_corners=False.
 
-    Without `antialias`: Keys' kernel of a = -0.75 at its own width, the edge repeated (Dinov2Model of `transformers`).
-    With it: a = -0.5, widened where the axis shrinks, cut off at the edge (Dinov2WithRegistersModel).
+    Without `antialias`: Keys' kernel with a = -0.75 and its edges repeated, as in Dinov2Model of `transformers`. With
+    it: a = -0.5, the kernel widened if the axis shrinks and cut off at the edges, as in Dinov2WithRegistersModel.
     """
     scale = size / new
     centers = (np.arange(new)[:, None] + 0.5) * scale - 0.5

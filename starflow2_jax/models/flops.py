@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step and of the sampler's, counted by hand from the sizes of what is run."""
+"""Floating-point operations of a training step and of the sampler's steps, counted by hand from the sizes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -6,28 +6,28 @@ from dataclasses import dataclass
 from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.likelihood import CHUNK
 from starflow2_jax.models.pretzel import PretzelConfig
-from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import Stage
 
 RULE = (
-    "matrix products only; a frozen parameter costs 2 FLOP a token forward and 2 more where a gradient passes through, a "
-    "trained one 6; attention as if causal over whole rows, counted as half; recomputation not counted; all positions of "
-    "a batch count, padding too"
+    "matrix products only; a frozen parameter costs 2 FLOP per token forward, and 2 more if a gradient passes through "
+    "it; a trained one costs 6; attention counts as causal over whole rows, half of all pairs; recomputation does not "
+    "count; all positions of a batch count, padding included"
 )
 SAMPLING_RULE = (
-    "matrix products only, 2 FLOP a parameter and position; read: from empty caches, attention as if causal; write: one text "
-    "position of each row and of its guidance, caches half full"
+    "matrix products only, 2 FLOP per parameter and position; read: from empty caches, attention counts as causal; "
+    "write: one text position of each row and of its guidance, caches half full"
 )
-FROM_INPUTS = ("full", "offload")  # remat policies that make a layer again from its input, wherever that is kept
+FROM_INPUTS = ("full", "offload")  # remat policies that recompute a layer from its input
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOP of one step of all chips together, by part of the model. Each dict adds up to a whole.
+    """FLOP of one step of all chips together, by part of the model.
 
-    `model`: what the mathematics needs (`RULE`), the numerator of an MFU. `hardware`: what the compiled program
-    executes: with recomputation, and of attention what its kernel does.
+    model: what the mathematics needs, counted by `RULE`; their sum is the numerator of an MFU. hardware: what the
+    compiled program executes, with recomputation, and attention as its kernel computes it.
     """
 
     model: dict[str, float]
@@ -35,39 +35,43 @@ class Flops:
 
     @property
     def total(self) -> float:
+        """The sum of `model`."""
         return sum(self.model.values())
 
     @property
     def executed(self) -> float:
+        """The sum of `hardware`."""
         return sum(self.hardware.values())
 
     def mfu(self, seconds: float, chips: int, peak: float) -> float:
-        """Model FLOPs utilisation of a step that takes `seconds` on `chips` of `peak` FLOP/s each."""
+        """Model FLOP utilisation of a step that takes `seconds` on `chips` of `peak` FLOP/s each."""
         return self.total / (seconds * chips * peak)
 
 
 @dataclass(frozen=True)
 class _Term:
-    """Products of one kind: FLOP of the forward pass, and how often as much is done in all."""
+    """Products of one kind."""
 
-    part: str
-    forward: float
-    times: float  # 1 forward, 1 more for the inputs' gradient, 1 more for the weights'
-    again: float = 0.0  # recomputed in the backward pass
+    part: str  # of the model
+    forward: float  # FLOP of the forward pass
+    times: float  # FLOP of the step / FLOP forward: 1, 1 more for the inputs' gradient, 1 more for the weights'
+    again: float = 0.0  # FLOP recomputed in the backward pass / FLOP forward
     needed: float = 1.0  # the share of `forward` that the mathematics needs
 
 
 def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int = CHUNK) -> Flops:
-    """FLOP of one training step over a batch of `shape`; `text_chunk`: positions of a row that the text head takes at once.
+    """FLOP of one training step over a batch of `shape`, counted by `RULE`.
 
-    What is counted: `RULE`. Only matrix products: norms, softmax and the optimizer are left out.
+    text_chunk: positions of a row that the text head takes at once. Norms, softmax and the optimizer are left out.
     """
     return _sums(_terms(cfg, stage, shape, text_chunk))
 
 
 def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, slots: int, lanes: int) -> dict[str, Flops]:
-    """FLOP of the sampler's `read`, of slots / 2 positions of each row, and of one turn of its `write`, in `lanes` cache rows
-    of each row. What is counted: `SAMPLING_RULE`; executed is attention over all `slots` of the caches."""
+    """FLOP of the sampler's `read` (slots / 2 positions of each row) and of a turn of its `write`, by `SAMPLING_RULE`.
+
+    lanes: cache rows of each row, for guidance. The executed FLOP count attention over all `slots` of the caches.
+    """
     length = slots // 2
     images = rows * max(1, length // (cfg.tokens + 2))
     read = [*_forward_streams(cfg, stage, rows, length, slots, length / 2)]
@@ -80,6 +84,7 @@ def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, slots: int, lane
 
 
 def _sums(terms: Iterable[_Term]) -> Flops:
+    """The terms added up by part of the model."""
     model: dict[str, float] = {}
     hardware: dict[str, float] = {}
     for term in terms:
@@ -107,13 +112,14 @@ def _forward_streams(
 
 
 def _forward(part: str, c: TransformerConfig, rows: int, length: int, keys: int, seen: float) -> Iterator[_Term]:
-    """A stack's forward pass over (rows, length), attention multiplying all `keys`."""
-    yield _Term(part, 2.0 * c.layers * sum(matrices(c)) * rows * length, 1)
+    """A stack's forward pass over (rows, length); attention multiplies all `keys`, of which `seen` are visible."""
+    yield _Term(part, 2.0 * c.layers * sum(matrix_parameters(c)) * rows * length, 1)
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * keys
     yield _Term(f"{part} attention", products, 1, needed=seen / keys)
 
 
 def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> Iterator[_Term]:
+    """Every product of a training step."""
     B, S, M, P, T = shape.rows, shape.length, shape.images, shape.patches, shape.vlm_length
     trains = set(stage.trains)
     vlm_moves, flow_moves = "vlm" in trains, "deep" in trains
@@ -129,7 +135,7 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> I
         yield linear("shallow flow", D * cfg.shallow.width, B * M * N, flow_moves, flow_moves and block > 0)
         yield linear("shallow flow", 2 * D * cfg.shallow.width, B * M * N, flow_moves, flow_moves)
 
-    if not T:  # else the VLM sees no image position
+    if not T:  # with a vlm_length the VLM sees no flow image
         moves = "adapter" in trains
         yield linear("adapter", D * cfg.adapter_hidden, positions, moves, moves and flow_moves)
         yield linear("adapter", cfg.adapter_hidden * E_vlm, positions, moves, moves)
@@ -139,7 +145,7 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> I
     if stage.text_loss:
         chunk = min(text_chunk, S)
         forward = 2.0 * cfg.vlm.vocabulary * E_vlm * B * -(-S // chunk) * chunk
-        yield _Term("text head", forward, 2 + vlm_moves, again=1)  # each chunk's logits are made twice
+        yield _Term("text head", forward, 2 + vlm_moves, again=1)  # the backward pass makes each chunk's logits again
     if stage.deep:
         yield linear("embeddings", D * E, positions, flow_moves, flow_moves)
         yield linear("embeddings", E_vlm * E, positions, flow_moves, through)
@@ -151,23 +157,23 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> I
 
 
 def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: bool, through: bool) -> Iterator[_Term]:
-    """A causal stack over (rows, length). `through`: whether a gradient passes to what is below."""
-    projections, mlp = matrices(c)
+    """A causal stack over (rows, length). `through`: whether a gradient passes on to the stack's input."""
+    projections, mlp = matrix_parameters(c)
     down = c.mlp_hidden * c.width
     policy = c.remat if through else "none"
-    again = 1 - down / (projections + mlp) if policy in FROM_INPUTS else 0  # the last product's result is never needed
+    again = 1 - down / (projections + mlp) if policy in FROM_INPUTS else 0  # the last product is not needed
     yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
-    # logits q k^T and weights v: no parameters, so a gradient means both inputs', twice the forward pass
+    # The products q k^T and weights v have no parameters: the gradients of both inputs cost twice the forward pass.
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * length
     times = 3 if through else 1
     yield _Term(f"{part} attention", products, times, _executed(c.kernel, policy, trained, through) - times, needed=0.5)
 
 
 def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
-    """How often attention does its two products of whole rows, recomputation included.
+    """FLOP that a kernel executes in a step / FLOP of attention's two products over whole rows, recomputation included.
 
-    Kernels pass over what causality hides, and make the logits anew in the backward pass: splash attention for the
-    queries' gradient and for the keys' and values', cuDNN once.
+    The kernels skip what causality hides, and compute the logits again in the backward pass: splash attention once for
+    the gradient of the queries and once for that of keys and values, cuDNN once.
     """
     if kernel == "xla":
         again = {"none": 0.0, "dots": 1.0 if trained else 0.5}.get(policy, 1.0)
@@ -178,24 +184,21 @@ def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
 
 
 def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[_Term]:
-    """The vision tower over (rows, patches): windows count as windows, though all of a row is multiplied."""
+    """The vision tower over (rows, patches). The program multiplies whole rows; only visible patches are needed."""
     t, part = c.transformer, "vision tower"
-    projections, mlp = matrices(t)
+    projections, mlp = matrix_parameters(t)
     tokens, times = rows * patches, 3 if trained else 1
     policy = t.remat if trained else "none"
     again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
     yield _Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
-    yield _Term(part, 2.0 * c.patch_width * c.width * tokens, 1 + trained)
-    merged = c.width * c.merge**2
-    yield _Term(part, 2.0 * merged * (merged + c.out_width) * (tokens / c.merge**2), times)
-    window = min(patches, max(c.window // (c.patch * c.merge), 1) ** 2 * c.merge**2)
-    full = len(c.full_attention_layers) / c.layers
-    needed = full + (1 - full) * window / patches
+    yield _Term(part, 2.0 * c.embedding_parameters * tokens, 1 + trained)
+    yield _Term(part, 2.0 * c.merger_parameters * (tokens / c.merge**2), times)
+    needed = c.visible_patches(patches) / patches
     products = 2 * 2.0 * t.layers * t.width * rows * patches * patches
     yield _Term(f"{part} attention", products, times, float(policy != "none"), needed)
 
 
-def matrices(c: TransformerConfig) -> tuple[int, int]:
-    """Parameters of one layer's matrices: attention's four, and the MLP's."""
+def matrix_parameters(c: TransformerConfig) -> tuple[int, int]:
+    """Parameters of a layer's matrices: the four of attention together, and those of the MLP."""
     projections = c.width * c.head * (2 * c.heads + 2 * c.kv)
     return projections, (3 if c.gated_mlp else 2) * c.width * c.mlp_hidden

@@ -20,12 +20,16 @@ SOFTPLUS_ONE = 0.541324854612918  # softplus of this is 1
 TEXT_PAIRS = 8  # rotary pairs that a model which takes text gives to the text axis
 STARTS, SCALES, POSITIONS = ("token", "shift"), ("softplus", "exp"), ("rotary", "learned")
 
-# (mean, scale) conditional, (mean, scale) unconditional, each (B, c, D); indices of the predictions (c, 1) -> (mean, scale)
+# (mean, scale) conditional, (mean, scale) unconditional, each (B, c, D), index in the image (c, 1) -> (mean, scale)
 Guide = Callable[[tuple, tuple, jax.Array], tuple]
 
 
 def gaussian(raw: jax.Array, scale: str, soft_clip: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Network output (..., 2D) -> mean and scale (..., D), fp32 at least. `scale`: "softplus" (STARFlow) or "exp" (TarFlow)."""
+    """Network output (..., 2D) -> mean and scale (..., D), fp32 at least.
+
+    scale: "softplus" (STARFlow) or "exp" (TarFlow). soft_clip c: the output o becomes c tanh(o / c) first; 0: it does
+    not.
+    """
     raw = widened(raw)
     if soft_clip:
         raw = soft_clip * jnp.tanh(raw / soft_clip)
@@ -34,14 +38,15 @@ def gaussian(raw: jax.Array, scale: str, soft_clip: float = 0.0) -> tuple[jax.Ar
 
 
 def normalize(h: jax.Array, mean: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """z = (h - mean) / scale and its elementwise log-determinant, fp32 at least."""
+    """z = (h - mean) / scale and the elementwise log-determinant of this map, fp32 at least."""
     return (widened(h) - mean) / scale, -jnp.log(scale)
 
 
-def grid_angles(grid, side, head_dim: int, theta: float, text: int | None) -> jax.Array:
-    """STARFlow's rotary table (rows, K/2): `text` rows first, if any, then one row an image token in raster order.
+def grid_angles(grid: tuple[int, int], side: float, head_dim: int, theta: float, text: int | None) -> jax.Array:
+    """STARFlow's rotary angles: one row (K/2,) for each text token, then one for each image token in raster order.
 
-    grid (h, w); side: of the training grid. `text` None: a model without text, whose pairs all go to row and column.
+    grid: (h, w). side: the side of the training grid. text: how many text tokens; None: the model takes no text, and
+    all rotary pairs belong to row and column.
     """
     h, w = grid
     image_pairs = head_dim // 2 - (0 if text is None else TEXT_PAIRS)
@@ -59,22 +64,22 @@ def grid_angles(grid, side, head_dim: int, theta: float, text: int | None) -> ja
 
 @dataclass(frozen=True)
 class FlowBlockConfig:
-    """One block. `grid` (h, w) tokens in raster order, N = h w, of `channels` D. Raises UserError for what does not fit."""
+    """One block of a flow. Raises UserError for values that do not fit each other."""
 
-    grid: tuple[int, int]
-    channels: int
+    grid: tuple[int, int]  # (h, w): N = h w tokens in raster order
+    channels: int  # D
     transformer: TransformerConfig
-    flip: bool = False  # read the raster backwards
-    start: str = "token"  # "token": a learned start token; "shift": the first token keeps mean 0 and scale 1
-    scale: str = "softplus"  # or "exp"
-    soft_clip: float = 0.0  # c tanh(o / c) on both network outputs; 0: none
+    flip: bool = False  # read the tokens in reverse order
+    start: str = "token"  # "token": a learned start token predicts the first; "shift": the first has mean 0 and scale 1
+    scale: str = "softplus"  # or "exp", see `gaussian`
+    soft_clip: float = 0.0  # see `gaussian`
     positions: str = "rotary"  # or "learned"
     rotary_theta: float = 1e4
-    rotary_text: bool = False  # of a model that takes text: the table has a text axis, in every block
-    rotary_side: float = 0.0  # side of the training grid; 0: this grid's
+    rotary_text: bool = False  # the model takes text: rotary positions have a text axis, in every block
+    rotary_side: float = 0.0  # side of the training grid; 0: of this grid
     final_norm: bool = False
-    classes: int = 0  # class embedding added at every token; a negative label is the null class, their mean
-    prefix_channels: int = 0  # text features as a prefix of the sequence
+    classes: int = 0  # classes with an embedding that is added to every token; a negative label means their mean
+    prefix_channels: int = 0  # channels of text features that are put in front of the image's tokens; 0: none
 
     def __post_init__(self):
         for name, allowed in (("start", STARTS), ("scale", SCALES), ("positions", POSITIONS)):
@@ -93,7 +98,7 @@ class FlowBlockConfig:
 
 @struct.dataclass
 class Context:
-    """What a block is conditioned on: `label` (B,) int, or `prefix` (B, T, prefix_channels), or nothing."""
+    """The condition of a block: `label` (B,) int, or `prefix` (B, T, prefix_channels), or nothing."""
 
     label: jax.Array | None = None
     prefix: jax.Array | None = None
@@ -103,6 +108,8 @@ NO_CONTEXT = Context()
 
 
 class FlowBlock(nn.Module):
+    """An affine map of each token, h = mean + scale z, whose mean and scale a causal Transformer predicts."""
+
     cfg: FlowBlockConfig
 
     def setup(self):
@@ -125,10 +132,11 @@ class FlowBlock(nn.Module):
 
     @property
     def slots(self) -> int:
-        """Positions the conditioner runs over: one a token, or one less where the first needs no prediction."""
+        """Positions of the Transformer: N, or N - 1 if the first token needs no prediction."""
         return self.cfg.grid[0] * self.cfg.grid[1] - (self.cfg.start == "shift")
 
-    def __call__(self, h, context: Context = NO_CONTEXT):
+    def __call__(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
+        """As `forward`."""
         return self.forward(h, context)
 
     def forward(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
@@ -159,10 +167,11 @@ class FlowBlock(nn.Module):
         temperature: float = 1.0,
         solver: Jacobi = SEQUENTIAL,
     ) -> jax.Array:
-        """z (B, N, D) -> h (B, N, D), chunk by chunk through a key/value cache, as `solver` says.
+        """z (B, N, D) -> h (B, N, D), chunk by chunk through a key/value cache, solved by `solver`.
 
-        With `guide`, a second pass under `unconditional`, its attention logits divided by `temperature`, is mixed in.
-        The number of passes over each chunk, (B, chunks), is sown as "passes" into the collection "inversion".
+        With `guide`, predictions under `unconditional`, whose attention logits are divided by `temperature`, are mixed
+        with those under `context`. The number of passes over each chunk, (B, chunks), is sown as "passes" into the
+        collection "inversion".
         """
         z = self._order(widened(z))
         B, N, D = z.shape
@@ -179,7 +188,10 @@ class FlowBlock(nn.Module):
         return self._order(jnp.concatenate([z[:, :first], h], axis=1))
 
     def _predict(self, seen, start, caches, conditions, guide: Guide | None):
-        """The Gaussians (B, c, D) at slots start .. start + c - 1, fed with `seen` (B, c, D), and the caches grown so far."""
+        """Means and scales (B, c, D) at slots start .. start + c - 1 from the tokens before them, `seen` (B, c, D).
+
+        `caches` hold the slots before `start`, one for each of `conditions`; returns them grown by c.
+        """
         slots = start + jnp.arange(seen.shape[1])
         outputs, grown = [], []
         for (context, temperature), cache in zip(conditions, caches, strict=True):
@@ -193,9 +205,11 @@ class FlowBlock(nn.Module):
         return mean, scale, grown
 
     def _order(self, x: jax.Array) -> jax.Array:
+        """Raster order <-> the order in which this block reads the tokens, along axis 1."""
         return x[:, ::-1] if self.cfg.flip else x
 
     def _angles(self, prefix: int = 0) -> jax.Array | None:
+        """Rotary angles of `prefix` text tokens and the N tokens; None with learned positions."""
         c = self.cfg
         if c.positions != "rotary":
             return None
@@ -215,10 +229,12 @@ class FlowBlock(nn.Module):
         angles = self._angles()
         return x, None if angles is None else angles[slots]
 
-    def _head(self, x):
+    def _head(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Transformer output (B, S, E) -> mean and scale (B, S, D)."""
         return gaussian(self.proj_out(self.norm(x) if self.cfg.final_norm else x), self.cfg.scale, self.cfg.soft_clip)
 
     def _prefill(self, context: Context, batch: int) -> attention.KVCache:
+        """A cache with room for the image, which holds the context's prefix."""
         prefix = 0 if context.prefix is None else context.prefix.shape[1]
         cache = self.stack.empty_cache(batch, prefix + self.slots)
         if prefix:
@@ -228,23 +244,24 @@ class FlowBlock(nn.Module):
 
 
 class Flow(nn.Module):
-    """A chain of blocks, the first nearest the data. Only blocks that take a condition see the context."""
+    """A chain of blocks, the first nearest the data. Blocks without a condition ignore the context."""
 
     blocks: tuple[FlowBlockConfig, ...]
 
     def setup(self):
         self.chain = [FlowBlock(cfg, name=f"block_{i}") for i, cfg in enumerate(self.blocks)]
 
-    def __call__(self, h, context: Context = NO_CONTEXT):
+    def __call__(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
+        """As `forward`."""
         return self.forward(h, context)
 
     def forward(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
-        """h (B, N, D) -> z (B, N, D) and the log-determinant of the chain, elementwise (B, N, D)."""
+        """h (B, N, D) -> z (B, N, D) and the chain's log-determinant, elementwise (B, N, D)."""
         states, logdets = self.trace(h, context)
         return states[-1], sum(logdets)
 
     def trace(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[list[jax.Array], list[jax.Array]]:
-        """What leaves each block and each block's elementwise log-determinant, (B, N, D) each."""
+        """The output of each block, and each block's elementwise log-determinant, (B, N, D) each."""
         states, logdets = [], []
         for block in self.chain:
             h, logdet = block.forward(h, self._context(block, context))
@@ -261,9 +278,10 @@ class Flow(nn.Module):
         temperature: float = 1.0,
         schedule: Schedule | None = None,
     ) -> jax.Array:
-        """z (B, N, D) -> h (B, N, D); arguments as FlowBlock's. Guidance acts in the blocks that take a condition.
+        """z (B, N, D) -> h (B, N, D); arguments as in FlowBlock.inverse. Blocks without a condition are not guided.
 
-        `schedule` has a solver for each block; without one all go token by token. Raises ValueError for too many or too few.
+        schedule: a solver for each block; None: all are solved token by token. Raises ValueError for another number of
+        solvers than blocks.
         """
         solvers = (SEQUENTIAL,) * len(self.chain) if schedule is None else schedule
         for block, solver in reversed(list(zip(self.chain, solvers, strict=True))):
@@ -277,20 +295,22 @@ class Flow(nn.Module):
 
     @staticmethod
     def _context(block: FlowBlock, context: Context) -> Context:
+        """The part of the context that a block takes."""
         return Context(
             context.label if block.cfg.classes else None, context.prefix if block.cfg.prefix_channels else None
         )
 
 
 def nll(z: jax.Array, logdet: jax.Array) -> jax.Array:
-    """Negative log-likelihood in nats per dimension, without the constant 0.5 ln 2 pi, of each sample (B,).
+    """Negative log-likelihood of each sample (B,) in nats per dimension, without the constant 0.5 ln 2 pi.
 
-    0.5 mean(z^2) - mean(logdet) over the tokens and channels of z, logdet (B, N, D) (arXiv 2412.06329, 2506.06276).
+    It is 0.5 mean(z^2) - mean(logdet) over the tokens and channels of z, logdet (B, N, D) (arXiv 2412.06329,
+    2506.06276).
     """
     axes = tuple(range(1, z.ndim))
     return 0.5 * jnp.mean(z**2, axes) - jnp.mean(logdet, axes)
 
 
 def alternating(first: FlowBlockConfig, count: int, flip_odd: bool = True) -> tuple[FlowBlockConfig, ...]:
-    """`count` copies of a block, every other one flipped: the odd ones (TarFlow), or the even ones (STARFlow)."""
+    """`count` copies of a block, of which the odd ones (TarFlow) or the even ones (STARFlow) are flipped."""
     return tuple(replace(first, flip=bool(i % 2) == flip_odd) for i in range(count))

@@ -1,17 +1,19 @@
-"""Inverting an autoregressive affine map, h_i = mean(h_<i) + scale(h_<i) z_i, faster than token by token.
+"""Inverts an autoregressive affine map, h_i = mean(h_<i) + scale(h_<i) z_i, faster than token by token.
 
-Gauss-Seidel-Jacobi (arXiv 2505.12849): chunks of tokens are solved one after another; within a chunk all tokens are
-guessed and iterated at once, h <- mean(h_<) + scale(h_<) z, until they stand still. After k passes over a chunk its
-first k tokens are exact, so c passes over c tokens are the sequential inverse, however slowly the rest comes to rest.
+Gauss-Seidel-Jacobi iteration (arXiv 2505.12849) solves chunks of tokens one after another. Within a chunk it guesses
+all tokens and iterates h <- mean(h_<) + scale(h_<) z over all of them at once until they converge. After k passes the
+first k tokens of a chunk are exact, so c passes over c tokens give the sequential inverse, however slow convergence
+is.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# From a chunk's noise z (B, c, D) and the token before it (B, D): where the iteration begins.
+# The first guess of a chunk (B, c, D), from its noise z (B, c, D) and the token before it (B, D).
 GUESSES = {
     "noise": lambda z, previous: z,
     "zeros": lambda z, previous: jnp.zeros_like(z),
@@ -21,11 +23,11 @@ GUESSES = {
 
 @dataclass(frozen=True)
 class Jacobi:
-    """How the tokens of one block are solved. Raises ValueError for numbers that mean nothing."""
+    """How the tokens of one block are solved. Raises ValueError for values that are out of range or unknown."""
 
-    chunk: int  # tokens c solved at once; 1: token by token
-    tolerance: float = 1e-3  # a row stands still when mean((h_new - h)^2) <= tolerance mean(h_new^2) over the chunk
-    guess: str = "noise"  # of GUESSES
+    chunk: int  # tokens c that are solved at once; 1: token by token
+    tolerance: float = 1e-3  # a row has converged when mean((h_new - h)^2) <= tolerance mean(h_new^2) over the chunk
+    guess: str = "noise"  # a key of GUESSES
 
     def __post_init__(self):
         if not isinstance(self.chunk, int) or self.chunk < 1:
@@ -37,17 +39,18 @@ class Jacobi:
 
 
 SEQUENTIAL = Jacobi(chunk=1)
-Schedule = tuple[Jacobi, ...]  # of a chain: one a block, the block nearest the data first
+Schedule = tuple[Jacobi, ...]  # one for each block of a chain, the block nearest the data first
 
 # (tokens before each of the chunk's (B, c, D), index of the chunk's first token, state) -> mean, scale (B, c, D), state
-Predict = Callable[[jax.Array, jax.Array, object], tuple[jax.Array, jax.Array, object]]
+Predict = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
 
 
-def solve(predict: Predict, z: jax.Array, begin: jax.Array, state, method: Jacobi) -> tuple[jax.Array, jax.Array]:
-    """z (B, S, D), the token before the first `begin` (B, D) -> h (B, S, D) and passes (B, chunks) int32.
+def solve(predict: Predict, z: jax.Array, begin: jax.Array, state: Any, method: Jacobi) -> tuple[jax.Array, jax.Array]:
+    """Solve for h (B, S, D), given z (B, S, D) and `begin` (B, D), the token before the first.
 
-    `state` is how `predict` sees the tokens before a chunk (a key/value cache). It is called again and again with the
-    same first token, and must forget what earlier calls wrote there and beyond. The last chunk may be a shorter one.
+    Returns h and the number of passes over each chunk, (B, chunks) int32; the last chunk may be shorter. `state` is
+    what `predict` knows of the tokens before a chunk (a key/value cache). `predict` is called several times with the
+    same first token, and must ignore what earlier calls wrote to the state from that token on.
     """
     B, S, D = z.shape
     c = min(method.chunk, max(S, 1))
@@ -68,11 +71,12 @@ def solve(predict: Predict, z: jax.Array, begin: jax.Array, state, method: Jacob
 
 
 def _settle(predict, z, previous, state, method: Jacobi):
-    """One chunk: z (B, c, D) and the token before it (B, D) -> h (B, c, D), state, passes (B,).
+    """Solve one chunk: z (B, c, D) and the token before it (B, D) -> h (B, c, D), state, passes (B,).
 
-    What a pass writes into `state` is of its guess, not of its result; h and the state that are returned are one pass's.
-    A row at rest keeps the guess it came to rest with: the other rows' passes only repeat its last one, bit for bit. So
-    no row depends on its batch. After c passes the guess's first c - 1 tokens, all that the state reads, are exact.
+    A pass writes its guess into `state`, not its result; the returned h and state come from one pass. A row that has
+    converged keeps its last guess, so the passes that other rows still need repeat its last one bit for bit, and no row
+    depends on the others in its batch. After c passes the first c - 1 tokens of the guess are exact, and these are all
+    that the state depends on.
     """
 
     def run(guess, state):

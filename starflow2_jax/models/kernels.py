@@ -1,10 +1,10 @@
-"""Attention of whole rows, causal and within packed documents: one function, the kernel named by the config, any mesh.
+"""Causal attention over whole rows of packed documents, by the kernel that the config names, on any mesh.
 
-xla                 plain, everywhere
+xla                 plain matrix products, on every platform
 cudnn               cuDNN's flash attention, on NVIDIA GPUs; packed documents are kept apart by a bias (B, 1, S, S)
 cudnn_packed        the same on GPUs of compute capability 9.0 and newer, with the documents' offsets in place of the bias
 splash              JAX's splash attention (Pallas), on TPUs
-splash_interpreted  the same, interpreted: for tests on CPU
+splash_interpreted  the same, interpreted, for tests on CPU
 """
 
 import math
@@ -15,29 +15,31 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.attention import attend
 from starflow2_jax.parallel.sharding import constrain
 
+# Kernel -> the platform that it needs, or None.
 PLATFORMS = {"xla": None, "cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu", "splash_interpreted": None}
-SAVED = "attention"  # name of what the backward pass of splash attention needs, for remat policies
-LANES = 128  # of a TPU: blocks and heads are multiples of it
-BLOCKS = (512, 256, 128)  # positions of a splash block, the largest that fits
+SAVED = "attention"  # name, for remat policies, of the values that splash attention's backward pass needs
+LANES = 128  # of a TPU; splash attention takes blocks and heads of its multiples
+BLOCKS = (512, 256, 128)  # positions of a splash block; the largest that divides a row is taken
 
 
 def attend_packed(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, kernel: str = "xla"
 ) -> jax.Array:
-    """Causal softmax attention in which only positions of equal segment ids see each other.
+    """Causal softmax attention in which a position sees only positions of its own segment.
 
-    q (B, S, H, K); k, v (B, S, J, K) with J dividing H; segments (B, S) int, None: a row is one document. Padding is a
-    segment like any other, so it stays finite. Logits are scaled by K^-0.5. Returns (B, S, H, K) in q's
-    dtype. On a mesh with a sequence axis each device keeps its queries and gets the keys and values of whole rows: with
-    grouped heads they are small, and unlike in a ring one kernel call sees the whole row. Raises UserError for a kernel that
-    does not exist, or cannot take these shapes on this platform.
+    q (B, S, H, K); k, v (B, S, J, K), J divides H; segments (B, S) int, None: each row is one document. Padding is a
+    segment like any other, so its values stay finite. Logits are scaled by K^-0.5. Returns (B, S, H, K) in q's dtype.
+
+    On a mesh with a sequence axis each device keeps its queries and gathers the keys and values of whole rows: with
+    grouped heads they are small, and one kernel call sees the whole row, unlike in ring attention. Raises UserError for
+    an unknown kernel, or one that does not take these shapes on this platform.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
@@ -64,10 +66,12 @@ def attend_packed(
     return along(q, k, v, segments, segments, start, local)
 
 
-def visible(queries: jax.Array | None, keys: jax.Array | None, start, size: int, length: int = 0) -> jax.Array:
-    """(B or 1, size, length) bool: query i, at position start + i, sees the keys up to its own of its segment.
+def visible(
+    queries: jax.Array | None, keys: jax.Array | None, start: int | jax.Array, size: int, length: int = 0
+) -> jax.Array:
+    """(B or 1, size, length) bool: query i, at position start + i, sees the keys of its segment up to its position.
 
-    queries (B, size), keys (B, length): segment ids; None: all alike. `length` 0: as many keys as queries.
+    queries (B, size) and keys (B, length) are segment ids, None if all are equal. length 0: as many keys as queries.
     """
     causal = (start + jnp.arange(size))[:, None] >= jnp.arange(length or size)
     return causal[None] if keys is None else causal & (queries[:, :, None] == keys[:, None, :])
@@ -82,7 +86,7 @@ def most_documents(length: int) -> int:
 
 
 def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str):
-    """This device's rows, heads and queries, from position start[0] on, with all keys and values of their rows."""
+    """Attention of one device's rows, heads and queries, from position start[0] on, to all keys of their rows."""
     if kernel == "cudnn_packed" and segments is not None:
         return _cudnn_packed(q, k, v, segments)
     if local is None:
@@ -91,7 +95,7 @@ def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str):
 
 
 def _cudnn(q, k, v, segments, keys, start):
-    """cuDNN has no segment ids here: packed documents are kept apart by a bias (B, 1, S, C), as is a part of the queries."""
+    """cuDNN's attention. It takes no segment ids; a mask (B, 1, S, C) separates documents and places cut queries."""
     apart = keys is not None or q.shape[1] < k.shape[1]
     mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1], k.shape[1]))[:, None] if apart else None
     return jax.nn.dot_product_attention(
@@ -147,20 +151,26 @@ def _documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, ja
 
 
 def _splash(local, q, k, v, segments, keys):
-    """Splash attention takes (heads, positions, channels), a row at a time, and does not scale."""
+    """Splash attention, which takes (heads, positions, channels) of a row and does not scale the logits."""
     q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
     ids = None if segments is None else splash.SegmentIds(segments, keys)
     return jax.vmap(local)(q, k, v, ids).swapaxes(1, 2)
 
 
 def _splash_kernel(q, tensor: int | None, ways: int, kernel: str) -> splash.SplashAttentionKernel:
-    """The kernel for the heads of one device, and of a row cut into `ways`; its mask's tables are what is sharded."""
+    """The kernel for the heads of one device and rows cut into `ways` parts; the tables of its mask are sharded."""
     S, heads = q.shape[1], q.shape[2] // (tensor or 1)
     block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in (S // ways, S))
     sizes = splash.BlockSizes(
-        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
-        block_kv_dkv_compute=block_kv, block_q_dq=block_q, block_kv_dq=block_kv,
-    )  # fmt: skip
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
     return splash.make_splash_mha(
         mask=splash_mask.MultiHeadMask([splash_mask.CausalMask((S, S))] * heads),
         block_sizes=sizes,
@@ -172,9 +182,9 @@ def _splash_kernel(q, tensor: int | None, ways: int, kernel: str) -> splash.Spla
 
 
 def _heads(q, k, v, tensor: int):
-    """Keys and values whose heads can be split like the queries', and the mesh axis that splits them, if any.
+    """Keys and values whose heads can be cut like the queries', and the mesh axis that cuts them, or None.
 
-    Where `tensor` devices share a head of keys and values, it is repeated.
+    If several of the `tensor` devices share a head of keys and values, the head is repeated.
     """
     H, J = q.shape[2], k.shape[2]
     times = tensor // math.gcd(J, tensor)
@@ -185,12 +195,14 @@ def _heads(q, k, v, tensor: int):
     return k, v, "tensor"
 
 
-def _rows(B: int, sizes: dict):
+def _rows(B: int, sizes: dict) -> tuple[str, ...] | None:
+    """The mesh axes that cut B rows; None if they do not divide B."""
     axes = ("data", "fsdp")
     return axes if B % math.prod(sizes.get(a, 1) for a in axes) == 0 else None
 
 
-def _refuse(kernel: str, q: jax.Array, ways: int, mesh) -> None:
+def _refuse(kernel: str, q: jax.Array, ways: int, mesh: AbstractMesh) -> None:
+    """Raises UserError if the kernel does not take queries q (B, S, H, K) on the mesh's platform."""
     if kernel not in PLATFORMS:
         raise UserError(f"the attention kernel is one of {', '.join(PLATFORMS)}, not {kernel!r}")
     device = None if mesh.empty else mesh.abstract_device
@@ -209,6 +221,6 @@ def _refuse(kernel: str, q: jax.Array, ways: int, mesh) -> None:
         )
     if kernel.startswith("cudnn") and (q.dtype not in (jnp.bfloat16, jnp.float16) or K % 8 or K > 128 or S % 2):
         raise UserError(
-            f"cuDNN's attention takes bfloat16 or float16, heads of a multiple of 8 channels up to 128 and an even number of "
-            f"positions, not {q.dtype}, {K} and {S}; set kernel to 'xla'"
+            f"cuDNN's attention takes bfloat16 or float16, heads of a multiple of 8 channels up to 128 and an even "
+            f"number of positions, not {q.dtype}, {K} and {S}; set kernel to 'xla'"
         )

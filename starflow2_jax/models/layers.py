@@ -16,17 +16,18 @@ from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.kernels import PLATFORMS, SAVED, attend_packed
 from starflow2_jax.parallel.sharding import constrain, constrain_parameter
 
-LAYER_INPUT = "layer_input"
+LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, (B, J, C, K) each
+LAYER_INPUT = "layer_input"  # its name for remat policies
 _POLICIES = jax.checkpoint_policies
-# What of a layer the backward pass finds saved; the rest it computes again.
+# Which values of a layer are saved for the backward pass; it computes the others again.
 REMAT = {
-    "none": None,  # all
-    "full": _POLICIES.nothing_saveable,  # the layer's input
-    # That, the outputs of matrix products with weights, and what splash attention's backward pass needs.
+    "none": None,  # all of them
+    "full": _POLICIES.nothing_saveable,  # the layer's input alone
+    # The layer's input, the outputs of matrix products with weights, and what splash attention's backward pass needs.
     "dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(SAVED)
     ),
-    # The layer's input, in the host's memory.
+    # The layer's input alone, in the host's memory.
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
@@ -37,12 +38,12 @@ REMAT = {
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """x in fp32, or in float64 where it is that."""
+    """x in fp32; float64 stays float64."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in fp32 at least, as PyTorch writes it: by erf, which a TPU computes in one pass, unlike jax.nn.gelu's erfc."""
+    """The exact GELU, in fp32 at least, by erf as in PyTorch; a TPU computes erf faster than jax.nn.gelu's erfc."""
     wide = widened(x)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
@@ -54,14 +55,16 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
-NORMS = ("layer", "rms", "rms_zero")
+NORMS = ("layer", "rms", "rms_zero")  # (x - mean) w + b, x w, x (1 + w), each x divided by its root mean square
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)). Raises UserError for values
-    that mean nothing or do not fit each other."""
+    """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Raises UserError for unknown values, or sizes that do not fit each other.
+    """
 
     layers: int = option("layers (L)", least=1)
     width: int = option("channels of the residual stream (E)", least=1)
@@ -76,7 +79,10 @@ class TransformerConfig:
     qkv_bias: bool = option("queries, keys and values have a bias", False)
     out_bias: bool = option("the attention's output has a bias", False)
     mlp_bias: bool = option("the MLP's linear maps have a bias", False)
-    qk_norm: bool = option("RMS norm of each head of queries and keys, before the rotation", False)
+    qk_norm: str = option(
+        "norm of each head of queries and keys, before the rotation", "none", choices=("none", *NORMS)
+    )
+    qk_norm_eps: float = option("added to the mean square of a head before its root", 1e-6, above=0)
     post_norm: bool = option("RMS norm after attention and after the MLP", False)
     dropout: float = option(
         "share of what a branch adds to the stream that is dropped in training", 0.0, least=0, below=1
@@ -101,15 +107,17 @@ class TransformerConfig:
 
     @property
     def kv(self) -> int:
+        """Key/value heads, J."""
         return self.kv_heads or self.heads
 
     @property
     def head(self) -> int:
+        """Channels of a head, K."""
         return self.head_dim or self.width // self.heads
 
 
 def require_sections(name: str, sections: tuple[int, ...], head: int) -> None:
-    """Raises UserError where rotary sections (of time, row, column) do not make up the pairs of a head's channels."""
+    """Raises UserError unless the rotary sections (time, row, column) sum to the pairs of a head's channels."""
     if len(sections) != 3 or 2 * sum(sections) != head:
         raise UserError(f"{name}={tuple(sections)} must be three numbers that sum to half of a head's {head} channels")
 
@@ -122,6 +130,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., E) -> the same shape."""
         wide = widened(x)
         E = x.shape[-1]
         if self.kind == "layer":
@@ -137,13 +146,24 @@ class Norm(nn.Module):
 
 
 def _cast_on_shards(path: str, x, kernel, bias, dtype=None, inexact=True):
-    """Flax's promotion of types, the kernel pinned to its shards after it: what is gathered is of the smaller type."""
+    """Promote types as Flax does, then pin the kernel to its shards, so that the smaller type is what travels."""
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype, inexact=inexact)
     return x, constrain_parameter(kernel, path), bias
 
 
-def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.0, part: str = "") -> nn.DenseGeneral:
-    """A linear map with fan-in initialisation of variance `gain`^2 / fan-in. `part`: the module it lies in, for its shards."""
+def dense(
+    features: int | tuple[int, ...],
+    name: str,
+    bias: bool,
+    dtype: str,
+    axis: int | tuple[int, ...] = -1,
+    gain: float = 1.0,
+    part: str = "",
+) -> nn.DenseGeneral:
+    """A linear map, its kernel drawn with variance `gain`^2 / fan-in.
+
+    `part` is the name of the module around it, by which the sharding rules know the kernel.
+    """
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "normal") if gain else nn.initializers.zeros
     cast = partial(_cast_on_shards, f"{part}/{name}/kernel")
     return nn.DenseGeneral(
@@ -152,20 +172,34 @@ def dense(features, name: str, bias: bool, dtype: str, axis=-1, gain: float = 1.
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention with grouped key/value heads."""
+    """Multi-head self-attention with grouped key/value heads, causal unless a mask is given."""
 
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, segments, stored, start, temperature):
-        """`stored` (keys, values), `start` and `temperature` belong to a call with a cache; without one they are None."""
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array | None,
+        mask: jax.Array | None,
+        segments: jax.Array | None,
+        stored: LayerCache | None,
+        start: jax.Array | None,
+        temperature: float | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
+
+        `stored` is this layer's keys and values (B, J, C, K), `start` (B,) their filled lengths; both are None
+        without a cache, and then `temperature` is not used.
+        """
         c = self.cfg
         linear = partial(dense, dtype=c.dtype, part="attention")
         q = linear((c.heads, c.head), "query", c.qkv_bias)(x)
         k = linear((c.kv, c.head), "key", c.qkv_bias)(x)
         v = linear((c.kv, c.head), "value", c.qkv_bias)(x)
-        if c.qk_norm:
-            q, k = Norm("rms_zero", name="query_norm")(q), Norm("rms_zero", name="key_norm")(k)
+        if c.qk_norm != "none":
+            q = Norm(c.qk_norm, c.qk_norm_eps, name="query_norm")(q)
+            k = Norm(c.qk_norm, c.qk_norm_eps, name="key_norm")(k)
         if angles is not None:
             q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         q = constrain(q, "batch", "sequence", "heads", None)
@@ -182,12 +216,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, activation, linear; or the gated form act(gate(x)) * up(x)."""
+    """Linear, activation, linear; or the gated form down(act(gate(x)) * up(x))."""
 
     cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x (B, S, E) -> (B, S, E)."""
         c = self.cfg
         act = ACTIVATIONS[c.activation]
         linear = partial(dense, bias=c.mlp_bias, dtype=c.dtype, part="mlp")
@@ -198,12 +233,32 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """One layer of a Transformer."""
+
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x, which, stored, angles, mask, segments, start, temperature):
+    def __call__(
+        self,
+        x: jax.Array,
+        which: jax.Array | None,
+        added: jax.Array | None,
+        stored: LayerCache | None,
+        angles: jax.Array | None,
+        mask: jax.Array | None,
+        segments: jax.Array | None,
+        start: jax.Array | None,
+        temperature: float | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x (B, S, E) -> y (B, S, E), stored. Arguments as the Transformer's, of one layer.
+
+        `which` picks this layer's mask out of a stack, `added` (B, S, E) is this layer's part of `layer_inputs`; both
+        may be None.
+        """
         c = self.cfg
         x = checkpoint_name(x, LAYER_INPUT)
+        if added is not None:
+            x = x + added.astype(x.dtype)
         mask = mask if which is None else mask[which]
         y, stored = Attention(c, name="attention")(
             Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, segments, stored, start, temperature
@@ -226,7 +281,10 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers, no final norm. Parameters carry a leading axis L, as "layers"; without `scan` they are "layers_0" and on."""
+    """The layers, without a final norm.
+
+    Parameters are stacked along a leading axis L under "layers"; without `scan` they are "layers_0", "layers_1", ...
+    """
 
     cfg: TransformerConfig
 
@@ -240,14 +298,18 @@ class Transformer(nn.Module):
         temperature: float = 1.0,
         mask_of_layer: jax.Array | None = None,
         segments: jax.Array | None = None,
+        layer_inputs: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """x (B, S, E), angles (B, S, K/2) or None, mask (B, S, S) -> y (B, S, E) and the cache grown by S positions.
+        """x (B, S, E) -> y (B, S, E) and the cache grown by S positions.
 
-        All positions are here: they see what is before them, within the documents of `segments` (B, S), or in the row
-        without; or what `mask` says. With `cache` the earlier positions are in it (it brings its own mask).
-        `temperature` divides the attention logits of a call with a cache. Other calls refuse it: their kernels need a static
-        scale, and a value that goes through `nn.scan` is traced.
-        With `mask_of_layer` (L,) int, `mask` is a stack (A, B, S, S) and layer l sees through mask[mask_of_layer[l]].
+        angles: rotary angles (B, S, K/2); None: no rotation.
+        mask: (B, S, S) bool, True where query s sees key c. None: attention is causal, and stays within the documents
+            of `segments` (B, S) if these are given.
+        cache: the positions before x, which every position of x sees. Such a call is causal and takes no mask.
+        temperature: divides the attention logits of a call with a cache. Other calls refuse it: their kernels need a
+            static scale, and a value that passes through `nn.scan` is traced.
+        mask_of_layer: (L,) int. Then `mask` is a stack (A, B, S, S), and layer l uses mask[mask_of_layer[l]].
+        layer_inputs: (L, B, S, E), of which layer l adds its own part to its input.
         """
         c, policy = self.cfg, self.cfg.remat
         if cache is None and not (isinstance(temperature, float) and temperature == 1.0):
@@ -259,11 +321,11 @@ class Transformer(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, *[nn.broadcast] * 6),
+                in_axes=(0, 0, *[nn.broadcast] * 6),
                 length=c.layers,
                 unroll=1 if self.is_initializing() else c.unroll,  # the same parameters, compiled faster
             )
-            x, _ = scan(c, name="layers")(x, mask_of_layer, None, angles, mask, segments, None, None)
+            x, _ = scan(c, name="layers")(x, mask_of_layer, layer_inputs, None, angles, mask, segments, None, None)
             return x, None
         start, stored = None, [None] * c.layers
         if cache is not None:
@@ -275,19 +337,20 @@ class Transformer(nn.Module):
                 run = partial(Layer(c, parent=None).apply, {"params": own})
             else:
                 run = layer(c, name=f"layers_{i}")
-            which = None if mask_of_layer is None else mask_of_layer[i]
-            x, stored[i] = run(x, which, stored[i], angles, mask, segments, start, temperature)
+            which, added = (None if a is None else a[i] for a in (mask_of_layer, layer_inputs))
+            x, stored[i] = run(x, which, added, stored[i], angles, mask, segments, start, temperature)
         if cache is not None:
             cache = KVCache(*zip(*stored, strict=True), cache.length + x.shape[1])
         return x, cache
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache of `batch` rows with room for `slots` positions each."""
         c = self.cfg
         return KVCache.empty(c.layers, batch, slots, c.kv, c.head, jnp.dtype(c.dtype))
 
 
 def separate_layers(params: dict) -> dict:
-    """Parameters as a Transformer with `scan` keeps them -> as one without does."""
+    """Parameters of modules with `scan` -> of the same modules without: "layers" becomes "layers_0", "layers_1", ..."""
     found = {}
     for name, group in params.items():
         if name == "layers":

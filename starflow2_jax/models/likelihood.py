@@ -1,4 +1,4 @@
-"""What an Output says of the Sequence it read: exact log-likelihoods, element by element. Losses and scores add them up."""
+"""Exact log-likelihoods of a Sequence under an Output, element by element; losses and scores are sums of them."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ CHUNK = 256  # positions of a row whose logits exist at once
 
 
 def image_noise(output: Output, sequence: Sequence) -> tuple[jax.Array, jax.Array]:
-    """The images' noise z and the elementwise log-determinant of the map latents -> z, both (B, M, N, D) fp32.
+    """The images' noise z, and the elementwise log-determinant of the map from latents to z, both (B, M, N, D) fp32.
 
-    z_n = (u_n - mu_n) / sigma_n; the log-determinant is the deep flow's, -log sigma_n, and the shallow flow's. Summed over
-    an image, log N(z; 0, 1) + logdet is log p(latents | all before the image), exact (arXiv 2605.08029).
+    z_n = (u_n - mu_n) / sigma_n. The log-determinant is the sum of the deep flow's, -log sigma_n, and the shallow
+    flow's. Summed over an image, log N(z; 0, 1) + logdet is exactly log p(latents | everything before the image) (arXiv
+    2605.08029).
     """
     at = sequence.image_predictors()[..., None]
     mean, scale = (jnp.take_along_axis(a, at, axis=1).reshape(output.u.shape) for a in (output.mean, output.scale))
@@ -24,10 +25,11 @@ def image_noise(output: Output, sequence: Sequence) -> tuple[jax.Array, jax.Arra
 
 
 def text_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """-log p(target) at each position, nats (B, S); about `chunk` positions of a row at a time, so (B, S, V) never exists.
+    """-log p(target) at each position in nats (B, S), for hidden (B, S, E), head (V, E), targets (B, S).
 
-    hidden (B, S, E), head (V, E), targets (B, S). A chunk has as many positions of each part of a row on a mesh that cuts
-    rows. The head's rows stay on the devices that hold them: nothing of size V is moved.
+    Logits are made for about `chunk` positions of a row at a time, so an array (B, S, V) never exists. If the mesh cuts
+    rows, a chunk takes equally many positions of every part. The rows of the head stay on their devices: no array of
+    size V is moved.
     """
     B, S, _ = hidden.shape
     parts = axis_size("sequence") if S % axis_size("sequence") == 0 else 1
@@ -46,7 +48,7 @@ def text_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int)
         h, t = part
         logits = jnp.einsum("bpse,ve->bpsv", h, head, preferred_element_type=jnp.float32)
         logits = constrain(logits, "batch", "sequence", None, "words")
-        at = jnp.arange(logits.shape[-1]) == t[..., None]  # a sum over words, where an index would gather the logits
+        at = jnp.arange(logits.shape[-1]) == t[..., None]  # for a sum over words; an index would gather the logits
         return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(at, logits, 0), axis=-1)
 
     nll = jax.lax.map(one, (chunks(hidden), chunks(targets)))

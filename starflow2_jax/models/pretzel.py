@@ -1,4 +1,4 @@
-"""Pretzel: the frozen VLM stream and the trainable flow stream, stacked and tied by two residual skips (arXiv 2605.08029)."""
+"""Pretzel: the frozen VLM stream and the trainable flow stream, stacked and tied by two skips (arXiv 2605.08029)."""
 
 from dataclasses import dataclass, replace
 
@@ -9,23 +9,26 @@ from flax import struct
 
 from starflow2_jax import sequence
 from starflow2_jax.errors import UserError
-from starflow2_jax.fields import check, option
+from starflow2_jax.fields import Variant, check, option
 from starflow2_jax.models import attention
 from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
 from starflow2_jax.models.jacobi import Schedule
 from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense, require_sections
-from starflow2_jax.models.qwen import Qwen, QwenConfig
+from starflow2_jax.models.vlm import VlmConfig, config_class, example_vision, make_vlm
+from starflow2_jax.models.vlm_inputs import VlmInputs, gather_positions
 from starflow2_jax.sequence import Sequence, Step
 
-FROZEN = ("vlm",)  # parameter groups (top-level names) of pretrained parts; all others are trainable
+FROZEN = ("vlm",)  # the parameter groups (top-level names) of pretrained parts; all others are trainable
 
 
 @dataclass(frozen=True)
 class PretzelConfig:
-    """Raises UserError for streams that do not fit each other."""
+    """Sizes of both streams and of what ties them. Raises UserError for streams that do not fit each other."""
 
-    vlm: QwenConfig = option("the vision-language model, frozen once it is pretrained")
+    vlm: VlmConfig = option(
+        "the vision-language model, frozen once it is pretrained", variant=Variant("kind", config_class)
+    )
     grid: tuple[int, int] = option("rows and columns of an image's tokens (N = h w)", least=1)
     channels: int = option("channels of an image token (D)", least=1)
     shallow: TransformerConfig = option("one block of the shallow flow, over the tokens of one image")
@@ -45,58 +48,63 @@ class PretzelConfig:
             raise UserError(
                 f"vlm.vision.out_width={self.vlm.vision.out_width} must be vlm.width={self.vlm.width}, which reads it"
             )
-        self.shallow_chain  # noqa: B018 - its blocks look at themselves
+        self.shallow_chain  # noqa: B018 - builds the blocks' configs, which check themselves
 
     @property
     def tokens(self) -> int:
+        """Tokens of an image, N."""
         return self.grid[0] * self.grid[1]
 
     @property
     def shallow_chain(self) -> tuple[FlowBlockConfig, ...]:
+        """The blocks of the shallow flow, the first nearest the data."""
         block = FlowBlockConfig(self.grid, self.channels, self.shallow, final_norm=True, soft_clip=self.soft_clip)
         return alternating(block, self.shallow_blocks, flip_odd=self.shallow_blocks % 2 == 0)
 
 
 @struct.dataclass
 class Caches:
-    """Keys and values of both streams; both have read the same positions."""
+    """Keys and values of both streams, which have always read the same positions."""
 
     vlm: KVCache
     deep: KVCache
 
     @property
     def length(self) -> jax.Array:
+        """(B,) int32: positions that each row has read."""
         return self.vlm.length
 
     @property
     def slots(self) -> int:
+        """Positions that a row has room for."""
         return self.vlm.slots
 
     def rewind(self, length: jax.Array) -> "Caches":
-        """Forget what lies beyond `length` (B,)."""
+        """Forget the positions from `length` (B,) on."""
         return Caches(self.vlm.replace(length=length), self.deep.replace(length=length))
 
 
 @struct.dataclass
 class Output:
-    """What position t says of t + 1, and, from a Sequence, what the shallow flow made of its images."""
+    """What each position predicts of the next one, and, for a Sequence, the shallow flow's images."""
 
     text: jax.Array  # (B, S, E_vlm): hidden states for the text head
-    mean: jax.Array | None  # (B, S, D) fp32: of the next image token u; None without the deep stream
-    scale: jax.Array | None  # (B, S, D) fp32
+    mean: jax.Array | None  # (B, S, D) fp32, of the next image token u; None if the deep flow did not run
+    scale: jax.Array | None  # (B, S, D) fp32, likewise
     caches: Caches | None = None
     u: jax.Array | None = None  # (B, M, N, D) fp32
-    logdet: jax.Array | None = None  # (B, M, N, D) fp32, elementwise
-    states: list[jax.Array] | None = None  # (B, M, N, D) fp32 each: what leaves the shallow flow's blocks, u the last
+    logdet: jax.Array | None = None  # (B, M, N, D) fp32: the shallow flow's log-determinant, elementwise
+    states: list[jax.Array] | None = None  # (B, M, N, D) fp32 each: outputs of the shallow flow's blocks, u is the last
 
 
 class Adapter(nn.Module):
-    """u and its slot in the image -> the VLM's embedding space: linear, GELU, linear. [ours]"""
+    """The visual adapter: u and its place in the image -> the VLM's embedding space, by linear, GELU, linear. [ours]"""
 
     cfg: PretzelConfig
 
     @nn.compact
     def __call__(self, u: jax.Array, slot: jax.Array) -> jax.Array:
+        """u (B, S, D), slot (B, S): which of its image's N tokens each is -> (B, S, E_vlm)."""
         c = self.cfg
         x = dense(c.adapter_hidden, "in", True, c.deep.dtype)(u)
         x = x + nn.Embed(c.tokens, c.adapter_hidden, name="slot")(slot)
@@ -111,7 +119,7 @@ class Pretzel(nn.Module):
     def setup(self):
         c = self.cfg
         zero = nn.initializers.zeros
-        self.vlm = Qwen(c.vlm)
+        self.vlm = make_vlm(c.vlm)
         self.shallow = Flow(c.shallow_chain)
         self.adapter = Adapter(c)
         self.embed_u = nn.Dense(c.deep.width, dtype=c.deep.dtype)
@@ -131,18 +139,19 @@ class Pretzel(nn.Module):
         deep: bool = True,
         vlm_length: int = 0,
     ) -> Output:
-        """Run all positions of a Sequence, or those of a Step after what `caches` hold (a Sequence fills caches too).
+        """Run all positions of a Sequence, or of a Step. With `caches` they come after the positions in the caches.
 
-        `skips`: whether W_vlm and W_D are open; `deep`: whether the deep flow runs at all (a stage without it needs none).
-        `vlm_length`, with closed skips only: the VLM runs over a row's positions that are no flow image and no padding,
-        gathered into so many; its output is 0 at the others, and those gathered see no flow image. 0: over the whole row.
+        skips: whether the skips W_vlm and W_D are open.
+        deep: whether the deep flow runs; without it there is no Gaussian of the next image token.
+        vlm_length: only with closed skips. The VLM runs over the text and vit positions of each row alone, gathered
+            into rows of this length, so they see no flow image; its output is 0 elsewhere. 0: it runs over whole rows.
         """
         u = logdet = reads = states = None
         if isinstance(inputs, Sequence):
             reads = inputs.slot
             states, logdet = self._trace(inputs.latents)
             u = states[-1]
-            u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
+            u_here = gather_positions(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
         else:
             u_here = inputs.u
         is_flow = (inputs.modality == sequence.FLOW)[..., None]
@@ -152,10 +161,12 @@ class Pretzel(nn.Module):
         if vlm_length:
             y_vlm, vlm_cache = self._vlm_off_images(inputs, vlm_length), None
         else:
-            seen = u_here if skips else jax.lax.stop_gradient(u_here)  # closed: the flow learns nothing through the VLM
-            words = self._words(inputs, inputs.tokens, inputs.modality, reads)
-            x = jnp.where(is_flow, self.adapter(seen, slot), words)
-            y_vlm, vlm_cache = self.vlm(x, inputs.positions, None, caches.vlm if caches else None, segments)
+            seen = u_here if skips else jax.lax.stop_gradient(u_here)  # closed: the flow gets no gradient from the VLM
+            vision = inputs.vision if isinstance(inputs, Sequence) else None
+            given = VlmInputs(
+                inputs.tokens, inputs.modality, inputs.positions, segments, self.adapter(seen, slot), vision, reads
+            )
+            y_vlm, vlm_cache = self.vlm(given, caches.vlm if caches else None)
         if not deep:
             return Output(y_vlm, None, None, None, u, logdet, states)
 
@@ -171,25 +182,17 @@ class Pretzel(nn.Module):
         grown = Caches(vlm_cache, deep_cache) if caches else None
         return Output(text, mean, scale, grown, u, logdet, states)
 
-    def _words(self, inputs, tokens: jax.Array, modality: jax.Array, slot: jax.Array | None) -> jax.Array:
-        """What the VLM is given at text and vit positions (B, S) of `inputs`: (B, S, E_vlm)."""
-        x = self.vlm.embed(tokens)
-        if isinstance(inputs, Sequence) and inputs.vision is not None:
-            seen = _read(self.vlm.see(inputs.vision), slot)
-            x = jnp.where((modality == sequence.VIT)[..., None], seen.astype(x.dtype), x)
-        return x
-
     def _vlm_off_images(self, inputs: Sequence, length: int) -> jax.Array:
-        """y_vlm (B, S, E_vlm), run over the first `length` positions of a row that are text or vit; 0 at all others."""
+        """The VLM run over the first `length` text and vit positions of each row: (B, S, E_vlm), 0 at all others."""
         here = (inputs.modality == sequence.TEXT) | (inputs.modality == sequence.VIT)
         at = jnp.argsort(~here, axis=1, stable=True)[:, :length]
         tokens, modality, slot, segments = (
             jnp.take_along_axis(a, at, axis=1) for a in (inputs.tokens, inputs.modality, inputs.slot, inputs.segments)
         )
         segments = jnp.where(jnp.take_along_axis(here, at, axis=1), segments, 0)
-        x = self._words(inputs, tokens, modality, slot)
-        y, _ = self.vlm(x, _read(inputs.positions, at), segments=segments)
-        return jnp.where(here[..., None], _read(y, jnp.cumsum(here, axis=1) - 1), 0)
+        positions = gather_positions(inputs.positions, at)
+        y, _ = self.vlm(VlmInputs(tokens, modality, positions, segments, None, inputs.vision, slot))
+        return jnp.where(here[..., None], gather_positions(y, jnp.cumsum(here, axis=1) - 1), 0)
 
     def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The shallow flow: latents (B, M, N, D) -> u and its elementwise log-determinant, both (B, M, N, D) fp32."""
@@ -197,13 +200,13 @@ class Pretzel(nn.Module):
         return states[-1], logdet
 
     def _trace(self, latents: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """Latents (B, M, N, D) -> what leaves each block of the shallow flow, and its log-determinant, (B, M, N, D) each."""
+        """Latents (B, M, N, D) -> outputs of the shallow flow's blocks and its log-determinant, (B, M, N, D) each."""
         B, M, N, D = latents.shape
         states, logdets = self.shallow.trace(latents.reshape(B * M, N, D))
         return [h.reshape(latents.shape) for h in states], sum(logdets).reshape(latents.shape)
 
     def decode(self, u: jax.Array, schedule: Schedule | None = None) -> jax.Array:
-        """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D), as `schedule` says (None: token by token)."""
+        """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D), solved by `schedule` (None: token by token)."""
         return self.shallow.inverse(u, schedule=schedule)
 
     def text_logits(self, text: jax.Array) -> jax.Array:
@@ -215,27 +218,23 @@ class Pretzel(nn.Module):
         return self.vlm.head()
 
     def empty_caches(self, batch: int, slots: int) -> Caches:
+        """Caches of `batch` rows with room for `slots` positions each."""
         return Caches(self.vlm.empty_cache(batch, slots), self.deep.empty_cache(batch, slots))
 
-    def _slot_in_image(self, inputs) -> jax.Array:
-        """(B, S): which of its image's N tokens a FLOW position is: rows and columns count from the image's time."""
+    def _slot_in_image(self, inputs: Sequence | Step) -> jax.Array:
+        """(B, S): which of its image's N tokens a FLOW position is; its row and column count from the image's time."""
         time, row, column = jnp.moveaxis(inputs.positions, -1, 0)
         return jnp.where(inputs.modality == sequence.FLOW, (row - time) * self.cfg.grid[1] + column - time, 0)
 
 
-def _read(source: jax.Array, slot: jax.Array) -> jax.Array:
-    """source (B, T, D), slot (B, S) -> (B, S, D)."""
-    return jnp.take_along_axis(source, slot[..., None], axis=1, mode="clip")
-
-
 def portable(cfg: PretzelConfig) -> PretzelConfig:
-    """The same model, its attention computed by the kernel that runs everywhere."""
+    """The same model with attention computed by the kernel "xla", which runs on every platform."""
     streams = {name: replace(getattr(cfg, name), kernel="xla") for name in ("vlm", "shallow", "deep")}
     return replace(cfg, **streams)
 
 
 def for_sampling(cfg: PretzelConfig) -> PretzelConfig:
-    """The same model, portable, each layer with parameters of its own (`separate_layers`): a step copies none of them."""
+    """The same model, portable, each layer with parameters of its own (`separate_layers`), so decoding copies none."""
     cfg = portable(cfg)
     streams = {name: replace(getattr(cfg, name), scan=False) for name in ("vlm", "shallow", "deep")}
     vision = cfg.vlm.vision and replace(cfg.vlm.vision, scan=False)
@@ -249,18 +248,10 @@ def split(params: dict) -> tuple[dict, dict]:
 
 
 def init_params(model: Pretzel, key: jax.Array) -> dict:
-    """All parameter groups, fp32. Under `jax.eval_shape` their shapes, without memory."""
-    model = Pretzel(portable(model.cfg))  # the example is too short a row for other kernels
+    """All parameter groups, fp32. Under `jax.eval_shape`: their shapes, without memory."""
+    model = Pretzel(portable(model.cfg))  # other kernels refuse a row as short as the example
     c = model.cfg
-    vision = None
-    if c.vlm.vision:
-        patches = c.vlm.vision.merge**2
-        vision = sequence.VisionInput(
-            patches=jnp.zeros((1, patches, c.vlm.vision.patch_width)),
-            coordinates=jnp.zeros((1, patches, 2), jnp.int32),
-            image=jnp.zeros((1, patches), jnp.int32),
-            window=jnp.zeros((1, patches), jnp.int32),
-        )
+    vision = example_vision(c.vlm.vision)
     ids = jnp.zeros((1, 1), jnp.int32)
     latents = jnp.zeros((1, 1, c.tokens, c.channels))
     example = Sequence(

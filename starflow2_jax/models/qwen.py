@@ -11,12 +11,14 @@ from starflow2_jax.models import attention
 from starflow2_jax.models.kernels import PLATFORMS
 from starflow2_jax.models.layers import DTYPES, REMAT, Norm, Transformer, TransformerConfig, require_sections
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
+from starflow2_jax.models.vlm_inputs import VlmInputs
 from starflow2_jax.parallel.sharding import constrain
+from starflow2_jax.sequence import VisionInput
 
 
 @dataclass(frozen=True)
 class QwenConfig:
-    """Text decoder (see TransformerConfig; the layer's options are fixed here to Qwen's) and vision tower.
+    """Sizes of the text decoder, and its vision tower; the options of a layer that are not fields here are Qwen's.
 
     Raises UserError for sizes that do not fit each other.
     """
@@ -45,6 +47,7 @@ class QwenConfig:
     )
     scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
     unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
+    kind: str = option("the kind of vision-language model: a key of models/vlm.py's table", "qwen2_5_vl")
 
     def __post_init__(self):
         check(self)
@@ -52,16 +55,29 @@ class QwenConfig:
 
     @property
     def transformer(self) -> TransformerConfig:
+        """The text decoder's layers."""
         return TransformerConfig(
-            layers=self.layers, width=self.width, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
-            mlp_hidden=self.mlp_hidden, norm="rms", norm_eps=self.norm_eps, activation="silu", gated_mlp=True,
-            qkv_bias=True, dtype=self.dtype, remat=self.remat, kernel=self.kernel,
-            scan=self.scan, unroll=self.unroll,
-        )  # fmt: skip
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            mlp_hidden=self.mlp_hidden,
+            norm="rms",
+            norm_eps=self.norm_eps,
+            activation="silu",
+            gated_mlp=True,
+            qkv_bias=True,
+            dtype=self.dtype,
+            remat=self.remat,
+            kernel=self.kernel,
+            scan=self.scan,
+            unroll=self.unroll,
+        )
 
 
 class Qwen(nn.Module):
-    """Embeddings (B, S, E) in, hidden states after the final norm (B, S, E) out; the head is applied by who needs it."""
+    """A Vlm (vlm.py): token ids and images in, hidden states (B, S, E) after the final norm out."""
 
     cfg: QwenConfig
 
@@ -78,16 +94,37 @@ class Qwen(nn.Module):
             self.vision = VisionTower(c.vision)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token ids (B, S) -> embeddings (B, S, E). Devices gather the table's channels, not all rows' embeddings."""
+        """Token ids (B, S) -> embeddings (B, S, E).
+
+        The table's channels are gathered, its words stay on their shards: that moves less than the rows' embeddings.
+        """
         table = constrain(self.token_embedding.embedding.astype(self.cfg.dtype), "words", None)
         return constrain(jnp.take(table, tokens, axis=0), "batch", "sequence", "embed")
 
-    def see(self, vision) -> jax.Array:
-        """A `VisionInput` -> merged image tokens (B, P / merge^2, E)."""
+    def see(self, vision: VisionInput) -> jax.Array:
+        """Images -> merged image tokens (B, P / merge^2, E)."""
         return self.vision(vision)
 
-    def __call__(self, x, positions, mask=None, cache=None, segments=None):
-        """x (B, S, E), positions (B, S, 3), and mask, cache or segments as Transformer's -> hidden states (B, S, E), cache."""
+    def __call__(
+        self, inputs: VlmInputs, cache: attention.KVCache | None = None
+    ) -> tuple[jax.Array, attention.KVCache | None]:
+        """Hidden states (B, S, E) after the final norm, and the cache grown by S positions."""
+        merged = None if inputs.vision is None else self.see(inputs.vision)
+        x = inputs.embeddings(self.embed(inputs.tokens), merged)
+        return self.run(x, inputs.positions, cache=cache, segments=inputs.segments)
+
+    def run(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array | None = None,
+        cache: attention.KVCache | None = None,
+        segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, attention.KVCache | None]:
+        """The text decoder: x (B, S, E), positions (B, S, 3) -> hidden states (B, S, E), cache.
+
+        mask, cache and segments are the Transformer's.
+        """
         c = self.cfg
         angles = attention.multimodal_angles(positions, c.head_dim, c.rotary_theta, c.rotary_sections)
         x, cache = self.stack(x, angles, mask, cache, segments=segments)
@@ -98,8 +135,9 @@ class Qwen(nn.Module):
         return (self.token_embedding if self.cfg.tied_head else self.lm_head).embedding
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """(B, S, E) -> (B, S, V) fp32."""
+        """Hidden states (..., E) -> logits (..., V) fp32."""
         return jnp.einsum("...e,ve->...v", hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, slots: int) -> attention.KVCache:
+        """A cache of `batch` rows with room for `slots` positions each."""
         return self.stack.empty_cache(batch, slots)

@@ -1,10 +1,13 @@
-"""Qwen2.5-VL's vision tower."""
+"""Qwen2.5-VL's vision tower, and how an image becomes the patches that it sees."""
 
+import math
 from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from PIL import Image as Pillow
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import check, option
@@ -14,7 +17,7 @@ from starflow2_jax.sequence import VisionInput
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Raises UserError for sizes that do not fit each other."""
+    """Sizes of the tower and of the images it sees. Raises UserError for sizes that do not fit each other."""
 
     layers: int = option("layers (L)", least=1)
     width: int = option("channels of the residual stream (E)", least=1)
@@ -55,18 +58,106 @@ class VisionConfig:
 
     @property
     def patch_width(self) -> int:
+        """Numbers in one patch: channels, time, rows and columns."""
         return self.channels * self.temporal_patch * self.patch**2
 
     @property
     def transformer(self) -> TransformerConfig:
+        """The tower's layers."""
         return TransformerConfig(
-            layers=self.layers, width=self.width, heads=self.heads, mlp_hidden=self.mlp_hidden, norm="rms",
-            norm_eps=self.norm_eps, activation="silu", gated_mlp=True, qkv_bias=True, out_bias=True, mlp_bias=True,
-            dtype=self.dtype, remat=self.remat, scan=self.scan, unroll=self.unroll,
-        )  # fmt: skip
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            mlp_hidden=self.mlp_hidden,
+            norm="rms",
+            norm_eps=self.norm_eps,
+            activation="silu",
+            gated_mlp=True,
+            qkv_bias=True,
+            out_bias=True,
+            mlp_bias=True,
+            dtype=self.dtype,
+            remat=self.remat,
+            scan=self.scan,
+            unroll=self.unroll,
+        )
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the matrix that embeds a patch."""
+        return self.patch_width * self.width
+
+    @property
+    def merger_parameters(self) -> int:
+        """Parameters of the two matrices that make one merged token out of merge^2 patches."""
+        merged = self.width * self.merge**2
+        return merged * (merged + self.out_width)
+
+    def visible_patches(self, patches: int) -> float:
+        """How many of an image's `patches` one patch attends to, averaged over windowed and full layers."""
+        window = min(patches, max(self.window // (self.patch * self.merge), 1) ** 2 * self.merge**2)
+        full = len(self.full_attention_layers) / self.layers
+        return full * patches + (1 - full) * window
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in pixels of an image -> of what the tower sees (Qwen2-VL's rule).
+
+        Sides become multiples of patch x merge, the area lies between min_pixels and max_pixels, and the aspect ratio
+        is kept as far as those allow. Raises ValueError for an image more than 200 times as long as wide.
+        """
+        side, area = self.patch * self.merge, math.prod(size)
+        if max(size) > 200 * min(size):
+            raise ValueError(
+                f"an image of {size[0]}x{size[1]} pixels was given; the vision tower takes none that is over 200 times "
+                "as long as wide"
+            )
+        height, width = (round(s / side) * side for s in size)
+        if height * width > self.max_pixels:
+            shrink = math.sqrt(area / self.max_pixels)
+            height, width = (max(side, math.floor(s / shrink / side) * side) for s in size)
+        elif height * width < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / area)
+            height, width = (math.ceil(s * grow / side) * side for s in size)
+        return height, width
+
+    def merged_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in pixels, before resizing -> grid of merged tokens. Raises ValueError as `resized` does."""
+        height, width = self.resized(size)
+        return height // (self.patch * self.merge), width // (self.patch * self.merge)
+
+    def preprocess(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Pixels (height, width, C) in [-1, 1] -> "patches" (P, patch width), "coordinates" (P, 2), "window" (P,).
+
+        A gray image is repeated to the tower's channels. If an image must be resized, it is rounded to 8-bit levels
+        and resized with a bicubic filter. The patches of one merged token are neighbours; merged tokens are in raster
+        order.
+        """
+        height, width = self.resized(pixels.shape[:2])
+        h, w = height // (self.patch * self.merge), width // (self.patch * self.merge)
+        if pixels.shape[:2] != (height, width):
+            levels = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+            planes = [Pillow.fromarray(levels[..., i]) for i in range(levels.shape[-1])]
+            planes = [plane.resize((width, height), Pillow.Resampling.BICUBIC) for plane in planes]
+            pixels = np.stack([np.asarray(plane, np.float32) for plane in planes], axis=-1) / 127.5 - 1
+        pixels = np.broadcast_to((pixels + 1) / 2, (height, width, self.channels))
+        x = (pixels - np.asarray(self.mean)) / np.asarray(self.std)
+        m, p = self.merge, self.patch
+        x = x.reshape(h, m, p, w, m, p, self.channels).transpose(0, 3, 1, 4, 6, 2, 5)  # h w m m C p p
+        x = np.repeat(x[:, :, :, :, :, None], self.temporal_patch, axis=5)
+        rows, columns = np.meshgrid(np.arange(h * m), np.arange(w * m), indexing="ij")
+        coordinates = np.stack([rows, columns], -1).reshape(h, m, w, m, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+        side = max(self.window // (p * m), 1) * m  # of a window, in patches
+        window = coordinates[:, 0] // side * (-(-w * m // side)) + coordinates[:, 1] // side
+        return {
+            "patches": x.reshape(-1, self.patch_width).astype(np.float32),
+            "coordinates": coordinates.astype(np.int32),
+            "window": window.astype(np.int32),
+        }
 
 
 class VisionTower(nn.Module):
+    """Patches of one or several images in, merged tokens out."""
+
     cfg: VisionConfig
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""TPU generations: peak rates by their makers' tables, and what a topology such as v5p:4x4x4 is made of."""
+"""TPU generations: peak rates by the maker's tables, and the topologies, such as v5p:4x4x4, that they are built in."""
 
 import math
 import re
@@ -9,21 +9,21 @@ from starflow2_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip, from the specifications on docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e."""
+    """Peak rates of a chip, from the specifications on docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e."""
 
     name: str
     flops: float  # bf16 FLOP/s
     memory: float  # bytes of HBM
     bandwidth: float  # bytes/s of HBM
     link: float  # bytes/s of one interconnect link in one direction
-    dimensions: int  # of the torus; each has two links a chip
+    dimensions: int  # of the torus; a chip has two links along each
     wraps: int  # the torus closes along a dimension whose size is a multiple of this
     chips_a_host: int
     most: int  # chips in a pod
 
 
-# The documentation gives a chip's interconnect bandwidth in both directions of all its links together: 400 GB/s over the 4
-# of a v5e, 800 over the 4 of a v6e, 1200 over the 6 of a v5p; of a v4 6 links of 50 GB/s each way.
+# The documentation gives the bandwidth of all links of a chip together, both directions added: 400 GB/s for the 4 links
+# of a v5e, 800 for the 4 of a v6e, 1200 for the 6 of a v5p. For a v4 it gives 6 links of 50 GB/s in each direction.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, 4, 4096),
     "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, 4, 256),
@@ -34,23 +34,26 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
+    """A slice: chips of one kind in a torus of a shape."""
+
     chip: Chip
     shape: tuple[int, ...]
 
     @property
     def chips(self) -> int:
+        """Number of chips."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def closes(self, dimension: int) -> bool:
-        """Whether the chips along a dimension make a ring."""
+        """Whether the chips along a dimension form a ring."""
         return self.shape[dimension] % self.chip.wraps == 0
 
 
-def parse(text: str) -> Topology:
-    """ "v5p:4x4x4" -> the topology. Raises UserError that names the nearest right one."""
+def parse_topology(text: str) -> Topology:
+    """The topology that a text such as "v5p:4x4x4" names. Raises UserError, with the nearest topology that exists."""
     name, _, sizes = text.partition(":")
     chip = CHIPS.get(name)
     if chip is None:
@@ -68,13 +71,17 @@ def parse(text: str) -> Topology:
 
 
 def count(sizes: str) -> int:
-    """How many chips a malformed topology may have meant."""
+    """The number of chips that a malformed topology may mean: the product of its numbers, 64 without any."""
     numbers = [int(n) for n in re.findall(r"\d+", sizes)]
     return max(1, math.prod(numbers)) if numbers else 64
 
 
 def _is_built(chip: Chip, shape: tuple[int, ...]) -> bool:
-    """Flat tori come in powers of two up to 16 x 16, 3D ones of more than a host as multiples of 4, smaller sides first."""
+    """Whether there are slices of this shape.
+
+    Flat tori have sides of powers of two, up to 16 x 16. 3D tori of several hosts have sides of multiples of 4, the
+    smaller ones first.
+    """
     if len(shape) != chip.dimensions or math.prod(shape) > chip.most:
         return False
     if chip.dimensions == 2:
@@ -82,11 +89,11 @@ def _is_built(chip: Chip, shape: tuple[int, ...]) -> bool:
     return shape == tuple(sorted(shape)) and (all(s % 4 == 0 for s in shape)) or shape in SMALL
 
 
-SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # 3D slices below 4 x 4 x 4
 
 
 def shape_of(chip: Chip, chips: int) -> tuple[int, ...]:
-    """The buildable topology whose number of chips is nearest, the most cubic of those."""
+    """The shape with the nearest number of chips that there are slices of; among those the most cubic."""
     sides = [2**i for i in range(int(math.log2(chip.most)) + 1)]
     grids = [(a, b) for a in sides for b in sides]
     if chip.dimensions == 3:

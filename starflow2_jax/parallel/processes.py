@@ -1,8 +1,10 @@
-"""Several processes that train one model: how they find each other, and the few things that they agree on."""
+"""Several processes that train one model: how they find each other, and how they agree on a value."""
 
+import argparse
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +19,12 @@ ENVIRONMENT = {
 }
 
 
-def initialize(args) -> None:
-    """Before JAX starts: join the other processes, where `--distributed` says that there are any. Raises UserError."""
+def initialize(args: argparse.Namespace) -> None:
+    """Join the other processes if `--distributed` is given. Must be called before JAX starts. Raises UserError."""
     flags = {name: getattr(args, name) for name in ENVIRONMENT}
     if not args.distributed:
         if given := [f"--{name}" for name, value in flags.items() if value is not None]:
-            raise UserError(f"{', '.join(given)} is of a distributed run; add --distributed")
+            raise UserError(f"{', '.join(given)} belongs to a distributed run; add --distributed")
         return
     values = {name: value or os.environ.get(ENVIRONMENT[name]) for name, value in flags.items()}
     if missing := [f"--{name}" for name, value in values.items() if value is None]:
@@ -39,7 +41,8 @@ def initialize(args) -> None:
     _join(values["coordinator"], int(values["processes"]), int(values["process"]))
 
 
-def _join(*found) -> None:
+def _join(*found: str | int) -> None:
+    """Join by coordinator address, number of processes and own index, or as JAX finds them out. Raises UserError."""
     try:
         jax.distributed.initialize(*found)
     except (RuntimeError, ValueError) as error:
@@ -50,15 +53,15 @@ def _join(*found) -> None:
 
 
 def primary() -> bool:
-    """Is this the process that writes configs, metrics and the progress bar?"""
+    """Whether this is process 0, which alone writes configs, metrics and the progress bar."""
     return jax.process_index() == 0
 
 
-def on_primary(work: Callable):
-    """Do `work` in process 0 alone; all wait for it together and get the JSON value that it returns.
+def on_primary(work: Callable[[], Any]) -> Any:
+    """Do `work` in process 0 alone; every process waits for it and returns the JSON value that it returned.
 
-    For what a directory holds and is to hold: a network file system may remember for a while that a file was not there,
-    and then two hosts would see different ones. A UserError of the work is raised in every process.
+    Use it for anything that depends on the files in a directory: for a while, hosts may see different states of a
+    network file system. A UserError that `work` raises is raised in every process.
     """
     answer = error = None
     if primary():
@@ -72,8 +75,8 @@ def on_primary(work: Callable):
     return answer
 
 
-def gather(value) -> list:
-    """A JSON value of each process -> all of them, in every process, in order."""
+def gather(value: Any) -> list:
+    """Collect a JSON value from each process: the list of all of them, by process index, in every process."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

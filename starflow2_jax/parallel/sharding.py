@@ -1,7 +1,9 @@
-"""The mesh, and which axis of which array lies on which axis of it. Sharding is data: ordered patterns, first match wins."""
+"""The mesh, and the rules that map array axes to mesh axes: ordered patterns, of which the first match counts."""
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,11 +12,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from starflow2_jax.errors import UserError
 
-# data: copies of the model, between slices; fsdp: rows and parameters; sequence: positions of a row; tensor: heads, hidden
-# channels and words. The later, the nearer two devices lie to each other.
+# data: copies of the model, between slices; fsdp: rows and parameters; sequence: positions of a row; tensor: heads,
+# hidden channels and words. Devices along a later axis are nearer to each other.
 AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Named constraints inside the models -> mesh axes.
+# Names that the models use in constraints -> mesh axes.
 LOGICAL = {
     "batch": ("data", "fsdp"),
     "sequence": "sequence",
@@ -24,7 +26,7 @@ LOGICAL = {
     "words": "tensor",
 }
 
-# Parameter path -> axes, counted from the last dimension back (a leading layer axis stays whole).
+# Parameter path -> mesh axes of its last dimensions; leading ones, such as the layers of a stack, stay whole.
 PARAMETER_RULES = (
     (r"attention/(query|key|value)/kernel$", ("fsdp", "tensor", None)),
     (r"attention/(query|key|value)/bias$", ("tensor", None)),
@@ -37,11 +39,14 @@ PARAMETER_RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequence: int = 1) -> Mesh:
-    """A mesh over `devices` (all there are); one size may be -1: what is left. Raises UserError where the sizes do not fit.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None, sequence: int = 1
+) -> Mesh:
+    """A mesh over `devices` (None: all). One size may be -1: all devices that the others leave.
 
-    Where the devices are of several slices, the data axis goes over the network between them, where it is too short fsdp
-    too; the others stay within a slice. Within one, an axis may share a dimension of the torus with others.
+    With devices of several slices the data axis spans the slices, and fsdp too if data is too short for all of them;
+    the other axes stay within a slice. Within a slice, axes may share a dimension of the torus. Raises UserError for
+    sizes that do not fit the devices.
     """
     devices = devices or jax.devices()
     sizes, count = [data, fsdp, sequence, tensor], len(devices)
@@ -54,18 +59,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, sequ
     return Mesh(placed_devices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def placed_devices(sizes: tuple[int, ...], devices) -> np.ndarray:
-    """The devices as an array of `sizes`, one size an axis. Raises UserError where they cannot be laid out so."""
+def placed_devices(sizes: tuple[int, ...], devices: Sequence) -> np.ndarray:
+    """The devices as an array of `sizes`, one for each of AXES. Raises UserError if they cannot be laid out so."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     over_data = math.gcd(sizes[0], slices)
     over_fsdp = slices // over_data
     if sizes[1] % over_fsdp:
         raise UserError(
-            f"the devices are of {slices} slices: data={sizes[0]} (or data and fsdp={sizes[1]} together) must be a multiple "
-            "of that, so that sequence and tensor stay within a slice"
+            f"the devices are of {slices} slices: data={sizes[0]} (or data and fsdp={sizes[1]} together) must be a "
+            "multiple of that, so that sequence and tensor stay within a slice"
         )
     within, between = (sizes[0] // over_data, sizes[1] // over_fsdp, *sizes[2:]), (over_data, over_fsdp, 1, 1)
-    split = {"allow_split_physical_axes": True}  # jax.make_mesh has it for v5e only
+    split = {"allow_split_physical_axes": True}  # jax.make_mesh allows it on v5e only
     try:
         if slices == 1:
             return mesh_utils.create_device_mesh(within, devices, **split)
@@ -76,7 +81,10 @@ def placed_devices(sizes: tuple[int, ...], devices) -> np.ndarray:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin x's layout by logical axis names on the mesh in force (`jax.set_mesh`); nothing without one."""
+    """Pin the layout of x, one name of LOGICAL (or None) for each axis, on the mesh of `jax.set_mesh`.
+
+    Without a mesh, returns x as it is.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -85,25 +93,25 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def axis_size(axis: str) -> int:
-    """Of the mesh in force; 1 without one."""
+    """Size of an axis of the mesh of `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[axis]
 
 
 def constrain_parameter(x: jax.Array, path: str) -> jax.Array:
-    """Pin a parameter, or what was made of it element by element, to the layout that PARAMETER_RULES give to `path`."""
+    """Pin a parameter, or an array made from it element by element, to the layout of PARAMETER_RULES for `path`."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, _parameter_spec(path, x.shape, mesh.shape))
 
 
-def _parameter_spec(path: str, shape, sizes) -> PartitionSpec:
+def _parameter_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
     rule = next(axes for pattern, axes in PARAMETER_RULES if re.search(pattern, path))
     rule = rule[-len(shape) :] if shape else ()
     return _fitting((None,) * (len(shape) - len(rule)) + tuple(rule), shape, sizes)
 
 
-def _fitting(axes, shape, sizes) -> PartitionSpec:
-    """Drop the axes whose size does not divide the dimension."""
+def _fitting(axes: Sequence, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The axes as a spec, without those whose size does not divide their dimension."""
 
     def size(axis):
         return int(np.prod([sizes[a] for a in ((axis,) if isinstance(axis, str) else axis)])) if axis else 1
@@ -111,14 +119,15 @@ def _fitting(axes, shape, sizes) -> PartitionSpec:
     return PartitionSpec(*(a if dim % size(a) == 0 else None for a, dim in zip(axes, shape, strict=True)))
 
 
-def path_name(path) -> str:
+def path_name(path: Sequence) -> str:
+    """A path of `jax.tree_util` as text: "vlm/norm/scale"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def tree_shardings(tree, mesh: Mesh, memory: str | None = None):
-    """NamedShardings for a tree of parameters (or optimizer moments, whose paths end alike), by PARAMETER_RULES.
+def tree_shardings(tree: Any, mesh: Mesh, memory: str | None = None) -> Any:
+    """NamedShardings of parameters by PARAMETER_RULES, or of optimizer moments, whose paths end in the same way.
 
-    `memory`: the kind of the device's memories that holds them; None: its own.
+    memory: the memory kind that holds them; None: the device's own.
     """
 
     def leaf(path, x):
@@ -127,30 +136,30 @@ def tree_shardings(tree, mesh: Mesh, memory: str | None = None):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def placed(tree, layout):
-    """The shapes and types of a tree, to lie as `layout`, a sharding or a tree of them, says."""
+def placed(tree: Any, layout: Any) -> Any:
+    """The shapes and types of a tree with the shardings of `layout`, which is one sharding or a tree of them."""
     places = jax.tree.broadcast(layout, tree)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
+    """The sharding of a batch: rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def spread(mesh: Mesh) -> int:
-    """Over how many places rows are spread."""
+def row_shards(mesh: Mesh) -> int:
+    """Number of shards that rows are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def row_shardings(tree, mesh: Mesh):
-    """NamedShardings of arrays that lead with rows; KVCache's keys and values (B, J, C, K) have heads too."""
+def row_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings of arrays whose first axis is rows; a KVCache's arrays (B, J, C, K) are cut by heads, too."""
 
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _row_spec(path, x, mesh.shape)), tree)
 
 
-def constrain_rows(tree):
-    """Pin such arrays to the mesh in force; nothing without one."""
+def constrain_rows(tree: Any) -> Any:
+    """Pin such arrays to the layout of `row_shardings` on the mesh of `jax.set_mesh`; without a mesh, do nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
@@ -159,10 +168,11 @@ def constrain_rows(tree):
     )
 
 
-def _row_spec(path, x, sizes) -> PartitionSpec:
+def _row_spec(path: Sequence, x: Any, sizes: Mapping[str, int]) -> PartitionSpec:
     axes = (("data", "fsdp"), "tensor" if re.search(r"/(keys|values)/\d+$", path_name(path)) else None)
     return _fitting((*axes, *[None] * x.ndim)[: x.ndim], x.shape, sizes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

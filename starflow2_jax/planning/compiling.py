@@ -1,9 +1,10 @@
-"""Compiles the training step and the sampler's steps for a TPU that is not there."""
+"""Compiles the training step and the sampler's steps for TPUs that are described, not present."""
 
 import os
 import re
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,13 @@ from starflow2_jax.training import program
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.step import HOST
 
-# What libtpu would else ask a machine that is no TPU, or say about it.
+# Keep libtpu from looking for a TPU on this machine, and from logging that there is none.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody uses the chip: several plans may be made at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no process uses a chip, so several may plan at once
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -40,7 +41,7 @@ QUIET = {
 
 
 class DoesNotFit(UserError):
-    """The compiler found no place for the program in a chip's memory; `largest`: (bytes, what) of what it wanted to keep."""
+    """The program does not fit a chip: `needed` bytes, and its `largest` arrays as (bytes, description)."""
 
     def __init__(self, message: str, needed: float, largest: list[tuple[float, str]]):
         super().__init__(message)
@@ -49,16 +50,16 @@ class DoesNotFit(UserError):
 
 @dataclass
 class Program:
-    """A compiled program, the mesh that it runs on and its arguments' bytes a chip, by what they are."""
+    """A compiled program, the mesh that it runs on, and its arguments in bytes per chip, by kind of argument."""
 
     compiled: jax.stages.Compiled
     mesh: jax.sharding.Mesh
     arguments: dict[str, float] = field(default_factory=dict)
-    host: float = 0  # bytes a chip of arguments that lie in the host's memory
+    host: float = 0  # bytes per chip of the arguments in the host's memory
 
 
 def tpu_devices(topology: Topology) -> list:
-    """The devices of a topology, described by libtpu. Raises UserError without it."""
+    """The devices of a topology as libtpu describes them. Raises UserError if libtpu is missing or refuses it."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -69,17 +70,17 @@ def tpu_devices(topology: Topology) -> list:
         ) from None
     from jax.experimental import topologies
 
-    described = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}  # its two cores as one device
+    described = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}  # two cores, one device
     if topology.chips < topology.chip.chips_a_host:
         described["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
     try:
         return list(topologies.get_topology_desc(str(topology), platform="tpu", **described).devices)
-    except Exception as error:  # libtpu's own reasons: a topology that it does not build
+    except Exception as error:  # libtpu raises several kinds for a topology that it does not know
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
 
 
 def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
-    """The loop's training step for these devices. Raises DoesNotFit, ConfigError."""
+    """Compile the training step of a stage for these devices. Raises DoesNotFit and ConfigError."""
     cfg = config.stages[stage.name]
     model = Pretzel(configs.pretzel(config))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -97,14 +98,15 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
 
 
 def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, slots: int) -> dict[str, Program]:
-    """`read` of half of `slots` positions, and `write`, one position of each of `rows` rows a turn of its loop.
+    """Compile the sampler's `read` and `write` for `rows` rows whose caches have room for `slots` positions.
 
-    With guidance, parameters and caches in bfloat16, and as much room in the caches as `slots`.
+    `read` reads slots / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on, and
+    parameters and caches are bfloat16. Raises DoesNotFit.
     """
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    B, slots = rows + -rows % sharding.spread(mesh), row.bucket(slots)
+    B, slots = rows + -rows % sharding.row_shards(mesh), row.bucket(slots)
     branches = ("bare",)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -120,7 +122,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
         images = max(1, slots // 2 // (cfg.tokens + 2))
         shape = Shape(B, slots // 2, images)
         batch, lengths = _on_rows((program.empty_batch(cfg, shape), jax.ShapeDtypeStruct((B,), jnp.int32)), mesh)
-        ids = TokenIds(*range(5))  # which tokens they are changes nothing
+        ids = TokenIds(*range(5))  # which ids they are does not change the program
         kind = steps.Program(model, ids, stage.skips, branches)
         read = _compile(steps.read, devices, kind, params, state, batch, 0, lengths, lengths)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
@@ -129,11 +131,12 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
     return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
 
 
-def _on_rows(tree, mesh):
+def _on_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return sharding.placed(tree, sharding.row_shardings(tree, mesh))
 
 
-def _compile(function, devices: list, *arguments) -> jax.stages.Compiled:
+def _compile(function: Any, devices: list, *arguments) -> jax.stages.Compiled:
+    """Compile a jitted function for the devices' platform. Raises DoesNotFit."""
     lowered = function.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
     try:
         return lowered.compile()
@@ -144,7 +147,7 @@ def _compile(function, devices: list, *arguments) -> jax.stages.Compiled:
 
 
 def out_of_memory(message: str) -> DoesNotFit:
-    """What XLA says of the memory it lacks, read from its message."""
+    """XLA's out-of-memory message, parsed."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
     largest = []
     for size, unit, rest in re.findall(r"Size: ([\d.]+)([KMGT]?)B?(.*?)(?=\n\s*\d+\. Size:|\Z)", message, re.DOTALL):
@@ -160,11 +163,11 @@ def _size(number: str, unit: str) -> float:
     return float(number) * 1024 ** " KMGT".index(unit or " ")
 
 
-def bytes_a_chip(tree, host: bool = False) -> float:
-    """What one chip holds of arrays that are sharded, or what the host holds for it; without the compiler's padding."""
+def bytes_a_chip(tree: Any, host: bool = False) -> float:
+    """Bytes of sharded arrays that one chip holds, or with `host` the host's memory for it; without padding."""
     leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == host]
     return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=float) * _width(x.dtype) for x in leaves))
 
 
-def _width(dtype) -> int:
+def _width(dtype: Any) -> int:
     return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize

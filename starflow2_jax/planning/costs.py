@@ -1,4 +1,4 @@
-"""What a compiled module costs a chip: FLOPs, bytes moved, collectives, and a prediction of its time from the roofline."""
+"""Costs of a compiled module on a chip: FLOP, bytes moved, collectives, and its time as the roofline predicts it."""
 
 import math
 import re
@@ -10,52 +10,53 @@ from starflow2_jax.parallel.hardware import Topology
 from starflow2_jax.planning.hlo import Computation, Instruction, Module
 
 ROOFLINE = (
-    "operation by operation, each takes the longer of its FLOPs at the matrix units' peak and its bytes at the memory's; "
-    "a collective takes the bytes that a ring algorithm sends at the bandwidth of the links its axis lies on, one after "
-    "another, and costs time only where no computation runs between its start and its end, or in one fusion with it. Left out: latencies, the units' "
-    "inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
+    "operations run one after another, each for the longer of its FLOP at the matrix units' peak and its bytes at "
+    "the memory's; collectives run one after another, each for the bytes that a ring algorithm sends at the "
+    "bandwidth of the links of its axis, and cost only the time in which no computation runs beside them. Left out: "
+    "latencies, the units' inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
 )
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
-# No work: names, and memory that is only set aside.
+# Operations that do no work: they name values or set memory aside.
 FREE = {
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all",
-    "copy-done", "slice-done", "async-update", "domain", "opt-barrier", "optimization-barrier", "add-dependency",
-}  # fmt: skip
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all"),
+    *("copy-done", "slice-done", "async-update", "domain", "opt-barrier", "optimization-barrier", "add-dependency"),
+}
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 
 
 @dataclass
 class Collective:
-    """One kind of transfer on one mesh axis, all of its executions in a step added up, per chip."""
+    """One kind of transfer on one mesh axis: the sum of its executions in a step, per chip."""
 
     kind: str
     axis: str
     count: float = 0
     bytes: float = 0  # sent by a chip
     seconds: float = 0
-    overlapped: float = 0  # of the seconds, those behind computation
-    started: float = 0  # of the count, those that are asynchronous
+    overlapped: float = 0  # seconds hidden behind computation
+    started: float = 0  # asynchronous executions
 
 
 @dataclass
 class Costs:
-    """Of one execution on one chip."""
+    """Costs of one execution on one chip."""
 
     flops: float = 0
     bytes: float = 0  # to and from HBM
-    seconds: float = 0  # by `ROOFLINE`
-    matrix_seconds: float = 0
-    exposed: float = 0  # of the seconds, waiting for the interconnect
+    seconds: float = 0  # predicted by `ROOFLINE`
+    matrix_seconds: float = 0  # of the FLOP alone, at the matrix units' peak
+    exposed: float = 0  # seconds spent waiting for the interconnect
     collectives: dict[tuple[str, str], Collective] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)  # loops whose trip count is not known; counted once
-    slowest: dict[str, float] = field(default_factory=dict)  # seconds by source operation
+    unknown: list[str] = field(default_factory=list)  # loops of unknown trip count, counted as one turn
+    slowest: dict[str, float] = field(default_factory=dict)  # seconds by operation of the source program
 
 
 class Analysis:
-    """Walks a module in the order in which it runs, with two clocks: the chip's and its links'.
+    """Walks a module in the order of execution with two clocks, one of the chip and one of its links.
 
-    `mesh`: sizes by axis; `coordinates` (chips, dimensions): of partition i in the torus.
+    mesh: sizes by axis. coordinates (chips, dimensions): place in the torus of each partition's chip. The result is
+    `costs`.
     """
 
     def __init__(self, module: Module, topology: Topology, mesh: dict[str, int], coordinates: np.ndarray):
@@ -65,7 +66,7 @@ class Analysis:
         self.costs.seconds = max(self.costs.seconds, self.costs.bytes / topology.chip.bandwidth)
 
     def _run(self, computation: Computation, times: float) -> float:
-        """Seconds of one execution; adds `times` executions to the costs."""
+        """Seconds of one execution of a computation; adds the costs of `times` executions."""
         clocks = [0.0, 0.0]  # of the chip, of its links
         pending: dict[str, tuple[float, float, Collective]] = {}
         for at in computation.values():
@@ -94,10 +95,10 @@ class Analysis:
         return clocks[0]
 
     def _fused(self, around: Computation, at: Instruction, clocks: list[float], pending: dict, times: float) -> None:
-        """An operation that computes, on the two clocks; collectives fused into it go on beside that.
+        """Advance both clocks by an operation that computes, and by the collectives that are fused into it.
 
-        TPUs cut a collective into a fusion that starts it, those that compute while it runs and one that ends it, all with
-        its channel's number. One in a single fusion goes on beside its computation only.
+        The TPU's compiler may split a collective over fusions: one starts it, others compute while it runs, one ends
+        it, and all carry the number of its channel. A collective within a single fusion overlaps with that one alone.
         """
         begin = clocks[0]
         clocks[0] += self._compute(around, at, times)
@@ -117,13 +118,14 @@ class Analysis:
                 clocks[0] = self._wait(clocks[0], *pending.pop(name), times)
 
     def _wait(self, now: float, end: float, seconds: float, kind: Collective, times: float) -> float:
-        """When a collective that ends at `end` is done, for who asks at `now`."""
+        """The time at which an operation that waits from `now` for a collective until `end` may proceed."""
         wait = max(0.0, end - now)
         kind.overlapped += times * max(0.0, seconds - wait)
         self.costs.exposed += times * wait
         return now + wait
 
     def _collectives_in(self, at: Instruction) -> list[tuple[Computation, Instruction]]:
+        """The collectives in a fusion and in the fusions within it, each with its computation."""
         if at.opcode != "fusion":
             return []
         inner = self.module.called(at)
@@ -131,6 +133,7 @@ class Analysis:
         return here + [found for i in inner.values() for found in self._collectives_in(i)]
 
     def _loop(self, computation: Computation, at: Instruction, times: float) -> float:
+        """Seconds of a while loop."""
         trips = self.module.trips(at, computation)
         if trips is None:
             self.costs.unknown.append(at.name)
@@ -138,7 +141,7 @@ class Analysis:
         return trips * self._run(self.module.called(at, "body"), times * trips) if trips else 0.0
 
     def _branches(self, at: Instruction) -> list[Computation]:
-        """A call's computation; of a conditional's the one with the most products."""
+        """The computation that a call runs; for a conditional, its branch with the most FLOP in products."""
         if at.opcode == "call":
             return [self.module.called(at, "to_apply")]
         listed = at.attribute("branch_computations")
@@ -149,18 +152,19 @@ class Analysis:
         return [max(branches, key=lambda c: (sum(self.module.flops(c, i) for i in c.values()), len(c)))]
 
     def _wrapped(self, at: Instruction) -> tuple[Computation, Instruction] | None:
-        """The collective inside an async-start."""
+        """The collective inside an async-start, with its computation."""
         inner = self.module.called(at)
         return next(((inner, i) for i in inner.values() if i.opcode in COLLECTIVES), None)
 
     def _first(self, computation: Computation, done: Instruction) -> str:
-        """The start that a -done belongs to."""
+        """The name of the start that a -done belongs to."""
         at = computation[done.operands[0]]
         while at.opcode == "async-update":
             at = computation[at.operands[0]]
         return at.name
 
     def _compute(self, computation: Computation, at: Instruction, times: float) -> float:
+        """Seconds of one execution of an operation; adds `times` executions to the costs."""
         if at.opcode == "custom-call" and any(f'custom_call_target="{name}"' in at.attributes for name in FREE_CALLS):
             return 0.0
         chip = self.topology.chip
@@ -168,7 +172,7 @@ class Analysis:
         self.costs.flops += times * flops
         self.costs.bytes += times * size
         self.costs.matrix_seconds += times * flops / chip.flops
-        if at.opcode in ("copy-start", "slice-start"):  # beside the computation; the memory's share bounds the whole
+        if at.opcode in ("copy-start", "slice-start"):  # runs beside computation; only the total of bytes bounds it
             return 0.0
         seconds = max(flops / chip.flops, size / chip.bandwidth)
         found = re.search(r'op_name="([^"]*)"', at.attributes)
@@ -177,7 +181,7 @@ class Analysis:
         return seconds
 
     def _bytes(self, computation: Computation, at: Instruction) -> float:
-        """HBM bytes that an operation reads and writes; of an array that is only cut from or written into, the piece."""
+        """HBM bytes that an operation reads and writes; a slice or an update in place counts as the piece alone."""
         if at.opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
             return 2 * at.arrays[-2 if at.opcode == "slice-start" else 0].hbm
         if at.opcode == "copy-start":
@@ -195,11 +199,11 @@ class Analysis:
         return read + min(at.hbm, self._written(inner, inner.root))
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Bytes of a fusion's parameter that are used."""
+        """Bytes of a fusion's parameter that the fusion reads."""
         total = 0.0
         for user in inner.users.get(parameter.name, []):
             if user.opcode == "tuple" or _moves(user):
-                continue  # passed on, or the links' business
+                continue  # passed on unread, or read by the links
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == parameter.name:
                 total += user.bytes
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
@@ -215,7 +219,7 @@ class Analysis:
         return total
 
     def _written(self, inner: Computation, root: Instruction) -> float:
-        """Bytes of a fusion's result that it computes."""
+        """Bytes of its result that a fusion writes."""
         if root.opcode == "parameter" or _moves(root):
             return 0.0
         if root.opcode == "tuple":
@@ -225,6 +229,7 @@ class Analysis:
         return inner[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else root.bytes
 
     def _collective(self, computation: Computation, at: Instruction, times: float) -> tuple[Collective, float]:
+        """Add `times` executions of a collective to the costs; its entry there, and the seconds of one execution."""
         base = at.opcode.removesuffix("-start")
         group = first_group(at.attributes, len(self.coordinates))
         size = self._payload(computation, at, base)
@@ -240,7 +245,7 @@ class Analysis:
         return kind, seconds
 
     def _payload(self, computation: Computation, at: Instruction, base: str) -> float:
-        """Bytes of the whole that a group shares: what is gathered, or what is reduced."""
+        """Bytes of the whole array that a group gathers or reduces."""
         given = sum(computation[o].bytes for o in at.operands)
         if base != "all-gather":
             return given
@@ -252,23 +257,23 @@ class Analysis:
         return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
 
     def _bandwidth(self, group: list[int], base: str) -> float:
-        """Bytes/s out of a chip: a link for each dimension of the torus along which the group lies, two where it is a ring."""
+        """Bytes/s that a chip sends: a link for each dimension along which the group lies, two if that is a ring."""
         chip, places = self.topology.chip, self.coordinates[group]
         sizes = [len(set(column)) for column in places.T]
         along = [d for d, size in enumerate(sizes) if size > 1]
         if base == "collective-permute" or not along:
-            return 2 * chip.link  # to a neighbour; another goes the other way meanwhile
+            return 2 * chip.link  # to a neighbour, in both directions at once
         rings = [d for d in along if self.topology.closes(d) and sizes[d] == self.topology.shape[d]]
         return chip.link * (len(along) + len(rings))
 
 
 def _moves(at: Instruction) -> bool:
-    """Whether an instruction in a fusion is a collective, or one of the marks where an asynchronous one begins and ends."""
+    """Whether an instruction in a fusion is a collective, or a mark where an asynchronous one begins or ends."""
     return at.opcode.removesuffix("-start") in COLLECTIVES or "AsyncCollective" in at.attributes
 
 
 def first_group(attributes: str, chips: int) -> list[int]:
-    """Partitions of the first group of a collective, in any of the ways in which XLA writes it; all without one."""
+    """The partitions of a collective's first group, in any of XLA's notations; all partitions if it names no groups."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}(.*?)\}\}", attributes):
         return _cycle(attributes, int(pairs[1]))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
@@ -283,7 +288,7 @@ def first_group(attributes: str, chips: int) -> list[int]:
 
 
 def _cycle(attributes: str, first: int) -> list[int]:
-    """Everyone that a permutation passes the first chip's data on to."""
+    """The chips that a permutation passes the first chip's data along, the first chip included."""
     text = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)[1]
     target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", text)}
     group = [first]
@@ -293,11 +298,11 @@ def _cycle(attributes: str, first: int) -> list[int]:
 
 
 def _named(axes: str, used: str) -> list[int]:
-    """mesh['a'=16,'b'=2] {'a'}: partitions that differ in axis a alone. A part of an axis is written 'a':(4)2."""
+    """The group of mesh['a'=16,'b'=2] {'a'}: partitions that differ in axis a alone. 'a':(4)2 is a part of an axis."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    parts = {name: (int(before), int(size)) if before else None for name, before, size in
-             re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used)}  # fmt: skip
+    found = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used)
+    parts = {name: (int(before), int(size)) if before else None for name, before, size in found}
     index: list = []
     for name, size in sizes.items():
         part = parts.get(name, (size, 1))

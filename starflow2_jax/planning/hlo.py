@@ -1,4 +1,4 @@
-"""Reads the text of an optimised XLA module: computations, instructions, shapes, trip counts, and the FLOPs of products."""
+"""Reads the text of an optimised XLA module: computations, instructions, shapes, trip counts, and FLOP of products."""
 
 import math
 import re
@@ -8,21 +8,15 @@ from functools import cached_property
 import numpy as np
 
 ARRAY = re.compile(r"\b(pred|token|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
-BITS = {
-    "pred": 8,
-    "token": 0,
-    "s4": 4,
-    "u4": 4,
-    "s2": 2,
-    "u2": 2,
-}  # the others end their name with them, or begin: f8e4m3
+# Bits of the types whose name does not say them; in other names they are the first number, as in bf16 or f8e4m3.
+BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a shape: a tuple is several."""
+    """An array's type; an instruction that makes a tuple has several."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -30,27 +24,31 @@ class Array:
 
     @property
     def bytes(self) -> float:
+        """Its size."""
         bits = BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0]) if self.dtype != "token" else 0
         return math.prod(self.dims) * bits / 8
 
     @property
     def hbm(self) -> float:
-        """Bytes in the chip's main memory: 0 for what the compiler put into another memory space, as S(1) for VMEM."""
+        """Bytes in the chip's main memory: 0 in another memory space, such as S(1) for VMEM."""
         return 0.0 if re.search(r"S\([1-9]", self.layout) else self.bytes
 
 
 @dataclass
 class Instruction:
+    """A line of a computation: name = shape opcode(inside), attributes."""
+
     name: str
     shape: str
     opcode: str
-    operands: list[str]
-    inside: str  # what stands between the opcode's parentheses
+    operands: list[str]  # names of instructions
+    inside: str  # the text between the opcode's parentheses
     attributes: str
-    root: bool
+    root: bool  # whether its value is the computation's
 
     @cached_property
     def arrays(self) -> list[Array]:
+        """The arrays that it makes."""
         return [
             Array(kind, tuple(map(int, dims.split(","))) if dims else (), layout)
             for kind, dims, layout in ARRAY.findall(self.shape)
@@ -58,31 +56,36 @@ class Instruction:
 
     @property
     def bytes(self) -> float:
+        """Size of the arrays that it makes."""
         return sum(a.bytes for a in self.arrays)
 
     @property
     def hbm(self) -> float:
+        """Bytes of them in the chip's main memory."""
         return sum(a.hbm for a in self.arrays)
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=`: a computation's name, or what stands between braces."""
+        """The value of `name=`: a computation's name, or the text between braces; None without that attribute."""
         found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
         return None if found is None else found[1] if found[1] is not None else found[2]
 
 
 class Computation(dict):
-    """Instructions by name, in the order in which they run."""
+    """Instructions by name, in the order of execution."""
 
     @property
     def root(self) -> Instruction:
+        """The instruction whose value is the computation's."""
         return next(i for i in self.values() if i.root)
 
     @cached_property
     def parameters(self) -> list[Instruction]:
+        """Its parameters by number."""
         return sorted((i for i in self.values() if i.opcode == "parameter"), key=lambda i: int(i.inside))
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that use each name."""
         users: dict[str, list[Instruction]] = {}
         for instruction in self.values():
             for operand in set(instruction.operands):
@@ -91,7 +94,7 @@ class Computation(dict):
 
 
 class Module:
-    """`computations` by name, `entry` is where it begins."""
+    """The `computations` by name; `entry` is the one that runs first."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
@@ -102,16 +105,17 @@ class Module:
                 current = self.computations[header[2]] = Computation()
                 if header[1]:
                     self.entry = current
-            elif line.rstrip() == "}":  # attributes of several lines may begin with one, too
+            elif line.rstrip() == "}":  # an indented one belongs to attributes of several lines
                 current = None
             elif current is not None and (instruction := _instruction(line)):
                 current[instruction.name] = instruction
 
     def called(self, instruction: Instruction, attribute: str = "calls") -> Computation:
+        """The computation that an attribute of the instruction names."""
         return self.computations[instruction.attribute(attribute)]
 
     def trips(self, loop: Instruction, around: Computation) -> int | None:
-        """How often a while loop's body runs; None where the text does not tell."""
+        """How often a while loop's body runs; None if the text does not say it."""
         if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition, body = self.called(loop, "condition"), self.called(loop, "body")
@@ -131,23 +135,25 @@ class Module:
         return max(0, math.ceil((last - first + (further if step > 0 else -further)) / step))
 
     def _through(self, computation: Computation, at: Instruction | None) -> Instruction | None:
-        """What an instruction is once copies are looked through."""
+        """The instruction behind copies, bitcasts and conversions."""
         while at is not None and at.opcode in ("copy", "bitcast", "convert"):
             at = computation.get(at.operands[0])
         return at
 
     def _element(self, computation: Computation, tupled: Instruction, index: int) -> Instruction | None:
-        """The instruction that made element `index` of a tuple."""
+        """The instruction that made element `index` of a tuple; None if the tuple is not made here."""
         if tupled.opcode != "tuple":
             return None
         return self._through(computation, computation.get(tupled.operands[index]))
 
     def _constant(self, at: Instruction | None) -> int | None:
-        return (
-            int(at.inside) if at is not None and at.opcode == "constant" and re.fullmatch(r"-?\d+", at.inside) else None
-        )
+        """The value of an integer constant; None for any other instruction."""
+        if at is None or at.opcode != "constant" or not re.fullmatch(r"-?\d+", at.inside):
+            return None
+        return int(at.inside)
 
     def _step(self, body: Computation, index: int) -> int | None:
+        """The constant that a loop's body adds to element `index` of its state; None if it does something else."""
         new = self._element(body, body.root, index)
         if new is not None and new.opcode == "fusion":
             inner = self.called(new)
@@ -159,7 +165,7 @@ class Module:
         )
 
     def flops(self, computation: Computation, instruction: Instruction) -> float:
-        """FLOP of one product, of a fusion's products, or what a kernel's author says of a kernel."""
+        """FLOP of a product, of the products in a fusion, or of a kernel by its author's estimate; else 0."""
         if instruction.opcode == "dot":
             left = computation[instruction.operands[0]].arrays[0].dims
             contracted = [int(d) for d in (instruction.attribute("lhs_contracting_dims") or "").split(",") if d]
@@ -179,13 +185,17 @@ class Module:
 
 
 def _splash_flops(kernel: str, operands: list[Array]) -> float:
-    """Splash attention does not say: of queries (..., H, S, K) and keys (..., J, C, K), causal, so half of all pairs."""
+    """FLOP of splash attention, which brings no estimate; causality leaves half of all pairs.
+
+    Its operands begin with queries (..., H, S, K) and keys (..., J, C, K).
+    """
     queries, keys = [a.dims for a in operands if len(a.dims) > 2 and a.dtype in ("bf16", "f32", "f16")][:2]
     products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel]
     return products * 2.0 * math.prod(queries) * keys[-2] / 2
 
 
 def _instruction(line: str) -> Instruction | None:
+    """A line as an instruction; None if it is none."""
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not head:
         return None
@@ -193,13 +203,12 @@ def _instruction(line: str) -> Instruction | None:
     opcode = re.match(r"\s*([\w\-]+)\(", rest)
     inside, attributes = _leading(rest[opcode.end() - 1 :])
     inside = inside[1:-1]
-    return Instruction(
-        head[2], shape, opcode[1], re.findall(r"%([\w.\-]+)", inside), inside, attributes, bool(head[1])
-    )  # fmt: skip
+    operands = re.findall(r"%([\w.\-]+)", inside)
+    return Instruction(head[2], shape, opcode[1], operands, inside, attributes, bool(head[1]))
 
 
 def _leading(text: str) -> tuple[str, str]:
-    """A leading parenthesis, or else a leading word, and the rest."""
+    """A text's leading parenthesis, or else its leading word, and the rest. Raises ValueError for an unclosed one."""
     if not text.startswith("("):
         word, _, rest = text.partition(" ")
         return word, rest
@@ -211,8 +220,11 @@ def _leading(text: str) -> tuple[str, str]:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
-def convolution_flops(left, right, out, attributes: str) -> float:
-    """2 x products that are not with padding. TPUs write all matrix products as convolutions, a batch axis as a dilated one."""
+def convolution_flops(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str) -> float:
+    """FLOP of a convolution of these shapes, products with padding left out.
+
+    The TPU's compiler writes every matrix product as a convolution, and a batch axis as a dilated axis of it.
+    """
     spec = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(f.split("=") for f in window[1].split()) if window else {}

@@ -1,9 +1,10 @@
-"""A plan: what one training step, or the sampler's steps, need of each chip, and how long they are predicted to take."""
+"""A plan: the memory that a training step or a step of the sampler needs per chip, and its predicted time."""
 
 import time
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
@@ -21,7 +22,7 @@ from starflow2_jax.training.program import batch_shape
 
 @dataclass
 class Plan:
-    """Of one program on one topology. Bytes and FLOP are a chip's, seconds a step's; predictions, not measurements."""
+    """One program on one topology: bytes and FLOP per chip, seconds per step. All are predictions, not measurements."""
 
     what: str
     topology: str
@@ -29,22 +30,22 @@ class Plan:
     mesh: dict[str, int]
     settings: dict[str, object]
     fits: bool
-    memory: float  # bytes of a chip
-    peak: float  # bytes of it in use at most
-    arguments: dict[str, float]  # bytes of it by what they are
-    host: float = 0  # bytes in the host's memory
-    temporary: float = 0  # bytes: activations, gathered parameters, gradients
-    flops_by_hand: dict[str, float] = field(default_factory=dict)  # by part of the model, `flops.RULE`
-    hardware_by_hand: float = 0  # with recomputation, attention as its kernel does it
+    memory: float  # bytes that a chip has
+    peak: float  # bytes that the program needs of them
+    arguments: dict[str, float]  # bytes by kind of argument
+    host: float = 0  # bytes of arguments in the host's memory
+    temporary: float = 0  # bytes of activations, gathered parameters and gradients
+    flops_by_hand: dict[str, float] = field(default_factory=dict)  # by part of the model, counted by `flops.RULE`
+    hardware_by_hand: float = 0  # FLOP with recomputation, and attention as its kernel computes it
     flops_compiled: float = 0
     bytes_moved: float = 0
     collectives: list[dict] = field(default_factory=list)
     seconds: float = 0
     matrix_seconds: float = 0
     memory_seconds: float = 0
-    exposed_seconds: float = 0  # waiting for the interconnect
-    tokens_per_second: float = 0  # positions of all chips
-    seconds_a_token: float = 0  # of the sampler: until each row has its next one, or read one
+    exposed_seconds: float = 0  # spent waiting for the interconnect
+    tokens_per_second: float = 0  # positions of all chips together
+    seconds_a_token: float = 0  # of the sampler: to read or write one position of every row
     mfu: float = 0
     largest: list[tuple[float, str]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
@@ -53,17 +54,16 @@ class Plan:
     rules: dict[str, str] = field(default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE})
 
     def json(self) -> dict:
+        """Every field, as JSON values."""
         return asdict(self)
 
 
 def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: list) -> Plan:
-    """Compile the stage's training step for the devices of a topology and say what it costs."""
+    """Compile the stage's training step for the devices of a topology, and predict its costs."""
     begin = time.time()
     shape, model = batch_shape(config, stage), configs.pretzel(config)
-    plan = Plan(
-        f"training step, stage {stage.name}", str(topology), topology.chips, {}, settings(config, stage), False,
-        topology.chip.memory, 0, {},
-    )  # fmt: skip
+    what, chosen = f"training step, stage {stage.name}", settings(config, stage)
+    plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
     hand = flops.training_flops(model, stage, shape)
     plan.flops_by_hand = {part: value / topology.chips for part, value in hand.model.items()}
     plan.hardware_by_hand = hand.executed / topology.chips
@@ -85,18 +85,20 @@ def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: lis
 def plan_sampler(
     config: ConfigDict, stage: Stage, topology: Topology, devices: list, rows: int, slots: int
 ) -> list[Plan]:
-    """`read` and `write` of the sampler; one turn of `write` is one position of each row, one of its guidance too."""
+    """Plans of the sampler's `read` and `write`, see compile_sampler; a single plan if they do not fit.
+
+    A turn of `write` runs one position of each row, and one of its guidance.
+    """
     plans = []
     try:
         programs = compiling.compile_sampler(config, stage, devices, rows, slots)
     except DoesNotFit as error:
-        plan = Plan(
-            "sampler", str(topology), topology.chips, {}, {}, False, topology.chip.memory, error.needed, {},
-            largest=error.largest,
-        )  # fmt: skip
+        memory = topology.chip.memory
+        plan = Plan("sampler", str(topology), topology.chips, {}, {}, False, memory, error.needed, {})
+        plan.largest = error.largest
         plan.advice = ["fewer rows or slots, or a larger tensor axis, which splits the caches' heads"]
         return [plan]
-    B, lanes = rows + -rows % sharding.spread(programs["read"].mesh), 2
+    B, lanes = rows + -rows % sharding.row_shards(programs["read"].mesh), 2
     hand = flops.sampling_flops(configs.pretzel(config), stage, B, bucket(slots), lanes)
     for name, program in programs.items():
         what = f"sampler, {name}: {'half of the slots' if name == 'read' else 'one position a row'}"
@@ -114,7 +116,7 @@ def plan_sampler(
 
 
 def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
-    """What of a config decides about memory and speed."""
+    """The settings of a config that decide about memory and speed."""
     cfg, m = config.stages[stage.name], config.model
     found = {name: cfg[name] for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate")}
     for part in ("vlm", "shallow", "deep"):
@@ -123,7 +125,7 @@ def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
 
 
 def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
-    """Fill in what the compiled program says."""
+    """Fill in the plan's numbers that come from the compiled program."""
     memory = program.compiled.memory_analysis()
     plan.mesh, plan.arguments, plan.host = dict(program.mesh.shape), program.arguments, program.host
     plan.temporary = memory.temp_size_in_bytes
@@ -146,16 +148,16 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     return costs
 
 
-def places(mesh, topology: Topology) -> np.ndarray:
-    """(chips, dimensions): where in the torus partition i lies."""
+def places(mesh: Mesh, topology: Topology) -> np.ndarray:
+    """(chips, dimensions): the coordinates in the torus of each partition's chip."""
     devices = list(mesh.devices.flat)
-    if not hasattr(devices[0], "coords"):  # not TPUs: as if in order
+    if not hasattr(devices[0], "coords"):  # no TPUs: assume raster order
         return np.array(np.unravel_index(np.arange(len(devices)), topology.shape)).T
     return np.array([d.coords[: len(topology.shape)] for d in devices])
 
 
 def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:
-    """The largest arrays of a program in HBM, each with what makes it, one of each shape."""
+    """The largest arrays of a program in HBM as (bytes, shape and operation), one of each shape."""
     found: dict[str, tuple[float, str]] = {}
     for computation in module.computations.values():
         for at in computation.values():
@@ -170,7 +172,7 @@ def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:
 
 
 def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
-    """What to change where a plan does not fit."""
+    """Changes to a config whose plan does not fit, most effective first."""
     cfg, said = config.stages[stage.name], []
     state = sum(v for k, v in plan.arguments.items() if k != "batch")
     if not plan.arguments or state > plan.memory / 2:
@@ -179,7 +181,7 @@ def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
         )
         said.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor and moments=float32")
         if not cfg.optimizer.offload:
-            said.append("stages.*.optimizer.offload=True: what the optimizer keeps goes to the host's memory")
+            said.append("stages.*.optimizer.offload=True: the optimizer's state moves to the host's memory")
     streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].remat != "full"]
     if streams:
         said.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")

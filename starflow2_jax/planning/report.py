@@ -1,10 +1,10 @@
-"""Plans in words: tables for a terminal, and markdown as kept under docs/benchmarks."""
+"""Plans as text for a terminal."""
 
 from starflow2_jax.planning.plan import Plan
 
 
 def text(plan: Plan) -> str:
-    """One plan, all of it."""
+    """A whole plan, several lines."""
     lines = [f"{plan.what} on {plan.topology}, {plan.chips} chips, mesh {_pairs(plan.mesh)}"]
     lines.append(f"  {_pairs(plan.settings)}")
     if not plan.mesh:
@@ -23,7 +23,8 @@ def text(plan: Plan) -> str:
         lines += [f"  {name:<22}{_flop(value):>12}" for name, value in plan.flops_by_hand.items()]
         lines += [f"  {'by hand':<22}{_flop(sum(plan.flops_by_hand.values())):>12}  ({plan.rules['flops']})"]
         lines += [
-            f"  {'by hand, executed':<22}{_flop(plan.hardware_by_hand):>12}  (with recomputation, attention as its kernel does it)"
+            f"  {'by hand, executed':<22}{_flop(plan.hardware_by_hand):>12}  "
+            "(with recomputation, and attention as its kernel computes it)"
         ]
     lines += [f"  {'compiled':<22}{_flop(plan.flops_compiled):>12}"]
     if plan.unknown_loops:
@@ -32,8 +33,8 @@ def text(plan: Plan) -> str:
     lines += ["  " + line for line in collectives(plan)]
     lines += ["largest arrays", *(f"  {_size(size):>12}  {what[:100]}" for size, what in plan.largest)]
     lines += [
-        f"predicted step {plan.seconds:.3g} s (matrix units {plan.matrix_seconds:.3g}, memory {plan.memory_seconds:.3g}, "
-        f"waiting for the interconnect {plan.exposed_seconds:.3g})"
+        f"predicted step {plan.seconds:.3g} s (matrix units {plan.matrix_seconds:.3g}, "
+        f"memory {plan.memory_seconds:.3g}, waiting for the interconnect {plan.exposed_seconds:.3g})"
     ]
     lines += [f"predicted {plan.tokens_per_second:,.0f} positions a second"]
     if plan.mfu:
@@ -45,18 +46,17 @@ def text(plan: Plan) -> str:
 
 
 def collectives(plan: Plan) -> list[str]:
+    """A table of the plan's collectives, one line each, a header first."""
     rows = [("kind", "axis", "times", "bytes sent", "seconds", "asynchronous", "hidden")]
     for c in plan.collectives:
         hidden = c["overlapped"] / c["seconds"] if c["seconds"] else 0
-        rows.append(
-            (c["kind"], c["axis"], f"{c['count']:.0f}", _size(c["bytes"]), f"{c['seconds']:.4f}",
-             f"{c['started']:.0f}", f"{hidden:.0%}")
-        )  # fmt: skip
+        where, count, sent = (c["kind"], c["axis"]), f"{c['count']:.0f}", _size(c["bytes"])
+        rows.append((*where, count, sent, f"{c['seconds']:.4f}", f"{c['started']:.0f}", f"{hidden:.0%}"))
     return columns(rows)
 
 
 def columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of cells, first column left, the others right aligned."""
+    """Rows of cells as lines: the first column is aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -1,8 +1,8 @@
-"""Tries rows, mesh shapes and remat policies, and ranks what fits."""
+"""Plans every choice of rows, mesh and remat policy, and ranks those that fit."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +18,7 @@ STREAMS = ("vlm", "shallow", "deep")
 
 @dataclass
 class Candidate:
-    """A choice, and what became of it: a plan, or why there is none."""
+    """A choice, and its plan, or the reason why there is none."""
 
     rows: int
     mesh: dict[str, int]
@@ -27,26 +27,32 @@ class Candidate:
     failure: str = ""
 
     def apply(self, config: ConfigDict, stage: Stage) -> ConfigDict:
-        """A copy of the config with this choice."""
+        """A locked copy of the config with this choice."""
         config = config.copy_and_resolve_references().unlock()
         config.stages[stage.name].rows = self.rows
-        config.data.groups = math.gcd(self.rows, config.data.groups)  # the plan does not depend on it
+        config.data.groups = math.gcd(self.rows, config.data.groups)  # must divide the rows; changes no plan
         config.mesh.update(self.mesh)
         for stream in STREAMS:
             config.model[stream].remat = self.remat
         return config.lock()
 
     def names(self) -> str:
+        """The choice in words."""
         mesh = " ".join(f"{k}={v}" for k, v in self.mesh.items() if v > 1) or "one chip"
         return f"rows={self.rows} {mesh} remat={self.remat}" if self.rows else mesh
 
 
 def candidates(
-    chips: int, rows_a_chip: list[int], tensors: list[int], remats: list[str], sequences=(1,), datas=(1,)
+    chips: int,
+    rows_a_chip: list[int],
+    tensors: list[int],
+    remats: list[str],
+    sequences: Iterable[int] = (1,),
+    datas: Iterable[int] = (1,),
 ) -> Iterator[Candidate]:
-    """Every combination; fsdp gets the chips that data, sequence and tensor leave. Rows are a multiple of the places they lie on.
+    """Every combination of the sizes; the fsdp axis gets the chips that data, sequence and tensor leave.
 
-    Sizes that do not divide the chips make one candidate each, a failure.
+    rows_a_chip: rows of a batch for each chip. Sizes that do not divide the chips make one candidate, already failed.
     """
     for data, sequence, tensor in itertools.product(datas, sequences, tensors):
         mesh = dict(data=data, sequence=sequence, tensor=tensor)
@@ -65,9 +71,9 @@ def search(
     make: Callable[[ConfigDict], Plan],
     tell: Callable[[str], None],
 ) -> list[Candidate]:
-    """Plan every choice; the best first. One that fails to compile is kept with its reason.
+    """Plan every choice; returns them with the fastest first and those that failed, with their reasons, last.
 
-    `make`: a config's plan; `tell` is given a line about each as it is done.
+    make: makes the plan of a config. tell: is called with a line about each choice when it is done.
     """
     for number, choice in enumerate(choices, 1):
         if not choice.failure:
@@ -86,6 +92,7 @@ def _plan(choice: Candidate, config: ConfigDict, stage: Stage, make: Callable[[C
 
 
 def table(ranked: list[Candidate]) -> str:
+    """The choices as a table, one line each."""
     rows = [("choice", "positions/s", "MFU", "step s", "peak GiB", "")]
     for c in ranked:
         if c.plan is None or c.failure:

@@ -160,7 +160,7 @@ def batches(
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         count = power(len(rows))  # few shapes are compiled, as in sampling
-        count += -count % sharding.spread(sampler.mesh)
+        count += -count % sharding.row_shards(sampler.mesh)
         given = [features[i] for i in rows + rows[-1:] * (count - len(rows))]
         patches = max(len(f.get("patches", ())) for f in given)
         shape = Shape(

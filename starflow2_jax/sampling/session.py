@@ -46,7 +46,7 @@ class Session:
         several = [options] * self.size if isinstance(options, SampleOptions) else options
         self.options = [o.sized(sampler.model.cfg.tokens) for o in several]
         spare = max(rows - self.size, 0)
-        spare += -(self.size + spare) % sharding.spread(sampler.mesh)  # rows that only fill up the mesh
+        spare += -(self.size + spare) % sharding.row_shards(sampler.mesh)  # rows that only fill up the mesh
         self.options += self.options[-1:] * spare
         self.program = self._program(self.options)
         branches = self.program.branches

@@ -10,7 +10,6 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from starflow2_jax.data.documents import as_pillow, from_pillow, upright
-from starflow2_jax.data.vision import merged_grid, resized
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.request_limits import Intake
 
@@ -30,8 +29,8 @@ class Budget:
             shown, positions = self.intake.size, self.intake.tokens
         else:
             try:
-                shown = resized(self.intake.vision, size[::-1])
-                positions = math.prod(merged_grid(self.intake.vision, size[::-1]))
+                shown = self.intake.vision.resized(size[::-1])
+                positions = math.prod(self.intake.vision.merged_grid(size[::-1]))
             except ValueError as error:
                 raise bad(str(error), param) from None
         self.pixels -= max(math.prod(size), math.prod(shown))

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from starflow2_jax.codecs.patch import PatchCodec
-from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.prompts import special_tokens
 from starflow2_jax.serving.errors import ApiError, bad

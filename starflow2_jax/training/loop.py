@@ -16,6 +16,7 @@ from starflow2_jax.data import sources
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.fields import differences
 from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.sequence import Shape
@@ -28,7 +29,7 @@ from starflow2_jax.training.profiling import Profiler
 from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step, require_rows
 from starflow2_jax.training.stage_run import StageRun, Tools
 from starflow2_jax.training.step import TrainState, finish, new_state, require_host, state_shardings
-from starflow2_jax.weights.qwen import load_config
+from starflow2_jax.weights.vlm import load_config
 
 
 class Trainer:
@@ -43,7 +44,7 @@ class Trainer:
         self.mesh = sharding.make_mesh(**config.mesh)
         self.begun = processes.on_primary(self.checkpoints.exists)
         if self.begun:
-            if other := configs.differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
+            if other := differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
                 raise ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
         else:
@@ -153,7 +154,7 @@ class Trainer:
         require_new(folder)
         if "pretrain" in config.order:
             raise ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
-        if other := configs.differences(load_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
+        if other := differences(load_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
             raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
         codec = sources.make_codec(config)
         with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:

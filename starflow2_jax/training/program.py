@@ -62,7 +62,7 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
 def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
-    spread = sharding.spread(mesh) * cfg.accumulate
+    spread = sharding.row_shards(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
     rows_of_a_group(cfg.rows, config.data.groups)

@@ -1,12 +1,11 @@
-"""Qwen2.5-VL's folder -> our checkpoint of the frozen VLM, and back; one tensor in memory at a time.
+"""The reference library's folder of a VLM -> our checkpoint of it, and back, with one tensor in memory at a time.
 
-frozen/                 the parameters {"vlm": ...} (orbax), of the source's types; frozen.json: their content hash
-vlm.json                QwenConfig
+frozen/                 the parameters {"vlm": ...} (orbax) in the source's types; frozen.json: their content hash
+vlm.json                the VLM's config and its kind
 reference_config.json   the source's config.json
 tokenizer/              the source's tokenizer, chat template and processor files
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -18,7 +17,8 @@ import numpy as np
 from flax import traverse_util
 
 from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
-from starflow2_jax.weights import qwen
+from starflow2_jax.errors import require_one_of
+from starflow2_jax.models.vlm import abstract_params
 from starflow2_jax.weights.folder import TYPES, Entry, read_entries, read_tensor, same_bits, write_folder
 from starflow2_jax.weights.store import CHUNK, ArrayStore
 from starflow2_jax.weights.table import (
@@ -33,55 +33,75 @@ from starflow2_jax.weights.table import (
     shape_fault,
     source_shape,
 )
+from starflow2_jax.weights.vlm import VLM_WEIGHTS, load_config, write_config
 
+# Files of tokenizer and processor, which are copied as they are.
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json", "generation_config.json",
-)  # fmt: skip
-EMBEDDING, HEAD = "vlm/token_embedding/embedding", "lm_head.weight"
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+CONFIG = "vlm.json"
 
 Wanted = dict[str, tuple[Rule, tuple[Part, ...]]]
 
 
-def to_checkpoint(source: str | Path, target: str | Path) -> None:
-    """The reference's folder `source` -> a new checkpoint `target`. Raises UserError; then nothing is left behind.
+def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
+    """The reference's folder `source` of a VLM of this kind -> a new checkpoint `target`.
 
-    Names, shapes and types are checked before anything is written, numbers while they are.
+    Names, shapes and types are checked before anything is written, numbers while they are written. Raises UserError,
+    and then leaves nothing behind.
     """
+    require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
+    weights = VLM_WEIGHTS[kind]
     source, target = Path(source).resolve(), Path(target).resolve()
     require_new(target)
     entries = read_entries(source)
-    cfg = qwen.read_config(source / "config.json", _compute_type(entries))
-    cfg = dataclasses.replace(cfg, vision=qwen.read_processor(source / "preprocessor_config.json", cfg.vision))
-    tree = qwen.abstract_params(cfg)
-    wanted, faults = expected(qwen.table(cfg, qwen.generation(entries)), tree)
-    tied = entries.pop(HEAD, None) if cfg.tied_head else None
+    cfg = weights.read_config(source, _compute_type(entries))
+    tree = abstract_params(cfg)
+    wanted, faults = expected(weights.rules(cfg, entries), tree)
+    twice = {name: path for name, path in weights.copies(cfg).items() if name in entries}
+    copies = {name: entries.pop(name) for name in twice}
     refuse(faults + _faults(entries, wanted))
-    if tied and not same_bits(tied, entries[next(n for n, (r, _) in wanted.items() if r.target == EMBEDDING)]):
-        raise WeightError(f"{HEAD} differs from the token embeddings, though config.json says that they are tied")
+    for name, path in twice.items():
+        first = next(n for n, (_, parts) in wanted.items() if parts[0].path == path)
+        if not same_bits(copies[name], entries[first]):
+            raise WeightError(f"{name} differs from {first}, though config.json says that they are tied")
     with new_folder(target, sum(entry.nbytes for entry in entries.values())) as folder:
         store = ArrayStore(folder / "frozen", _typed(tree, entries, wanted), create=True)
         for name, entry in entries.items():
             _import(store, name, entry, *wanted[name])
         (folder / "frozen.json").write_text(json.dumps({"content_hash": store.content_hash()}))
-        qwen.write_config(folder / "vlm.json", cfg)
+        write_config(folder / CONFIG, cfg)
         _copy(source, folder / "tokenizer")
         shutil.copyfile(source / "config.json", folder / "reference_config.json")
 
 
-def to_reference(checkpoint: str | Path, target: str | Path, shard_bytes: int = 4 * 10**9) -> None:
+def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_bytes: int = 4 * 10**9) -> None:
     """A checkpoint that `to_checkpoint` made -> a new folder `target` as the reference library saves it, bit for bit.
 
-    Weight files have at most `shard_bytes` (or one tensor). Raises UserError; then nothing is left behind.
+    A weight file has at most `shard_bytes`, or a single larger tensor. Raises UserError, and then leaves nothing
+    behind.
     """
+    require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
     checkpoint, target = Path(checkpoint).resolve(), Path(target).resolve()
     require_new(target)
     if not checkpoint.is_dir():
         raise WeightError(f"there is no checkpoint {checkpoint}")
-    cfg = qwen.load_config(checkpoint / "vlm.json")
-    tree = qwen.abstract_params(cfg)
-    wanted, faults = expected(qwen.table(cfg), tree)
+    cfg = load_config(checkpoint / CONFIG)
+    if cfg.kind != kind:
+        raise WeightError(f"{checkpoint} holds a VLM of the kind {cfg.kind}, not {kind}; name that one")
+    tree = abstract_params(cfg)
+    wanted, faults = expected(VLM_WEIGHTS[kind].rules(cfg, ()), tree)
     refuse(faults)
     try:
         saved_hash = json.loads((checkpoint / "frozen.json").read_text())["content_hash"]
@@ -101,8 +121,8 @@ def to_reference(checkpoint: str | Path, target: str | Path, shard_bytes: int = 
 
 
 def _compute_type(entries: dict[str, Entry]) -> str:
-    """The type that most numbers have."""
-    sizes = {}
+    """The type of most of the numbers."""
+    sizes: dict[str, int] = {}
     for entry in entries.values():
         sizes[entry.kind] = sizes.get(entry.kind, 0) + math.prod(entry.shape)
     most = max(sizes, key=sizes.get, default=None)
@@ -110,7 +130,7 @@ def _compute_type(entries: dict[str, Entry]) -> str:
 
 
 def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
-    """What is wrong with names, shapes and types."""
+    """Every fault of the tensors' names, shapes and types, one sentence each."""
     faults = name_faults((), wanted, entries, lambda name: entries[name].shape)
     kinds = {}
     for name, (rule, parts) in wanted.items():
@@ -128,7 +148,7 @@ def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
 
 
 def _typed(tree: dict, entries: dict[str, Entry], wanted: Wanted) -> dict:
-    """The tree's shapes with the types of the tensors that fill it."""
+    """The shapes of the tree, each with the type of the tensors that fill it."""
     types = {part.path: entries[name].dtype for name, (_, parts) in wanted.items() for part in parts}
     leaves = traverse_util.flatten_dict(tree, sep="/")
     typed = {path: jax.ShapeDtypeStruct(x.shape, types[path]) for path, x in leaves.items()}
@@ -136,6 +156,7 @@ def _typed(tree: dict, entries: dict[str, Entry], wanted: Wanted) -> dict:
 
 
 def _import(store: ArrayStore, name: str, entry: Entry, rule: Rule, parts: tuple[Part, ...]) -> None:
+    """Read one tensor and write its pieces. Raises WeightError for numbers that are not finite."""
     value = read_tensor(entry)
     flat, step = value.reshape(-1), CHUNK // value.itemsize
     if bad := sum(np.count_nonzero(~np.isfinite(flat[i : i + step])) for i in range(0, flat.size, step)):
@@ -145,16 +166,17 @@ def _import(store: ArrayStore, name: str, entry: Entry, rule: Rule, parts: tuple
 
 
 def _export(store: ArrayStore, rule: Rule, parts: tuple[Part, ...]) -> np.ndarray:
+    """One source tensor, joined from its pieces in the store."""
     return join(rule, parts, [store.read(part.path, part.layer) for part in parts])
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The tokenizer's and processor's files that there are, verbatim."""
+    """Copy those of COMPANIONS that `source` has."""
     for file in filter(Path.is_file, (source / name for name in COMPANIONS)):
         target.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.name)
 
 
 def _natural(name: str) -> list:
-    """A key that sorts layer 10 behind layer 9."""
+    """A sort key that puts layer 10 after layer 9."""
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]

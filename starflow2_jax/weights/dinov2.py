@@ -1,4 +1,4 @@
-"""DINOv2's checkpoints, as `transformers` publishes them, as our encoder: config.json -> DinoConfig, tensors -> parameters."""
+"""DINOv2's checkpoints in the format of `transformers`: config.json -> DinoConfig, tensors -> our parameters."""
 
 import json
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ ENCODER = (
     *norm(LAYER + "norm2", STACK + "mlp_norm"),
     Rule(LAYER + "layer_scale2.lambda1", STACK + "mlp_layer_scale"),
     *norm("layernorm", "norm"),
-    Ignore(r"embeddings\.mask_token"),  # stands for hidden patches in DINOv2's own training
+    Ignore(r"embeddings\.mask_token"),  # replaces hidden patches in DINOv2's own training
 )
 PLAIN_MLP = (*linear(LAYER + "mlp.fc1", STACK + "mlp/up"), *linear(LAYER + "mlp.fc2", STACK + "mlp/down"))
 JOINED = tuple(f"{STACK}mlp/{name}/" for name in ("gate", "up"))
@@ -59,7 +59,7 @@ REQUIRED = (*COUNTS, "mlp_ratio", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn"
 
 
 def dinov2_config(config: Mapping) -> DinoConfig:
-    """A config.json of `transformers` -> our config. Raises WeightError with all that is missing or not supported."""
+    """A config.json of `transformers` -> our config. Raises WeightError with every missing or unsupported option."""
     model = config.get("model_type")
     if model not in REGISTERS:
         raise WeightError(f"config.json names the model_type {model!r}; known are {' and '.join(REGISTERS)}")
@@ -81,15 +81,22 @@ def dinov2_config(config: Mapping) -> DinoConfig:
     width, gated = config["hidden_size"], config["use_swiglu_ffn"]
     hidden = int(width * config["mlp_ratio"])
     return DinoConfig(
-        layers=config["num_hidden_layers"], width=width, heads=config["num_attention_heads"],
+        layers=config["num_hidden_layers"],
+        width=width,
+        heads=config["num_attention_heads"],
         mlp_hidden=-(-int(hidden * 2 / 3) // 8) * 8 if gated else hidden,  # two thirds, up to a multiple of 8
-        grid=config["image_size"] // config["patch_size"], patch=config["patch_size"], gated_mlp=gated,
-        registers=config["num_register_tokens"] if REGISTERS[model] else 0, antialias=REGISTERS[model],
-        qkv_bias=config["qkv_bias"], norm_eps=config["layer_norm_eps"],
-    )  # fmt: skip
+        grid=config["image_size"] // config["patch_size"],
+        patch=config["patch_size"],
+        gated_mlp=gated,
+        registers=config["num_register_tokens"] if REGISTERS[model] else 0,
+        antialias=REGISTERS[model],
+        qkv_bias=config["qkv_bias"],
+        norm_eps=config["layer_norm_eps"],
+    )
 
 
 def table(cfg: DinoConfig) -> Table:
+    """The weight table of `abstract_params(cfg)`."""
     return ENCODER + (GATED_MLP if cfg.gated_mlp else PLAIN_MLP)
 
 
@@ -100,14 +107,16 @@ def abstract_params(cfg: DinoConfig) -> dict:
 
 
 def import_dinov2(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[DinoConfig, dict]:
-    """The tensors and config.json of Dinov2Model or Dinov2WithRegistersModel -> our config and the parameters of
-    DinoEncoder, NumPy arrays. Raises WeightError with every fault where they do not fit."""
+    """Tensors and config.json of Dinov2Model or Dinov2WithRegistersModel -> our config and DinoEncoder's parameters.
+
+    The parameters are NumPy arrays. Raises WeightError with every fault.
+    """
     cfg = dinov2_config(config)
     return cfg, import_tensors(table(cfg), tensors, abstract_params(cfg))
 
 
 def load_dinov2(folder: str | Path) -> tuple[DinoConfig, dict]:
-    """`import_dinov2` of a folder with config.json and safetensors, one file or several. Raises WeightError."""
+    """`import_dinov2` of a folder with config.json and one or several safetensors files. Raises WeightError."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""TarFlow's and STARFlow's checkpoints as our flow: options in their own words -> blocks, tensors -> parameters."""
+"""TarFlow's and STARFlow's checkpoints: the options, named as there, become our blocks, the tensors our parameters."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -62,22 +62,44 @@ TABLES = {  # model, gated MLP
     ("starflow", True): STARFLOW + GATED_MLP,
 }
 
-# The options that have defaults, and those we know only one value of; a null is an absent option.
+# Defaults of options. An option that is null counts as absent.
 TARFLOW_DEFAULTS = {"head_dim": 64, "expansion": 4, "num_classes": 0}
 STARFLOW_DEFAULTS = {
-    "head_dim": 64, "num_heads": 0, "num_kv_heads": 0, "expansion": 4, "txt_size": 0, "txt_dim": 0,
-    "rope": False, "sos": False, "use_softplus": False, "soft_clip": 0, "use_final_norm": False,
-    "norm_type": "layer_norm", "use_qk_norm": False, "use_post_norm": False, "use_bias": True, "use_swiglu": False,
-    "cond_top_only": False, "seq_order": "R2L",
-}  # fmt: skip
+    "head_dim": 64,
+    "num_heads": 0,
+    "num_kv_heads": 0,
+    "expansion": 4,
+    "txt_size": 0,
+    "txt_dim": 0,
+    "rope": False,
+    "sos": False,
+    "use_softplus": False,
+    "soft_clip": 0,
+    "use_final_norm": False,
+    "norm_type": "layer_norm",
+    "use_qk_norm": False,
+    "use_post_norm": False,
+    "use_bias": True,
+    "use_swiglu": False,
+    "cond_top_only": False,
+    "seq_order": "R2L",
+}
+# Options of which only one value is supported.
 ONLY = {
-    "nvp": True, "patch_size": 1, "hf_style_rope": False, "use_mm_attn": False, "use_proj_txt": True,
-    "use_pretrained_lm": None, "temporal_causal": 0, "local_attn_window": None, "top_block_channels": None,
-}  # fmt: skip
+    "nvp": True,
+    "patch_size": 1,
+    "hf_style_rope": False,
+    "use_mm_attn": False,
+    "use_proj_txt": True,
+    "use_pretrained_lm": None,
+    "temporal_causal": 0,
+    "local_attn_window": None,
+    "top_block_channels": None,
+}
 
 
 def _options(config: Mapping, required: tuple[str, ...], defaults: Mapping, only: tuple[str, ...]) -> dict:
-    """`config` less its nulls, with the defaults filled in. Raises WeightError for what is missing or unsupported."""
+    """`config` without nulls and with defaults. Raises WeightError for missing options and unsupported values."""
     given = {name: value for name, value in config.items() if value is not None}
     faults = [f"option {name} is missing" for name in required if name not in given]
     faults += [f"{n} = {given[n]!r} is not supported" for n in only if n in given and given[n] != ONLY[n]]
@@ -87,7 +109,7 @@ def _options(config: Mapping, required: tuple[str, ...], defaults: Mapping, only
 
 
 def _depths(layers: int | list[int], count: int) -> list[int]:
-    """Layers of each block; one number, or a list of one, is every block's."""
+    """Layers of each of `count` blocks; a number, or a list of one, holds for all. Raises WeightError."""
     layers = [layers] if isinstance(layers, int) else list(layers)
     layers = layers * count if len(layers) == 1 else layers
     if len(layers) != count or min(layers) < 1:
@@ -96,44 +118,78 @@ def _depths(layers: int | list[int], count: int) -> list[int]:
 
 
 def tarflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
-    """TarFlow's options (the arguments of the reference's model) -> our blocks over patches of pixels."""
+    """TarFlow's options (the arguments of the reference's model) -> our blocks over patches of pixels.
+
+    Raises WeightError for options that are missing or not supported.
+    """
     required = ("in_channels", "img_size", "patch_size", "channels", "num_blocks", "layers_per_block")
     c = _options(config, required, TARFLOW_DEFAULTS, ("nvp",))
     depths, side = _depths(c["layers_per_block"], c["num_blocks"]), c["img_size"] // c["patch_size"]
     transformer = TransformerConfig(
-        layers=depths[0], width=c["channels"], heads=c["channels"] // c["head_dim"], head_dim=c["head_dim"],
-        mlp_hidden=int(c["channels"] * c["expansion"]), norm="layer", norm_eps=1e-5, activation="gelu",
-        qkv_bias=True, out_bias=True, mlp_bias=True,
-    )  # fmt: skip
+        layers=depths[0],
+        width=c["channels"],
+        heads=c["channels"] // c["head_dim"],
+        head_dim=c["head_dim"],
+        mlp_hidden=int(c["channels"] * c["expansion"]),
+        norm="layer",
+        norm_eps=1e-5,
+        activation="gelu",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
     block = FlowBlockConfig(
-        (side, side), c["in_channels"] * c["patch_size"] ** 2, transformer,
-        start="shift", scale="exp", positions="learned", classes=c["num_classes"],
-    )  # fmt: skip
+        (side, side),
+        c["in_channels"] * c["patch_size"] ** 2,
+        transformer,
+        start="shift",
+        scale="exp",
+        positions="learned",
+        classes=c["num_classes"],
+    )
     return _with_depths(alternating(block, len(depths)), depths)
 
 
 def starflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
-    """STARFlow's options (the arguments of the reference's model; the grid is `latent_size` a side) -> our blocks."""
+    """STARFlow's options (the arguments of the reference's model, and `latent_size`, the grid's side) -> our blocks.
+
+    Raises WeightError for options that are missing or not supported.
+    """
     required = ("in_channels", "latent_size", "channels", "layers_per_block")
     c = _options(config, required, STARFLOW_DEFAULTS, tuple(n for n in ONLY if n != "nvp"))
     layers = c["layers_per_block"]
     depths = _depths(layers, c.get("num_blocks") or len(layers))
     layer_norm, side = c["norm_type"] == "layer_norm", c["latent_size"]
     transformer = TransformerConfig(
-        layers=depths[0], width=c["channels"], heads=c["num_heads"] or c["channels"] // c["head_dim"],
-        kv_heads=c["num_kv_heads"], head_dim=c["head_dim"], mlp_hidden=int(c["channels"] * c["expansion"]),
-        norm="layer" if layer_norm else "rms_zero", norm_eps=1e-5 if layer_norm else 1e-6,
-        activation="gelu_tanh" if c["use_swiglu"] else "gelu", gated_mlp=c["use_swiglu"],
-        qkv_bias=c["use_bias"], out_bias=c["use_bias"], mlp_bias=c["use_bias"],
-        qk_norm=c["use_qk_norm"], post_norm=c["use_post_norm"],
-    )  # fmt: skip
+        layers=depths[0],
+        width=c["channels"],
+        heads=c["num_heads"] or c["channels"] // c["head_dim"],
+        kv_heads=c["num_kv_heads"],
+        head_dim=c["head_dim"],
+        mlp_hidden=int(c["channels"] * c["expansion"]),
+        norm="layer" if layer_norm else "rms_zero",
+        norm_eps=1e-5 if layer_norm else 1e-6,
+        activation="gelu_tanh" if c["use_swiglu"] else "gelu",
+        gated_mlp=c["use_swiglu"],
+        qkv_bias=c["use_bias"],
+        out_bias=c["use_bias"],
+        mlp_bias=c["use_bias"],
+        qk_norm="rms_zero" if c["use_qk_norm"] else "none",
+        post_norm=c["use_post_norm"],
+    )
     block = FlowBlockConfig(
-        (side, side), c["in_channels"], transformer,
-        start="token" if c["sos"] else "shift", scale="softplus" if c["use_softplus"] else "exp",
-        soft_clip=float(c["soft_clip"]), positions="rotary" if c["rope"] else "learned",
-        rotary_text=c["txt_size"] > 0, rotary_side=float(c.get("pt_seq_len", side)),
-        final_norm=c["use_final_norm"], prefix_channels=c["txt_dim"],
-    )  # fmt: skip
+        (side, side),
+        c["in_channels"],
+        transformer,
+        start="token" if c["sos"] else "shift",
+        scale="softplus" if c["use_softplus"] else "exp",
+        soft_clip=float(c["soft_clip"]),
+        positions="rotary" if c["rope"] else "learned",
+        rotary_text=c["txt_size"] > 0,
+        rotary_side=float(c.get("pt_seq_len", side)),
+        final_norm=c["use_final_norm"],
+        prefix_channels=c["txt_dim"],
+    )
     blocks = _with_depths(alternating(block, len(depths), flip_odd=c["seq_order"] == "R2L"), depths)
     if c["cond_top_only"]:
         blocks = (*(replace(b, prefix_channels=0) for b in blocks[:-1]), blocks[-1])
@@ -141,6 +197,7 @@ def starflow_blocks(config: Mapping) -> tuple[FlowBlockConfig, ...]:
 
 
 def _with_depths(blocks: tuple[FlowBlockConfig, ...], depths: list[int]) -> tuple[FlowBlockConfig, ...]:
+    """The blocks with these numbers of layers."""
     return tuple(
         replace(block, transformer=replace(block.transformer, layers=layers))
         for block, layers in zip(blocks, depths, strict=True)
@@ -157,9 +214,9 @@ def abstract_params(blocks: tuple[FlowBlockConfig, ...]) -> dict:
 
 
 def import_flow(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[tuple[FlowBlockConfig, ...], dict]:
-    """A reference model's tensors and options -> our blocks and the parameters of Flow(blocks), NumPy arrays.
+    """A reference model's tensors and options -> our blocks, and the parameters of Flow(blocks) as NumPy arrays.
 
-    config["model"]: "tarflow" or "starflow". Raises WeightError with every fault where they do not fit.
+    config["model"] is "tarflow" or "starflow". Raises WeightError with every fault.
     """
     model = config.get("model")
     if model not in ("tarflow", "starflow"):

@@ -1,4 +1,4 @@
-"""A folder of safetensors files, one or several with an index: read and written one tensor at a time."""
+"""A folder of safetensors files (one, or several with an index), read and written one tensor at a time."""
 
 import json
 import math
@@ -18,24 +18,26 @@ TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dt
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """The place of a tensor in a file."""
 
     file: Path
-    offset: int  # bytes from the file's beginning
+    offset: int  # bytes from the start of the file
     shape: tuple[int, ...]
-    kind: str  # as safetensors names types
+    kind: str  # its type as safetensors names it: a key of TYPES, if we know it
 
     @property
     def dtype(self) -> np.dtype:
+        """Its type. KeyError for one that we do not know."""
         return TYPES[self.kind]
 
     @property
     def nbytes(self) -> int:
+        """Its size."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder, in the order of the files' bytes. Reads headers only. Raises WeightError."""
+    """Every tensor of the folder, in the order of the files' bytes. Reads only headers. Raises WeightError."""
     if not folder.is_dir():
         raise WeightError(f"there is no folder {folder}")
     single, index = folder / SINGLE, folder / INDEX
@@ -65,6 +67,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name. Raises WeightError."""
     try:
         where = json.loads(index.read_text())["weight_map"]
         strange = [f for f in where.values() if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")]
@@ -78,7 +81,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one file; the library checks that header and size are sound."""
+    """The tensors of one file; the safetensors library checks its header and size. Raises WeightError."""
     try:
         with safetensors.safe_open(file, "np"):
             pass
@@ -93,13 +96,16 @@ def _read_header(file: Path) -> dict[str, Entry]:
 
 
 def read_tensor(entry: Entry) -> np.ndarray:
-    """The tensor, copied: a map into the file would count as memory until it is closed. Raises WeightError."""
+    """A tensor, read into memory of its own: a mapped file would count as memory until it is closed.
+
+    Raises WeightError.
+    """
     value = next(_read(entry, math.prod(entry.shape)), np.empty(0, entry.dtype))
     return value.reshape(entry.shape)
 
 
 class FolderTensors(Mapping):
-    """The folder's tensors by name, each read when it is asked for. Raises WeightError as `read_entries` does."""
+    """The folder's tensors by name, each read on access. Raises WeightError as `read_entries` does."""
 
     def __init__(self, folder: Path):
         self.entries = read_entries(folder)
@@ -115,14 +121,14 @@ class FolderTensors(Mapping):
 
 
 def same_bits(a: Entry, b: Entry, numbers: int = 2**22) -> bool:
-    """Whether two tensors are equal bit for bit, without holding either."""
+    """Whether two tensors are equal bit for bit; reads `numbers` at a time of each."""
     if (a.shape, a.kind) != (b.shape, b.kind):
         return False
     return all(x.tobytes() == y.tobytes() for x, y in zip(_read(a, numbers), _read(b, numbers), strict=True))
 
 
 def _read(entry: Entry, numbers: int) -> Iterator[np.ndarray]:
-    """The tensor's numbers, flat, that many at a time."""
+    """The tensor's numbers, flat, `numbers` at a time."""
     total = math.prod(entry.shape)
     for start in range(0, total, max(numbers, 1)):
         count = min(numbers, total - start)
@@ -133,10 +139,17 @@ def _read(entry: Entry, numbers: int) -> Iterator[np.ndarray]:
         yield piece
 
 
-def write_folder(folder: Path, shapes: Mapping[str, tuple], dtypes: Mapping[str, np.dtype], get: Callable, limit: int):
-    """Write tensors `get(name)` in the order of `shapes`, in files of at most `limit` bytes (or one tensor), and the index.
+def write_folder(
+    folder: Path,
+    shapes: Mapping[str, tuple],
+    dtypes: Mapping[str, np.dtype],
+    get: Callable[[str], np.ndarray],
+    limit: int,
+) -> None:
+    """Write the tensors `get(name)` in the order of `shapes`, one in memory at a time.
 
-    One tensor is in memory at a time. A single file has no index, as with the reference library.
+    A file has at most `limit` bytes, or a single larger tensor. Several files get an index; one file gets none, as with
+    the reference library.
     """
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards, room = [], -1

@@ -1,17 +1,13 @@
-"""Qwen2.5-VL's checkpoints as our VLM: its options -> QwenConfig, its tensors <-> our parameters."""
+"""Qwen2.5-VL's checkpoints as our VLM: its options become a QwenConfig, its tensors our parameters, and back."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from starflow2_jax.fields import build
-from starflow2_jax.models.qwen import Qwen, QwenConfig
+from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
-from starflow2_jax.sequence import VisionInput
 from starflow2_jax.weights.table import Rule, WeightError, from_heads, linear, norm, to_heads
 
 
@@ -23,22 +19,34 @@ def _published(vision_hidden: int = 3420, **text) -> QwenConfig:
 
 
 QWEN2_5_VL = {
-    "3b": _published(
-        vocabulary=151936, layers=36, width=2048, heads=16, kv_heads=2, mlp_hidden=11008, tied_head=True
-    ),
+    "3b": _published(vocabulary=151936, layers=36, width=2048, heads=16, kv_heads=2, mlp_hidden=11008, tied_head=True),
     "7b": _published(vocabulary=152064, layers=28, width=3584, heads=28, kv_heads=4, mlp_hidden=18944),
     "32b": _published(
         vocabulary=152064, layers=64, width=5120, heads=40, kv_heads=8, mlp_hidden=27648, vision_hidden=3456
     ),
-}  # fmt: skip
-OLDER, NEWER = ("model.", "visual."), ("model.language_model.", "model.visual.")  # how names of text and vision begin
+}
+# How the names of text and vision tensors begin: the reference library saves the older form and reads both.
+OLDER, NEWER = ("model.", "visual."), ("model.language_model.", "model.visual.")
+EMBEDDING, HEAD = "vlm/token_embedding/embedding", "lm_head.weight"
 STACK, HEADS = "stack/layers/", ("query", "key", "value")
 
 
-def read_config(path: Path, dtype: str) -> QwenConfig:
-    """The reference's config.json -> ours, computing in `dtype`; what the file leaves out is the reference's default.
+def read_folder(folder: Path, dtype: str) -> QwenConfig:
+    """The reference's config.json and preprocessor_config.json -> our config that computes in `dtype`.
 
-    Raises WeightError where the file is unreadable or asks for what we do not have.
+    Raises WeightError.
+    """
+    cfg = read_config(folder / "config.json", dtype)
+    if cfg.vision is None:
+        return cfg
+    return dataclasses.replace(cfg, vision=read_processor(folder / "preprocessor_config.json", cfg.vision))
+
+
+def read_config(path: Path, dtype: str) -> QwenConfig:
+    """The reference's config.json -> our config that computes in `dtype`.
+
+    An option that the file leaves out has the reference's default. Raises WeightError for a file that cannot be read,
+    or that asks for something we do not support.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2_5_VLConfig
@@ -51,20 +59,36 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
         text, vision = reference.text_config, reference.vision_config
         _refuse_unsupported(path, text, vision)
         tower = VisionConfig(
-            layers=vision.depth, width=vision.hidden_size, heads=vision.num_heads, mlp_hidden=vision.intermediate_size,
-            out_width=vision.out_hidden_size, patch=vision.patch_size, merge=vision.spatial_merge_size,
-            temporal_patch=vision.temporal_patch_size, channels=vision.in_channels, window=vision.window_size,
+            layers=vision.depth,
+            width=vision.hidden_size,
+            heads=vision.num_heads,
+            mlp_hidden=vision.intermediate_size,
+            out_width=vision.out_hidden_size,
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            temporal_patch=vision.temporal_patch_size,
+            channels=vision.in_channels,
+            window=vision.window_size,
             full_attention_layers=tuple(vision.fullatt_block_indexes),
-            rotary_theta=float(vision.rope_parameters["rope_theta"]), dtype=dtype,
-        )  # fmt: skip
+            rotary_theta=float(vision.rope_parameters["rope_theta"]),
+            dtype=dtype,
+        )
         return QwenConfig(
-            vocabulary=text.vocab_size, layers=text.num_hidden_layers, width=text.hidden_size,
-            heads=text.num_attention_heads, kv_heads=text.num_key_value_heads,
-            head_dim=text.hidden_size // text.num_attention_heads, mlp_hidden=text.intermediate_size,
+            vocabulary=text.vocab_size,
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=text.hidden_size // text.num_attention_heads,
+            mlp_hidden=text.intermediate_size,
             rotary_theta=float(text.rope_parameters["rope_theta"]),
-            rotary_sections=tuple(text.rope_parameters["mrope_section"]), norm_eps=text.rms_norm_eps,
-            tied_head=reference.tie_word_embeddings, embedding_std=text.initializer_range, vision=tower, dtype=dtype,
-        )  # fmt: skip
+            rotary_sections=tuple(text.rope_parameters["mrope_section"]),
+            norm_eps=text.rms_norm_eps,
+            tied_head=reference.tie_word_embeddings,
+            embedding_std=text.initializer_range,
+            vision=tower,
+            dtype=dtype,
+        )
     except FileNotFoundError:
         raise WeightError(f"{path.parent} holds no config.json") from None
     except KeyError as error:
@@ -77,7 +101,10 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
 
 
 def read_processor(path: Path, vision: VisionConfig) -> VisionConfig:
-    """`vision` with the sizes and normalisation of the reference's preprocessor_config.json, where there is one."""
+    """`vision` with the image sizes and normalisation of the reference's preprocessor_config.json, if that exists.
+
+    Raises WeightError for a file that cannot be read or does not fit `vision`.
+    """
     if not path.is_file():
         return vision
     try:
@@ -101,7 +128,8 @@ def read_processor(path: Path, vision: VisionConfig) -> VisionConfig:
         ) from None
 
 
-def _refuse_unsupported(path: Path, text, vision) -> None:
+def _refuse_unsupported(path: Path, text: Any, vision: Any) -> None:
+    """Raises WeightError for options of the text decoder and vision tower that we do not support."""
     rotary = text.rope_parameters.get("rope_type", "default")
     found = {
         "text hidden_act": (text.hidden_act, "silu"),
@@ -118,57 +146,29 @@ def _refuse_unsupported(path: Path, text, vision) -> None:
         raise WeightError(f"{path} asks for what is not supported: {', '.join(faults)}")
 
 
-def write_config(path: Path, cfg: QwenConfig) -> None:
-    """Our config as JSON, every field."""
-    path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-
-
-def load_config(path: Path) -> QwenConfig:
-    """What `write_config` wrote. Raises WeightError."""
-    try:
-        return build(QwenConfig, json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise WeightError(f"{path.parent} is no converted VLM: it has no {path.name}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise WeightError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); convert again") from None
-
-
-def abstract_params(cfg: QwenConfig) -> dict:
-    """Shapes and types of Pretzel's group `vlm`: {"vlm": {...}}."""
-    ids = jnp.zeros((1, 1), jnp.int32)
-    v = cfg.vision
-    patches = jnp.zeros((1, v.merge**2, v.patch_width)) if v else None
-    index = jnp.zeros((1, v.merge**2), jnp.int32) if v else None
-
-    def every_part(m: Qwen):
-        if v:
-            m.see(VisionInput(patches, jnp.stack([index, index], -1), index, index))
-        return m.logits(m(m.embed(ids), jnp.zeros((1, 1, 3), jnp.int32), jnp.ones((1, 1, 1), bool))[0])
-
-    return {"vlm": jax.eval_shape(lambda: Qwen(cfg).init(jax.random.key(0), method=every_part))["params"]}
-
-
-def table(cfg: QwenConfig, names: tuple[str, str] = OLDER) -> tuple[Rule, ...]:
-    """The rules for `abstract_params(cfg)`; `names`: OLDER (what the reference library saves) or NEWER."""
-    text, vision = names
+def table(cfg: QwenConfig, names: Collection[str] = ()) -> tuple[Rule, ...]:
+    """The weight table of `abstract_params(cfg)`, for a folder that holds tensors of these names (none: OLDER)."""
+    text, vision = generation(names)
+    layer = text + "layers.{layer}."
     rules = (
-        Rule(text + "embed_tokens.weight", "vlm/token_embedding/embedding"),
+        Rule(text + "embed_tokens.weight", EMBEDDING),
         Rule(text + "norm.weight", "vlm/norm/scale"),
-        *_layer(text + "layers.{layer}.", "vlm/" + STACK, ("input_layernorm", "post_attention_layernorm")),
-        *(
-            r
-            for n in HEADS
-            for r in to_heads(f"{text}layers.{{layer}}.self_attn.{n[0]}_proj", f"vlm/{STACK}attention/{n}")
-        ),
-        *from_heads(text + "layers.{layer}.self_attn.o_proj", f"vlm/{STACK}attention/out", bias=False),
+        *_layer(layer, "vlm/" + STACK, ("input_layernorm", "post_attention_layernorm")),
+        *(r for n in HEADS for r in to_heads(f"{layer}self_attn.{n[0]}_proj", f"vlm/{STACK}attention/{n}")),
+        *from_heads(layer + "self_attn.o_proj", f"vlm/{STACK}attention/out", bias=False),
     )
     if not cfg.tied_head:
-        rules += (Rule("lm_head.weight", "vlm/lm_head/embedding"),)
+        rules += (Rule(HEAD, "vlm/lm_head/embedding"),)
     return rules + (_vision(cfg.vision, vision) if cfg.vision else ())
 
 
+def copies(cfg: QwenConfig) -> dict[str, str]:
+    """Tensors that a folder may hold twice: the text head where it is tied to the token embeddings."""
+    return {HEAD: EMBEDDING} if cfg.tied_head else {}
+
+
 def _layer(source: str, target: str, norms: tuple[str, str], bias: bool = False) -> tuple[Rule, ...]:
-    """Norms and gated MLP of a layer."""
+    """Rules of a layer's norms and gated MLP."""
     return (
         *norm(source + norms[0], target + "attention_norm", bias=False),
         *norm(source + norms[1], target + "mlp_norm", bias=False),
@@ -177,6 +177,7 @@ def _layer(source: str, target: str, norms: tuple[str, str], bias: bool = False)
 
 
 def _vision(v: VisionConfig, source: str) -> tuple[Rule, ...]:
+    """Rules of the vision tower, whose tensors' names begin with `source`."""
     target, block, stack = "vlm/vision/", source + "blocks.{layer}.", "vlm/vision/" + STACK
     sizes = {"c": v.channels, "t": v.temporal_patch, "p": v.patch, "q": v.patch}
     patches = Rule(
@@ -193,6 +194,6 @@ def _vision(v: VisionConfig, source: str) -> tuple[Rule, ...]:
     )
 
 
-def generation(names: Mapping[str, object]) -> tuple[str, str]:
-    """OLDER or NEWER: how these tensors are named."""
+def generation(names: Collection[str]) -> tuple[str, str]:
+    """OLDER or NEWER, by the names of a folder's tensors."""
     return NEWER if any(name.startswith(NEWER) for name in names) else OLDER

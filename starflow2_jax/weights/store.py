@@ -1,11 +1,13 @@
-"""The arrays of an orbax checkpoint, written and read slice by slice, so that none need ever be whole in memory.
+"""The arrays of an orbax checkpoint, written and read slice by slice, so that no array has to fit in memory.
 
-Orbax keeps each array in a zarr folder of its own (its layout without OCDBT) beside a description of the tree. Orbax
-writes that description here, of placeholders; TensorStore then puts the arrays of the right shapes in their places.
+Without OCDBT, orbax keeps each array in a zarr folder of its own beside a description of the tree. Here orbax writes
+the description, with single numbers as placeholders, and TensorStore then writes arrays of the real shapes in their
+places.
 """
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,14 +20,17 @@ from flax import traverse_util
 from starflow2_jax.checkpoints.content_hash import combine, sums
 from starflow2_jax.weights.table import WeightError
 
-CHUNK = 2**24  # bytes of a chunk at most: what is read, hashed and written at a time
+CHUNK = 2**24  # bytes that are read, hashed and written at a time, at most
 
 
 class ArrayStore:
-    """Arrays by path ("vlm/norm/scale"); `content_hash` is that of what has been written or read, which must be all."""
+    """The arrays of a checkpoint by path ("vlm/norm/scale").
+
+    `content_hash` is right once every array has been written, or read, exactly once.
+    """
 
     def __init__(self, folder: Path, tree: dict, create: bool):
-        """`tree`: shapes and types. Those of an existing checkpoint must be the same; otherwise ValueError."""
+        """`tree`: shapes and types of all arrays. Raises ValueError if an existing checkpoint has other shapes."""
         leaves = traverse_util.flatten_dict(tree, sep="/")
         if create:
             _describe(folder, tree)
@@ -33,16 +38,16 @@ class ArrayStore:
         self._sums = {path: np.zeros(2, np.uint32) for path in leaves}
 
     def write(self, path: str, layer: int | None, value: np.ndarray) -> None:
-        """The array, or its slice `layer`, chunk by chunk."""
+        """Write an array, or its slice `layer`, chunk by chunk."""
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
-            piece = np.array(value[index], order="C")  # a copy: JAX lets go of it late, and must not hold `value`
+            piece = np.array(value[index], order="C")  # a copy: JAX frees it late, and must not keep `value` alive
             done = array[index].write(piece)
             self._count(path, layer, index, piece)
             done.result()
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """The array, or its slice `layer`. Raises WeightError where its files are damaged."""
+        """Read an array, or its slice `layer`. Raises WeightError if its files are damaged."""
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         value = np.empty(array.shape, array.dtype.numpy_dtype)
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
@@ -55,9 +60,11 @@ class ArrayStore:
         return value
 
     def dtype(self, path: str) -> np.dtype:
+        """The type of an array in the files."""
         return self._arrays[path].dtype.numpy_dtype
 
     def content_hash(self) -> str:
+        """The content hash of all that was written or read."""
         arrays = self._arrays.items()
         return combine((path, a.dtype.numpy_dtype, a.shape, self._sums[path]) for path, a in arrays)
 
@@ -69,7 +76,7 @@ class ArrayStore:
 
 
 def _describe(folder: Path, tree: dict) -> None:
-    """A checkpoint of that tree, with a single number for each array."""
+    """Write a checkpoint of the tree with a single number for each array."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax warns that a checkpoint without OCDBT has no OCDBT files to merge
     try:
@@ -88,13 +95,13 @@ def _open(folder: Path, path: str, x: jax.ShapeDtypeStruct, create: bool) -> ts.
     chunks = _chunk(x.shape[layered:], x.dtype.itemsize)
     spec |= {
         "metadata": {"compressor": None, "chunks": [1, *chunks] if layered else list(chunks)},
-        "store_data_equal_to_fill_value": True,  # orbax takes a chunk that is not there for a loss
+        "store_data_equal_to_fill_value": True,  # orbax reports a missing chunk as a damaged checkpoint
     }
     return ts.open(spec, dtype=x.dtype, shape=x.shape, create=True, delete_existing=True).result()
 
 
 def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The largest sides are halved until a chunk is small enough."""
+    """The shape of a chunk: the longest sides are halved until it has at most CHUNK bytes."""
     chunk = list(shape)
     while math.prod(chunk) * itemsize > CHUNK:
         longest = chunk.index(max(chunk))
@@ -102,7 +109,8 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def _blocks(shape: tuple[int, ...], chunk: tuple[int, ...]):
+def _blocks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """The index of every chunk of an array."""
     ranges = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
     for starts in itertools.product(*ranges):
         yield tuple(slice(a, min(a + c, n)) for a, c, n in zip(starts, chunk, shape, strict=True))

@@ -1,7 +1,7 @@
-"""Weight tables: which tensor of somebody else's checkpoint is which of our parameters, as data.
+"""Weight tables: data that say which tensor of another project's checkpoint is which of our parameters.
 
-A table is a sequence of rules. From it and our abstract tree follows every source tensor there has to be, with its name
-and shape; importing compares that list with what is given. The other direction can walk the same list.
+A table is a sequence of rules. Together with the shapes of our parameters it gives the name and shape of every tensor
+that the checkpoint must hold. Import and export both walk this list.
 """
 
 import math
@@ -21,7 +21,7 @@ FIELD = re.compile(r"\{(\w+)\}")
 
 
 class WeightError(UserError):
-    """Weights that cannot be read or do not fit; the message lists every fault."""
+    """Weights that cannot be read or do not fit the model. The message lists every fault."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Rule:
     """One source tensor <-> one of our parameters, or several that the source joins along its first axis.
 
     source: name with numbered fields, as in "blocks.{block}.layers.{layer}.qkv.weight".
-    target: path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel"; a field that only the
-        source has (one at most) counts along the target's leading axis: the layers of a scan.
-    axes: the axes of source and target (less the leading one), as in "(h k) e -> e h k"; "1" is an axis of size 1 that
-        the target lacks. None: the same.
-    sizes: of axes that neither side shows alone, {"p": 14}; without them they are taken from the tensor that is given.
+    target: path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel". A field that only the
+        source has (at most one) is an index into the target's leading axis: the layers of a scan.
+    axes: the axes of source and target (without a leading layer axis), as in "(h k) e -> e h k". "1" is an axis of
+        size 1 that the target does not have. None: both have the same axes.
+    sizes: sizes of axes that appear only within groups, as in {"p": 14}; a missing one is taken from the given tensor.
     """
 
     source: str
@@ -43,19 +43,20 @@ class Rule:
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """The target or targets, as a tuple."""
         return (self.target,) if isinstance(self.target, str) else self.target
 
 
 @dataclass(frozen=True)
 class Ignore:
-    """Source tensors whose whole name matches the regular expression `pattern` are no parameters (buffers, say)."""
+    """Source tensors whose whole name matches the regular expression `pattern` are not imported (e.g. buffers)."""
 
     pattern: str
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where one piece of a source tensor goes: a parameter, or its slice `layer`, of `shape`."""
+    """The place of one piece of a source tensor: a parameter, or its slice `layer`, of this shape."""
 
     path: str
     layer: int | None
@@ -66,32 +67,32 @@ Table = Sequence[Rule | Ignore]
 
 
 class Head(NamedTuple):
-    """The order of a head's channels, which rotary positions pair up: in the source, in ours; `sizes` as of a Rule."""
+    """The order of a head's channels, which rotary positions pair, in the source and in ours; `sizes` as in Rule."""
 
     theirs: str
     ours: str
     sizes: Mapping[str, int]
 
 
-HALVES = Head("k", "k", {})  # pairs (i, i + K/2), as ours are
-NEIGHBOURS = Head("pair side", "(side pair)", {"side": 2})  # pairs (2i, 2i+1)
+HALVES = Head("k", "k", {})  # the source pairs channels (i, i + K/2), as we do
+NEIGHBOURS = Head("pair side", "(side pair)", {"side": 2})  # the source pairs channels (2i, 2i + 1)
 
 
 def linear(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
-    """A linear map, PyTorch's (out, in) -> ours (in, out)."""
+    """Rules of a linear map, PyTorch's (out, in) -> ours (in, out), and its bias."""
     kernel = Rule(f"{source}.weight", f"{target}/kernel", "out in -> in out")
     return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
 
 
 def norm(source: str, target: str, bias: bool = True, head: Head = HALVES) -> tuple[Rule, ...]:
-    """A norm, of queries or keys where `head` says how their channels are ordered."""
+    """Rules of a norm's scale and bias. `head` is the order of channels if it norms heads of queries or keys."""
     leaves = (("weight", "scale"), ("bias", "bias")) if bias else (("weight", "scale"),)
     axes = f"({head.theirs}) -> {head.ours}"
     return tuple(Rule(f"{source}.{theirs}", f"{target}/{ours}", axes, head.sizes) for theirs, ours in leaves)
 
 
 def to_heads(source: str, target: str | tuple[str, ...], head: Head = HALVES) -> tuple[Rule, ...]:
-    """A query, key or value map, or those that the source joins, (H K, E) -> (E, H, K), and its bias."""
+    """Rules of a query, key or value map, (H K, E) -> (E, H, K), and its bias; of several if the source joins them."""
     targets = (target,) if isinstance(target, str) else target
     kernels, biases = (tuple(f"{t}/{leaf}" for t in targets) for leaf in ("kernel", "bias"))
     return (
@@ -101,13 +102,16 @@ def to_heads(source: str, target: str | tuple[str, ...], head: Head = HALVES) ->
 
 
 def from_heads(source: str, target: str, bias: bool = True, head: Head = HALVES) -> tuple[Rule, ...]:
-    """The map behind the heads, (E, H K) -> (H, K, E)."""
+    """Rules of the map after attention's heads, (E, H K) -> (H, K, E), and its bias."""
     kernel = Rule(f"{source}.weight", f"{target}/kernel", f"e (h {head.theirs}) -> h {head.ours} e", head.sizes)
     return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
 
 
 def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[Part, ...]]], list[str]]:
-    """Every source tensor that fills `tree` (nested dicts of arrays or shapes), and the faults of the table itself."""
+    """The source tensors that fill `tree` (nested dicts of arrays or shapes), and the faults of the table itself.
+
+    The tensors are by name: their rule, and the parts of `tree` that they fill. The faults are sentences.
+    """
     shapes = {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
     wanted, faults, filled = {}, [], {}
     for rule in (r for r in table if isinstance(r, Rule)):
@@ -134,8 +138,8 @@ def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[P
 def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mapping) -> dict:
     """The tensors of a checkpoint as our parameters: nested dicts of NumPy arrays with the shapes and types of `tree`.
 
-    Every tensor must belong to exactly one rule, every parameter be filled whole, every shape fit and every number be
-    finite; otherwise WeightError lists all that is wrong.
+    Raises WeightError, with every fault, unless each tensor belongs to exactly one rule, each parameter is filled, all
+    shapes fit and all numbers are finite.
     """
     wanted, faults = expected(table, tree)
     faults += name_faults(table, wanted, tensors, lambda name: np.shape(tensors[name]))
@@ -160,13 +164,16 @@ def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mappin
 
 
 def refuse(faults: Sequence[str]) -> None:
-    """Raises WeightError with all of them, if there are any."""
+    """Raises WeightError with all faults, if there are any."""
     if faults:
         raise WeightError(f"the weights do not fit ({len(faults)} faults):\n" + "\n".join(f"- {f}" for f in faults))
 
 
 def name_faults(table: Table, wanted: Mapping, names: Collection[str], shape_of: Callable) -> list[str]:
-    """What is wrong with the tensors' names, by the table and what it `expected`; `shape_of` a name, to tell of it."""
+    """Unexpected and missing names among a checkpoint's tensors, one sentence each.
+
+    wanted: what `expected` gave for the table. shape_of: a name -> the tensor's shape, for the message.
+    """
     faults = []
     ignored = [re.compile(rule.pattern) for rule in table if isinstance(rule, Ignore)]
     for name in names:
@@ -182,24 +189,24 @@ def name_faults(table: Table, wanted: Mapping, names: Collection[str], shape_of:
 
 
 def _compile(template: str) -> re.Pattern:
-    """Template with {fields} -> pattern with numbered groups of those names."""
+    """A template with {fields} -> a pattern that matches it, with a group of digits for each field."""
     pieces = re.split(r"(\{\w+\})", template)
     return re.compile("".join(f"(?P<{p[1:-1]}>\\d+)" if FIELD.fullmatch(p) else re.escape(p) for p in pieces))
 
 
 def _groups(side: str) -> list[list[str]]:
-    """One side of `axes` -> the names in each axis: "(h k) e" -> [[h, k], [e]]."""
+    """The names in each axis of one side of Rule.axes: "(h k) e" -> [[h, k], [e]]."""
     return [(group or name).split() for group, name in re.findall(r"\(([^)]*)\)|(\S+)", side)]
 
 
 def source_shape(rule: Rule, parts: Sequence[Part], given: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """The shape of the source tensor that fills `parts`; of axes that nothing else fixes, the sizes in `given`."""
+    """The shape that the source tensor of `parts` must have; axes that nothing else fixes are taken from `given`."""
     shapes = [_plan(rule, given, part.shape)[0] for part in parts]
     return shapes[0] if len(parts) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def shape_fault(rule: Rule, parts: Sequence[Part], shape: tuple[int, ...]) -> str:
-    """What is wrong with a source tensor's shape, or nothing."""
+    """How a source tensor's shape differs from the expected one; empty if it does not."""
     want = source_shape(rule, parts, shape)
     same_size = math.prod(shape) == sum(math.prod(part.shape) for part in parts)
     same_rest = all(_plan(rule, shape, part.shape)[0][1:] == want[1:] for part in parts)
@@ -207,7 +214,7 @@ def shape_fault(rule: Rule, parts: Sequence[Part], shape: tuple[int, ...]) -> st
 
 
 def cut(rule: Rule, parts: Sequence[Part], value: np.ndarray) -> list[np.ndarray]:
-    """The source tensor, of the right shape, as the pieces that `parts` name (views where that is possible)."""
+    """Cut a source tensor of the right shape into the pieces for `parts`; they are views if possible."""
     pieces, start = [], 0
     for part in parts:
         shape, split, order = _plan(rule, value.shape, part.shape)
@@ -218,7 +225,7 @@ def cut(rule: Rule, parts: Sequence[Part], value: np.ndarray) -> list[np.ndarray
 
 
 def join(rule: Rule, parts: Sequence[Part], pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `cut`: the pieces of `parts` -> the source tensor."""
+    """The inverse of `cut`: join the pieces of `parts` to the source tensor."""
     whole = []
     for part, piece in zip(parts, pieces, strict=True):
         shape, split, order = _plan(rule, (), part.shape)
@@ -227,9 +234,9 @@ def join(rule: Rule, parts: Sequence[Part], pieces: Sequence[np.ndarray]) -> np.
 
 
 def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple, list, list]:
-    """The source shape that fits `target`, that shape with its groups split, and the order that permutes it.
+    """The source shape that fits `target`, that shape with its groups split, and the permutation of the split axes.
 
-    Sizes come from the target; those that only a group of it holds come from the rule or from `source`.
+    Sizes come from the target; those that the target shows only within a group come from the rule, or from `source`.
     """
     if rule.axes is None:
         return target, list(target), list(range(len(target)))
@@ -240,7 +247,7 @@ def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple
     for group, size in zip(left, source, strict=False):
         if len(group) == 1:
             sizes.setdefault(group[0], size)
-    for group, size in zip(right, target, strict=True):  # a grouped axis of the target fixes what is left of it
+    for group, size in zip(right, target, strict=True):  # a grouped axis of the target fixes its one unknown size
         if len(group) > 1:
             free = next((name for name in group if name not in sizes), group[0])
             sizes[free] = size // math.prod(max(sizes[name], 1) for name in group if name != free)
@@ -250,9 +257,9 @@ def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple
 
 
 def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
-    """The named arrays of a .npz, .safetensors, .pt or .pth file. Raises WeightError; never unpickles.
+    """The arrays of a .npz, .safetensors, .pt or .pth file by name. Never unpickles. Raises WeightError.
 
-    Of a .npz with names "param/..." only those are weights. A .safetensors file is read tensor by tensor, when asked.
+    If a .npz has names "param/...", only these are weights. A .safetensors file is read tensor by tensor, on access.
     """
     path = Path(path)
     reader = {".npz": _read_npz, ".safetensors": _Safetensors, ".pt": _read_torch, ".pth": _read_torch}.get(path.suffix)
@@ -272,11 +279,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             prefixed = [name for name in file.files if name.startswith("param/")]
             return {name.removeprefix("param/"): file[name] for name in prefixed or file.files}
-    except Exception as e:  # NumPy and zipfile raise many kinds here, all of them about the file
+    except Exception as e:  # NumPy and zipfile raise many kinds of errors for a damaged file
         raise _unreadable(path, e) from e
 
 
 class _Safetensors(Mapping):
+    """The tensors of a .safetensors file, each read on access."""
+
     def __init__(self, path: Path):
         import safetensors
 
@@ -305,7 +314,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise WeightError(f"{path} needs PyTorch to read: pip install 'starflow2_jax[torch]'") from e
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds here, all of them about the file
+    except Exception as e:  # torch raises many kinds of errors for a damaged file
         raise WeightError(
             f"{path} cannot be read: it is damaged or holds more than tensors, and is not unpickled"
         ) from e

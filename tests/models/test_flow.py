@@ -18,7 +18,7 @@ PLAIN = TransformerConfig(
 )
 GATED = TransformerConfig(
     layers=1, width=8, heads=4, kv_heads=2, head_dim=4, mlp_hidden=12, norm="rms_zero", activation="gelu_tanh",
-    gated_mlp=True, qk_norm=True, post_norm=True, remat="full",
+    gated_mlp=True, qk_norm="rms_zero", post_norm=True, remat="full",
 )  # fmt: skip
 WIDE = replace(PLAIN, norm="rms", norm_eps=1e-6, heads=1, head_dim=20)  # rotary pairs for rows, columns and text
 GRID, D, B = (2, 3), 2, 2

@@ -114,7 +114,7 @@ def test_closed_skips_leave_the_vlms_own_logits_bit_for_bit(batch):
     mask = np.asarray(words.segments[:, :, None] == words.segments[:, None, :]) & np.tril(np.ones((40, 40), bool))
 
     def alone(m: Qwen):
-        return m.logits(m(m.embed(words.tokens), words.positions, mask)[0])
+        return m.logits(m.run(m.embed(words.tokens), words.positions, mask)[0])
 
     own = jax.jit(lambda p: Qwen(tiny.CONFIG.vlm).apply({"params": p}, method=alone))(tiny.params()["vlm"])
     logits = jax.jit(lambda p, h: tiny.MODEL.apply({"params": p}, h, method=Pretzel.text_logits))

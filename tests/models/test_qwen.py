@@ -16,13 +16,13 @@ from PIL import Image as Pillow
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from starflow2_jax import sequence
-from starflow2_jax.data import vision as preprocessing
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import batches, collate
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
 from starflow2_jax.models.qwen import Qwen
 from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.models.vlm import abstract_params
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sequence import Shape
 from starflow2_jax.weights import qwen as qwen_weights
@@ -92,8 +92,8 @@ def ours(case: str, dtype: str = "float32") -> tuple[Pretzel, dict]:
     tensors = {name: t.float().numpy() for name, t in model.state_dict().items()}
     if vlm.tied_head:
         del tensors["lm_head.weight"]
-    table = qwen_weights.table(vlm, qwen_weights.generation(tensors))
-    frozen = import_tensors(table, tensors, qwen_weights.abstract_params(vlm))
+    table = qwen_weights.table(vlm, tensors)
+    frozen = import_tensors(table, tensors, abstract_params(vlm))
     pretzel = Pretzel(replace(tiny.CONFIG, vlm=vlm))
     rng = np.random.default_rng(0)
     _, flow = split(jax.eval_shape(lambda: init_params(pretzel, jax.random.key(0))))
@@ -266,7 +266,7 @@ def test_gradient_of_the_input_embeddings(case):
     module, mask = Qwen(pretzel.cfg.vlm), jnp.tril(jnp.ones((2, 11, 11), bool))
 
     def total(x):
-        hidden, _ = module.apply({"params": params["vlm"]}, x, positions, mask)
+        hidden, _ = module.apply({"params": params["vlm"]}, x, positions, mask, method=Qwen.run)
         return jnp.sum(weight * module.apply({"params": params["vlm"]}, hidden, method=Qwen.logits))
 
     found = np.asarray(jax.jit(jax.grad(total))(x))
@@ -307,8 +307,8 @@ def test_preprocessing(size, limits):
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": limits[0], "longest_edge": limits[1]})(
         Pillow.fromarray(np.round((pixels + 1) * 127.5).astype(np.uint8)), return_tensors="np"
     )
-    found = preprocessing.preprocess(cfg, pixels)
-    h, w = preprocessing.merged_grid(cfg, size)
+    found = cfg.preprocess(pixels)
+    h, w = cfg.merged_grid(size)
     assert theirs["image_grid_thw"].tolist() == [[1, 2 * h, 2 * w]]
     assert found["patches"].shape == theirs["pixel_values"].shape
     assert np.abs(found["patches"] - theirs["pixel_values"]).max() < 1e-5

@@ -131,7 +131,7 @@ def test_out_of_memory_says_what_to_change(small):
 
 @pytest.mark.parametrize("text, chips_", [("v5p:4x4x4", 64), ("v5e:16x16", 256), ("v6e:16x16", 256), ("v4:4x4x8", 128)])
 def test_topologies(text, chips_):
-    assert str(hardware.parse(text)) == text and hardware.parse(text).chips == chips_
+    assert str(hardware.parse_topology(text)) == text and hardware.parse_topology(text).chips == chips_
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_topologies(text, chips_):
 )
 def test_wrong_topologies_name_the_nearest(text, nearest):
     with pytest.raises(UserError, match=nearest + r"\b"):
-        hardware.parse(text)
+        hardware.parse_topology(text)
 
 
 def test_without_the_compiler_it_says_so(monkeypatch, capsys):

@@ -37,18 +37,18 @@ class Watched:
 def watched(monkeypatch) -> Watched:
     found = Watched()
 
-    def watch(module, stream: str, here) -> None:
-        original = module.__call__
+    def watch(module, method: str, stream: str, here) -> None:
+        original = getattr(module, method)
 
         def call(self, x, second, mask=None, cache=None, *rest, **named):
             if here(self) and cache is not None:
                 jax.debug.callback(lambda length: found.see(stream, length), cache.length, ordered=True)
             return original(self, x, second, mask, cache, *rest, **named)
 
-        monkeypatch.setattr(module, "__call__", call)
+        monkeypatch.setattr(module, method, call)
 
-    watch(Qwen, "vlm", lambda module: True)
-    watch(Transformer, "deep", lambda module: module.name == "deep")
+    watch(Qwen, "run", "vlm", lambda module: True)
+    watch(Transformer, "__call__", "deep", lambda module: module.name == "deep")
     jax.clear_caches()
     yield found
     jax.clear_caches()

@@ -13,7 +13,6 @@ from live import LIMITS, ask, data_url, image_part, of_latents, openai_client, s
 from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text, as_pillow, from_pillow
-from starflow2_jax.data.vision import merged_grid
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
@@ -75,7 +74,7 @@ def test_evaluation_harnesses(understanding, sampler, payload):
     assert isinstance(answer["choices"][0]["message"]["content"], str | None)
     assert answer["usage"]["completion_tokens"] <= min(LIMITS.max_tokens, 256 - answer["usage"]["prompt_tokens"])
     if payload is vlmevalkit:  # seen whole by the tower, not cropped to the model's own size
-        h, w = merged_grid(tiny.VISION, (60, 40))
+        h, w = tiny.VISION.merged_grid((60, 40))
         texts = len(sampler.tokenizer.encode("answer with one word")) + len(
             sampler.tokenizer.encode("which digit is this?")
         )
@@ -85,7 +84,7 @@ def test_evaluation_harnesses(understanding, sampler, payload):
 def test_images_are_seen_as_the_server_is_told(understanding, address):
     """Unless they say so themselves; and what the model drew comes back as it was drawn."""
     scan = Pillow.new("L", (16, 16))
-    flow, (h, w) = N + 2, merged_grid(tiny.VISION, (16, 16))
+    flow, (h, w) = N + 2, tiny.VISION.merged_grid((16, 16))
     assert h * w + 2 != flow
     for place, via, positions in (
         (understanding, {}, h * w + 2), (understanding, {"via": "flow"}, flow), (address, {}, flow),

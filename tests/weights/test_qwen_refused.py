@@ -9,8 +9,10 @@ import pytest
 import torch
 from reference_qwen import INDEX, edit, make, newer, published, refused, resave, run, tensors
 
+from starflow2_jax import cli
 from starflow2_jax.weights import convert
 from starflow2_jax.weights.store import ArrayStore
+from starflow2_jax.weights.vlm import VLM_WEIGHTS
 
 
 @pytest.fixture
@@ -35,6 +37,17 @@ def test_a_config_that_cannot_be_used(copy, capsys, change, saying):
     (copy / "config.json").write_text(json.dumps(published("7b") | change))
     message = refused(capsys, copy, saying, str(copy / "config.json"))
     assert message.count("\n") == 1
+
+
+def test_kinds(copy, checkpoint, monkeypatch, capsys):
+    """An unknown kind is answered with the list; a checkpoint of one kind is not exported as another."""
+    assert cli.main(["convert", "qwen2_vl", "--from", str(copy), "--to", str(copy.parent / "new")]) == 2
+    said = capsys.readouterr().err
+    assert "the kind of VLM is one of qwen2_5_vl, not 'qwen2_vl'; did you mean 'qwen2_5_vl'?" in said
+    monkeypatch.setitem(VLM_WEIGHTS, "other", VLM_WEIGHTS["qwen2_5_vl"])
+    assert cli.main(["convert", "other", "--from", str(checkpoint), "--to-hf", str(copy.parent / "new")]) == 2
+    assert "holds a VLM of the kind qwen2_5_vl, not other" in capsys.readouterr().err
+    assert not (copy.parent / "new").exists()
 
 
 @pytest.mark.parametrize("content, saying", [(b"{", "cannot be read"), (b'{"patch_size": 14}', "patch_size 14 where")])
@@ -107,7 +120,7 @@ def test_tied_heads(tmp_path, capsys):
         return t
 
     resave(source, change)
-    refused(capsys, source, "lm_head.weight differs from the token embeddings")
+    refused(capsys, source, "lm_head.weight differs from model.embed_tokens.weight")
     resave(source, lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"})
     edit(source, "config.json", lambda c: c.update(tie_word_embeddings=False))
     refused(capsys, source, "missing tensor lm_head.weight")
@@ -201,7 +214,8 @@ def test_an_interrupted_conversion_leaves_nothing(copy, checkpoint, monkeypatch,
         return original(*args)
 
     monkeypatch.setattr(ArrayStore, method, fails_later)
-    there, back_again = convert.to_checkpoint, partial(convert.to_reference, shard_bytes=10_000)
+    there = partial(convert.to_checkpoint, "qwen2_5_vl")
+    back_again = partial(convert.to_reference, "qwen2_5_vl", shard_bytes=10_000)
     with pytest.raises(error):
         back_again(checkpoint, copy.parent / "new") if back else there(copy, copy.parent / "new")
     assert count == 10 and list(copy.parent.iterdir()) == [copy]
