@@ -197,12 +197,12 @@ def compare(trainer, reference: Reference, params, frozen, batch, theirs: dict) 
     """Loss and gradients of both, without noise. Raises AssertionError where they differ."""
     from starflow2_jax.stages import STAGES
     from starflow2_jax.training import losses
-    from starflow2_jax.training.step import loss_sums
+    from starflow2_jax.training.step import Objective, loss_sums
 
     stage = STAGES["text_to_image"]
 
     def loss(moving):
-        sums = loss_sums(trainer.model, params | frozen | moving, stage, batch, 256, jax.random.key(0))
+        sums = loss_sums(trainer.model, params | frozen | moving, stage, batch, Objective(), jax.random.key(0))
         return sums["image"] / losses.counts(batch)["image"]
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))({k: params[k] for k in stage.trains})

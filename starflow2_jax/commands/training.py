@@ -89,8 +89,9 @@ def _init(args, overrides) -> None:
     config = configs.load(args.config, overrides)
     _devices(config.cpu_devices)
     from starflow2_jax.training.loop import Trainer
+    from starflow2_jax.weights.qwen import load_config
 
-    Trainer.begin(config, args.out, args.vlm)
+    Trainer.begin(config, args.out, args.vlm, load_config)
     print(f"ready: starflow2 train --config {args.config} --out {args.out}")
 
 

@@ -133,6 +133,11 @@ def placed(tree, layout):
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
+def abstract(tree, mesh: Mesh):
+    """The shapes and types of a tree of parameters, with their shardings by PARAMETER_RULES."""
+    return placed(tree, tree_shardings(tree, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

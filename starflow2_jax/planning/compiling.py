@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from starflow2_jax.checkpoints.directory import abstract
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
 from starflow2_jax.parallel import sharding
 from starflow2_jax.parallel.hardware import Topology
+from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import in_type, weights_in_type

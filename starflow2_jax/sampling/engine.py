@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import Document
 from starflow2_jax.data.pipeline import Encoder
@@ -19,6 +20,7 @@ from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, init_params, split
 from starflow2_jax.parallel import sharding
+from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling.rows import SampleOptions, power, rounded
 from starflow2_jax.sampling.session import Session
 from starflow2_jax.stages import STAGES
@@ -66,13 +68,13 @@ class Sampler:
         mesh = mesh or sharding.make_mesh(fsdp=1, tensor=1)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         frozen, trainable = (abstract(tree, mesh) for tree in split(shapes))
-        stage = STAGES[checkpoints.meta(number)["stage"]]
+        stage = STAGES[checkpoints.steps.meta(number)["stage"]]
         if set(stage.trains) <= set(frozen):
             raise CheckpointError(f"{folder} has only pretrained its VLM so far; train on before sampling")
-        params = checkpoints.restore(number, {"params": trainable})["params"] | checkpoints.restore_frozen(frozen)
+        params = checkpoints.steps.restore(number, {"params": trainable})["params"] | checkpoints.frozen.restore(frozen)
         moving = {name: trainable[name] for name in stage.trains}
-        if checkpoints.has(number, "ema"):
-            params |= checkpoints.restore(number, {"ema": moving})["ema"]
+        if checkpoints.steps.has(number, "ema"):
+            params |= checkpoints.steps.restore(number, {"ema": moving})["ema"]
         if dtype:
             params = weights_in_type(params, dtype)
         for name in list(params):  # one by one: no more than one group is in memory twice

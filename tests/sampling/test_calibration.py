@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from starflow2_jax import cli
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import Text
 from starflow2_jax.models.flow import Context, Flow, FlowBlock, FlowBlockConfig
@@ -266,9 +267,9 @@ def checkpoint(tmp_path_factory):
     saved = CheckpointDirectory(folder)
     saved.create(config, tiny.CODEC, tiny.tokenizer())
     frozen, trainable = split(tiny.params())
-    saved.save_frozen(frozen)
-    saved.save(3, {"params": trainable}, {"stage": "joint", "stage_step": 3})
-    saved.close()
+    saved.frozen.save(frozen)
+    saved.steps.save(3, {"params": trainable}, {"stage": "joint", "stage_step": 3})
+    saved.steps.close()
     return folder
 
 

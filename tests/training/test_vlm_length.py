@@ -12,7 +12,7 @@ from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
-from starflow2_jax.training.step import loss_sums, make_step
+from starflow2_jax.training.step import Objective, loss_sums, make_step
 
 STAGE, LENGTH = STAGES["text_to_image"], 26
 
@@ -38,7 +38,8 @@ def test_loss_and_gradients_are_those_of_the_whole_row():
     frozen, trainable = split(tiny.params())
 
     def loss(params, vlm_length):
-        sums = loss_sums(tiny.MODEL, frozen | params, STAGE, batch, 20, jax.random.key(0), vlm_length)
+        objective = Objective(vlm_length=vlm_length, text_chunk=20)
+        sums = loss_sums(tiny.MODEL, frozen | params, STAGE, batch, objective, jax.random.key(0))
         return sums["image"]
 
     compute = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -73,4 +74,4 @@ def test_documents_it_cannot_compute_are_refused(document, vlm_length, reason):
 @pytest.mark.parametrize("name", ("pretrain", "image_to_text", "joint"))
 def test_other_stages_need_the_vlm_everywhere(name):
     with pytest.raises(ConfigError, match=f"stages.{name}.vlm_length must be 0"):
-        make_step(tiny.MODEL, STAGES[name], None, noise=0.0, text_weight=1.0, vlm_length=LENGTH)
+        make_step(tiny.MODEL, STAGES[name], None, Objective(vlm_length=LENGTH))
