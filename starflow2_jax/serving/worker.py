@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.events import Answer, End, Event, Picture, as_document
 from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
-from starflow2_jax.sampling.session import call
 from starflow2_jax.sequence import Shape
 from starflow2_jax.serving.conversation_cache import Conversations
 from starflow2_jax.serving.errors import ApiError, told
@@ -67,8 +65,6 @@ class Worker(threading.Thread):
     ):
         super().__init__(name="device", daemon=True)
         self.sampler, self.size, self.max_queue, self.chunk = sampler, rows, max_queue, chunk
-        # The encoder remembers the texts it has seen, which is right for captions in training; here they are people's.
-        sampler.encoder.tokenize = partial(sampler.tokenizer.encode, add_special_tokens=False)
         self.max_tokens = min(max_tokens, sampler.max_positions - 1)
         self.positions = sampler.max_positions
         self.draws = draws
@@ -113,7 +109,7 @@ class Worker(threading.Thread):
         self.submit(self.job(request, lambda event: None))
         while self.waiting or self.entering or self.running:
             self._turn()
-        self.conversations.kept.clear()
+        self.conversations.forget()
         if self.draws:
             for count in {power(n + 1) for n in range(self.size)}:  # images that may be whole at once
                 cfg = self.sampler.model.cfg
@@ -132,7 +128,7 @@ class Worker(threading.Thread):
     def cancel(self, work: Job | Task) -> None:
         """It leaves the queue at once, or its row before the next chunk."""
         with self.news:
-            work.cancelled = True
+            work.cancel()
             if work in self.waiting:
                 self.waiting.remove(work)
             self.news.notify()
@@ -183,7 +179,7 @@ class Worker(threading.Thread):
         self._free([i for i, w in enumerate(self.writing) if w and w.job.cancelled])
         self._advance()
         if self.running:
-            self.batch = call(self.sampler, self.program, steps.write, self.batch, jnp.int32(self.chunk))
+            self.batch = self.sampler.run_step(self.program, steps.write, self.batch, jnp.int32(self.chunk))
             self._report()
 
     def _advance(self) -> None:
@@ -249,7 +245,7 @@ class Worker(threading.Thread):
         shape = Shape(1, room, power(len(piece["latents"])), bucket(patches) if patches else 0)
         end = piece["positions"].max() + 1
         given = self.sampler.place((collate([piece], shape), np.array([length], np.int32), np.array([end], np.int32)))
-        return call(self.sampler, self.program, steps.read, rows, given[0], lane, *given[1:])
+        return self.sampler.run_step(self.program, steps.read, rows, given[0], lane, *given[1:])
 
     def _report(self) -> None:
         tokens, count, done = jax.device_get((self.batch.tokens, self.batch.count, self.batch.done))
