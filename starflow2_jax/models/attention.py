@@ -14,9 +14,9 @@ MASKED = -1e30  # finite, so that a row that sees nothing stays a number
 class KVCache:
     """Keys and values of every layer of one causal stack, and how much of each row is filled.
 
-    `length` is the number of positions row b has read. A call with S new positions writes slots length .. length+S-1;
+    `length` is the number of positions row b has read. A call with S new positions writes positions length .. length+S-1;
     what lies beyond `length` is never seen, so a row is rewound (or right padding dropped) by lowering its `length`.
-    An array a layer, each written in place, a head's slots side by side: what a step of decoding reads.
+    An array a layer, each written in place, a head's positions side by side: what a step of decoding reads.
     """
 
     keys: tuple[jax.Array, ...]  # L of (B, J, C, K)
@@ -24,20 +24,22 @@ class KVCache:
     length: jax.Array  # (B,) int32
 
     @classmethod
-    def empty(cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype=jnp.float32) -> "KVCache":
+    def empty(
+        cls, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype=jnp.float32
+    ) -> "KVCache":
         keys, values = (
-            tuple(jnp.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(layers)) for _ in range(2)
+            tuple(jnp.zeros((batch, kv_heads, capacity, head_dim), dtype) for _ in range(layers)) for _ in range(2)
         )
         return cls(keys, values, jnp.zeros(batch, jnp.int32))
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
         """C."""
         return self.keys[0].shape[2]
 
 
-def write_slots(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Write `new` (B, S, J, K) into `stored` (B, J, C, K) from slot start[b] on.
+def write_cache(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Write `new` (B, S, J, K) into `stored` (B, J, C, K) from position start[b] on.
 
     On CPU head by head: as one write of a whole row, XLA puts it into what reads the cache, too, and copies it for that.
     """
@@ -59,10 +61,10 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((size, size), bool))
 
 
-def cached_mask(length: jax.Array, steps: int, slots: int) -> jax.Array:
-    """(B, steps, slots) bool: new position i of row b sees the slots up to and with its own, length[b] + i."""
+def cached_mask(length: jax.Array, steps: int, capacity: int) -> jax.Array:
+    """(B, steps, capacity) bool: new position i of row b sees the positions up to and with its own, length[b] + i."""
     last = length[:, None] + jnp.arange(steps)
-    return jnp.arange(slots) <= last[:, :, None]
+    return jnp.arange(capacity) <= last[:, :, None]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:

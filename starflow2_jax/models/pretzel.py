@@ -68,8 +68,8 @@ class Caches:
         return self.vlm.length
 
     @property
-    def slots(self) -> int:
-        return self.vlm.slots
+    def capacity(self) -> int:
+        return self.vlm.capacity
 
     def rewind(self, length: jax.Array) -> "Caches":
         """Forget what lies beyond `length` (B,)."""
@@ -138,7 +138,7 @@ class Pretzel(nn.Module):
         """
         u = logdet = reads = states = None
         if isinstance(inputs, Sequence):
-            reads = inputs.slot
+            reads = inputs.image_token_index
             states, logdet = self._trace(inputs.latents)
             u = states[-1]
             u_here = _read(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
@@ -170,11 +170,11 @@ class Pretzel(nn.Module):
         grown = Caches(vlm_cache, deep_cache) if caches else None
         return Output(text, mean, scale, grown, u, logdet, states)
 
-    def _words(self, inputs, tokens: jax.Array, modality: jax.Array, slot: jax.Array | None) -> jax.Array:
+    def _words(self, inputs, tokens: jax.Array, modality: jax.Array, reads: jax.Array | None) -> jax.Array:
         """What the VLM is given at text and vit positions (B, S) of `inputs`: (B, S, E_vlm)."""
         x = self.vlm.embed(tokens)
         if isinstance(inputs, Sequence) and inputs.vision is not None:
-            seen = _read(self.vlm.see(inputs.vision), slot)
+            seen = _read(self.vlm.see(inputs.vision), reads)
             x = jnp.where((modality == sequence.VIT)[..., None], seen.astype(x.dtype), x)
         return x
 
@@ -182,11 +182,12 @@ class Pretzel(nn.Module):
         """y_vlm (B, S, E_vlm), run over the first `length` positions of a row that are text or vit; 0 at all others."""
         here = (inputs.modality == sequence.TEXT) | (inputs.modality == sequence.VIT)
         at = jnp.argsort(~here, axis=1, stable=True)[:, :length]
-        tokens, modality, slot, segments = (
-            jnp.take_along_axis(a, at, axis=1) for a in (inputs.tokens, inputs.modality, inputs.slot, inputs.segments)
+        tokens, modality, reads, segments = (
+            jnp.take_along_axis(a, at, axis=1)
+            for a in (inputs.tokens, inputs.modality, inputs.image_token_index, inputs.segments)
         )
         segments = jnp.where(jnp.take_along_axis(here, at, axis=1), segments, 0)
-        x = self._words(inputs, tokens, modality, slot)
+        x = self._words(inputs, tokens, modality, reads)
         y, _ = self.vlm(x, _read(inputs.positions, at), segments=segments)
         return jnp.where(here[..., None], _read(y, jnp.cumsum(here, axis=1) - 1), 0)
 
@@ -213,8 +214,8 @@ class Pretzel(nn.Module):
         """The text head's matrix (V, E_vlm)."""
         return self.vlm.head()
 
-    def empty_caches(self, batch: int, slots: int) -> Caches:
-        return Caches(self.vlm.empty_cache(batch, slots), self.deep.empty_cache(batch, slots))
+    def empty_caches(self, batch: int, capacity: int) -> Caches:
+        return Caches(self.vlm.empty_cache(batch, capacity), self.deep.empty_cache(batch, capacity))
 
     def _slot_in_image(self, inputs) -> jax.Array:
         """(B, S): which of its image's N tokens a FLOW position is: rows and columns count from the image's time."""
@@ -222,9 +223,9 @@ class Pretzel(nn.Module):
         return jnp.where(inputs.modality == sequence.FLOW, (row - time) * self.cfg.grid[1] + column - time, 0)
 
 
-def _read(source: jax.Array, slot: jax.Array) -> jax.Array:
-    """source (B, T, D), slot (B, S) -> (B, S, D)."""
-    return jnp.take_along_axis(source, slot[..., None], axis=1, mode="clip")
+def _read(source: jax.Array, index: jax.Array) -> jax.Array:
+    """source (B, T, D), index (B, S) -> (B, S, D)."""
+    return jnp.take_along_axis(source, index[..., None], axis=1, mode="clip")
 
 
 def portable(cfg: PretzelConfig) -> PretzelConfig:

@@ -96,5 +96,5 @@ class Qwen(nn.Module):
         """(B, S, E) -> (B, S, V) fp32."""
         return jnp.einsum("...e,ve->...v", hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def empty_cache(self, batch: int, slots: int) -> attention.KVCache:
-        return self.stack.empty_cache(batch, slots)
+    def empty_cache(self, batch: int, capacity: int) -> attention.KVCache:
+        return self.stack.empty_cache(batch, capacity)

@@ -96,29 +96,29 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
     return Program(compiled, mesh, held, bytes_a_chip(kinds, host=True))
 
 
-def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, slots: int) -> dict[str, Program]:
-    """`read` of half of `slots` positions, and `write`, one position of each of `rows` rows a turn of its loop.
+def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
+    """`read` of half of `capacity` positions, and `write`, one position of each of `rows` rows a turn of its loop.
 
-    With guidance, parameters and caches in bfloat16, and as much room in the caches as `slots`.
+    With guidance, parameters and caches in bfloat16, and as much room in the caches as `capacity`.
     """
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    B, slots = rows + -rows % sharding.spread(mesh), row.bucket(slots)
+    B, capacity = rows + -rows % sharding.spread(mesh), row.bucket(capacity)
     branches = ("bare",)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         shapes = jax.eval_shape(partial(weights_in_type, dtype="bfloat16"), shapes)
         params = abstract(shapes, mesh)
         empty = jax.eval_shape(
-            lambda: row.with_room(row.empty_rows(model, np.zeros(B, np.uint32), branches), slots)
+            lambda: row.with_room(row.empty_rows(model, np.zeros(B, np.uint32), branches), capacity)
         ).replace(
-            tokens=jax.ShapeDtypeStruct((B, slots), jnp.int32),
-            u=jax.ShapeDtypeStruct((B, slots, cfg.channels), jnp.float32),
+            tokens=jax.ShapeDtypeStruct((B, capacity), jnp.int32),
+            u=jax.ShapeDtypeStruct((B, capacity, cfg.channels), jnp.float32),
         )
         state = _on_rows(empty, mesh)
-        images = max(1, slots // 2 // (cfg.tokens + 2))
-        shape = Shape(B, slots // 2, images)
+        images = max(1, capacity // 2 // (cfg.tokens + 2))
+        shape = Shape(B, capacity // 2, images)
         batch, lengths = _on_rows((program.empty_batch(cfg, shape), jax.ShapeDtypeStruct((B,), jnp.int32)), mesh)
         ids = TokenIds(*range(5))  # which tokens they are changes nothing
         kind = steps.Program(model, ids, stage.skips, branches)

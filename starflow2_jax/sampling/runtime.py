@@ -93,7 +93,7 @@ class Runtime:
     def run_step(self, program: Program, compiled, rows: Rows, *arguments) -> Rows:
         """`steps.read` or `steps.write` on rows, noted if it must be compiled first."""
         shapes = tuple(getattr(x, "shape", x) for x in jax.tree.leaves((rows, arguments)))
-        what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.slots} positions"
+        what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.capacity} positions"
         self.uses((compiled.__name__, program, shapes), what)
         return self.run(compiled, program, self.params, rows, *arguments)
 

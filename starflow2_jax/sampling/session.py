@@ -231,9 +231,9 @@ class Session:
                 "made for; shorten the prompt or generate less", longest,
             )  # fmt: skip
         # Each read fills up to a bucket behind every row, each step up to `jacobi` positions.
-        slots = bucket(max(begin.max() + bucket(reading.max()), end.max() + self.program.jacobi))
-        if slots > self.rows.caches.slots:
-            self.rows = self.sampler.run(row.with_room, self.rows, slots)
+        capacity = bucket(max(begin.max() + bucket(reading.max()), end.max() + self.program.jacobi))
+        if capacity > self.rows.caches.capacity:
+            self.rows = self.sampler.run(row.with_room, self.rows, capacity)
 
     def _call(self, compiled, rows: Rows, *arguments) -> Rows:
         return self.sampler.run_step(self.program, compiled, rows, *arguments)

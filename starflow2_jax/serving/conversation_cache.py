@@ -76,7 +76,7 @@ class Conversations:
 
 
 @partial(jax.jit, static_argnums=1)
-def _cut(rows: Rows, slots: int) -> Rows:
-    """With caches of `slots` positions at most, and without the record of what was written."""
-    caches = jax.tree.map(lambda x: x[:, :, :slots] if x.ndim > 1 else x, rows.caches)
+def _cut(rows: Rows, capacity: int) -> Rows:
+    """With caches of `capacity` positions at most, and without the record of what was written."""
+    caches = jax.tree.map(lambda x: x[:, :, :capacity] if x.ndim > 1 else x, rows.caches)
     return rows.replace(caches=caches, tokens=rows.tokens[:, :0], u=rows.u[:, :0])

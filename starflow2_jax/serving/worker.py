@@ -73,7 +73,7 @@ class Worker(threading.Thread):
         self.fresh = self._session(1)  # nothing said yet
         # A step writes up to `jacobi` positions behind the last one, a piece of a prompt fills up to BUCKET.
         beyond = max(self.fresh.program.jacobi, BUCKET - 1)
-        self.slots, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
+        self.capacity, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
         self.entering: tuple[Job | Task, Iterator[None]] | None = None  # what is being read, or solved piece by piece
         self.conversations = Conversations(sampler, self.widest, keep)
@@ -241,7 +241,7 @@ class Worker(threading.Thread):
     def _read(self, rows: Rows, lane: int, piece: dict[str, np.ndarray], used: int) -> Rows:
         """Read a piece of a prompt into a lane that has read `used` positions."""
         length, patches = len(piece["tokens"]), len(piece.get("patches", ()))
-        room = bucket(length) if used + bucket(length) <= self.slots else _rounded(length)
+        room = bucket(length) if used + bucket(length) <= self.capacity else _rounded(length)
         shape = Shape(1, room, power(len(piece["latents"])), bucket(patches) if patches else 0)
         end = piece["positions"].max() + 1
         given = self.sampler.place((collate([piece], shape), np.array([length], np.int32), np.array([end], np.int32)))
@@ -307,7 +307,7 @@ class Worker(threading.Thread):
         return rows.replace(**self.sampler.run(row.new_turn, rows, controls, self.written, begun, idle))
 
     def _with_room(self, rows: Rows) -> Rows:
-        return self.sampler.run(row.with_room, rows, self.slots)
+        return self.sampler.run(row.with_room, rows, self.capacity)
 
 
 def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOptions:

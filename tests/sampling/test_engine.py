@@ -305,8 +305,8 @@ def test_a_row_is_put_beside_others(sampler):
     single = sampler.session(options, [3])
     single.read(PROMPTS[2:])
     next(single.advance(every=1))
-    slots = both.rows.caches.slots
-    both.rows = rows.put(both.rows, 1, rows.with_room(single.rows, slots))
+    capacity = both.rows.caches.capacity
+    both.rows = rows.put(both.rows, 1, rows.with_room(single.rows, capacity))
     for _ in both.go_on():
         pass
     for row, (prompt, seed) in enumerate(((PROMPTS[0], 1), (PROMPTS[2], 3))):

@@ -338,7 +338,7 @@ def test_losses_are_means_over_what_counts():
     latents, wanted = np.zeros_like(singles.latents), np.zeros(singles.latents.shape[:2], bool)
     for i, (_, row, where) in enumerate(found):
         flow = where[batch().modality[row, where] == sequence.FLOW]
-        for k, m in enumerate(np.unique(np.asarray(batch().slot)[row, flow] // 6)):
+        for k, m in enumerate(np.unique(np.asarray(batch().image_token_index)[row, flow] // 6)):
             latents[i, k] = noisy[row, m]
         generated = [p.generate for p in documents[i] if isinstance(p, Image) and p.via == "flow"]
         wanted[i, : len(generated)] = generated
