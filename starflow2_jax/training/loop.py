@@ -57,6 +57,7 @@ def train(
         tqdm(total=total, disable=not (progress and writes), unit="step", dynamic_ncols=True) as bar,
     ):
         tools = Tools(metrics, bar, ledger, preemption, Profiler(folder / "profile", profile))
+        faults: dict[str, int] = {}
         try:
             first = 0
             for place, task in enumerate(tasks):
@@ -65,6 +66,7 @@ def train(
                     bar.update(task.steps)
                 else:
                     run = Run(task, place, first, checkpoints, mesh, settings, tools)
+                    faults = run.faults
                     if not run.run(last, stop_at):
                         break
                     run.finish(ended=last == stop_at or task is tasks[-1])
@@ -76,7 +78,7 @@ def train(
             tools.profiler.stop()
             with ledger.time("checkpoint"):
                 checkpoints.steps.wait()
-            summary = ledger.summary(settings.peak_flops) | {"faults": tools.faults}
+            summary = ledger.summary(settings.peak_flops) | {"faults": faults}
             metrics.write_summary(summary)
     return summary
 

@@ -3,7 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ class Settings:
     peak_flops: float | None = None  # of one device, for the MFU
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tools:
     """What all tasks of a run share."""
 
@@ -38,7 +38,6 @@ class Tools:
     ledger: Ledger
     preemption: Preemption
     profiler: Profiler
-    faults: dict = field(default_factory=dict)  # how many steps went wrong, and what was done
 
 
 class Run:
@@ -73,7 +72,6 @@ class Run:
             self.step = task.step()
         self.mesh, self.flops = mesh, task.flops
         self.watch = Watch(settings.faults, watched)
-        tools.faults = self.watch.counts
         self.number = first + int(self.state.step)  # steps of the whole run that are done
         self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not looked at yet
         self.seen: dict[str, float] = {}  # metrics of the last step that was looked at
@@ -107,6 +105,11 @@ class Run:
             if number == stop_at and number < last:
                 return False
         return True
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """How many steps of the whole run went wrong, and what was done about them."""
+        return self.watch.counts
 
     def finish(self, ended: bool) -> None:
         """After the last step: save what the task leaves. `ended`: as in `save`."""
