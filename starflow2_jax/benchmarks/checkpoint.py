@@ -23,12 +23,11 @@ def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> 
     """
     program = build(config, stage, folder / "trainer")
     step = step_seconds(program, steps=3)["median"]
-    steps = Steps(folder / "checkpoint", Keep(latest=1))
+    steps = Steps((folder / "checkpoint").resolve(), Keep(latest=1))
     stalls, writes, meanwhile = [], [], []
     for number in range(1, saves + 1):
-        trees = groups(program.state)
         begin = time.perf_counter()
-        steps.save(number, trees, {"stage": program.stage.name})
+        steps.save(number, groups(program.state), {"stage": program.stage.name})
         stalls.append(time.perf_counter() - begin)
         stepped = time.perf_counter()
         program.run()
@@ -36,7 +35,7 @@ def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> 
         steps.wait()
         writes.append(time.perf_counter() - begin)
     size = sum(f.stat().st_size for f in steps.path(saves).rglob("*") if f.is_file())
-    shapes = jax.eval_shape(lambda: trees)
+    shapes = jax.eval_shape(lambda: groups(program.state))
     begin = time.perf_counter()
     jax.block_until_ready(steps.restore(saves, abstract(shapes, program.trainer.mesh)))
     restore = time.perf_counter() - begin

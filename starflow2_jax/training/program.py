@@ -5,7 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from optax import GradientTransformation
 
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError, require_positive
@@ -23,11 +25,14 @@ from starflow2_jax.training.step import (
     offloaded,
     state_shardings,
 )
+from starflow2_jax.training.task import Step
 
 PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
-def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations, mesh):
+def jitted_step(
+    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations, mesh: Mesh
+) -> Step:
     """(state, frozen, batch, limit) -> (state, metrics), compiled when it is first called; the state is donated.
 
     Input and output state share one sharding, so steps can be chained.
@@ -61,7 +66,7 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
     return STAGES[name]
 
 
-def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
+def require_rows(config: ConfigDict, stage: Stage, mesh: Mesh) -> None:
     """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
     require_positive(rows=cfg.rows, length=cfg.length, accumulate=cfg.accumulate)
@@ -94,7 +99,7 @@ def abstract_params(model: Pretzel, tree: str) -> dict:
     return jax.eval_shape(lambda: _initial(model, 0, tree))
 
 
-def fresh_params(model: Pretzel, seed: int, tree: str, mesh, dtype=None) -> dict:
+def fresh_params(model: Pretzel, seed: int, tree: str, mesh: Mesh, dtype=None) -> dict:
     """Fresh parameters of one of the two trees, each made on its shards; `dtype`: of all of them, None: fp32."""
     make = partial(_initial, model, seed, tree, dtype)
     return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
@@ -106,7 +111,9 @@ def _initial(model: Pretzel, seed: int, tree: str, dtype=None) -> dict:
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> TrainState:
+def abstract_state(
+    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
+) -> TrainState:
     """Shapes, types and shardings of a stage's state; no memory, no devices."""
     params = abstract_params(model, held(stage))
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -115,7 +122,9 @@ def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, 
     return sharding.placed(state, layout)
 
 
-def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> tuple:
+def abstract_arguments(
+    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
+) -> tuple:
     """Shapes, types and shardings of the step's state, frozen parameters and batch.
 
     A VLM that this config does not pretrain itself comes from a published checkpoint, which is bfloat16.

@@ -3,7 +3,9 @@
 from functools import cached_property, partial
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from optax import GradientTransformation
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.codecs.patch import Codec
@@ -27,14 +29,14 @@ REMEMBERED = 100_000  # texts whose tokens a reader keeps: captions and question
 class StageTask:
     """See task.Task. The state holds the tree that the stage moves, "frozen" or "trainable"; the other is an argument."""
 
-    def __init__(self, config: ConfigDict, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh):
+    def __init__(self, config: ConfigDict, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh: Mesh):
         self.config, self.stage, self.model, self.mesh = config, stage, model, mesh
         self.codec, self.tokenizer = codec, tokenizer
         self.name, self.cfg = stage.name, config.stages[stage.name]
         self.steps = self.cfg.steps
 
     @cached_property
-    def optimizer(self):
+    def optimizer(self) -> GradientTransformation:
         return make_optimizer(self.cfg.optimizer, self.steps)
 
     @property
