@@ -36,6 +36,10 @@ class Steps:
             self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
         return self._manager
 
+    def open(self) -> None:
+        """Create the folder if there is none. From here on the processes need not agree on whether there is one."""
+        self.manager  # noqa: B018 - it is made here
+
     def path(self, number: int) -> Path:
         return self.folder / "steps" / str(number)
 

@@ -45,6 +45,7 @@ def train(
     `stop_at`: save and return after that many steps of the whole run; `profile`: trace so many steps into profile/.
     Raises Preempted when all is saved after a SIGTERM.
     """
+    checkpoints.steps.open()
     done = checkpoints.steps.latest() or 0
     ledger = Ledger(checkpoints.steps.meta(done).get("time") if done else None)
     folder, writes = checkpoints.folder, processes.primary()
