@@ -79,18 +79,18 @@ def place(checkpoint: Path, saved: Path | None) -> None:
     import jax.numpy as jnp
 
     jax.config.update("jax_num_cpu_devices", 8)
-    from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
+    from starflow2_jax.checkpoints.directory import CheckpointDirectory
     from starflow2_jax.models.vlm import abstract_params
     from starflow2_jax.parallel import sharding
     from starflow2_jax.weights.vlm import load_config
 
     tree = abstract_params(load_config(checkpoint / "vlm.json"))
     tree = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), tree)
-    frozen = CheckpointDirectory(checkpoint).restore_frozen(abstract(tree, sharding.make_mesh(data=1, fsdp=8)))
+    frozen = CheckpointDirectory(checkpoint).frozen.restore(sharding.abstract(tree, sharding.make_mesh(data=1, fsdp=8)))
     jax.block_until_ready(frozen)
     if saved:
         saved.mkdir()
-        CheckpointDirectory(saved).save_frozen(frozen)
+        CheckpointDirectory(saved).frozen.save(frozen)
 
 
 def _report(pipe, step, arguments) -> None:

@@ -109,8 +109,8 @@ def token(sampler: Sampler, kind: str, options: SampleOptions, rows: int, rate: 
     """Milliseconds of a token in each of `rows` rows beside the limit; `rate`: bytes a second."""
     seconds, session = write(sampler, options, rows, repeats)
     count = int(session.rows.count.max())
-    filled = float(session.rows.caches.length.mean()) - count / 2  # of the slots, halfway
-    caches = size(session.rows.caches) * filled / session.rows.caches.slots
+    filled = float(session.rows.caches.length.mean()) - count / 2  # of the capacity, halfway
+    caches = size(session.rows.caches) * filled / session.rows.caches.capacity
     mine, limit = 1e3 * seconds / count, 1e3 * (read_bytes(sampler.params)[kind] + caches) / rate
     found = {"token": kind, "rows": rows, "milliseconds": round(mine, 3), "limit": round(limit, 3)}
     return found | {"ratio": round(mine / limit, 2), "tokens": count, "cache_bytes": round(caches)}

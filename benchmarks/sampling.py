@@ -28,6 +28,7 @@ from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params
 from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sampling.inversion import Inversion
 
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "relu2": lambda x: torch.relu(x).square()}
 
@@ -187,7 +188,11 @@ def noise_of(sampler: Sampler, count: int) -> np.ndarray:
 def ours(sampler: Sampler, count: int, jacobi: int):
     N = sampler.model.cfg.tokens
     options = SampleOptions(0, 1, max_tokens=N + 1, image_first=True, jacobi=jacobi, tolerance=1e-3)
-    sampler.schedule = (Jacobi(jacobi, 1e-3),) * sampler.model.cfg.shallow_blocks if jacobi > 1 else None
+    solvers = (Jacobi(jacobi, 1e-3),) * sampler.model.cfg.shallow_blocks if jacobi > 1 else None
+    sampler = Sampler(
+        sampler.model, sampler.params, sampler.tokenizer, sampler.codec, sampler.skips, sampler.max_positions,
+        sampler.mesh, Inversion(solvers),
+    )  # fmt: skip
     session = sampler.session(options, [0])
     session.read([[Text("draw a seven")]])
     session = session.fork([0] * count, range(count))

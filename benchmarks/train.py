@@ -93,7 +93,7 @@ class Reference:
             h, more = self.block(p["shallow"][f"block_{i}"], h, flip=i % 2 == int(m.shallow_blocks % 2 == 0))
             logdet = logdet + more
         u = h.reshape(B, M * N, D)
-        here = read(u, batch["slot"])
+        here = read(u, batch["image_token_index"])
         time_, row, column = batch["positions"].unbind(-1)
         slot = torch.where(flow, (row - time_) * m.grid[1] + column - time_, 0)
         mask = batch["mask"]
@@ -167,8 +167,8 @@ def gaussian(raw):
     return b, F.softplus(a + 0.541324854612918)
 
 
-def read(source, slot):
-    return source.gather(1, slot[..., None].expand(-1, -1, source.shape[-1]))
+def read(source, index):
+    return source.gather(1, index[..., None].expand(-1, -1, source.shape[-1]))
 
 
 def rotate(x, angles):
@@ -177,12 +177,12 @@ def rotate(x, angles):
 
 
 def torch_batch(batch, model) -> dict:
-    """What a data loader hands over: positions' cosines and sines, mask and slots included."""
+    """What a data loader hands over: positions' cosines and sines, mask and image_token_index included."""
     from starflow2_jax.models import attention
 
     t = {n: torch.tensor(np.asarray(getattr(batch, n))) for n in ("modality", "positions", "latents", "image_weight")}
     t["tokens"] = torch.tensor(np.asarray(batch.tokens))
-    t["slot"] = torch.tensor(np.asarray(batch.slot), dtype=torch.int64)
+    t["image_token_index"] = torch.tensor(np.asarray(batch.image_token_index), dtype=torch.int64)
     t["predictors"] = torch.tensor(np.asarray(batch.image_predictors()), dtype=torch.int64)
     t["mask"] = torch.tensor(np.asarray(attention.causal_mask(batch.segments)))[:, None]
     for name, theta, sections in (
@@ -197,12 +197,12 @@ def compare(trainer, reference: Reference, params, frozen, batch, theirs: dict) 
     """Loss and gradients of both, without noise. Raises AssertionError where they differ."""
     from starflow2_jax.stages import STAGES
     from starflow2_jax.training import losses
-    from starflow2_jax.training.step import loss_sums
+    from starflow2_jax.training.step import Objective, loss_sums
 
     stage = STAGES["text_to_image"]
 
     def loss(moving):
-        sums = loss_sums(trainer.model, params | frozen | moving, stage, batch, 256, jax.random.key(0))
+        sums = loss_sums(trainer.model, params | frozen | moving, stage, batch, Objective(), jax.random.key(0))
         return sums["image"] / losses.counts(batch)["image"]
 
     ours, gradient = jax.jit(jax.value_and_grad(loss))({k: params[k] for k in stage.trains})

@@ -45,7 +45,7 @@ class Sequence:
     vision: "VisionInput | None" = None
 
     @property
-    def slot(self) -> jax.Array:
+    def image_token_index(self) -> jax.Array:
         """(B, S): which latent token (at FLOW positions) or merged vision token (at VIT positions) is read."""
 
         def count(modality):
@@ -66,7 +66,7 @@ class Sequence:
         _, M, N, _ = self.latents.shape
         here = self.modality == FLOW
         rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, S))
-        target = jnp.where(here, self.slot, M * N)  # out of bounds is dropped
+        target = jnp.where(here, self.image_token_index, M * N)  # out of bounds is dropped
         before = jnp.broadcast_to(jnp.arange(S) - 1, (B, S))
         return jnp.zeros((B, M * N), jnp.int32).at[rows, target].set(before, mode="drop")
 

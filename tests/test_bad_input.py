@@ -11,7 +11,9 @@ import pytest
 import tiny
 from refused import refused
 
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, content_hash
+from starflow2_jax.checkpoints.content_hash import content_hash
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.digits import KINDS
 from starflow2_jax.errors import ConfigError, UserError
@@ -161,9 +163,9 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "run"
     checkpoint = CheckpointDirectory(folder)
     checkpoint.create(configs.load(QUICK), tiny.CODEC, tiny.tokenizer())
-    checkpoint.save_frozen(FROZEN)
-    checkpoint.save(3, {"params": PARAMS, "ema": {}}, {"stage": "joint", "stage_step": 3})
-    checkpoint.wait()
+    checkpoint.frozen.save(FROZEN)
+    checkpoint.steps.save(3, {"params": PARAMS, "ema": {}}, {"stage": "joint", "stage_step": 3})
+    checkpoint.steps.wait()
     return folder
 
 
@@ -182,8 +184,8 @@ def everything(folder) -> SimpleNamespace:
     c = CheckpointDirectory(folder)
     number = c.require_latest()
     return SimpleNamespace(
-        config=c.config(), codec=c.codec(), tokenizer=c.tokenizer(), frozen=c.restore_frozen(abstract(FROZEN)),
-        params=c.restore(number, {"params": abstract(PARAMS)})["params"], meta=c.meta(number),
+        config=c.config(), codec=c.codec(), tokenizer=c.tokenizer(), frozen=c.frozen.restore(abstract(FROZEN)),
+        params=c.steps.restore(number, {"params": abstract(PARAMS)})["params"], meta=c.steps.meta(number),
     )  # fmt: skip
 
 
@@ -258,7 +260,7 @@ def test_truncated_files(saved, tmp_path):
 def test_other_frozen_weights_are_noticed(copy):
     changed = {"vlm": {"kernel": FROZEN["vlm"]["kernel"].at[3, 4].add(1e-6)}}
     honest = (copy / "frozen.json").read_text()
-    CheckpointDirectory(copy).save_frozen(changed)
+    CheckpointDirectory(copy).frozen.save(changed)
     (copy / "frozen.json").write_text(honest)
     refused(CheckpointError, everything, copy, saying=("content hash",))
 
@@ -266,5 +268,7 @@ def test_other_frozen_weights_are_noticed(copy):
 def test_weights_of_another_model(copy):
     other = {"head": {"kernel": jnp.zeros((40, 101))}, "deep": {"scale": jnp.ones(7)}}
     c = CheckpointDirectory(copy)
-    refused(CheckpointError, c.restore, 3, {"params": abstract(other)}, saying=("of another model",))
-    refused(CheckpointError, c.restore, 3, {"params": abstract({"else": jnp.ones(3)})}, saying=("of another model",))
+    refused(CheckpointError, c.steps.restore, 3, {"params": abstract(other)}, saying=("of another model",))
+    refused(
+        CheckpointError, c.steps.restore, 3, {"params": abstract({"else": jnp.ones(3)})}, saying=("of another model",)
+    )

@@ -16,6 +16,7 @@ from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import JsonlDocuments
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models import flops
+from starflow2_jax.models.pretzel import init_params
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training.program import batch_shape, find_stage
 
@@ -54,7 +55,7 @@ def test_training(tmp_path, monkeypatch):
     assert found["mfu"] == pytest.approx(counted / (seconds["median"] * 8 * peak))  # eight devices
     assert found["tokens_per_second"] == pytest.approx(found["tokens_per_step"] / seconds["median"])
     assert 0.3 * 8 * 64 < found["tokens_per_step"] < 8 * 64
-    params = jax.eval_shape(lambda: program.init_params(program.Trainer(cfg, tmp_path).model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(program.Trainer(cfg, tmp_path).model, jax.random.key(0)))
     held = 4 * sum(x.size for x in jax.tree.leaves(params))
     assert found["memory"]["compiled"]["argument"] > held  # all parameters, average and moments are arguments
     shares = [op["share"] for op in found["profile"]]
@@ -84,7 +85,7 @@ def test_data(tmp_path):
     cfg = config()
     found = data.measure(cfg, "text_to_image", 4, tmp_path)
     trainer = program.Trainer(cfg, tmp_path)
-    stream = trainer.reader(STAGES["text_to_image"])
+    stream = trainer.task("text_to_image").batches()
     next(stream)
     batches = [next(stream)[0] for _ in range(4)]
     ends = trainer.tokenizer.convert_tokens_to_ids("<|im_end|>")  # each document ends with one
@@ -106,7 +107,7 @@ def test_checkpoints(tmp_path):
     found = checkpoint.measure(cfg, "text_to_image", 2, tmp_path)
     assert found["stall_seconds"] <= found["write_seconds"] and found["restore_seconds"] > 0
     model = program.Trainer(cfg, tmp_path / "new").model
-    params = jax.eval_shape(lambda: program.init_params(model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items() if name != "vlm"}
     moving = sum(count[name] for name in STAGES["text_to_image"].trains)
     plain = 4 * (sum(count.values()) + 3 * moving)  # parameters, their average, two moments
@@ -127,7 +128,7 @@ def test_synthetic_documents(tmp_path, kind, stage):
     assert any(makes) == STAGES[stage].image_loss and any(says) == STAGES[stage].text_loss
     cfg.data.source = path
     trainer = program.Trainer(cfg.lock(), tmp_path / "new")
-    assert data.tokens_in(next(trainer.reader(STAGES[stage]))[0]) > 0
+    assert data.tokens_in(next(trainer.task(stage).batches())[0]) > 0
 
 
 def test_the_command(tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_shrunk_every_stage_takes_a_step(tmp_path, size, stages):
         config = configs.load(EXPERIMENTS / f"starflow2_{size}_{stage}.py", runlocal=True)
         trainer = Trainer(config, tmp_path / "run")
         trainer.run(progress=False)
-        assert trainer.checkpoints.latest() == number
-        assert trainer.checkpoints.meta(number)["stage"] == STAGES[stage]
+        assert trainer.checkpoints.steps.latest() == number
+        assert trainer.checkpoints.steps.meta(number)["stage"] == STAGES[stage]
         lines = (tmp_path / "run/metrics/metrics.jsonl").read_text().splitlines()
         assert np.isfinite(json.loads(lines[-1])["loss"]) and json.loads(lines[-1])["stage"] == STAGES[stage]

@@ -53,7 +53,7 @@ def config_for(vlm: Path, **changes):
 
 def test_init_then_chat_then_train(vlm, tmp_path, capsys):
     config = config_for(vlm)
-    Trainer.begin(config, tmp_path / "run", vlm)
+    Trainer.begin(config, tmp_path / "run", vlm, load_config)
     for name in (
         "vlm.json",
         "reference_config.json",
@@ -97,10 +97,10 @@ def test_a_config_of_another_vlm_is_refused(vlm, tmp_path):
         (config_for(vlm, order=("pretrain",)), "take the stage pretrain out"),
     ):
         with pytest.raises(UserError, match=saying):
-            Trainer.begin(config, tmp_path / "run", vlm)
+            Trainer.begin(config, tmp_path / "run", vlm, load_config)
         assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        Trainer.begin(config_for(vlm), tmp_path / "run", vlm)
+        Trainer.begin(config_for(vlm), tmp_path / "run", vlm, load_config)
     with pytest.raises(UserError, match="no converted VLM"):
-        Trainer.begin(config_for(vlm), tmp_path / "new", tmp_path)
+        Trainer.begin(config_for(vlm), tmp_path / "new", tmp_path, load_config)

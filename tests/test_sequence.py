@@ -44,11 +44,11 @@ def test_image_predictors_stand_before_each_latent_token(batch):
 
 
 def test_slots_count_flow_and_vit_tokens_apart(batch):
-    slot = np.asarray(batch.slot)
-    for b in range(len(slot)):
+    index = np.asarray(batch.image_token_index)
+    for b in range(len(index)):
         seen = {sequence.FLOW: 0, sequence.VIT: 0}
         for t, kind in enumerate(batch.modality[b]):
-            assert slot[b, t] == seen.get(kind, 0)
+            assert index[b, t] == seen.get(kind, 0)
             if kind in seen:
                 seen[kind] += 1
 
@@ -132,13 +132,13 @@ def test_packing_cuts_no_document_and_keeps_the_order(batch):
         for name in ("modality", "positions", "text_weight"):
             assert np.array_equal(getattr(batch, name)[row, where], features[name]), name
         flow = [t for t in where if batch.modality[row, t] == sequence.FLOW]
-        read = batch.latents[row].reshape(-1, tiny.CHANNELS)[np.asarray(batch.slot)[row, flow]]
+        read = batch.latents[row].reshape(-1, tiny.CHANNELS)[np.asarray(batch.image_token_index)[row, flow]]
         assert np.array_equal(read, features["latents"].reshape(-1, tiny.CHANNELS))
         if len(features["patches"]):
             theirs = np.flatnonzero([(p == features["patches"][0]).all() for p in batch.vision.patches[row]])[0]
             patches = slice(theirs, theirs + len(features["patches"]))
             assert np.array_equal(batch.vision.patches[row, patches], features["patches"])
-            merged = np.asarray(batch.slot)[row, where][batch.modality[row, where] == sequence.VIT]
+            merged = np.asarray(batch.image_token_index)[row, where][batch.modality[row, where] == sequence.VIT]
             assert np.array_equal(merged, theirs // 4 + np.arange(len(merged)))
     padding = batch.segments == 0
     assert not batch.modality[padding].any() and not batch.text_weight[padding].any()

@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.benchmarks.program import build
 from starflow2_jax.benchmarks.train import step_seconds
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
 from starflow2_jax.checkpoints.retention import Keep
+from starflow2_jax.checkpoints.steps import Steps
+from starflow2_jax.parallel.sharding import abstract
+from starflow2_jax.training.task import groups
 
 
 def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> dict:
@@ -21,27 +23,23 @@ def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> 
     """
     program = build(config, stage, folder / "trainer")
     step = step_seconds(program, steps=3)["median"]
-    checkpoints = CheckpointDirectory(folder / "checkpoint", Keep(latest=1))
-    checkpoints.create(config, program.trainer.codec, program.trainer.tokenizer)
-    stalls, writes, steps = [], [], []
+    steps = Steps((folder / "checkpoint").resolve(), Keep(latest=1))
+    stalls, writes, meanwhile = [], [], []
     for number in range(1, saves + 1):
-        state = program.state
-        trees = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
         begin = time.perf_counter()
-        checkpoints.save(number, trees, {"stage": program.stage.name})
+        steps.save(number, groups(program.state), {"stage": program.stage.name})
         stalls.append(time.perf_counter() - begin)
         stepped = time.perf_counter()
         program.run()
-        steps.append(time.perf_counter() - stepped)
-        checkpoints.wait()
+        meanwhile.append(time.perf_counter() - stepped)
+        steps.wait()
         writes.append(time.perf_counter() - begin)
-    saved = checkpoints.folder / "steps" / str(saves)
-    size = sum(f.stat().st_size for f in saved.rglob("*") if f.is_file())
-    shapes = jax.eval_shape(lambda: {"params": state.params, "ema": state.ema, "optimizer": state.optimizer})
+    size = sum(f.stat().st_size for f in steps.path(saves).rglob("*") if f.is_file())
+    shapes = jax.eval_shape(lambda: groups(program.state))
     begin = time.perf_counter()
-    jax.block_until_ready(checkpoints.restore(saves, abstract(shapes, program.trainer.mesh)))
+    jax.block_until_ready(steps.restore(saves, abstract(shapes, program.trainer.mesh)))
     restore = time.perf_counter() - begin
-    checkpoints.close()
+    steps.close()
     return {
         "stage": program.stage.name,
         "saves": saves,
@@ -51,5 +49,5 @@ def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> 
         "restore_seconds": restore,
         "write_bytes_per_second": size / statistics.median(writes),
         "step_seconds": step,
-        "step_while_writing_seconds": statistics.median(steps),
+        "step_while_writing_seconds": statistics.median(meanwhile),
     }

@@ -15,7 +15,7 @@ def measure(config: ConfigDict, stage: str | None, steps: int, folder) -> dict:
     """Documents and tokens per second over `steps` batches, nothing else running; the first batch apart."""
     trainer, chosen_stage = Trainer(config, folder), find_stage(config, stage)
     begin = time.perf_counter()
-    stream = trainer.reader(chosen_stage)
+    stream = trainer.task(chosen_stage.name).batches()
     next(stream)
     first = time.perf_counter() - begin
     begin = time.perf_counter()

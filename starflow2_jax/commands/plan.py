@@ -15,7 +15,7 @@ def add(commands) -> None:
     p.add_argument("--json", help="file to write the plan to, too")
     p.add_argument("--sampler", action="store_true", help="plan the sampler's steps instead")
     p.add_argument("--rows", type=int, default=0, help="of the sampler (default: one a chip)")
-    p.add_argument("--slots", type=int, default=2048, help="positions that the sampler's caches have room for")
+    p.add_argument("--capacity", type=int, default=2048, help="positions that the sampler's caches have room for")
     p.add_argument("--search", action="store_true", help="try rows, meshes and remat policies, and rank them")
     p.add_argument("--rows-per-chip", default="1,2,4", help="that --search tries")
     p.add_argument("--tensor", default="1,4", help="sizes of the tensor axis that --search tries")
@@ -43,7 +43,7 @@ def _plan(args, overrides) -> None:
     if args.search:
         return _search(args, config, stage, topology, devices)
     if args.sampler:
-        plans = plan.plan_sampler(config, stage, topology, devices, args.rows or topology.chips, args.slots)
+        plans = plan.plan_sampler(config, stage, topology, devices, args.rows or topology.chips, args.capacity)
     else:
         plans = [plan.plan_step(config, stage, topology, devices)]
     print("\n\n".join(map(report.text, plans)))

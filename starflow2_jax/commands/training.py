@@ -90,8 +90,9 @@ def _init(args, overrides) -> None:
     config = configs.load(args.config, overrides, chip=args.chip)
     _devices(config.cpu_devices)
     from starflow2_jax.training.loop import Trainer
+    from starflow2_jax.weights.vlm import load_config
 
-    Trainer.begin(config, args.out, args.vlm)
+    Trainer.begin(config, args.out, args.vlm, load_config)
     chip = f" --chip {args.chip}" if args.chip else ""
     print(f"ready: starflow2 train --config {args.config}{chip} --out {args.out}")
 

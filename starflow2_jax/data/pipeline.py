@@ -1,6 +1,6 @@
 """Documents -> packed batches of Sequences, with grain: deterministic, the position saved and restored."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import grain
 import numpy as np
@@ -13,12 +13,16 @@ from starflow2_jax.sequence import Sequence, Shape, VisionInput
 
 
 class Encoder:
-    """Turns a Document into the features of one sequence: tokens, positions, latents, what is predicted."""
+    """Turns a Document into the features of one sequence: tokens, positions, latents, what is predicted.
 
-    def __init__(self, tokenizer, codec, vision: VisionConfig | None = None):
+    `remembered`: how many texts it keeps the tokens of, for documents whose texts come again.
+    """
+
+    def __init__(self, tokenizer, codec, vision: VisionConfig | None = None, remembered: int = 0):
         self.tokenizer, self.codec, self.vision = tokenizer, codec, vision
         self.ids = TokenIds.of(tokenizer)
-        self.tokenize = lru_cache(100_000)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        tokenize = partial(tokenizer.encode, add_special_tokens=False)
+        self.tokenize = lru_cache(remembered)(tokenize) if remembered else tokenize
 
     def __call__(self, document: Document, closed: bool = True) -> dict[str, np.ndarray]:
         """Features with leading axes s (positions), m (flow images) and p (patches). "part": index of a

@@ -10,7 +10,8 @@ from starflow2_jax.data import digits, tokenizer
 from starflow2_jax.data.documents import CaptionsDropped, DocumentError, Image, JsonlDocuments, Shown, Text
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.fields import build
-from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.random_streams import stream_seed
+from starflow2_jax.stages import Stage
 
 FITTED = 1000  # documents that a codec and a tokenizer are fitted to
 
@@ -18,7 +19,7 @@ FITTED = 1000  # documents that a codec and a tokenizer are fitted to
 def documents(config: ConfigDict, stage: Stage, channels: int):
     """The stage's source of documents, by index; the stage's `shares` are of digits. `channels`: of a picture, 1 or 3."""
     cfg = config.stages[stage.name]
-    seed = config.seed * len(STAGES) + list(STAGES).index(stage.name)
+    seed = stream_seed(config.seed, "documents", stage.name)
     if config.data.source != "digits":
         source = JsonlDocuments(config.data.source, channels)
         source = CaptionsDropped(source, cfg.caption_drop, seed) if cfg.caption_drop else source

@@ -4,11 +4,10 @@ A converter of a VLM whose tokenizer names these tokens otherwise renames them i
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 
@@ -56,14 +55,6 @@ def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
         additional_special_tokens=list(SPECIAL_TOKENS[3:]),
         clean_up_tokenization_spaces=False,
     )
-
-
-def load(folder: str | Path):
-    """The tokenizer saved in `folder`. Raises ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no readable tokenizer ({str(error).splitlines()[0]})") from None
 
 
 def chat(tokenizer, turns: list[tuple[str, Document]]) -> Document:

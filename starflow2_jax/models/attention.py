@@ -15,9 +15,9 @@ MASKED = -1e30  # finite, so that a query that sees no key does not become NaN
 class KVCache:
     """Keys and values of every layer of a causal stack, and how much of each row is filled.
 
-    `length` is the number of positions that a row has read. A call with S new positions writes slots length .. length +
-    S - 1. Slots from `length` on are never seen, so lowering `length` rewinds a row, or drops the padding at its end.
-    Each layer has an array of its own, written in place, with the slots of a head contiguous, as decoding reads them.
+    `length` is the number of positions that a row has read. A call with S new positions writes positions length .. length +
+    S - 1. Positions from `length` on are never seen, so lowering `length` rewinds a row, or drops the padding at its end.
+    Each layer has an array of its own, written in place, with the positions of a head contiguous, as decoding reads them.
     """
 
     keys: tuple[jax.Array, ...]  # L of (B, J, C, K)
@@ -26,22 +26,22 @@ class KVCache:
 
     @classmethod
     def empty(
-        cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
+        cls, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32
     ) -> "KVCache":
         """A cache whose rows have read nothing."""
         keys, values = (
-            tuple(jnp.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(layers)) for _ in range(2)
+            tuple(jnp.zeros((batch, kv_heads, capacity, head_dim), dtype) for _ in range(layers)) for _ in range(2)
         )
         return cls(keys, values, jnp.zeros(batch, jnp.int32))
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
         """Positions that a row has room for, C."""
         return self.keys[0].shape[2]
 
 
-def write_slots(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """`stored` (B, J, C, K) with `new` (B, S, J, K) written from slot start[b] on.
+def write_cache(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """`stored` (B, J, C, K) with `new` (B, S, J, K) written from position start[b] on.
 
     On CPU each head is written by itself: XLA fuses the write of a whole row into the attention that reads the cache,
     and copies the cache for it.
@@ -64,10 +64,10 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((size, size), bool))
 
 
-def cached_mask(length: jax.Array, steps: int, slots: int) -> jax.Array:
-    """(B, steps, slots) bool: new position i of row b sees the slots up to its own, length[b] + i, included."""
+def cached_mask(length: jax.Array, steps: int, capacity: int) -> jax.Array:
+    """(B, steps, capacity) bool: new position i of row b sees the positions up to its own, length[b] + i, included."""
     last = length[:, None] + jnp.arange(steps)
-    return jnp.arange(slots) <= last[:, :, None]
+    return jnp.arange(capacity) <= last[:, :, None]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, temperature: float = 1.0) -> jax.Array:

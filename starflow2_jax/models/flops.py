@@ -67,18 +67,18 @@ def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: i
     return _sums(_terms(cfg, stage, shape, text_chunk))
 
 
-def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, slots: int, lanes: int) -> dict[str, Flops]:
-    """FLOP of the sampler's `read` (slots / 2 positions of each row) and of a turn of its `write`, by `SAMPLING_RULE`.
+def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, capacity: int, lanes: int) -> dict[str, Flops]:
+    """FLOP of the sampler's `read` (capacity / 2 positions of each row) and of a turn of its `write`, by `SAMPLING_RULE`.
 
-    lanes: cache rows of each row, for guidance. The executed FLOP count attention over all `slots` of the caches.
+    lanes: cache rows of each row, for guidance. The executed FLOP count attention over the whole `capacity` of the caches.
     """
-    length = slots // 2
+    length = capacity // 2
     images = rows * max(1, length // (cfg.tokens + 2))
-    read = [*_forward_streams(cfg, stage, rows, length, slots, length / 2)]
+    read = [*_forward_streams(cfg, stage, rows, length, capacity, length / 2)]
     for _ in range(cfg.shallow_blocks):
         read += _forward("shallow flow", cfg.shallow, images, cfg.tokens, cfg.tokens, cfg.tokens / 2)
         read.append(_Term("shallow flow", 2.0 * 3 * cfg.channels * cfg.shallow.width * images * cfg.tokens, 1))
-    write = [*_forward_streams(cfg, stage, rows * lanes, 1, slots, slots / 2)]
+    write = [*_forward_streams(cfg, stage, rows * lanes, 1, capacity, capacity / 2)]
     write.append(_Term("text head", 2.0 * cfg.vlm.vocabulary * cfg.vlm.width * rows, 1))
     return {"read": _sums(read), "write": _sums(write)}
 
@@ -94,9 +94,9 @@ def _sums(terms: Iterable[_Term]) -> Flops:
 
 
 def _forward_streams(
-    cfg: PretzelConfig, stage: Stage, rows: int, length: int, slots: int, seen: float
+    cfg: PretzelConfig, stage: Stage, rows: int, length: int, capacity: int, seen: float
 ) -> Iterator[_Term]:
-    """Both streams over (rows, length) with caches of `slots`, of which a position sees `seen` on average."""
+    """Both streams over (rows, length) with caches of `capacity`, of which a position sees `seen` on average."""
     E, E_vlm, D = cfg.deep.width, cfg.vlm.width, cfg.channels
     linear = {
         "adapter": cfg.adapter_hidden * (D + E_vlm),
@@ -107,8 +107,8 @@ def _forward_streams(
         linear["skips"] = 2 * E * E_vlm
     for part, parameters in linear.items():
         yield _Term(part, 2.0 * parameters * rows * length, 1)
-    yield from _forward("VLM", cfg.vlm.transformer, rows, length, slots, seen)
-    yield from _forward("deep flow", cfg.deep, rows, length, slots, seen)
+    yield from _forward("VLM", cfg.vlm.transformer, rows, length, capacity, seen)
+    yield from _forward("deep flow", cfg.deep, rows, length, capacity, seen)
 
 
 def _forward(part: str, c: TransformerConfig, rows: int, length: int, keys: int, seen: float) -> Iterator[_Term]:

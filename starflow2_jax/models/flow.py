@@ -131,8 +131,8 @@ class FlowBlock(nn.Module):
             self.proj_prefix = dense(t.width, "proj_prefix", True, t.dtype)
 
     @property
-    def slots(self) -> int:
-        """Positions of the Transformer: N, or N - 1 if the first token needs no prediction."""
+    def predicted(self) -> int:
+        """Positions that the Transformer runs over: N, or N - 1 if the first token needs no prediction."""
         return self.cfg.grid[0] * self.cfg.grid[1] - (self.cfg.start == "shift")
 
     def __call__(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
@@ -146,11 +146,11 @@ class FlowBlock(nn.Module):
         seen = h[:, :-1]
         if self.cfg.start == "token":
             seen = jnp.concatenate([jnp.broadcast_to(self.start_token, (B, 1, D)), seen], axis=1)
-        x, angles = self._embed(seen, jnp.arange(self.slots), context)
+        x, angles = self._embed(seen, jnp.arange(self.predicted), context)
         prefix = 0 if context.prefix is None else context.prefix.shape[1]
         if prefix:
             x = jnp.concatenate([self.proj_prefix(context.prefix), x], axis=1)
-            angles = None if angles is None else self._angles(prefix)[: prefix + self.slots]
+            angles = None if angles is None else self._angles(prefix)[: prefix + self.predicted]
         x, _ = self.stack(x, angles)
         mean, scale = self._head(x[:, prefix:])
         if self.cfg.start == "shift":
@@ -176,7 +176,7 @@ class FlowBlock(nn.Module):
         z = self._order(widened(z))
         B, N, D = z.shape
         conditions = [(context, 1.0)] + ([(unconditional, temperature)] if guide else [])
-        first = N - self.slots
+        first = N - self.predicted
         begin = jnp.broadcast_to(self.start_token, (B, D)) if self.cfg.start == "token" else z[:, 0]
         block, variables = self.unbind()  # Flax modules do not mix with jax.lax loops
 
@@ -188,20 +188,20 @@ class FlowBlock(nn.Module):
         return self._order(jnp.concatenate([z[:, :first], h], axis=1))
 
     def _predict(self, seen, start, caches, conditions, guide: Guide | None):
-        """Means and scales (B, c, D) at slots start .. start + c - 1 from the tokens before them, `seen` (B, c, D).
+        """Means and scales (B, c, D) of tokens start .. start + c - 1 from the tokens before them, `seen` (B, c, D).
 
-        `caches` hold the slots before `start`, one for each of `conditions`; returns them grown by c.
+        `caches` hold the tokens before `start`, one cache for each of `conditions`; returns them grown by c.
         """
-        slots = start + jnp.arange(seen.shape[1])
+        at = start + jnp.arange(seen.shape[1])
         outputs, grown = [], []
         for (context, temperature), cache in zip(conditions, caches, strict=True):
-            x, angles = self._embed(seen, slots, context)
+            x, angles = self._embed(seen, at, context)
             prefix = 0 if context.prefix is None else context.prefix.shape[1]
             cache = cache.replace(length=jnp.full_like(cache.length, prefix + start))
             x, cache = self.stack(x, angles, cache=cache, temperature=temperature)
             outputs.append(self._head(x))
             grown.append(cache)
-        mean, scale = guide(*outputs, slots[:, None]) if guide else outputs[0]
+        mean, scale = guide(*outputs, at[:, None]) if guide else outputs[0]
         return mean, scale, grown
 
     def _order(self, x: jax.Array) -> jax.Array:
@@ -216,18 +216,18 @@ class FlowBlock(nn.Module):
         side, text = c.rotary_side or c.grid[0], prefix if c.rotary_text else None
         return grid_angles(c.grid, side, c.transformer.head, c.rotary_theta, text)
 
-    def _embed(self, seen, slots, context: Context):
-        """Tokens (B, S, D) at `slots` (S,) -> embeddings (B, S, E), angles (S, K/2)."""
+    def _embed(self, seen, at, context: Context):
+        """Tokens (B, S, D), read where those at `at` (S,) are predicted -> embeddings (B, S, E), angles (S, K/2)."""
         c = self.cfg
         x = self.proj_in(seen)
         if c.positions == "learned":
-            x = x + self._order(self.position_embedding[None])[0][slots]
+            x = x + self._order(self.position_embedding[None])[0][at]
         if c.classes:
             null, label = jnp.mean(self.class_embedding, axis=0), context.label
             embedded = null if label is None else jnp.where(label[:, None] < 0, null, self.class_embedding[label])
             x = x + embedded.reshape(-1, 1, x.shape[-1])
         angles = self._angles()
-        return x, None if angles is None else angles[slots]
+        return x, None if angles is None else angles[at]
 
     def _head(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Transformer output (B, S, E) -> mean and scale (B, S, D)."""
@@ -236,7 +236,7 @@ class FlowBlock(nn.Module):
     def _prefill(self, context: Context, batch: int) -> attention.KVCache:
         """A cache with room for the image, which holds the context's prefix."""
         prefix = 0 if context.prefix is None else context.prefix.shape[1]
-        cache = self.stack.empty_cache(batch, prefix + self.slots)
+        cache = self.stack.empty_cache(batch, prefix + self.predicted)
         if prefix:
             x, angles = self.proj_prefix(context.prefix), self._angles(prefix)
             _, cache = self.stack(x, None if angles is None else angles[:prefix], cache=cache)

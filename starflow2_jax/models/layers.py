@@ -204,7 +204,7 @@ class Attention(nn.Module):
             q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         q = constrain(q, "batch", "sequence", "heads", None)
         if stored is not None:
-            stored = tuple(attention.write_slots(old, new, start) for old, new in zip(stored, (k, v), strict=True))
+            stored = tuple(attention.write_cache(old, new, start) for old, new in zip(stored, (k, v), strict=True))
             k, v = (a.astype(q.dtype) for a in stored)
             out = attention.attend_cached(q, k, v, mask, temperature)
         elif mask is None:
@@ -330,7 +330,7 @@ class Transformer(nn.Module):
         start, stored = None, [None] * c.layers
         if cache is not None:
             start, stored = cache.length, list(zip(cache.keys, cache.values, strict=True))
-            mask = attention.cached_mask(start, x.shape[1], cache.slots)
+            mask = attention.cached_mask(start, x.shape[1], cache.capacity)
         for i in range(c.layers):
             if c.scan:
                 own = jax.tree.map(lambda p, i=i: p[i], self.variables["params"]["layers"])
@@ -343,10 +343,10 @@ class Transformer(nn.Module):
             cache = KVCache(*zip(*stored, strict=True), cache.length + x.shape[1])
         return x, cache
 
-    def empty_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache of `batch` rows with room for `slots` positions each."""
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of `batch` rows with room for `capacity` positions each."""
         c = self.cfg
-        return KVCache.empty(c.layers, batch, slots, c.kv, c.head, jnp.dtype(c.dtype))
+        return KVCache.empty(c.layers, batch, capacity, c.kv, c.head, jnp.dtype(c.dtype))
 
 
 def separate_layers(params: dict) -> dict:

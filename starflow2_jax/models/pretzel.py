@@ -75,9 +75,9 @@ class Caches:
         return self.vlm.length
 
     @property
-    def slots(self) -> int:
+    def capacity(self) -> int:
         """Positions that a row has room for."""
-        return self.vlm.slots
+        return self.vlm.capacity
 
     def rewind(self, length: jax.Array) -> "Caches":
         """Forget the positions from `length` (B,) on."""
@@ -148,7 +148,7 @@ class Pretzel(nn.Module):
         """
         u = logdet = reads = states = None
         if isinstance(inputs, Sequence):
-            reads = inputs.slot
+            reads = inputs.image_token_index
             states, logdet = self._trace(inputs.latents)
             u = states[-1]
             u_here = gather_positions(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
@@ -186,12 +186,13 @@ class Pretzel(nn.Module):
         """The VLM run over the first `length` text and vit positions of each row: (B, S, E_vlm), 0 at all others."""
         here = (inputs.modality == sequence.TEXT) | (inputs.modality == sequence.VIT)
         at = jnp.argsort(~here, axis=1, stable=True)[:, :length]
-        tokens, modality, slot, segments = (
-            jnp.take_along_axis(a, at, axis=1) for a in (inputs.tokens, inputs.modality, inputs.slot, inputs.segments)
+        tokens, modality, reads, segments = (
+            jnp.take_along_axis(a, at, axis=1)
+            for a in (inputs.tokens, inputs.modality, inputs.image_token_index, inputs.segments)
         )
         segments = jnp.where(jnp.take_along_axis(here, at, axis=1), segments, 0)
         positions = gather_positions(inputs.positions, at)
-        y, _ = self.vlm(VlmInputs(tokens, modality, positions, segments, None, inputs.vision, slot))
+        y, _ = self.vlm(VlmInputs(tokens, modality, positions, segments, None, inputs.vision, reads))
         return jnp.where(here[..., None], gather_positions(y, jnp.cumsum(here, axis=1) - 1), 0)
 
     def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -217,9 +218,9 @@ class Pretzel(nn.Module):
         """The text head's matrix (V, E_vlm)."""
         return self.vlm.head()
 
-    def empty_caches(self, batch: int, slots: int) -> Caches:
-        """Caches of `batch` rows with room for `slots` positions each."""
-        return Caches(self.vlm.empty_cache(batch, slots), self.deep.empty_cache(batch, slots))
+    def empty_caches(self, batch: int, capacity: int) -> Caches:
+        """Caches of `batch` rows with room for `capacity` positions each."""
+        return Caches(self.vlm.empty_cache(batch, capacity), self.deep.empty_cache(batch, capacity))
 
     def _slot_in_image(self, inputs: Sequence | Step) -> jax.Array:
         """(B, S): which of its image's N tokens a FLOW position is; its row and column count from the image's time."""

@@ -138,6 +138,6 @@ class Qwen(nn.Module):
         """Hidden states (..., E) -> logits (..., V) fp32."""
         return jnp.einsum("...e,ve->...v", hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def empty_cache(self, batch: int, slots: int) -> attention.KVCache:
-        """A cache of `batch` rows with room for `slots` positions each."""
-        return self.stack.empty_cache(batch, slots)
+    def empty_cache(self, batch: int, capacity: int) -> attention.KVCache:
+        """A cache of `batch` rows with room for `capacity` positions each."""
+        return self.stack.empty_cache(batch, capacity)

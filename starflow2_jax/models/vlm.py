@@ -112,8 +112,8 @@ class Vlm(Protocol):
         """
         ...
 
-    def empty_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache of `batch` rows with room for `slots` positions each."""
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of `batch` rows with room for `capacity` positions each."""
         ...
 
 

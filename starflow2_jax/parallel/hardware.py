@@ -1,8 +1,10 @@
-"""TPU generations: peak rates by the maker's tables, and the topologies, such as v5p:4x4x4, that they are built in."""
+"""TPUs and GPUs: peak rates by their makers' tables, and the topologies of TPUs, such as v5p:4x4x4, that they are built in."""
 
 import math
 import re
 from dataclasses import dataclass
+
+import jax
 
 from starflow2_jax.errors import UserError
 
@@ -30,6 +32,27 @@ CHIPS = {
     "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, 4, 8960),
     "v6e": Chip("v6e", 918e12, 32 * 2**30, 1638e9, 100e9, 2, 16, 4, 256),
 }
+
+
+# Dense bfloat16 FLOP/s of one device, by the makers' tables; names are JAX's `device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(configured: float = 0.0) -> float | None:
+    """FLOP/s of one device: `configured` if it is not 0, else the table's; None for a device that the table lacks, such as a CPU."""
+    return configured or PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
 
 @dataclass(frozen=True)

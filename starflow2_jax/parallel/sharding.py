@@ -142,6 +142,11 @@ def placed(tree: Any, layout: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
+def abstract(tree, mesh: Mesh):
+    """The shapes and types of a tree of parameters, with their shardings by PARAMETER_RULES."""
+    return placed(tree, tree_shardings(tree, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

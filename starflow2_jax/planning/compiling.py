@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from starflow2_jax.checkpoints.directory import abstract
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
 from starflow2_jax.parallel import sharding
 from starflow2_jax.parallel.hardware import Topology
+from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import in_type, weights_in_type
@@ -97,30 +97,30 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
     return Program(compiled, mesh, held, bytes_a_chip(kinds, host=True))
 
 
-def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, slots: int) -> dict[str, Program]:
-    """Compile the sampler's `read` and `write` for `rows` rows whose caches have room for `slots` positions.
+def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
+    """Compile the sampler's `read` and `write` for `rows` rows whose caches have room for `capacity` positions.
 
-    `read` reads slots / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on, and
+    `read` reads capacity / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on, and
     parameters and caches are bfloat16. Raises DoesNotFit.
     """
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    B, slots = rows + -rows % sharding.row_shards(mesh), row.bucket(slots)
+    B, capacity = rows + -rows % sharding.row_shards(mesh), row.bucket(capacity)
     branches = ("bare",)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         shapes = jax.eval_shape(partial(weights_in_type, dtype="bfloat16"), shapes)
         params = abstract(shapes, mesh)
         empty = jax.eval_shape(
-            lambda: row.with_room(row.empty_rows(model, np.zeros(B, np.uint32), branches), slots)
+            lambda: row.with_room(row.empty_rows(model, np.zeros(B, np.uint32), branches), capacity)
         ).replace(
-            tokens=jax.ShapeDtypeStruct((B, slots), jnp.int32),
-            u=jax.ShapeDtypeStruct((B, slots, cfg.channels), jnp.float32),
+            tokens=jax.ShapeDtypeStruct((B, capacity), jnp.int32),
+            u=jax.ShapeDtypeStruct((B, capacity, cfg.channels), jnp.float32),
         )
         state = _on_rows(empty, mesh)
-        images = max(1, slots // 2 // (cfg.tokens + 2))
-        shape = Shape(B, slots // 2, images)
+        images = max(1, capacity // 2 // (cfg.tokens + 2))
+        shape = Shape(B, capacity // 2, images)
         batch, lengths = _on_rows((program.empty_batch(cfg, shape), jax.ShapeDtypeStruct((B,), jnp.int32)), mesh)
         ids = TokenIds(*range(5))  # which ids they are does not change the program
         kind = steps.Program(model, ids, stage.skips, branches)

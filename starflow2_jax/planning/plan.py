@@ -83,7 +83,7 @@ def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: lis
 
 
 def plan_sampler(
-    config: ConfigDict, stage: Stage, topology: Topology, devices: list, rows: int, slots: int
+    config: ConfigDict, stage: Stage, topology: Topology, devices: list, rows: int, capacity: int
 ) -> list[Plan]:
     """Plans of the sampler's `read` and `write`, see compile_sampler; a single plan if they do not fit.
 
@@ -91,24 +91,24 @@ def plan_sampler(
     """
     plans = []
     try:
-        programs = compiling.compile_sampler(config, stage, devices, rows, slots)
+        programs = compiling.compile_sampler(config, stage, devices, rows, capacity)
     except DoesNotFit as error:
         memory = topology.chip.memory
         plan = Plan("sampler", str(topology), topology.chips, {}, {}, False, memory, error.needed, {})
         plan.largest = error.largest
-        plan.advice = ["fewer rows or slots, or a larger tensor axis, which splits the caches' heads"]
+        plan.advice = ["fewer rows, a smaller capacity, or a larger tensor axis, which splits the caches' heads"]
         return [plan]
     B, lanes = rows + -rows % sharding.row_shards(programs["read"].mesh), 2
-    hand = flops.sampling_flops(configs.pretzel(config), stage, B, bucket(slots), lanes)
+    hand = flops.sampling_flops(configs.pretzel(config), stage, B, bucket(capacity), lanes)
     for name, program in programs.items():
-        what = f"sampler, {name}: {'half of the slots' if name == 'read' else 'one position a row'}"
-        chosen = {"rows": rows, "slots": slots, "guidance": True}
+        what = f"sampler, {name}: {'half of the capacity' if name == 'read' else 'one position a row'}"
+        chosen = {"rows": rows, "capacity": capacity, "guidance": True}
         plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
         plan.flops_by_hand = {part: value / topology.chips for part, value in hand[name].model.items()}
         plan.hardware_by_hand = hand[name].executed / topology.chips
         plan.rules["flops"] = flops.SAMPLING_RULE
         costs = _measure(plan, program, topology)
-        tokens = slots // 2 if name == "read" else 1  # of a row
+        tokens = capacity // 2 if name == "read" else 1  # of a row
         plan.tokens_per_second, plan.seconds_a_token = rows * tokens / costs.seconds, costs.seconds / tokens
         plan.mfu = hand[name].mfu(costs.seconds, topology.chips, topology.chip.flops)
         plans.append(plan)

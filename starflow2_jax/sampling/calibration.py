@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from flax import struct
 
-from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.data.documents import Document
 from starflow2_jax.models.flow import NO_CONTEXT, Context, Flow, Guide
 from starflow2_jax.models.jacobi import GUESSES, SEQUENTIAL, Jacobi, Schedule
+from starflow2_jax.sampling import inversion
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 
 RUNS = 3  # timed after the one that compiles; their median counts
@@ -150,7 +150,7 @@ def calibrate_checkpoint(
     """
     with jax.set_mesh(sampler.mesh):
         report = _calibrated(sampler, prompts, guidance, tolerance, batch)
-    CheckpointDirectory(folder).write_inversion(report)
+    inversion.write(Path(folder), report)
     return report
 
 

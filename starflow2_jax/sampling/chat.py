@@ -1,6 +1,6 @@
 """One conversation, turn by turn: what was read or written stays in the caches, generated images included."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, DocumentError, Said
@@ -8,21 +8,31 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
 from starflow2_jax.sampling.events import End, Event, as_document
 from starflow2_jax.sampling.prompts import is_empty, spoken
+from starflow2_jax.sampling.rows import Rows
+from starflow2_jax.sampling.session import Session
 
 
 class Chat:
     """A session of one row. With a chat template of the tokenizer's, what is said is dressed by it; else it is read as it is.
 
     A turn reads only what the template adds to the conversation; an image that max_tokens cut off in the one before is not
-    part of it. Raises UserError for options with stop strings: what they cut off would stay in the caches.
+    part of it. Raises UserError for options with stop strings: what they cut off would stay in the caches. `state` and
+    `turns`: a row that holds a conversation, and what was said in it; None: a new one.
     """
 
-    def __init__(self, sampler: Sampler, options: SampleOptions = AS_TRAINED, seed: int = 0):
+    def __init__(
+        self,
+        sampler: Sampler,
+        options: SampleOptions = AS_TRAINED,
+        seed: int = 0,
+        state: Rows | None = None,
+        turns: Sequence[tuple[str, Document]] = (),
+    ):
         if options.stop:
             raise UserError("a conversation takes no stop strings; what they cut off would still be remembered")
         self.sampler, self.options = sampler, options
-        self.session = sampler.session(options, [seed])
-        self.turns: list[tuple[str, Document]] = []
+        self.session = Session(sampler, options, [seed], state=state)
+        self.turns: list[tuple[str, Document]] = list(turns)
         self.intact = True  # whether the caches hold the turns and nothing else
 
     def say(self, said: Said, options: SampleOptions | None = None) -> Document:

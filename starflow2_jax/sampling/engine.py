@@ -1,54 +1,33 @@
 """Generation: documents in, documents out. What the model writes enters both streams' caches and is never run again."""
 
-import logging
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import Document
-from starflow2_jax.data.pipeline import Encoder
-from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, init_params, split
 from starflow2_jax.parallel import sharding
-from starflow2_jax.sampling.rows import SampleOptions, power, rounded
+from starflow2_jax.parallel.sharding import abstract
+from starflow2_jax.sampling import inversion
+from starflow2_jax.sampling.rows import SampleOptions, rounded
+from starflow2_jax.sampling.runtime import Runtime
 from starflow2_jax.sampling.session import Session
 from starflow2_jax.stages import STAGES
 
-__all__ = ["AS_TRAINED", "DTYPES", "SampleOptions", "Sampler", "Session", "in_type", "weights_in_type"]
 DTYPES = ("float32", "bfloat16")
 AS_TRAINED = SampleOptions()
-log = logging.getLogger(__name__)
 
 
-class Sampler:
-    """A model, its parameters, tokenizer and codec. `skips`: whether the stage that made the parameters opened them."""
-
-    schedule: Schedule | None = None  # how the shallow flow is inverted; None: token by token
-    deep: Jacobi = SEQUENTIAL  # how the deep flow is, where SampleOptions.jacobi does not say
-    noise: float = 0.0  # deviation of the noise that images had in training, in their units
-    step: int | None = None  # of the checkpoint
-
-    def __init__(
-        self, model: Pretzel, params: dict, tokenizer, codec, skips: bool = True, max_positions: int = 4096, mesh=None
-    ):
-        scanned = model.cfg.deep.scan  # as trained
-        self.model = Pretzel(for_sampling(model.cfg))
-        self.params = separate_layers(params) if scanned else params
-        self.tokenizer, self.codec, self.skips = tokenizer, codec, skips
-        self.max_positions = max_positions
-        self.mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-        self.encoder = Encoder(tokenizer, codec, model.cfg.vlm.vision)
-        self.ids = TokenIds.of(tokenizer)
-        self.programs: set[tuple] = set()  # what was compiled so far, by program and shapes
+class Sampler(Runtime):
+    """Documents in, documents out: prompts are continued with text and images."""
 
     @classmethod
     def restore(cls, folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> "Sampler":
@@ -66,31 +45,23 @@ class Sampler:
         mesh = mesh or sharding.make_mesh(fsdp=1, tensor=1)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         frozen, trainable = (abstract(tree, mesh) for tree in split(shapes))
-        stage = STAGES[checkpoints.meta(number)["stage"]]
+        stage = STAGES[checkpoints.steps.meta(number)["stage"]]
         if set(stage.trains) <= set(frozen):
             raise CheckpointError(f"{folder} has only pretrained its VLM so far; train on before sampling")
-        params = checkpoints.restore(number, {"params": trainable})["params"] | checkpoints.restore_frozen(frozen)
+        params = checkpoints.steps.restore(number, {"params": trainable})["params"] | checkpoints.frozen.restore(frozen)
         moving = {name: trainable[name] for name in stage.trains}
-        if checkpoints.has(number, "ema"):
-            params |= checkpoints.restore(number, {"ema": moving})["ema"]
+        if checkpoints.steps.has(number, "ema"):
+            params |= checkpoints.steps.restore(number, {"ema": moving})["ema"]
         if dtype:
             params = weights_in_type(params, dtype)
         for name in list(params):  # one by one: no more than one group is in memory twice
             params[name] = separate_layers(params.pop(name))
         codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
         model = Pretzel(for_sampling(model.cfg))
-        sampler = cls(model, params, tokenizer, codec, stage.skips, config.max_positions, mesh)
-        if solvers := checkpoints.inversion(model.cfg.shallow_blocks + 1, number):
-            *shallow, sampler.deep = solvers
-            sampler.schedule = tuple(shallow)
-        sampler.noise, sampler.step = config.noise, number
-        return sampler
-
-    def place(self, tree):
-        """Host arrays that lead with rows, on the mesh: over its data and fsdp axes."""
-        if self.mesh.size == 1:
-            return tree  # the compiled function that takes them is faster at it
-        return jax.device_put(tree, sharding.row_shardings(tree, self.mesh))
+        solvers = inversion.read(checkpoints.folder, model.cfg.shallow_blocks + 1, number)
+        return cls(
+            model, params, tokenizer, codec, stage.skips, config.max_positions, mesh, solvers, config.noise, number
+        )  # fmt: skip
 
     def session(self, options: SampleOptions | Many[SampleOptions], seeds: Many[int], rows: int = 0) -> Session:
         """One empty conversation a seed. `rows`: run at least so many, idle ones behind them."""
@@ -119,44 +90,6 @@ class Sampler:
         if samples > 1:
             session = session.fork(np.repeat(np.arange(len(prompts)), samples), seeds, rounded(rows * samples))
         return session.write()
-
-    def decode(self, u: jax.Array | np.ndarray, calibrated: bool = True) -> np.ndarray:
-        """u (n, N, D) -> pixels (n, height, width, C), not clipped. `calibrated`: by the schedule that the checkpoint was
-        calibrated to, if it was; else token by token."""
-        u = np.asarray(u)
-        count, (h, w) = len(u), self.model.cfg.grid
-        u = np.concatenate([u, np.zeros((power(count) - count, *u.shape[1:]), u.dtype)])  # few numbers are compiled
-        schedule = self.schedule if calibrated else None
-        self.uses(("decode", schedule, u.shape), f"the decoding of {len(u)} images")
-        latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))[:count]
-        return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
-
-    def pictures(self, u: jax.Array, begins: list[list[int]], calibrated: bool = True) -> list[dict[int, np.ndarray]]:
-        """Pixels of the images that begin at `begins` (a list a row) in u (B, T, D), by where each begins; `calibrated` as in
-        `decode`, which takes all of them at once."""
-        found: list[dict[int, np.ndarray]] = [{} for _ in begins]
-        if places := [(row, at) for row, some in enumerate(begins) for at in some]:
-            row, at = np.array(places).T
-            tokens = np.asarray(u)[row[:, None], at[:, None] + np.arange(self.model.cfg.tokens)]
-            for (row, at), pixels in zip(places, self.decode(tokens, calibrated), strict=True):
-                found[row][at] = pixels
-        return found
-
-    def run(self, compiled, *arguments):
-        """A compiled function on the sampler's mesh, which is where its layouts hold (`sharding.constrain`)."""
-        with jax.set_mesh(self.mesh):
-            return compiled(*arguments)
-
-    def uses(self, program: tuple, what: str) -> None:
-        """Note a program that is about to run, and say so where it must be compiled first."""
-        if program not in self.programs:
-            self.programs.add(program)
-            log.info("compiling %s", what)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _decode(model: Pretzel, schedule: Schedule | None, params, u):
-    return model.apply({"params": params}, u, schedule, method=Pretzel.decode)
 
 
 def in_type(cfg: PretzelConfig, dtype: str) -> PretzelConfig:

@@ -228,11 +228,11 @@ def put(rows: Rows, index: jax.Array, one: Rows) -> Rows:
 
 
 @partial(jax.jit, static_argnums=1)
-def with_room(rows: Rows, slots: int) -> Rows:
-    """The same with caches of at least `slots` positions; what was read is not run again."""
+def with_room(rows: Rows, capacity: int) -> Rows:
+    """The same with caches of at least `capacity` positions; what was read is not run again."""
 
     def grow(x):
-        more = max(slots - x.shape[2], 0) if x.ndim > 1 else 0
+        more = max(capacity - x.shape[2], 0) if x.ndim > 1 else 0
         return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
     return rows.replace(caches=constrain_rows(jax.tree.map(grow, rows.caches)))

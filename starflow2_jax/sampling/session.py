@@ -7,9 +7,7 @@ Its rows step together, each in its own mode (writing text, writing an image, do
 import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,11 +21,9 @@ from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.events import Answer, Event, as_document, text_runs
 from starflow2_jax.sampling.prompts import is_empty, require_no_image_tokens
 from starflow2_jax.sampling.rows import Controls, Rows, SampleOptions, bucket, power
+from starflow2_jax.sampling.runtime import Runtime
 from starflow2_jax.sampling.steps import Program
 from starflow2_jax.sequence import Shape
-
-if TYPE_CHECKING:
-    from starflow2_jax.sampling.engine import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +32,27 @@ class Session:
     """A batch of conversations with one sampler. What was read or written stays in the caches of both streams.
 
     `options`: of all rows, or one of each; rows of one session share `stop`, `jacobi`, `tolerance` and which guidance
-    there is. Row i is a function of what it reads and of seeds[i], and of nothing else in the batch.
+    there is. Row i is a function of what it reads and of seeds[i], and of nothing else in the batch. `rows`: run at least
+    so many, idle ones behind them. `state`: rows that have read something already, to go on from; None: empty ones.
     """
 
     def __init__(
-        self, sampler: "Sampler", options: SampleOptions | Many[SampleOptions], seeds: Many[int], rows: int = 0
+        self,
+        sampler: Runtime,
+        options: SampleOptions | Many[SampleOptions],
+        seeds: Many[int],
+        rows: int = 0,
+        state: Rows | None = None,
     ):
         self.sampler, self.size = sampler, len(seeds)
         several = [options] * self.size if isinstance(options, SampleOptions) else options
         self.options = [o.sized(sampler.model.cfg.tokens) for o in several]
-        spare = max(rows - self.size, 0)
-        spare += -(self.size + spare) % sharding.row_shards(sampler.mesh)  # rows that only fill up the mesh
+        spare = _spare(sampler, self.size, rows)
         self.options += self.options[-1:] * spare
         self.program = self._program(self.options)
-        branches = self.program.branches
-        self.rows = sampler.run(row.empty_rows, sampler.model, _seeds(seeds, spare), branches)
+        if state is None:
+            state = sampler.run(row.empty_rows, sampler.model, _seeds(seeds, spare), self.program.branches)
+        self.rows = state
 
     def _program(self, options: list[SampleOptions]) -> Program:
         one, sampler = options[0], self.sampler
@@ -211,11 +213,10 @@ class Session:
 
     def fork(self, indices: Many[int], seeds: Many[int], rows: int = 0) -> "Session":
         """A session whose row i goes on from this one's row indices[i], with a seed of its own; nothing is run again."""
-        forked = Session(self.sampler, [self.options[i] for i in indices], seeds, rows)
-        spare = [indices[-1]] * (len(forked.options) - len(indices))
-        seeds = _seeds(seeds, len(spare))
-        forked.rows = self.sampler.run(row.take, self.rows, np.array([*indices, *spare]), seeds)
-        return forked
+        spare = _spare(self.sampler, len(indices), rows)
+        taken = np.array([*indices, *[indices[-1]] * spare])
+        state = self.sampler.run(row.take, self.rows, taken, _seeds(seeds, spare))
+        return Session(self.sampler, [self.options[i] for i in indices], seeds, rows, state)
 
     def _make_room(self, reading: np.ndarray, writing: int | np.ndarray, less: np.ndarray | int = 0) -> None:
         """Caches for `reading` (rows,) more positions and `writing` behind them, `less` (rows,) of those there being dropped
@@ -230,22 +231,20 @@ class Session:
                 "made for; shorten the prompt or generate less", longest,
             )  # fmt: skip
         # Each read fills up to a bucket behind every row, each step up to `jacobi` positions.
-        slots = bucket(max(begin.max() + bucket(reading.max()), end.max() + self.program.jacobi))
-        if slots > self.rows.caches.slots:
-            self.rows = self.sampler.run(row.with_room, self.rows, slots)
+        capacity = bucket(max(begin.max() + bucket(reading.max()), end.max() + self.program.jacobi))
+        if capacity > self.rows.caches.capacity:
+            self.rows = self.sampler.run(row.with_room, self.rows, capacity)
 
     def _call(self, compiled, rows: Rows, *arguments) -> Rows:
-        return call(self.sampler, self.program, compiled, rows, *arguments)
-
-
-def call(sampler: "Sampler", program: Program, compiled, rows: Rows, *arguments) -> Rows:
-    """`steps.read` or `steps.write` on rows, noted where it must be compiled first."""
-    shapes = tuple(getattr(x, "shape", x) for x in jax.tree.leaves((rows, arguments)))
-    what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.slots} positions"
-    sampler.uses((compiled.__name__, program, shapes), what)
-    return sampler.run(compiled, program, sampler.params, rows, *arguments)
+        return self.sampler.run_step(self.program, compiled, rows, *arguments)
 
 
 def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
     """Any integers as 32 bits, and zeros for the spare rows."""
     return np.array([int(seed) % 2**32 for seed in seeds] + [0] * spare, np.uint32)
+
+
+def _spare(sampler: Runtime, size: int, rows: int) -> int:
+    """How many idle rows `size` rows need behind them: up to `rows` in all, and to fill up the mesh."""
+    spare = max(rows - size, 0)
+    return spare + -(size + spare) % sharding.row_shards(sampler.mesh)

@@ -42,6 +42,10 @@ class Conversations:
             earlier = (k for k in self.kept if any(len(k) < len(other) and other[: len(k)] == k for other in self.kept))
             del self.kept[next(earlier, next(iter(self.kept)))]
 
+    def forget(self) -> None:
+        """Keep nothing of what was said so far."""
+        self.kept.clear()
+
     def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, list[dict]] | None:
         """For `turns`, of identity `asked`, that continue a kept conversation: they with its own images, a copy of its row,
         and what its lanes are to read behind it. None: nothing that is kept helps."""
@@ -51,9 +55,7 @@ class Conversations:
         self.kept.move_to_end(known)
         kept = self.kept[known]
         turns = kept.turns + turns[len(known) :]
-        talk = Chat(self.sampler, self.options)
-        talk.session.rows = self._copy(kept.rows, 0)
-        talk.turns = kept.turns
+        talk = Chat(self.sampler, self.options, state=self._copy(kept.rows, 0), turns=kept.turns)
         try:
             if self.sampler.tokenizer.chat_template:
                 added = talk.added(turns)
@@ -74,7 +76,7 @@ class Conversations:
 
 
 @partial(jax.jit, static_argnums=1)
-def _cut(rows: Rows, slots: int) -> Rows:
-    """With caches of `slots` positions at most, and without the record of what was written."""
-    caches = jax.tree.map(lambda x: x[:, :, :slots] if x.ndim > 1 else x, rows.caches)
+def _cut(rows: Rows, capacity: int) -> Rows:
+    """With caches of `capacity` positions at most, and without the record of what was written."""
+    caches = jax.tree.map(lambda x: x[:, :, :capacity] if x.ndim > 1 else x, rows.caches)
     return rows.replace(caches=caches, tokens=rows.tokens[:, :0], u=rows.u[:, :0])

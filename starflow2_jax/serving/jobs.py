@@ -44,6 +44,10 @@ class Job:
         except RuntimeError:  # its event loop is closed: nobody listens any more
             self.cancelled = True
 
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self.cancelled = True
+
     def fail(self, error: ApiError) -> None:
         self.say(Fault(error))
         self.cancelled = True
@@ -59,6 +63,10 @@ class Task:
 
     def __post_init__(self):
         self.result.set_running_or_notify_cancel()  # from here on it takes a result, whoever has stopped waiting
+
+    def cancel(self) -> None:
+        """Nobody waits for its result any more."""
+        self.cancelled = True
 
     def fail(self, error: ApiError) -> None:
         self.cancelled = True

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.events import Answer, End, Event, Picture, as_document
 from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
-from starflow2_jax.sampling.session import call
 from starflow2_jax.sequence import Shape
 from starflow2_jax.serving.conversation_cache import Conversations
 from starflow2_jax.serving.errors import ApiError, told
@@ -67,8 +65,6 @@ class Worker(threading.Thread):
     ):
         super().__init__(name="device", daemon=True)
         self.sampler, self.size, self.max_queue, self.chunk = sampler, rows, max_queue, chunk
-        # The encoder remembers the texts it has seen, which is right for captions in training; here they are people's.
-        sampler.encoder.tokenize = partial(sampler.tokenizer.encode, add_special_tokens=False)
         self.max_tokens = min(max_tokens, sampler.max_positions - 1)
         self.positions = sampler.max_positions
         self.draws = draws
@@ -77,7 +73,7 @@ class Worker(threading.Thread):
         self.fresh = self._session(1)  # nothing said yet
         # A step writes up to `jacobi` positions behind the last one, a piece of a prompt fills up to BUCKET.
         beyond = max(self.fresh.program.jacobi, BUCKET - 1)
-        self.slots, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
+        self.capacity, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
         self.entering: tuple[Job | Task, Iterator[None]] | None = None  # what is being read, or solved piece by piece
         self.conversations = Conversations(sampler, self.widest, keep)
@@ -113,7 +109,7 @@ class Worker(threading.Thread):
         self.submit(self.job(request, lambda event: None))
         while self.waiting or self.entering or self.running:
             self._turn()
-        self.conversations.kept.clear()
+        self.conversations.forget()
         if self.draws:
             for count in {power(n + 1) for n in range(self.size)}:  # images that may be whole at once
                 cfg = self.sampler.model.cfg
@@ -132,7 +128,7 @@ class Worker(threading.Thread):
     def cancel(self, work: Job | Task) -> None:
         """It leaves the queue at once, or its row before the next chunk."""
         with self.news:
-            work.cancelled = True
+            work.cancel()
             if work in self.waiting:
                 self.waiting.remove(work)
             self.news.notify()
@@ -183,7 +179,7 @@ class Worker(threading.Thread):
         self._free([i for i, w in enumerate(self.writing) if w and w.job.cancelled])
         self._advance()
         if self.running:
-            self.batch = call(self.sampler, self.program, steps.write, self.batch, jnp.int32(self.chunk))
+            self.batch = self.sampler.run_step(self.program, steps.write, self.batch, jnp.int32(self.chunk))
             self._report()
 
     def _advance(self) -> None:
@@ -245,11 +241,11 @@ class Worker(threading.Thread):
     def _read(self, rows: Rows, lane: int, piece: dict[str, np.ndarray], used: int) -> Rows:
         """Read a piece of a prompt into a lane that has read `used` positions."""
         length, patches = len(piece["tokens"]), len(piece.get("patches", ()))
-        room = bucket(length) if used + bucket(length) <= self.slots else _rounded(length)
+        room = bucket(length) if used + bucket(length) <= self.capacity else _rounded(length)
         shape = Shape(1, room, power(len(piece["latents"])), bucket(patches) if patches else 0)
         end = piece["positions"].max() + 1
         given = self.sampler.place((collate([piece], shape), np.array([length], np.int32), np.array([end], np.int32)))
-        return call(self.sampler, self.program, steps.read, rows, given[0], lane, *given[1:])
+        return self.sampler.run_step(self.program, steps.read, rows, given[0], lane, *given[1:])
 
     def _report(self) -> None:
         tokens, count, done = jax.device_get((self.batch.tokens, self.batch.count, self.batch.done))
@@ -311,7 +307,7 @@ class Worker(threading.Thread):
         return rows.replace(**self.sampler.run(row.new_turn, rows, controls, self.written, begun, idle))
 
     def _with_room(self, rows: Rows) -> Rows:
-        return self.sampler.run(row.with_room, rows, self.slots)
+        return self.sampler.run(row.with_room, rows, self.capacity)
 
 
 def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOptions:

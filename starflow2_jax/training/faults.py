@@ -37,6 +37,10 @@ class Watch:
         self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks"), 0) | state.get("counts", {})
         self.since_save = 0
 
+    def saved(self) -> None:
+        """A checkpoint was saved: `most` counts from here."""
+        self.since_save = 0
+
     def state(self) -> dict:
         return {"losses": self.losses, "counts": self.counts}
 
@@ -82,13 +86,12 @@ class Watch:
 
 
 def guarded(step: Callable, cfg) -> Callable:
-    """(state, frozen, batch, limit) -> (state, metrics): a training step that counts the batch's "tokens", padding left
-    out, and whose update is not applied where the policy says "skip" and its loss is above `limit` or not finite."""
+    """(state, frozen, batch, limit) -> (state, metrics): a training step whose update is not applied where the policy says
+    "skip" and its loss is above `limit` or not finite. All of the state but `step` then stays as it was."""
     cfg = build(FaultsConfig, dict(cfg), "faults")
 
     def run(state, frozen, batch, limit=math.inf):
         new, metrics = step(state, frozen, batch)
-        metrics = metrics | {"tokens": jnp.sum(batch.segments > 0)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         bad = False
         if cfg.nonfinite == "skip":
@@ -96,11 +99,8 @@ def guarded(step: Callable, cfg) -> Callable:
         if cfg.spike == "skip":
             bad = bad | (finite & (metrics["loss"] > limit))
         if bad is not False:
-            old = (state.params, state.ema, state.optimizer)
-            params, ema, optimizer = jax.tree.map(
-                lambda before, after: jnp.where(bad, before, after), old, (new.params, new.ema, new.optimizer)
-            )
-            new = new.replace(params=params, ema=ema, optimizer=optimizer)
+            before = state.replace(step=new.step)
+            new = jax.tree.map(lambda old, updated: jnp.where(bad, old, updated), before, new)
         return new, metrics
 
     return run

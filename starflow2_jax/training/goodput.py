@@ -6,29 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from starflow2_jax.parallel.hardware import CHIPS
-
 KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is in steps
-
-# Dense bfloat16 FLOP/s of one device, as their makers state them; names as `device_kind` has them.
-PEAK_FLOPS = {
-    "TPU v4": CHIPS["v4"].flops,
-    "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5": CHIPS["v5p"].flops,
-    "TPU v5p": CHIPS["v5p"].flops,
-    "TPU v6 lite": CHIPS["v6e"].flops,
-    "TPU7x": 2307e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(configured: float = 0.0) -> float | None:
-    """FLOP/s of one device: the config's, else the table's; None for a device that is not in it, as a CPU."""
-    return configured or PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
 
 class Ledger:
@@ -61,6 +39,13 @@ class Ledger:
                 self.seconds["restart"] += lost
                 self._before += lost
         self._save()
+
+    def count_step(self, flops: float) -> None:
+        self.steps += 1
+        self.flops += flops
+
+    def count_tokens(self, tokens: float) -> None:
+        self.tokens += tokens
 
     @property
     def total(self) -> float:

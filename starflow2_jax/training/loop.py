@@ -1,35 +1,87 @@
-"""The loop over stages and steps: what is made first, where each stage goes on from, what it hands on."""
+"""The loop over the tasks of a run, and the Trainer: the stages of STARFlow2, trained in a checkpoint directory."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
+from starflow2_jax.checkpoints.damage import pass_over_damaged, pass_over_unreadable
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import sources
-from starflow2_jax.data.groups import GroupedBatches, own_rows
-from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.fields import differences
-from starflow2_jax.models.pretzel import Pretzel, init_params
+from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.models.vlm import VlmConfig
 from starflow2_jax.parallel import processes, sharding
-from starflow2_jax.sequence import Shape
-from starflow2_jax.stages import STAGES, Stage
-from starflow2_jax.training.goodput import Ledger, peak_flops
+from starflow2_jax.parallel.hardware import peak_flops
+from starflow2_jax.stages import STAGES
+from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
-from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.preemption import Preemption
 from starflow2_jax.training.profiling import Profiler
-from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step, require_rows
-from starflow2_jax.training.stage_run import StageRun, Tools
-from starflow2_jax.training.step import TrainState, finish, new_state, require_host, state_shardings
-from starflow2_jax.weights.vlm import load_config
+from starflow2_jax.training.run import Run, Settings, Tools
+from starflow2_jax.training.stage_task import StageTask
+from starflow2_jax.training.task import Task
+
+
+def train(
+    tasks: Sequence[Task],
+    checkpoints: CheckpointDirectory,
+    mesh: jax.sharding.Mesh,
+    settings: Settings,
+    progress: bool = True,
+    stop_at: int | None = None,
+    profile: int = 0,
+) -> dict:
+    """Train what is not done yet of `tasks`, in their order. Returns where the time went (see Ledger.summary), with faults
+    counted; metrics/summary.json has the same.
+
+    `stop_at`: save and return after that many steps of the whole run; `profile`: trace so many steps into profile/.
+    Raises Preempted when all is saved after a SIGTERM.
+    """
+    checkpoints.steps.open()
+    done = checkpoints.steps.latest() or 0
+    ledger = Ledger(checkpoints.steps.meta(done).get("time") if done else None)
+    folder, writes = checkpoints.folder, processes.primary()
+    total = sum(task.steps for task in tasks)
+    with (
+        jax.set_mesh(mesh),
+        ledger.noticing_compilations(),
+        Preemption.listening() as preemption,
+        Metrics(folder / "metrics", done, writes) as metrics,
+        tqdm(total=total, disable=not (progress and writes), unit="step", dynamic_ncols=True) as bar,
+    ):
+        tools = Tools(metrics, bar, ledger, preemption, Profiler(folder / "profile", profile))
+        faults: dict[str, int] = {}
+        try:
+            first = 0
+            for place, task in enumerate(tasks):
+                last, latest = first + task.steps, checkpoints.steps.latest()
+                if latest is not None and latest >= last:
+                    bar.update(task.steps)
+                else:
+                    run = Run(task, place, first, checkpoints, mesh, settings, tools)
+                    faults = run.faults
+                    if not run.run(last, stop_at):
+                        break
+                    run.finish(ended=last == stop_at or task is tasks[-1])
+                    latest = last
+                if latest == stop_at:
+                    break
+                first = last
+        finally:
+            tools.profiler.stop()
+            with ledger.time("checkpoint"):
+                checkpoints.steps.wait()
+            summary = ledger.summary(settings.peak_flops) | {"faults": faults}
+            metrics.write_summary(summary)
+    return summary
 
 
 class Trainer:
@@ -39,7 +91,6 @@ class Trainer:
         self.config = config = configs.complete(config)
         keep = Keep(config.keep, config.keep_every, config.keep_best)
         self.checkpoints = CheckpointDirectory(folder, keep)
-        self.peak = peak_flops(config.peak_flops)
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
         self.begun = processes.on_primary(self.checkpoints.exists)
@@ -56,44 +107,23 @@ class Trainer:
                 f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels so"
             )
 
-    def run(self, progress: bool = True, stop_at: int | None = None, profile: int = 0) -> dict:
-        """Train all stages. Returns where the time went (see Ledger.summary), faults counted; it is in summary.json, too.
+    def task(self, name: str) -> StageTask:
+        """The stage `name` with this run's model, codec and tokenizer."""
+        return StageTask(self.config, STAGES[name], self.model, self.codec, self.tokenizer, self.mesh)
 
-        `stop_at`: save and return after that many steps of the whole run; `profile`: trace so many steps into profile/.
-        Raises Preempted when all is saved after a SIGTERM.
-        """
+    def run(self, progress: bool = True, stop_at: int | None = None, profile: int = 0) -> dict:
+        """Train all stages; arguments and result as of `train`."""
         self._prepare()
-        done = self.checkpoints.latest() or 0
-        ledger = Ledger(self.checkpoints.meta(done).get("time") if done else None)
-        total = sum(self.config.stages[name].steps for name in self.config.order)
-        folder, writes = self.checkpoints.folder, processes.primary()
-        with (
-            jax.set_mesh(self.mesh),
-            ledger.noticing_compilations(),
-            Preemption.listening() as preemption,
-            Metrics(folder / "metrics", done, writes) as metrics,
-            tqdm(total=total, disable=not (progress and writes), unit="step", dynamic_ncols=True) as bar,
-        ):
-            tools = Tools(metrics, bar, ledger, preemption, Profiler(folder / "profile", profile))
-            try:
-                first = 0
-                for name in self.config.order:
-                    if not self._run_stage(STAGES[name], first, stop_at, tools):
-                        break
-                    first += self.config.stages[name].steps
-            finally:
-                tools.profiler.stop()
-                with ledger.time("checkpoint"):
-                    self.checkpoints.wait()
-                summary = ledger.summary(self.peak) | {"faults": tools.faults}
-                metrics.write_summary(summary)
-        return summary
+        c = self.config
+        settings = Settings(c.log_every, c.save_every, c.faults, peak_flops(c.peak_flops))
+        tasks = [self.task(name) for name in c.order]
+        return train(tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile)
 
     def _prepare(self) -> None:
         """The directory, made or gone on with; the processes of a run do it together."""
         if self.begun:
-            self.checkpoints.pass_over_damaged()
-            self.checkpoints.pass_over_unreadable(self.mesh)
+            pass_over_damaged(self.checkpoints.steps)
+            pass_over_unreadable(self.checkpoints.steps, self.mesh)
             self._require_same_steps()
         self._require_stages()
         if self.begun:
@@ -106,9 +136,9 @@ class Trainer:
 
     def _require_same_steps(self) -> None:
         """Raises ConfigError where the config puts the stages that the directory has done elsewhere."""
-        if not (done := self.checkpoints.latest()):
+        if not (done := self.checkpoints.steps.latest()):
             return
-        meta, order = self.checkpoints.meta(done), list(self.config.order)
+        meta, order = self.checkpoints.steps.meta(done), list(self.config.order)
         name, own = meta["stage"], meta["stage_step"]
         before = sum(self.config.stages[n].steps for n in order[: order.index(name)]) if name in order else None
         folder, steps = self.checkpoints.folder, self.config.stages[name].steps if name in order else 0
@@ -117,7 +147,7 @@ class Trainer:
                 f"{folder} stands at step {done}, {own} of them in {name}, where this config's order and steps do not come by; "
                 "keep those of what is done, or name another --out"
             )
-        if own < steps and not self.checkpoints.has(done, "optimizer"):
+        if own < steps and not self.checkpoints.steps.has(done, "optimizer"):
             raise ConfigError(
                 f"stage {name} of {folder} has ended after {own} steps, and its optimizer was not kept, so that it cannot go on "
                 f"to {steps}; leave stages.{name}.steps at {own}, or name another --out"
@@ -125,36 +155,29 @@ class Trainer:
 
     def _require_stages(self) -> None:
         """Raises UserError for what would stop a stage that is still to come, before anything is trained."""
-        done, last = self.checkpoints.latest() or 0, 0
+        done, last = self.checkpoints.steps.latest() or 0, 0
         for name in self.config.order:
             last += self.config.stages[name].steps
             if last <= done:
                 continue
             try:
-                self._require_stage(STAGES[name])
+                self.task(name).check()
             except UserError as error:
                 raise ConfigError(f"stage {name}: {error}") from None
 
-    def _require_stage(self, stage: Stage) -> None:
-        data, cfg = self.config.data, self.config.stages[stage.name]
-        require_rows(self.config, stage, self.mesh)
-        if cfg.optimizer.offload:
-            require_host(self.mesh)
-        self.step(stage, self.optimizer(stage))  # compiles nothing
-        if data.source == "digits":
-            sources.documents(self.config, stage, self.codec.image_channels)
-
     @classmethod
-    def begin(cls, config: ConfigDict, folder: str | Path, vlm: str | Path) -> None:
-        """A new directory `folder` for a run on the converted VLM in `vlm`, with untrained flows saved as step 0.
+    def begin(
+        cls, config: ConfigDict, folder: str | Path, vlm: str | Path, read_config: Callable[[Path], VlmConfig]
+    ) -> None:
+        """Make a directory `folder` for a run on the converted VLM in `vlm`, with untrained flows saved as step 0.
 
-        Raises UserError where the config describes another VLM; then nothing is left behind.
+        `read_config` reads vlm.json. Raises UserError if the config describes another VLM; then nothing is left behind.
         """
         vlm, folder = Path(vlm), Path(folder).resolve()
         require_new(folder)
         if "pretrain" in config.order:
             raise ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
-        if other := differences(load_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
+        if other := differences(read_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
             raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
         codec = sources.make_codec(config)
         with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:
@@ -162,104 +185,6 @@ class Trainer:
             trainer = cls(config, partial)
             meta = {"stage": config.order[0], "stage_step": 0, "key": [], "data": None}
             with jax.set_mesh(trainer.mesh):
-                trainer.checkpoints.save(0, {"params": trainer._fresh("trainable")}, meta)
-            trainer.checkpoints.close()
-
-    def _run_stage(self, stage: Stage, first: int, stop_at: int | None, tools: Tools) -> bool:
-        """Run one stage from where it stands; `first`: steps of the run before it. Returns whether to go on."""
-        cfg = self.config.stages[stage.name]
-        last, latest = first + cfg.steps, self.checkpoints.latest()
-        if latest is not None and latest >= last:
-            tools.bar.update(cfg.steps)
-            return latest != stop_at
-        run = StageRun(self, stage, first, tools)
-        if not run.run(last, stop_at):
-            return False
-        with tools.ledger.time("checkpoint"):
-            self._hand_on(run, ended=last == stop_at or stage.name == self.config.order[-1])
-        return last != stop_at
-
-    def shape(self, stage: Stage) -> Shape:
-        return batch_shape(self.config, stage)
-
-    def step(self, stage: Stage, optimizer):
-        return jitted_step(self.config, self.model, stage, optimizer, self.codec.std, self.mesh)
-
-    def optimizer(self, stage: Stage):
-        cfg = self.config.stages[stage.name]
-        return make_optimizer(cfg.optimizer, cfg.steps)
-
-    def reader(self, stage: Stage) -> GroupedBatches:
-        """Of the rows that this process's devices need."""
-        shape, data = self.shape(stage), self.config.data
-        source = sources.documents(self.config, stage, self.codec.image_channels)
-        layout = sharding.batch_sharding(self.mesh)
-        rows = own_rows(layout, shape.rows)
-        encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision)
-        return GroupedBatches(source, encoder, shape, data.groups, data.threads, rows)
-
-    def _begin(self, stage: Stage, optimizer, latest: int | None) -> tuple[TrainState, dict, object]:
-        """State, frozen parameters and data position: from the last checkpoint what it has, fresh what it lacks."""
-        meta = self.checkpoints.meta(latest) if latest else None
-        tree = held(stage)
-        shapes = self._shapes(tree)
-        if meta is None or held(STAGES[meta["stage"]]) != tree:
-            params = self._fresh(tree)
-        else:
-            params = self.checkpoints.restore(latest, {"params": abstract(shapes, self.mesh)})["params"]
-        frozen = self._frozen(stage)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), list(STAGES).index(stage.name))
-        make = partial(new_state, stage=stage, optimizer=optimizer, key=key)
-        state_shapes = jax.eval_shape(make, shapes)
-        offload = self.config.stages[stage.name].optimizer.offload
-        layout = state_shardings(state_shapes, self.mesh, offload)
-        if meta is None or meta["stage"] != stage.name:
-            return jax.jit(make, out_shardings=layout)(params), frozen, None
-        wanted = {"ema": state_shapes.ema, "optimizer": state_shapes.optimizer}
-        places = {"ema": layout.ema, "optimizer": layout.optimizer}
-        rest = self.checkpoints.restore(latest, sharding.placed(wanted, places))
-        wrap = jax.jit(jax.random.wrap_key_data, out_shardings=sharding.replicated(self.mesh))
-        key = wrap(np.array(meta["key"], np.uint32))
-        return (
-            TrainState(np.int32(meta["stage_step"]), params, rest["ema"], rest["optimizer"], key),
-            frozen,
-            meta["data"],
-        )
-
-    def _shapes(self, groups) -> dict:
-        return jax.eval_shape(lambda: self._initial(groups))
-
-    def _initial(self, groups) -> dict:
-        params = init_params(self.model, jax.random.key(self.config.seed))
-        return {name: params[name] for name in params if in_tree(name, groups)}
-
-    def _fresh(self, groups) -> dict:
-        """Fresh parameters, born on their shards."""
-        layout = sharding.tree_shardings(self._shapes(groups), self.mesh)
-        return jax.jit(lambda: self._initial(groups), out_shardings=layout)()
-
-    def _frozen(self, stage: Stage) -> dict:
-        """What the model needs beside the groups that the state holds."""
-        if held(stage) == "frozen":
-            return self._fresh("trainable")
-        if not processes.on_primary((self.checkpoints.folder / "frozen").is_dir):
-            raise ConfigError(f"stage {stage.name} needs a pretrained VLM; run the stage pretrain before it")
-        return self.checkpoints.restore_frozen(abstract(self._shapes("frozen"), self.mesh))
-
-    def _save(self, stage: Stage, number: int, state: TrainState, data_state, rest: dict, metrics: dict | None) -> None:
-        meta = {
-            "stage": stage.name,
-            "stage_step": int(state.step),
-            "key": np.asarray(jax.random.key_data(state.key)).tolist(),
-            "data": data_state,
-            **rest,
-        }
-        trees = {"params": state.params, "ema": state.ema, "optimizer": state.optimizer}
-        self.checkpoints.save(number, trees, meta, metrics)
-
-    def _hand_on(self, run: StageRun, ended: bool) -> None:
-        """The end of a stage: its averaged parameters, and no optimizer."""
-        done = run.state.replace(params=finish(run.state), ema={}, optimizer={})
-        if held(run.stage) == "frozen":
-            self.checkpoints.save_frozen(done.params)
-        run.save(done, None, ended)
+                params = trainer.task(config.order[0]).fresh("trainable")
+                trainer.checkpoints.steps.save(0, {"params": params}, meta)
+            trainer.checkpoints.steps.close()

@@ -27,7 +27,8 @@ def text_cross_entropy(
 
 
 def counts(sequence: Sequence) -> dict[str, jax.Array]:
-    """What the sums are divided by: latent dimensions and text tokens that count as predictions."""
+    """What the step's sums are divided by: latent dimensions and text tokens that count as predictions."""
     _, _, N, D = sequence.latents.shape
     _, weights = sequence.text_targets()
-    return {"image": jnp.sum(sequence.image_weight) * N * D, "text": jnp.sum(weights)}
+    dimensions = jnp.sum(sequence.image_weight) * N * D
+    return {"image": dimensions, "penalty": dimensions, "text": jnp.sum(weights)}

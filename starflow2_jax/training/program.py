@@ -5,9 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from optax import GradientTransformation
 
-from starflow2_jax.checkpoints.directory import abstract
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.kernels import most_documents
@@ -16,31 +17,38 @@ from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import guarded
-from starflow2_jax.training.step import TrainState, make_step, new_state, offloaded, state_shardings
+from starflow2_jax.training.step import (
+    Objective,
+    TrainState,
+    counted,
+    make_step,
+    new_state,
+    offloaded,
+    state_shardings,
+)
+from starflow2_jax.training.task import Step
 
 PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
-def jitted_step(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, deviations, mesh):
+def jitted_step(
+    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations, mesh: Mesh
+) -> Step:
     """(state, frozen, batch, limit) -> (state, metrics), compiled when it is first called; the state is donated.
 
-    The new state lies on `mesh` as the old one does, so that a compiled step takes what it gave.
+    Input and output state share one sharding, so steps can be chained.
 
     `deviations` (D,): the codec's, of latent channels. `limit` (): see `faults.guarded`.
     """
     cfg = config.stages[stage.name]
-    update = make_step(
-        model,
-        stage,
-        optimizer,
+    objective = Objective(
         noise=config.noise / np.asarray(deviations, np.float32),
         text_weight=cfg.text_weight,
-        accumulate=cfg.accumulate,
-        ema_decay=cfg.ema,
-        vlm_length=cfg.vlm_length,
         latent_penalty=cfg.latent_penalty,
+        vlm_length=cfg.vlm_length,
     )
-    step = guarded(update, config.faults)
+    update = make_step(model, stage, optimizer, objective, accumulate=cfg.accumulate, ema_decay=cfg.ema)
+    step = guarded(counted(update), config.faults)
     if cfg.optimizer.offload:
         step = offloaded(step)
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, stage, optimizer, mesh))
@@ -59,7 +67,7 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
     return STAGES[name]
 
 
-def require_rows(config: ConfigDict, stage: Stage, mesh: jax.sharding.Mesh) -> None:
+def require_rows(config: ConfigDict, stage: Stage, mesh: Mesh) -> None:
     """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
     spread = sharding.row_shards(mesh) * cfg.accumulate
@@ -73,6 +81,10 @@ def held(stage: Stage) -> str:
     return "frozen" if set(stage.trains) <= set(FROZEN) else "trainable"
 
 
+def other_tree(tree: str) -> str:
+    return "trainable" if tree == "frozen" else "frozen"
+
+
 def in_tree(group: str, tree: str) -> bool:
     return (group in FROZEN) == (tree == "frozen")
 
@@ -84,27 +96,46 @@ def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
     return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.vlm_length, documents)
 
 
-def abstract_state(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> TrainState:
+def abstract_params(model: Pretzel, tree: str) -> dict:
+    """Shapes and types of one of the two trees, "frozen" or "trainable"; no memory, no devices."""
+    return jax.eval_shape(lambda: _initial(model, 0, tree))
+
+
+def fresh_params(model: Pretzel, seed: int, tree: str, mesh: Mesh, dtype=None) -> dict:
+    """Fresh parameters of one of the two trees, each made on its shards; `dtype`: of all of them, None: fp32."""
+    make = partial(_initial, model, seed, tree, dtype)
+    return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
+
+
+def _initial(model: Pretzel, seed: int, tree: str, dtype=None) -> dict:
+    params = init_params(model, jax.random.key(seed))
+    params = {name: group for name, group in params.items() if in_tree(name, tree)}
+    return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def abstract_state(
+    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
+) -> TrainState:
     """Shapes, types and shardings of a stage's state; no memory, no devices."""
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    mine = {name: tree for name, tree in params.items() if in_tree(name, held(stage))}
+    params = abstract_params(model, held(stage))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), mine, key=key)
+    state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), params, key=key)
     layout = state_shardings(state, mesh, config.stages[stage.name].optimizer.offload)
     return sharding.placed(state, layout)
 
 
-def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimizer, mesh) -> tuple:
+def abstract_arguments(
+    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
+) -> tuple:
     """Shapes, types and shardings of the step's state, frozen parameters and batch.
 
     A VLM that this config does not pretrain itself comes from a published checkpoint, which is bfloat16.
     """
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    rest = {name: tree for name, tree in params.items() if not in_tree(name, held(stage))}
+    rest = abstract_params(model, other_tree(held(stage)))
     if "pretrain" not in config.order:
         rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), rest)
     batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
-    return abstract_state(config, model, stage, optimizer, mesh), abstract(rest, mesh), batch
+    return abstract_state(config, model, stage, optimizer, mesh), sharding.abstract(rest, mesh), batch
 
 
 def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:

@@ -1,6 +1,7 @@
 """The training step: one pure function of state, frozen parameters and batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -67,31 +68,50 @@ def offloaded(step: Callable) -> Callable:
     return run
 
 
-def loss_sums(
-    model: Pretzel,
-    params: dict,
-    stage: Stage,
-    batch: Sequence,
-    text_chunk: int,
-    key: jax.Array,
-    vlm_length: int = 0,
-    latent_penalty: float = 0.0,
-) -> dict[str, jax.Array]:
-    """Sums of the stage's losses over a batch: "image" in nats over dimensions, "text" in nats over tokens; "penalty" over
-    dimensions, where there is one.
+def counted(step: Callable) -> Callable:
+    """`step` with "tokens" among its metrics: the batch's positions, padding left out."""
 
-    `key`: of the dropout; `vlm_length`: as Pretzel's; `latent_penalty`: factor of the intermediate latents' squares.
+    def run(state: TrainState, frozen: dict, batch: Sequence):
+        state, metrics = step(state, frozen, batch)
+        return state, metrics | {"tokens": jnp.sum(batch.segments > 0)}
+
+    return run
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What a stage's step minimises: L_NF + text_weight L_NTP + latent_penalty P, each of them where the stage has it.
+
+    L_NF is in nats per latent dimension, L_NTP in nats per token, P the mean squared output of each block of the shallow
+    flow, summed over the blocks (STARFlow's regulariser, arXiv 2506.06276).
     """
-    switches = dict(skips=stage.skips, deep=stage.deep, vlm_length=vlm_length)
+
+    noise: jax.Array | float = 0.0  # (D,): deviation of the Gaussian noise that is added to the latents
+    text_weight: float = 1.0
+    latent_penalty: float = 0.0
+    vlm_length: int = 0  # positions of a row that the VLM runs over (see Pretzel); 0: all
+    text_chunk: int = CHUNK  # positions whose logits are in memory at once
+
+    def total(self, means: dict[str, jax.Array]) -> jax.Array:
+        """The loss, from the means of what `loss_sums` returns."""
+        return sum(self.text_weight * value if name == "text" else value for name, value in means.items())
+
+
+def loss_sums(
+    model: Pretzel, params: dict, stage: Stage, batch: Sequence, objective: Objective, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums of the stage's losses over a batch: "image" in nats over latent dimensions, "text" in nats over tokens, and
+    "penalty" (its factor included) over latent dimensions. `key` is for the dropout."""
+    switches = dict(skips=stage.skips, deep=stage.deep, vlm_length=objective.vlm_length)
     output = model.apply({"params": params}, batch, **switches, rngs={"dropout": key})
     sums = {}
     if stage.image_loss:
         sums["image"] = jnp.sum(batch.image_weight * losses.image_nll(output, batch))
-        if latent_penalty:
-            sums["penalty"] = latent_penalty * jnp.sum(batch.image_weight * losses.latent_squares(output))
+        if objective.latent_penalty:
+            sums["penalty"] = objective.latent_penalty * jnp.sum(batch.image_weight * losses.latent_squares(output))
     if stage.text_loss:
         head = model.apply({"params": params}, method=Pretzel.text_head)
-        sums["text"] = losses.text_cross_entropy(output.text, head, *batch.text_targets(), text_chunk)
+        sums["text"] = losses.text_cross_entropy(output.text, head, *batch.text_targets(), objective.text_chunk)
     return sums
 
 
@@ -99,63 +119,58 @@ def make_step(
     model: Pretzel,
     stage: Stage,
     optimizer: optax.GradientTransformation,
-    *,
-    noise: jax.Array | float,
-    text_weight: float,
+    objective: Objective,
     accumulate: int = 1,
     ema_decay: float = 0.999,
-    text_chunk: int = CHUNK,
-    vlm_length: int = 0,
-    latent_penalty: float = 0.0,
 ) -> Callable[[TrainState, dict, Sequence], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, frozen, batch) -> (state, metrics).
 
-    `noise` (D,): deviation of the noise added to the latents; `text_weight`: lambda of L_NF + lambda L_NTP; `accumulate`:
-    micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut changes nothing.
-    `vlm_length`: how many positions of a row the VLM runs over (see Pretzel; 0: all). `latent_penalty`: STARFlow's
-    regulariser (arXiv 2506.06276), so often the mean square of what leaves each block of the shallow flow.
+    `accumulate`: micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut
+    changes nothing.
     """
-
-    def loss_fn(moving, rest, batch, weights, key):
-        sums = loss_sums(model, rest | moving, stage, batch, text_chunk, key, vlm_length, latent_penalty)
-        return sum(weights[name] * value for name, value in sums.items()), sums
 
     def step(state: TrainState, frozen: dict, batch: Sequence):
         key = jax.random.fold_in(state.key, state.step)
-        batch = batch.replace(latents=batch.latents + noise * jax.random.normal(key, batch.latents.shape))
-        totals = {k: jnp.maximum(v, 1.0) for k, v in losses.counts(batch).items()}
-        totals["penalty"] = totals["image"]
-        weights = {"image": 1 / totals["image"], "penalty": 1 / totals["image"], "text": text_weight / totals["text"]}
+        batch = batch.replace(latents=batch.latents + objective.noise * jax.random.normal(key, batch.latents.shape))
+        counts = {name: jnp.maximum(count, 1.0) for name, count in losses.counts(batch).items()}
         moving = {name: state.params[name] for name in stage.trains}
-        rest = frozen | {k: v for k, v in state.params.items() if k not in moving}
-        gradient = jax.grad(loss_fn, has_aux=True)
+        rest = frozen | {name: tree for name, tree in state.params.items() if name not in moving}
 
-        keys = jax.random.split(jax.random.fold_in(key, 1), accumulate)  # of the dropout
+        def loss(moving: dict, part: Sequence, key: jax.Array):
+            sums = loss_sums(model, rest | moving, stage, part, objective, key)
+            return objective.total({name: value / counts[name] for name, value in sums.items()}), sums
 
-        def micro(carry, part_and_key):
-            part, key = part_and_key
-            return jax.tree.map(jnp.add, carry, gradient(moving, rest, part, weights, key)), None
-
-        if accumulate == 1:
-            grads, sums = gradient(moving, rest, batch, weights, keys[0])
-        else:
-            cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            shapes = jax.eval_shape(gradient, moving, rest, jax.tree.map(lambda x: x[0], cut), weights, keys[0])
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, sums), _ = jax.lax.scan(micro, zero, (cut, keys))
-
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, moving)
+        gradients, sums = summed_gradients(loss, moving, batch, accumulate, jax.random.fold_in(key, 1))
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, moving)
         moving = optax.apply_updates(moving, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, moving)
-        metrics = {f"{name}_loss": value / totals[name] for name, value in sums.items()}
-        metrics["loss"] = sum(weights[name] * value for name, value in sums.items())
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return state.replace(
-            step=state.step + 1, params=state.params | moving, ema=ema, optimizer=optimizer_state
-        ), metrics
+        means = {name: value / counts[name] for name, value in sums.items()}
+        metrics = {f"{name}_loss": value for name, value in means.items()} | {"loss": objective.total(means)}
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        params = state.params | moving
+        return state.replace(step=state.step + 1, params=params, ema=ema, optimizer=optimizer_state), metrics
 
     return step
+
+
+def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, key: jax.Array) -> tuple[dict, dict]:
+    """The gradient of `loss` with respect to `moving`, and the sums that `loss` returns beside its value.
+
+    `loss`: (moving, batch, key) -> (value, sums), both additive over rows. The rows are run in `parts` micro-batches,
+    one after the other.
+    """
+    gradient, keys = jax.grad(loss, has_aux=True), jax.random.split(key, parts)
+    if parts == 1:
+        return gradient(moving, batch, keys[0])
+
+    def add(carry, part_and_key):
+        return jax.tree.map(jnp.add, carry, gradient(moving, *part_and_key)), None
+
+    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(gradient, moving, jax.tree.map(lambda x: x[0], cut), keys[0])
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zero, (cut, keys))[0]
 
 
 def finish(state: TrainState) -> dict:

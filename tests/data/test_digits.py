@@ -6,6 +6,8 @@ import pytest
 import tiny
 from sklearn.datasets import load_digits
 
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits, tokenizer
 from starflow2_jax.data.documents import Image, Shown, Text
@@ -142,7 +144,7 @@ def test_the_pipeline_repeats_itself():
 def test_the_tokenizer_survives_its_files(tmp_path):
     made = digits.make_tokenizer()
     made.save_pretrained(str(tmp_path / "tokenizer"))
-    read = tokenizer.load(tmp_path / "tokenizer")
+    read = CheckpointDirectory(tmp_path).tokenizer()
     assert tokenizer.TokenIds.of(read) == tokenizer.TokenIds.of(made) and len(read) == len(made) <= 416
     source = digits.DigitDocuments(SHARES, seed=4)
     texts = [p.text for i in range(100) for p in source[i] if isinstance(p, Text)]
@@ -151,8 +153,8 @@ def test_the_tokenizer_survives_its_files(tmp_path):
         assert read.encode(text, add_special_tokens=False) == ids
         assert read.decode(ids) == text
     assert read.encode("<|vision_start|>", add_special_tokens=False) == [tokenizer.TokenIds.of(read).vision_start]
-    with pytest.raises(ValueError, match="no readable tokenizer"):
-        tokenizer.load(tmp_path)
+    with pytest.raises(CheckpointError, match="no readable tokenizer"):
+        CheckpointDirectory(tmp_path / "tokenizer").tokenizer()
 
 
 def test_warped_scans_stay_near_and_readable():

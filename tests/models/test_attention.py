@@ -26,7 +26,7 @@ def test_slots_of_each_row(B):
     rng = np.random.default_rng(0)
     stored, new = rng.standard_normal((B, J, C, K)), rng.standard_normal((B, S, J, K))
     start = np.array([4, 0, 5])[:B]
-    found = attention.write_slots(jnp.asarray(stored), jnp.asarray(new), jnp.asarray(start))
+    found = attention.write_cache(jnp.asarray(stored), jnp.asarray(new), jnp.asarray(start))
     for row, first in enumerate(start):
         stored[row, :, first : first + S] = new[row].swapaxes(0, 1)
     np.testing.assert_array_equal(found, stored.astype(np.float32))

@@ -16,7 +16,7 @@ from starflow2_jax.planning.hlo import Module
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training.program import empty_batch
-from starflow2_jax.training.step import make_step, new_state
+from starflow2_jax.training.step import Objective, make_step, new_state
 
 ONE = Topology(CHIPS["v5e"], (1, 1))
 SHAPE = Shape(2, 64, 8)
@@ -30,7 +30,7 @@ def compiled_flops(cfg, stage, shape) -> float:
     state = jax.eval_shape(
         partial(new_state, stage=stage, optimizer=optimizer), held, key=jax.eval_shape(lambda: jax.random.key(0))
     )
-    step = make_step(model, stage, optimizer, noise=0.1, text_weight=1.0, vlm_length=shape.vlm_length)
+    step = make_step(model, stage, optimizer, Objective(noise=0.1, vlm_length=shape.vlm_length))
     compiled = jax.jit(step).lower(state, rest, empty_batch(cfg, shape)).compile()
     costs = Analysis(Module(compiled.as_text()), ONE, {"data": 1}, jax.numpy.zeros((1, 2), int)).costs
     assert not costs.unknown

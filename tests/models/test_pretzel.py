@@ -26,8 +26,8 @@ def run(inputs, params, caches=None, skips=True, deep=True) -> Output:
     return tiny.MODEL.apply({"params": params}, inputs, caches, skips=skips, deep=deep)
 
 
-def empty(rows: int, slots: int) -> Caches:
-    return tiny.MODEL.apply({"params": tiny.params()}, rows, slots, method=Pretzel.empty_caches)
+def empty(rows: int, capacity: int) -> Caches:
+    return tiny.MODEL.apply({"params": tiny.params()}, rows, capacity, method=Pretzel.empty_caches)
 
 
 def said(output: Output) -> np.ndarray:
@@ -38,7 +38,7 @@ def said(output: Output) -> np.ndarray:
 def u_at_positions(batch: Sequence, output: Output) -> np.ndarray:
     """(B, S, D): u where the positions are FLOW, else 0."""
     u = np.asarray(output.u).reshape(len(batch.tokens), -1, tiny.CHANNELS)
-    here = np.take_along_axis(u, np.asarray(batch.slot)[..., None], axis=1)
+    here = np.take_along_axis(u, np.asarray(batch.image_token_index)[..., None], axis=1)
     return np.where((batch.modality == sequence.FLOW)[..., None], here, 0)
 
 
@@ -102,7 +102,7 @@ def test_packed_documents_do_not_see_each_other(batch, full):
         output = run(single, tiny.params())
         CLOSE(said(full)[row, where], said(output)[0, : len(where)], err_msg=f"document {index}")
         flow = [t for t in where if batch.modality[row, t] == sequence.FLOW]
-        for k, m in enumerate(sorted({int(s) // 6 for s in np.asarray(batch.slot)[row, flow]})):
+        for k, m in enumerate(sorted({int(s) // 6 for s in np.asarray(batch.image_token_index)[row, flow]})):
             CLOSE(u[row, m], output.u[0, k])
             CLOSE(logdet[row, m], output.logdet[0, k])
 

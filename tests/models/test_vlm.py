@@ -200,7 +200,9 @@ def test_decoding_through_the_caches_is_the_whole_forward(params, encoder):
     empty = apart.apply({"params": own}, 1, 40, method=Pretzel.empty_caches)
     output = run(prompt, empty)
     rows, caches = [said(output)[0, :begin]], output.caches.rewind(jnp.array([begin]))
-    u = np.asarray(full.u).reshape(-1, tiny.CHANNELS)[np.where(whole.modality == sequence.FLOW, whole.slot, 0)]
+    u = np.asarray(full.u).reshape(-1, tiny.CHANNELS)[
+        np.where(whole.modality == sequence.FLOW, whole.image_token_index, 0)
+    ]
     assert total > begin + 8
     for t in range(begin, total):
         step = Step(whole.tokens[:, [t]], whole.modality[:, [t]], whole.positions[:, [t]], jnp.asarray(u[:, [t]]))

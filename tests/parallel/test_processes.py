@@ -75,15 +75,16 @@ def test_no_cluster(monkeypatch):
 ASKING = """
 import sys
 import jax
+from starflow2_jax.checkpoints import damage
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.errors import UserError
 
 address, process, *folders = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 for folder in map(CheckpointDirectory, folders):
-    print(folder.latest(), folder.has(2, "params"), folder.has(2, "ema"))
+    print(folder.steps.latest(), folder.steps.has(2, "params"), folder.steps.has(2, "ema"))
 try:
-    CheckpointDirectory(folders[0]).pass_over_damaged()
+    damage.pass_over_damaged(CheckpointDirectory(folders[0]).steps)
 except UserError as error:
     print(str(error).partition(" in ")[0])
 """
@@ -97,8 +98,8 @@ def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
     saved.folder.mkdir(parents=True)
     saved.write_config(tiny_config())
     for number in (1, 2, 3):
-        saved.save(number, {"params": {"a": jnp.ones(2)}}, {})
-    saved.close()
+        saved.steps.save(number, {"params": {"a": jnp.ones(2)}}, {})
+    saved.steps.close()
     shutil.copytree(first, second)
     shutil.copytree(first / "run", second / "unseen")
     shutil.rmtree(first / "run" / "steps" / "3")

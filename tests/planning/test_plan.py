@@ -56,7 +56,7 @@ def test_plan_of_a_step(small):
 def test_plans_of_the_sampler(small):
     """Two programs; a turn of `write` is counted once, and both hold the same parameters and caches."""
     stage = find_stage(small, "joint")
-    read, write = plan.plan_sampler(small, stage, TOPOLOGY, jax.devices()[:8], rows=8, slots=64)
+    read, write = plan.plan_sampler(small, stage, TOPOLOGY, jax.devices()[:8], rows=8, capacity=64)
     assert read.arguments == write.arguments and read.fits and write.fits
     for made in (read, write):
         assert made.flops_compiled == pytest.approx(made.hardware_by_hand, rel=0.05)

@@ -45,7 +45,7 @@ def test_a_step_whose_optimizer_lies_in_the_hosts_memory(tmp_path):
 
 def test_the_samplers_steps(tmp_path):
     """Where a head of keys has one query, as in `write`'s deep flow, attention is no matrix product on a TPU."""
-    (read, write), said = planned(tmp_path, "--sampler", "--slots", "128", "--rows", "64")
+    (read, write), said = planned(tmp_path, "--sampler", "--capacity", "128", "--rows", "64")
     assert [plan["what"].split(":")[0] for plan in (read, write)] == ["sampler, read", "sampler, write"]
     assert read["flops_compiled"] == pytest.approx(read["hardware_by_hand"], rel=0.05)
     products = write["hardware_by_hand"] - 2 * write["flops_by_hand"]["deep flow attention"]  # its caches are half full

@@ -12,16 +12,18 @@ import pytest
 import tiny
 
 from starflow2_jax import cli
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import Text
 from starflow2_jax.models.flow import Context, Flow, FlowBlock, FlowBlockConfig
 from starflow2_jax.models.jacobi import GUESSES, SEQUENTIAL, Jacobi, solve
 from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.pretzel import split
-from starflow2_jax.sampling import calibration, guidance
+from starflow2_jax.sampling import calibration, guidance, inversion
 from starflow2_jax.sampling.calibration import Conditions, Measurement, calibrate, calibrate_deep, candidates, fastest
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sampling.inversion import Inversion
 
 QUICK = Path(__file__).parents[2] / "starflow2_jax/experiments" / "digits_quick.py"
 
@@ -266,9 +268,9 @@ def checkpoint(tmp_path_factory):
     saved = CheckpointDirectory(folder)
     saved.create(config, tiny.CODEC, tiny.tokenizer())
     frozen, trainable = split(tiny.params())
-    saved.save_frozen(frozen)
-    saved.save(3, {"params": trainable}, {"stage": "joint", "stage_step": 3})
-    saved.close()
+    saved.frozen.save(frozen)
+    saved.steps.save(3, {"params": trainable}, {"stage": "joint", "stage_step": 3})
+    saved.steps.close()
     return folder
 
 
@@ -294,8 +296,7 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
     session = sampler.session(replace(options, jacobi=1), [0])
     session.write()
     u = session.rows.u[:, 1 : tiny.CONFIG.tokens + 1]
-    sampler.schedule = None
-    exact = sampler.decode(u)
+    exact = sampler.decode(u, calibrated=False)
     for block in report["blocks"]:
         block["solver"] = asdict(Jacobi(4, 10.0))
     (checkpoint / "inversion.json").write_text(json.dumps(report | {"step": 2}))
@@ -348,16 +349,20 @@ def test_what_is_measured_of_the_deep_flow():
 def test_a_damaged_inversion_json(content, saying, tmp_path):
     (tmp_path / "inversion.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=saying) as caught:
-        CheckpointDirectory(tmp_path).inversion(2)
+        inversion.read(tmp_path, 2)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
     (tmp_path / "inversion.json").write_text(json.dumps({"blocks": [{"solver": asdict(Jacobi(2, 0.1, "zeros"))}] * 2}))
-    assert CheckpointDirectory(tmp_path).inversion(2) == 2 * (Jacobi(2, 0.1, "zeros"),)
+    solver = Jacobi(2, 0.1, "zeros")
+    assert inversion.read(tmp_path, 2) == Inversion((solver,), solver)
 
 
 def test_jacobi_1_is_token_by_token_in_both_flows():
     """However roughly the checkpoint was calibrated."""
-    exact, rough = (Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC) for _ in range(2))
-    rough.schedule, rough.deep = (Jacobi(tiny.CONFIG.tokens, 1e9),) * 2, Jacobi(tiny.CONFIG.tokens, 1e9)
+    solver = Jacobi(tiny.CONFIG.tokens, 1e9)
+    exact, rough = (
+        Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, inversion=solvers)
+        for solvers in (Inversion(), Inversion((solver,) * 2, solver))
+    )
     options = SampleOptions(max_tokens=tiny.CONFIG.tokens + 2, image_first=True, jacobi=1)
     images = [s.generate([[Text("draw")]], replace(options, jacobi=j))[0][0].pixels
               for s, j in ((exact, 1), (rough, 1), (rough, 0))]  # fmt: skip

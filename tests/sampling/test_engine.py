@@ -12,10 +12,11 @@ from starflow2_jax import sequence
 from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel.sharding import make_mesh, tree_shardings
-from starflow2_jax.sampling import engine, rows, steps
-from starflow2_jax.sampling.engine import SampleOptions, Sampler, Session
+from starflow2_jax.sampling import rows, runtime, steps
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Answer, as_document
 from starflow2_jax.sampling.guidance import extrapolate, mix_gaussians
+from starflow2_jax.sampling.session import Session
 from starflow2_jax.sampling.steps import keep_likely
 from starflow2_jax.sequence import Step
 
@@ -304,8 +305,8 @@ def test_a_row_is_put_beside_others(sampler):
     single = sampler.session(options, [3])
     single.read(PROMPTS[2:])
     next(single.advance(every=1))
-    slots = both.rows.caches.slots
-    both.rows = rows.put(both.rows, 1, rows.with_room(single.rows, slots))
+    capacity = both.rows.caches.capacity
+    both.rows = rows.put(both.rows, 1, rows.with_room(single.rows, capacity))
     for _ in both.go_on():
         pass
     for row, (prompt, seed) in enumerate(((PROMPTS[0], 1), (PROMPTS[2], 3))):
@@ -332,7 +333,7 @@ def test_lengths_share_programs():
     edit = SampleOptions(max_tokens=1, guidance=1.0, image_guidance=1.0)
     assert fresh.generate([[Image(tiny.pixels(1)), Text("mirror it")]], edit)
     assert len(fresh.programs) == 7 + 3  # a program reads in each of two lanes, the third reads nothing
-    assert sum(f._cache_size() for f in (steps.read, steps.write, engine._decode)) == len(fresh.programs)
+    assert sum(f._cache_size() for f in (steps.read, steps.write, runtime._decode)) == len(fresh.programs)
     assert fresh.generate([]) == []
 
 

@@ -43,9 +43,9 @@ def checkpoint(tmp_path_factory) -> Path:
     frozen, trainable = split(jax.tree_util.tree_map_with_path(leaf, shapes))
     folder = CheckpointDirectory(tmp_path_factory.mktemp("restore") / "run")
     folder.create(config, PatchCodec((8, 8), 1, 4, (0.0,) * 16, (0.5,) * 16), tiny.tokenizer())
-    folder.save_frozen(frozen)
-    folder.save(3, {"params": trainable, "ema": {}}, {"stage": "joint", "stage_step": 3})
-    folder.wait()
+    folder.frozen.save(frozen)
+    folder.steps.save(3, {"params": trainable, "ema": {}}, {"stage": "joint", "stage_step": 3})
+    folder.steps.wait()
     return folder.folder
 
 
@@ -65,8 +65,8 @@ def test_the_moving_average_is_what_is_sampled(checkpoint, tmp_path):
     shapes = jax.eval_shape(lambda: init_params(Pretzel(configs.pretzel(saved.config())), jax.random.key(0)))
     trainable = jax.tree.map(lambda x: jnp.full(x.shape, 1.0), split(shapes)[1])
     average = {name: jax.tree.map(lambda x: x + 1, trainable[name]) for name in STAGES["image_to_text"].trains}
-    saved.save(4, {"params": trainable, "ema": average}, {"stage": "image_to_text", "stage_step": 1})
-    saved.close()
+    saved.steps.save(4, {"params": trainable, "ema": average}, {"stage": "image_to_text", "stage_step": 1})
+    saved.steps.close()
     found = Sampler.restore(folder).params
     values = {name: {float(v) for x in jax.tree.leaves(found[name]) for v in np.unique(x)} for name in found}
     assert {name for name, numbers in values.items() if numbers == {2.0}} == set(average)

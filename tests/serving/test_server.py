@@ -33,6 +33,7 @@ from starflow2_jax.parallel.sharding import make_mesh, tree_shardings
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Answer, Words
+from starflow2_jax.sampling.inversion import Inversion
 from starflow2_jax.sampling.scoring import rank
 
 N = tiny.CONFIG.tokens
@@ -107,10 +108,9 @@ def test_a_chat_template_and_jacobi_passes():
 def test_a_model_that_is_calibrated_or_cut_over_devices(how):
     mesh = make_mesh(data=1, fsdp=1, tensor=2, devices=jax.devices()[:2]) if how == "tensor" else None
     params = jax.device_put(tiny.params(), tree_shardings(tiny.params(), mesh)) if mesh else tiny.params()
-    model = Sampler(tiny.MODEL, params, tiny.tokenizer(), tiny.CODEC, max_positions=256, mesh=mesh)
+    solvers = Inversion(deep=Jacobi(4, 0.3)) if how == "calibrated" else Inversion()
+    model = Sampler(tiny.MODEL, params, tiny.tokenizer(), tiny.CODEC, max_positions=256, mesh=mesh, inversion=solvers)
     options = dict(max_tokens=N + 4, image_first=True, guidance=1.0, max_images=1)
-    if how == "calibrated":
-        model.deep = Jacobi(4, 0.3)
     with served(model) as (server, address):
         assert server.worker.program.jacobi == (4 if how == "calibrated" else 1)
         answer = ask(openai_client(address), seed=5, temperature=0, **options)

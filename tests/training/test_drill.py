@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from tiny_experiment import drill_config
 
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.training.loop import Trainer
+from starflow2_jax.training.program import abstract_params
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = ROOT / "tests" / "tiny_experiment.py"
@@ -87,8 +89,8 @@ def undisturbed(tmp_path_factory, cache) -> Path:
 
 def final(folder: Path) -> dict:
     trainer = Trainer(drill_config(), folder)
-    shapes = abstract(trainer._shapes("frozen"), trainer.mesh)
-    return jax.device_get(trainer.checkpoints.restore(STEPS, {"params": shapes})["params"])
+    shapes = abstract(abstract_params(trainer.model, "frozen"), trainer.mesh)
+    return jax.device_get(trainer.checkpoints.steps.restore(STEPS, {"params": shapes})["params"])
 
 
 def test_killed_at_random_it_ends_as_if_undisturbed(undisturbed, cache, tmp_path):
@@ -146,7 +148,7 @@ def test_one_process_goes_on_with_what_two_saved(undisturbed, tmp_path):
     folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     for part in (f"steps/{STEPS}", "frozen"):
         shutil.rmtree(folder / part)
-    assert 0 < CheckpointDirectory(folder).latest() < STEPS
+    assert 0 < CheckpointDirectory(folder).steps.latest() < STEPS
     Trainer(drill_config(mesh=dict(data=8, fsdp=1, tensor=1)), folder).run(progress=False)
     assert [line["step"] for line in lines(folder)] == list(range(1, STEPS + 1))
     for one, two in zip(lines(folder), lines(undisturbed), strict=True):

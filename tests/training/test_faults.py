@@ -9,6 +9,7 @@ import pytest
 from flax import struct
 
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.parallel.hardware import peak_flops
 from starflow2_jax.training import goodput
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss, Watch, guarded
 from starflow2_jax.training.goodput import Ledger
@@ -116,8 +117,8 @@ def test_a_bad_update_is_not_applied(policy, loss, applied):
 
     state = State(jnp.int32(4), tree(1.0), tree(2.0), tree(3.0))
     batch = Batch(jnp.array([[1, 1, 0], [2, 0, 0]]), jnp.float32(loss))
-    new, metrics = jax.jit(guarded(step, policy))(state, {}, batch, np.float32(10.0))
-    assert int(new.step) == 5 and int(metrics["tokens"]) == 3
+    new, _ = jax.jit(guarded(step, policy))(state, {}, batch, np.float32(10.0))
+    assert int(new.step) == 5
     added = loss if applied else 0.0
     for tree, before in ((new.params, 1.0), (new.ema, 2.0), (new.optimizer, 3.0)):
         np.testing.assert_array_equal(np.asarray(tree["a"]), np.full(3, before + added, np.float32))
@@ -202,4 +203,4 @@ def test_mfu_is_of_the_time_in_steps_and_input():
     found = goodput.rates(spent, 5, 1000.0, flops=4e12 * jax.device_count(), peak=1e12)
     assert found == {"step_seconds": 2.0, "input_wait_seconds": 0.4, "tokens_per_second": 100.0, "mfu": 0.4}
     assert "mfu" not in goodput.rates(spent, 5, 1000.0, 1e12, None)
-    assert goodput.peak_flops() is None and goodput.peak_flops(5.0) == 5.0  # a CPU is in no table
+    assert peak_flops() is None and peak_flops(5.0) == 5.0  # a CPU is in no table

@@ -16,12 +16,15 @@ from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
 from starflow2_jax.checkpoints import file_list
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints.damage import pass_over_damaged
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.data.documents import Text
 from starflow2_jax.models.flops import training_flops
+from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.stages import STAGES
-from starflow2_jax.training import loop, program
+from starflow2_jax.training import program, stage_task
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss
 from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.loop import Trainer
@@ -30,7 +33,7 @@ from starflow2_jax.training.preemption import Preempted
 BAD = "~"  # in a document: its batch makes the loss bad
 
 
-def stand_in(model, stage, optimizer, **_):
+def stand_in(model, stage, optimizer, objective, **_):
     """A step that adds the batch's number of tokens to a parameter; its loss is good but for batches with BAD in them."""
     bad = tiny.tokenizer().encode(BAD, add_special_tokens=False)[0]
 
@@ -61,7 +64,7 @@ class Documents:
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "make_step", stand_in)
-    monkeypatch.setattr(loop.sources, "documents", lambda *_: Documents())
+    monkeypatch.setattr(stage_task.sources, "documents", lambda *_: Documents())
     monkeypatch.setattr(Documents, "bad", -1)
 
     def make(folder: str = "run", **changes) -> Trainer:
@@ -78,9 +81,9 @@ def lines(t: Trainer) -> list[dict]:
 
 def applied(t: Trainer, number: int = 12) -> float:
     """How many tokens the applied steps up to a saved one had, as a parameter has counted them."""
-    shapes = abstract(t._shapes("frozen"), t.mesh)
-    params = t.checkpoints.restore(number, {"params": shapes})["params"]
-    fresh = t._fresh("frozen")
+    shapes = abstract(program.abstract_params(t.model, "frozen"), t.mesh)
+    params = t.checkpoints.steps.restore(number, {"params": shapes})["params"]
+    fresh = t.task("pretrain").fresh("frozen")
     counted = jax.tree.map(lambda a, b: float(jnp.max(a - b)) if a.ndim == 1 else 0.0, params["vlm"], fresh["vlm"])
     return max(jax.tree.leaves(counted))
 
@@ -160,9 +163,9 @@ def test_which_steps_stay(tmp_path):
     c = CheckpointDirectory(tmp_path, Keep(latest=1, every=10, best=1))
     losses = {5: (0, 0.1), 10: (0, 0.9), 15: (1, 3.0), 20: (1, 2.5), 25: (1, 1.0), 30: (1, 2.0), 35: (1, 4.0)}
     for number, (stage, loss) in losses.items():
-        c.save(number, {"params": {"a": jnp.ones(2)}}, {}, {"stage": stage, "loss": loss})
-    c.wait()
-    assert sorted(c.manager.all_steps()) == [10, 20, 25, 30, 35]
+        c.steps.save(number, {"params": {"a": jnp.ones(2)}}, {}, {"stage": stage, "loss": loss})
+    c.steps.wait()
+    assert sorted(c.steps.manager.all_steps()) == [10, 20, 25, 30, 35]
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +175,8 @@ def three_steps(tmp_path_factory) -> Path:
     c = CheckpointDirectory(folder)
     c.create(tiny_config(), tiny.CODEC, tiny.tokenizer())
     for number in (1, 2, 3):
-        c.save(number, {"params": {"a": jnp.full(50, number)}}, {"stage": "joint"})
-    c.close()
+        c.steps.save(number, {"params": {"a": jnp.full(50, number)}}, {"stage": "joint"})
+    c.steps.close()
     return folder
 
 
@@ -204,18 +207,18 @@ def test_a_damaged_step_is_passed_over(three_steps, tmp_path, capfd, name, how):
     said = capfd.readouterr().err
     assert "WARNING: step 3" in said and "is damaged" in said
     c = CheckpointDirectory(folder)
-    assert c.latest() == 3
-    c.pass_over_damaged()
-    assert c.latest() == 2 and (folder / "damaged" / "3.0").is_dir()
+    assert c.steps.latest() == 3
+    pass_over_damaged(c.steps)
+    assert c.steps.latest() == 2 and (folder / "damaged" / "3.0").is_dir()
     spread = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {"params": {"a": jax.ShapeDtypeStruct((50,), jnp.int32, sharding=spread)}}
-    assert int(c.restore(2, wanted)["params"]["a"][7]) == 2
-    c.save(3, {"params": {"a": jnp.full(50, 30)}}, {"stage": "joint"})  # its number is free again
-    c.close()
+    assert int(c.steps.restore(2, wanted)["params"]["a"][7]) == 2
+    c.steps.save(3, {"params": {"a": jnp.full(50, 30)}}, {"stage": "joint"})  # its number is free again
+    c.steps.close()
     assert CheckpointDirectory(folder).require_latest() == 3
     damage(folder / "steps" / "3", "meta/metadata", "cut")
     c = CheckpointDirectory(folder)
-    c.pass_over_damaged()
+    pass_over_damaged(c.steps)
     assert (folder / "damaged" / "3.1").is_dir()
 
 
@@ -235,7 +238,7 @@ def test_no_step_is_whole(three_steps, tmp_path):
     folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
     for number in (1, 2, 3):
         damage(folder / "steps" / str(number), "params/_METADATA", "missing")
-    for use in (CheckpointDirectory.require_latest, CheckpointDirectory.pass_over_damaged):
+    for use in (CheckpointDirectory.require_latest, lambda c: pass_over_damaged(c.steps)):
         with pytest.raises(CheckpointError, match="every saved step .* is damaged .3, 2, 1."):
             use(CheckpointDirectory(folder))
 
@@ -243,15 +246,15 @@ def test_no_step_is_whole(three_steps, tmp_path):
 def test_a_step_that_is_being_written_is_none(three_steps, tmp_path):
     folder = Path(shutil.copytree(three_steps, tmp_path / "run"))
     (folder / "steps" / "3").rename(folder / "steps" / "3.orbax-checkpoint-tmp")
-    assert CheckpointDirectory(folder).require_latest() == CheckpointDirectory(folder).latest() == 2
+    assert CheckpointDirectory(folder).require_latest() == CheckpointDirectory(folder).steps.latest() == 2
 
 
 @pytest.mark.parametrize("number", (2, 3))
 def test_a_step_that_is_there_or_passed_is_not_saved_in_silence(three_steps, number):
     c = CheckpointDirectory(three_steps)
     with pytest.raises(CheckpointError, match=f"step {number} cannot be saved in .* holds step 3 already"):
-        c.save(number, {"params": {"a": jnp.full(50, 7)}}, {"stage": "joint"})
-    c.close()
+        c.steps.save(number, {"params": {"a": jnp.full(50, 7)}}, {"stage": "joint"})
+    c.steps.close()
 
 
 def test_a_step_without_a_list_of_files_is_used(three_steps, tmp_path):
@@ -304,7 +307,7 @@ def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
     wanted = trainer("whole")
     wanted.run(progress=False)
     before, t = signal.getsignal(signal.SIGTERM), trainer()
-    place, count = loop.GroupedBatches.place, []
+    place, count = stage_task.GroupedBatches.place, []
 
     def place_and_tell(self, *arguments):
         count.append(1)
@@ -312,10 +315,10 @@ def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return place(self, *arguments)
 
-    monkeypatch.setattr(loop.GroupedBatches, "place", place_and_tell)
+    monkeypatch.setattr(stage_task.GroupedBatches, "place", place_and_tell)
     with pytest.raises(Preempted):
         t.run(progress=False)
-    assert t.checkpoints.latest() == 6 and signal.getsignal(signal.SIGTERM) == before
+    assert t.checkpoints.steps.latest() == 6 and signal.getsignal(signal.SIGTERM) == before
     summary = trainer().run(progress=False)
     assert lines(t) == lines(wanted) and summary["restarts"] == 1
 
@@ -336,8 +339,9 @@ def board(t: Trainer) -> dict[str, dict[int, float]]:
 def test_a_profile_and_a_summary(trainer):
     """Of a run that was stopped and went on."""
     for stop_at in (8, None):
-        t = trainer()
-        t.peak, flops = 1e9, training_flops(t.model.cfg, STAGES["pretrain"], t.shape(STAGES["pretrain"])).total
+        t = trainer(peak_flops=1e9)
+        stage = STAGES["pretrain"]
+        flops = training_flops(t.model.cfg, stage, program.batch_shape(t.config, stage)).total
         t.run(progress=False, stop_at=stop_at, profile=2)
     assert list((t.checkpoints.folder / "profile").rglob("*.xplane.pb"))
     summary = json.loads((t.checkpoints.folder / "metrics" / "summary.json").read_text())

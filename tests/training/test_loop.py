@@ -11,13 +11,16 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, abstract, content_hash
+from starflow2_jax.checkpoints.content_hash import content_hash
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.data.documents import Text, read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import init_params
+from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training.faults import NonFiniteLoss
 from starflow2_jax.training.loop import Trainer
+from starflow2_jax.training.program import abstract_params
 
 
 def lines(folder) -> list[dict]:
@@ -26,8 +29,8 @@ def lines(folder) -> list[dict]:
 
 def params_at(folder, number: int, mesh=None) -> dict:
     trainer = Trainer(tiny_config(mesh=mesh or dict(data=8, fsdp=1, tensor=1)), folder)
-    shapes = abstract(trainer._shapes("frozen" if number <= 4 else "trainable"), trainer.mesh)
-    return trainer.checkpoints.restore(number, {"params": shapes})["params"]
+    shapes = abstract(abstract_params(trainer.model, "frozen" if number <= 4 else "trainable"), trainer.mesh)
+    return trainer.checkpoints.steps.restore(number, {"params": shapes})["params"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def resumed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
     for stop_at in (6, None):
         Trainer(tiny_config(), folder).run(progress=False, stop_at=stop_at)
-        assert CheckpointDirectory(folder).latest() == (stop_at or 8)
+        assert CheckpointDirectory(folder).steps.latest() == (stop_at or 8)
     return folder
 
 
@@ -56,7 +59,7 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, resumed):
     assert len({line["loss"] for line in lines(undisturbed)}) == 8
     for number in (6, 8):
         assert content_hash(params_at(undisturbed, number)) == content_hash(params_at(resumed, number))
-    mine, theirs = (CheckpointDirectory(f).meta(6) for f in (undisturbed, resumed))
+    mine, theirs = (CheckpointDirectory(f).steps.meta(6) for f in (undisturbed, resumed))
     assert mine.pop("time")["steps"] == theirs.pop("time")["steps"] == 6  # all else of the clock differs
     assert mine == theirs and mine["data"] and mine["stage_step"] == 2
     assert (undisturbed / "frozen.json").read_text() == (resumed / "frozen.json").read_text()
@@ -111,12 +114,12 @@ def test_stages_that_are_done_stay_as_they_are(resumed, change, saying):
         config.stages[name].steps = steps
     with pytest.raises(UserError, match=saying):
         Trainer(config, resumed).run(progress=False)
-    assert (resumed / "config.json").read_text() == before and CheckpointDirectory(resumed).latest() == 8
+    assert (resumed / "config.json").read_text() == before and CheckpointDirectory(resumed).steps.latest() == 8
 
 
 def test_the_second_stage_starts_from_the_pretrained_vlm(undisturbed):
     trainer = Trainer(tiny_config(), undisturbed)
-    frozen = trainer.checkpoints.restore_frozen(abstract(trainer._shapes("frozen"), trainer.mesh))
+    frozen = trainer.checkpoints.frozen.restore(abstract(abstract_params(trainer.model, "frozen"), trainer.mesh))
     initial = jax.jit(lambda: init_params(trainer.model, jax.random.key(0))["vlm"])()
     moved = np.abs(np.asarray(frozen["vlm"]["lm_head"]["embedding"] - initial["lm_head"]["embedding"])).max()
     assert moved > 1e-4
@@ -147,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     config = tiny_config(noise=1e38, save_every=1)  # in fp32 the latents become infinite
     with pytest.raises(NonFiniteLoss, match=r"step 7 \(joint\).*last good checkpoint is step 6"):
         Trainer(config, folder).run(progress=False)
-    assert CheckpointDirectory(folder).latest() == 6
+    assert CheckpointDirectory(folder).steps.latest() == 6
     assert [line["step"] for line in lines(folder)] == list(range(1, 7))  # and nothing of it was logged
 
 

@@ -18,13 +18,14 @@ from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models import attention
 from starflow2_jax.models.flow import Flow
 from starflow2_jax.models.layers import Transformer, TransformerConfig
+from starflow2_jax.models.likelihood import CHUNK
 from starflow2_jax.models.pretzel import Pretzel, split
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training import losses, program
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.step import TrainState, finish, make_step, new_state
+from starflow2_jax.training.step import Objective, TrainState, finish, make_step, new_state
 
 OPTIMIZER = make_optimizer(
     SimpleNamespace(
@@ -50,8 +51,8 @@ def batch():
 
 @cache
 def compiled(name: str, accumulate: int = 1):
-    options = dict(noise=NOISE, text_weight=TEXT_WEIGHT, accumulate=accumulate, ema_decay=EMA, text_chunk=20)
-    return jax.jit(make_step(tiny.MODEL, STAGES[name], OPTIMIZER, **options))
+    objective = Objective(noise=NOISE, text_weight=TEXT_WEIGHT, text_chunk=20)
+    return jax.jit(make_step(tiny.MODEL, STAGES[name], OPTIMIZER, objective, accumulate, EMA))
 
 
 @cache
@@ -214,7 +215,12 @@ def test_a_mesh_that_does_not_fit_is_refused():
 def test_what_the_config_says_reaches_the_step(monkeypatch):
     """The noise is in pixels there, and in the codec's latents here."""
     seen = {}
-    monkeypatch.setattr(program, "make_step", lambda *args, **options: seen.update(options) or (lambda *state: state))
+
+    def noted(model, stage, optimizer, objective, **options):
+        seen.update(vars(objective) | options)
+        return lambda *state: state
+
+    monkeypatch.setattr(program, "make_step", noted)
     stage = dict(
         text_weight=0.3, accumulate=2, ema=0.7, vlm_length=5, latent_penalty=0.01, optimizer=dict(offload=False)
     )
@@ -222,6 +228,7 @@ def test_what_the_config_says_reaches_the_step(monkeypatch):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     program.jitted_step(config, tiny.MODEL, STAGES["joint"], OPTIMIZER, tiny.CODEC.std, mesh)
     np.testing.assert_allclose(seen.pop("noise"), 0.2 / np.array(tiny.CODEC.std), rtol=1e-6)
+    assert seen.pop("text_chunk") == CHUNK
     assert seen == dict(text_weight=0.3, accumulate=2, ema_decay=0.7, vlm_length=5, latent_penalty=0.01)
 
 
@@ -260,13 +267,11 @@ def test_the_penalty_of_the_intermediate_latents():
     """STARFlow's: c times the sum over the shallow flow's blocks of mean h^2, over the images to be generated; the exact
     likelihood beside it stays what it was."""
     c, (state, frozen) = 0.5, start("text_to_image")
-    options = dict(noise=0.0, text_weight=TEXT_WEIGHT, ema_decay=EMA)
-    metrics = {
-        penalty: jax.jit(make_step(tiny.MODEL, STAGES["text_to_image"], OPTIMIZER, latent_penalty=penalty, **options))(
-            state, frozen, batch()
-        )[1]
-        for penalty in (0.0, c)
-    }
+    metrics = {}
+    for penalty in (0.0, c):
+        objective = Objective(text_weight=TEXT_WEIGHT, latent_penalty=penalty)
+        step = make_step(tiny.MODEL, STAGES["text_to_image"], OPTIMIZER, objective, ema_decay=EMA)
+        metrics[penalty] = jax.jit(step)(state, frozen, batch())[1]
     flow, wanted = Flow(tiny.CONFIG.shallow_chain), np.asarray(batch().image_weight) > 0
     images = jnp.asarray(batch().latents[wanted])  # (images, N, D)
     states, _ = jax.jit(lambda x: flow.apply({"params": tiny.params()["shallow"]}, x, method=Flow.trace))(images)
@@ -333,7 +338,7 @@ def test_losses_are_means_over_what_counts():
     latents, wanted = np.zeros_like(singles.latents), np.zeros(singles.latents.shape[:2], bool)
     for i, (_, row, where) in enumerate(found):
         flow = where[batch().modality[row, where] == sequence.FLOW]
-        for k, m in enumerate(np.unique(np.asarray(batch().slot)[row, flow] // 6)):
+        for k, m in enumerate(np.unique(np.asarray(batch().image_token_index)[row, flow] // 6)):
             latents[i, k] = noisy[row, m]
         generated = [p.generate for p in documents[i] if isinstance(p, Image) and p.via == "flow"]
         wanted[i, : len(generated)] = generated

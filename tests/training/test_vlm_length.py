@@ -13,7 +13,7 @@ from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
-from starflow2_jax.training.step import loss_sums
+from starflow2_jax.training.step import Objective, loss_sums
 
 STAGE, LENGTH = STAGES["text_to_image"], 26
 
@@ -39,7 +39,8 @@ def test_loss_and_gradients_are_those_of_the_whole_row():
     frozen, trainable = split(tiny.params())
 
     def loss(params, vlm_length):
-        sums = loss_sums(tiny.MODEL, frozen | params, STAGE, batch, 20, jax.random.key(0), vlm_length)
+        objective = Objective(vlm_length=vlm_length, text_chunk=20)
+        sums = loss_sums(tiny.MODEL, frozen | params, STAGE, batch, objective, jax.random.key(0))
         return sums["image"]
 
     compute = jax.jit(jax.value_and_grad(loss), static_argnums=1)

@@ -18,9 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reference_qwen import INDEX, bits, make, newer, published, refused, resave, run, same, tensors
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from starflow2_jax.checkpoints.directory import CheckpointDirectory, CheckpointError, abstract
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.models.vlm import abstract_params
 from starflow2_jax.parallel import sharding
+from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.weights import convert, qwen, vlm
 from starflow2_jax.weights.qwen import QWEN2_5_VL
 from starflow2_jax.weights.table import expected, source_shape
@@ -64,7 +66,7 @@ def test_there_and_back(tmp_path, model, names):
 def test_known_numbers(reference, checkpoint):
     """A few tensors against indices worked out by hand: H = 3 heads of K = 16, in the vision tower 2 of 16."""
     cfg = vlm.load_config(checkpoint / "vlm.json")
-    saved = CheckpointDirectory(checkpoint).restore_frozen(on_mesh(cfg, jnp.bfloat16, 1, 8, 1))["vlm"]
+    saved = CheckpointDirectory(checkpoint).frozen.restore(on_mesh(cfg, jnp.bfloat16, 1, 8, 1))["vlm"]
     ours = jax.tree.map(lambda x: np.asarray(x, np.float32), saved)
     theirs = {name: value.float().numpy() for name, value in tensors(reference).items()}
     layers, block = ours["stack"]["layers"], ours["vision"]["stack"]["layers"]
@@ -107,7 +109,7 @@ def test_it_restores_on_any_mesh(checkpoint):
     up = plain["vlm"]["stack"]["layers"]["mlp"]["up"]["kernel"]
     assert up.dtype == jnp.bfloat16 and up.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert {shard.data.shape for shard in up.addressable_shards} == {(2, 24, 36)}
-    wide = CheckpointDirectory(checkpoint).restore_frozen(on_mesh(cfg, jnp.float32, 1, 8, 1))
+    wide = CheckpointDirectory(checkpoint).frozen.restore(on_mesh(cfg, jnp.float32, 1, 8, 1))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(wide), strict=True):
         assert b.dtype == a.dtype == jnp.bfloat16 and isinstance(b.sharding, NamedSharding)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -121,7 +123,7 @@ def test_a_changed_checkpoint_is_noticed(checkpoint, tmp_path, capsys):
     data[501] ^= 1
     chunk.write_bytes(data)
     with pytest.raises(CheckpointError, match="content hash differs"):
-        CheckpointDirectory(folder).restore_frozen(on_mesh(cfg, jnp.bfloat16, 1, 8, 1))
+        CheckpointDirectory(folder).frozen.restore(on_mesh(cfg, jnp.bfloat16, 1, 8, 1))
     refused(capsys, folder, "damaged (content hash differs)", to="--to-hf")
     chunk.write_bytes(data[:100])
     refused(capsys, folder, "vlm/stack/layers/mlp/down/kernel cannot be read", to="--to-hf")

@@ -1,0 +1,107 @@
+"""Damaged steps: found before a run goes on or a model is sampled from, named on stderr, and put aside in damaged/."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from starflow2_jax.checkpoints import file_list
+from starflow2_jax.checkpoints.reading import CheckpointError, restored
+from starflow2_jax.checkpoints.steps import Steps
+from starflow2_jax.parallel import processes, sharding
+
+NO_ARRAYS = ("meta", "metrics")  # folders of a step that hold JSON
+
+
+def newest_whole(steps: Steps, unread: tuple[str, ...] = ()) -> tuple[int | None, list[int]]:
+    """The newest step that is whole, and the damaged steps after it, which are named on stderr.
+
+    `unread`: names of trees whose files are not checked. Raises CheckpointError if there are steps and none is whole.
+    """
+    damaged = []
+    for number in reversed(steps.on_disk()):
+        if (fault := _fault(steps.path(number), unread)) is None:
+            return number, damaged
+        damaged.append(number)
+        print(
+            f"WARNING: step {number} in {steps.folder} is damaged ({fault}); looking at the one before",
+            file=sys.stderr,
+        )
+    if damaged:
+        raise CheckpointError(
+            f"every saved step in {steps.folder} is damaged ({', '.join(map(str, damaged))}); restore one from a copy"
+        )
+    return None, []
+
+
+def pass_over_damaged(steps: Steps) -> None:
+    """Before a run goes on: move the steps after the newest whole one to damaged/.
+
+    All processes call it together. Raises CheckpointError if there are steps and none is whole.
+    """
+    processes.on_primary(lambda: [_put_away(steps, number) for number in newest_whole(steps)[1]])
+    steps.reload()
+
+
+def pass_over_unreadable(steps: Steps, mesh: jax.sharding.Mesh) -> None:
+    """After `pass_over_damaged`: make sure that the newest step can be read.
+
+    A step without a list of files (its run was killed first) may be damaged. It is read; if that fails, it is moved to
+    damaged/, and the step before is looked at. All processes call it together, each reads its own shards. Raises
+    CheckpointError if no other step is left.
+    """
+    while (number := steps.latest()) is not None:
+        if processes.on_primary(partial(file_list.has, steps.path(number))):
+            return
+        faults = [fault for fault in processes.gather(_unreadable(steps, number, mesh)) if fault]
+        if not faults:
+            return
+        if len(steps.manager.all_steps()) == 1:
+            raise CheckpointError(f"{faults[0]}, and there is no other step; restore it from a copy")
+        print(f"WARNING: {faults[0]}; looking at the step before", file=sys.stderr)
+        processes.on_primary(partial(_put_away, steps, number))
+        steps.reload()
+
+
+def _fault(step: Path, unread: tuple[str, ...]) -> str | None:
+    """What is wrong with the files of a step; None if nothing is."""
+    if fault := file_list.fault(step, unread):
+        return fault
+    path = step / "meta" / "metadata"  # a step without a list of files must have this one, too
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        return f"{path.name} of meta cannot be read: {error}"
+    return None
+
+
+def _unreadable(steps: Steps, number: int, mesh: jax.sharding.Mesh) -> str | None:
+    """The error that reading all trees of a step ends in, None if they can be read."""
+    names = processes.on_primary(lambda: _trees(steps.path(number)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name in names:
+            read = partial(_read_tree, checkpointer, steps.path(number) / name, mesh)
+            try:
+                restored(read, f"step {number}", steps.folder)
+            except CheckpointError as error:
+                return str(error)
+    return None
+
+
+def _trees(step: Path) -> list[str]:
+    return sorted(item.name for item in step.iterdir() if item.is_dir() and item.name not in NO_ARRAYS)
+
+
+def _read_tree(checkpointer: ocp.StandardCheckpointer, item: Path, mesh: jax.sharding.Mesh):
+    """Whatever tree `item` holds, spread over the mesh."""
+    return checkpointer.restore(item, sharding.abstract(checkpointer.metadata(item).item_metadata.tree, mesh))
+
+
+def _put_away(steps: Steps, number: int) -> None:
+    places = (steps.folder / "damaged" / f"{number}.{i}" for i in range(10**6))
+    place = next(place for place in places if not place.exists())
+    place.parent.mkdir(exist_ok=True)
+    steps.path(number).rename(place)

@@ -1,0 +1,44 @@
+"""Reading files that may be missing, damaged or another program's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from starflow2_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or written by another program; the message is one sentence."""
+
+
+def read_json(path: Path) -> object:
+    """The JSON value of a file in a checkpoint directory. Raises CheckpointError."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no checkpoint directory {path.parent}")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a checkpoint of this program: it has no {path.name}") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
+
+
+def restored(read: Callable[[], T], what: str, folder: Path) -> T:
+    """What `read` returns. Raises CheckpointError, which names `what` and `folder`, if `read` fails for any reason."""
+    try:
+        return read()
+    except Exception as error:  # orbax raises many types for damaged files, bare Exception included
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(
+            f"{what} in {folder} cannot be restored: it is incomplete, damaged or of another model ({reason})"
+        ) from None
+
+
+def with_tuples(values):
+    """The same JSON value with tuples in place of lists, at any depth."""
+    if isinstance(values, dict):
+        return {k: with_tuples(v) for k, v in values.items()}
+    return tuple(with_tuples(v) for v in values) if isinstance(values, list) else values

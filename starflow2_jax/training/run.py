@@ -1,0 +1,216 @@
+"""The steps of one task: read, step, look, log, save; and what happens when a step goes wrong or the machine is taken away."""
+
+import sys
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.parallel import sharding
+from starflow2_jax.training.faults import Watch
+from starflow2_jax.training.goodput import Ledger
+from starflow2_jax.training.metrics import Metrics
+from starflow2_jax.training.preemption import Preempted, Preemption
+from starflow2_jax.training.profiling import Profiler
+from starflow2_jax.training.task import State, Task, groups
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How often a run logs and saves, and what it does about bad steps."""
+
+    log_every: int  # steps
+    save_every: int
+    faults: Mapping | None = None  # see faults.Watch
+    peak_flops: float | None = None  # of one device, for the MFU
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What all tasks of a run share."""
+
+    metrics: Metrics
+    bar: tqdm
+    ledger: Ledger
+    preemption: Preemption
+    profiler: Profiler
+
+
+class Run:
+    """One task from where its checkpoints left it: `state`, `reader`, `step`, `save`.
+
+    `place`: of the task in the order; `first`: steps of the run before the task.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        place: int,
+        first: int,
+        checkpoints: CheckpointDirectory,
+        mesh: jax.sharding.Mesh,
+        settings: Settings,
+        tools: Tools,
+    ):
+        self.task, self.place, self.first = task, place, first
+        self.checkpoints, self.settings, self.tools = checkpoints, settings, tools
+        latest = checkpoints.steps.latest()
+        meta = checkpoints.steps.meta(latest) if latest else {}
+        watched = dict(meta.get("watch", {}))
+        if meta.get("stage") != task.name:
+            watched.pop("losses", None)  # another task's losses cannot be compared
+        with tools.ledger.time("restart"):
+            self.state, position = restore(task, checkpoints, mesh)
+            self.frozen = task.frozen(checkpoints)
+            self.reader, self.layout = task.batches(), sharding.batch_sharding(mesh)
+            if position is not None:
+                self.reader.set_state(position)
+            self.step = task.step()
+        self.mesh, self.flops = mesh, task.flops
+        self.watch = Watch(settings.faults, watched)
+        self.number = first + int(self.state.step)  # steps of the whole run that are done
+        self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not looked at yet
+        self.seen: dict[str, float] = {}  # metrics of the last step that was looked at
+        self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
+        self.recent: list[float] = []  # losses since the last save
+        self.called = False
+
+    def run(self, last: int, stop_at: int | None) -> bool:
+        """Go on to step `last` of the whole run. Returns whether it got there; raises Preempted, NonFiniteLoss, LossSpike."""
+        tools, settings = self.tools, self.settings
+        tools.bar.update(self.number - self.first)
+        logged = self.number
+        while self.number < last:
+            self._step()
+            number = self.number
+            told = tools.preemption.reached(number)
+            saves = number < last and (_due(settings.save_every, number) or number == stop_at or told)
+            logs = _due(settings.log_every, number) or (number == last and settings.log_every > 0)
+            if not self._look(0 if saves or logs else 1):
+                logged = self.number
+                continue
+            if logs:
+                self._log(number - logged)
+                logged = number
+            tools.bar.update()
+            if saves:
+                with tools.ledger.time("checkpoint"):
+                    self.save(self.state, self.reader.get_state(), ended=number == stop_at)
+            if told and number < last:
+                raise Preempted
+            if number == stop_at and number < last:
+                return False
+        return True
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """How many steps of the whole run went wrong, and what was done about them."""
+        return self.watch.counts
+
+    def finish(self, ended: bool) -> None:
+        """After the last step: save what the task leaves. `ended`: as in `save`."""
+        with self.tools.ledger.time("checkpoint"):
+            self.save(self.task.finish(self.state, self.checkpoints), None, ended)
+
+    def save(self, state: State, position: object, ended: bool) -> None:
+        """Save a step. `position`: of the data; `ended`: the time until the next start does not count as lost."""
+        finite = [loss for loss in self.recent if np.isfinite(loss)]
+        meta = {
+            "stage": self.task.name,
+            "stage_step": int(state.step),
+            "key": np.asarray(jax.random.key_data(state.key)).tolist(),
+            "data": position,
+            "watch": self.watch.state(),
+            "time": self.tools.ledger.state(ended),
+        }
+        # A step without a finite loss has no metrics, so it is not among the best.
+        metrics = {"stage": self.place, "loss": float(np.mean(finite))} if finite else None
+        self.checkpoints.steps.save(self.number, groups(state), meta, metrics)
+        self.recent.clear()
+        self.watch.saved()
+
+    def _step(self) -> None:
+        ledger, running = self.tools.ledger, self.pending[-1][1]["loss"] if self.pending else None
+        self.tools.profiler.step(running)
+        with ledger.waiting(running):
+            batch = self.reader.place(next(self.reader), self.layout)
+        self.number += 1
+        limit = np.float32(self.watch.limit(self.number))
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.number):
+            if self.called:
+                self.state, values = self.step(self.state, self.frozen, batch, limit)
+            else:
+                with ledger.time("compile"):
+                    self.state, values = self.step(self.state, self.frozen, batch, limit)
+        self.called = True
+        ledger.count_step(self.flops)
+        self.pending.append((self.number, values))
+
+    def _look(self, leave: int) -> bool:
+        """Judge the pending steps except the last `leave`, which may still be running. False: the run went back."""
+        while len(self.pending) > leave:
+            number, values = self.pending.popleft()
+            values = {name: float(value) for name, value in values.items()}
+            latest = self.checkpoints.steps.latest()
+            left = "there is no checkpoint yet" if latest is None else f"the last good checkpoint is step {latest}"
+            standing = f"step {number} ({self.task.name}); {left}"
+            if self.watch.judge(number, values, standing) == "rollback":
+                self._go_back(number)
+                return False
+            self.seen = values
+            self.recent.append(values["loss"])
+            self.tools.ledger.count_tokens(values["tokens"])
+        return True
+
+    def _go_back(self, bad: int) -> None:
+        """Restore the last checkpoint's state; the data goes on after what was read."""
+        tools = self.tools
+        self.pending.clear()
+        with tools.ledger.time("restart"):
+            self.checkpoints.steps.wait()
+            self.state, _ = restore(self.task, self.checkpoints, self.mesh)
+        self.number = self.first + int(self.state.step)
+        tools.ledger.rewind()
+        self.since_log = (tools.ledger.split(), tools.ledger.tokens)
+        self.watch.rewind(self.number)
+        tools.metrics.rewind(self.number)
+        self.recent.clear()
+        if tools.metrics.writes:
+            print(f"WARNING: step {bad} went wrong; going on from step {self.number} with other data", file=sys.stderr)
+        tools.bar.update(self.number - tools.bar.n)
+
+    def _log(self, steps: int) -> None:
+        ledger, (before, tokens) = self.tools.ledger, self.since_log
+        timings = ledger.speed(before, steps, ledger.tokens - tokens, self.flops, self.settings.peak_flops)
+        now = ledger.split()
+        timings |= {f"goodput_{kind}": now[kind] / now["total"] for kind in now if kind != "total"}
+        self.tools.metrics.write(self.number, self.task.name, self.seen | self.watch.counts, timings)
+        losses = (f"{name}={value:.3f}" for name, value in self.seen.items() if name.endswith("_loss"))
+        self.tools.bar.set_postfix_str(f"{self.task.name} {' '.join(losses)}")
+        self.since_log = (now, ledger.tokens)
+
+
+def restore(task: Task, checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[State, object]:
+    """A task's state and data position at the newest step; where that is another task's, the state before its first step."""
+    latest = checkpoints.steps.latest()
+    meta = checkpoints.steps.meta(latest) if latest else None
+    if meta is None:
+        return task.new_state(None), None
+    wanted = task.abstract_state()
+    if meta["stage"] != task.name:
+        continues = task.continues(meta["stage"])
+        params = checkpoints.steps.restore(latest, {"params": wanted.params})["params"] if continues else None
+        return task.new_state(params), None
+    found = checkpoints.steps.restore(latest, groups(wanted))
+    wrap = jax.jit(jax.random.wrap_key_data, out_shardings=sharding.replicated(mesh))
+    key = wrap(np.array(meta["key"], np.uint32))
+    return wanted.replace(step=np.int32(meta["stage_step"]), key=key, **found), meta["data"]
+
+
+def _due(every: int, number: int) -> bool:
+    """Whether something that is done after every `every` steps is due after step `number`; 0: never."""
+    return every > 0 and number % every == 0

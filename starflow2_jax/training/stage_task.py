@@ -1,0 +1,95 @@
+"""A stage of STARFlow2 as a task of the loop, made from its row of the stage table and the config."""
+
+from functools import cached_property, partial
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from optax import GradientTransformation
+
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.codecs.patch import Codec
+from starflow2_jax.data import sources
+from starflow2_jax.data.groups import GroupedBatches, own_rows
+from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.models.flops import training_flops
+from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.parallel import sharding
+from starflow2_jax.random_streams import stream_key
+from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.training import program
+from starflow2_jax.training.optimizer import make_optimizer
+from starflow2_jax.training.step import TrainState, finish, new_state, require_host
+from starflow2_jax.training.task import Step
+
+REMEMBERED = 100_000  # texts whose tokens a reader keeps: captions and questions come again
+
+
+class StageTask:
+    """See task.Task. The state holds the tree that the stage moves, "frozen" or "trainable"; the other is an argument."""
+
+    def __init__(self, config: ConfigDict, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh: Mesh):
+        self.config, self.stage, self.model, self.mesh = config, stage, model, mesh
+        self.codec, self.tokenizer = codec, tokenizer
+        self.name, self.cfg = stage.name, config.stages[stage.name]
+        self.steps = self.cfg.steps
+
+    @cached_property
+    def optimizer(self) -> GradientTransformation:
+        return make_optimizer(self.cfg.optimizer, self.steps)
+
+    @property
+    def flops(self) -> float:
+        return training_flops(self.model.cfg, self.stage, program.batch_shape(self.config, self.stage)).total
+
+    def check(self) -> None:
+        program.require_rows(self.config, self.stage, self.mesh)
+        if self.cfg.optimizer.offload:
+            require_host(self.mesh)
+        self.step()
+        if self.config.data.source == "digits":
+            sources.documents(self.config, self.stage, self.codec.image_channels)
+
+    def continues(self, name: str) -> bool:
+        return program.held(STAGES[name]) == program.held(self.stage)
+
+    def abstract_state(self) -> TrainState:
+        return program.abstract_state(self.config, self.model, self.stage, self.optimizer, self.mesh)
+
+    def new_state(self, params: dict | None) -> TrainState:
+        if params is None:
+            params = self.fresh(program.held(self.stage))
+        key = stream_key(self.config.seed, "stage", self.name)
+        make = partial(new_state, stage=self.stage, optimizer=self.optimizer, key=key)
+        layout = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return jax.jit(make, out_shardings=layout)(params)
+
+    def fresh(self, tree: str) -> dict:
+        """Fresh parameters of one of the two trees."""
+        return program.fresh_params(self.model, self.config.seed, tree, self.mesh)
+
+    def frozen(self, checkpoints: CheckpointDirectory) -> dict:
+        """The tree that the state does not hold. Raises ConfigError where the VLM has not been made yet."""
+        if program.held(self.stage) == "frozen":
+            return self.fresh("trainable")
+        if not checkpoints.frozen.exists():
+            raise ConfigError(f"stage {self.name} needs a pretrained VLM; run the stage pretrain before it")
+        return checkpoints.frozen.restore(sharding.abstract(program.abstract_params(self.model, "frozen"), self.mesh))
+
+    def step(self) -> Step:
+        return program.jitted_step(self.config, self.model, self.stage, self.optimizer, self.codec.std, self.mesh)
+
+    def batches(self) -> GroupedBatches:
+        shape, data = program.batch_shape(self.config, self.stage), self.config.data
+        source = sources.documents(self.config, self.stage, self.codec.image_channels)
+        rows = own_rows(sharding.batch_sharding(self.mesh), shape.rows)
+        encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision, remembered=REMEMBERED)
+        return GroupedBatches(source, encoder, shape, data.groups, data.threads, rows)
+
+    def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
+        """The averaged parameters, without average and optimizer. The stage that makes the VLM freezes it for good."""
+        done = state.replace(params=finish(state), ema={}, optimizer={})
+        if program.held(self.stage) == "frozen":
+            checkpoints.frozen.save(done.params)
+        return done

@@ -1,0 +1,81 @@
+"""What the loop trains: a task. The stages of STARFlow2 are the first kind (stage_task.py); training a codec fits, too."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+
+
+class State(Protocol):
+    """A training state, a `flax.struct.dataclass`. Each field besides `step` and `key` is a group of arrays.
+
+    Checkpoints hold every group under its name ("params", "ema", "optimizer", or what else a task needs, such as a
+    critic and its optimizer). One group is named "params": it is what the next task may start from.
+    """
+
+    step: jax.Array  # () int32: steps of this task that are done
+    key: jax.Array  # of the task's random stream
+    params: Any
+    replace: Callable[..., "State"]
+
+
+class Batches(Protocol):
+    """Endless batches with a position that is saved and restored."""
+
+    def __next__(self) -> Any:
+        """The rows of the next batch that this process reads."""
+
+    def place(self, rows: Any, sharding: jax.sharding.NamedSharding) -> Any:
+        """Those rows -> the whole batch as global arrays."""
+
+    def get_state(self) -> Any:
+        """The position, a JSON value; all processes call it together."""
+
+    def set_state(self, state: Any) -> None:
+        """Go on from a position."""
+
+
+# (state, frozen, batch, limit) -> (state, metrics). It advances state.step by one. Metrics are scalars: "loss" and
+# "grad_norm", by which bad steps are judged, "tokens", which the speed counts, and any others. `limit` () is the loss
+# above which a step is a spike (see faults.py). The state is donated.
+Step = Callable[[State, Any, Any, Any], tuple[State, dict[str, jax.Array]]]
+
+
+class Task(Protocol):
+    """One entry of a run's order: its state, step and batches, and what it leaves when it ends."""
+
+    name: str  # unique in a run: names its metrics, checkpoints and random streams
+    steps: int
+    flops: float  # of one step, all devices together
+
+    def check(self) -> None:
+        """Raises UserError for what would stop the task later; nothing is compiled."""
+
+    def continues(self, name: str) -> bool:
+        """Whether the task starts from the "params" that the task `name` left; else from fresh ones."""
+
+    def abstract_state(self) -> State:
+        """Shapes, types and shardings of the state."""
+
+    def new_state(self, params: Any | None) -> State:
+        """The state before the first step, with these parameters (on their shards) or fresh ones."""
+
+    def frozen(self, checkpoints: CheckpointDirectory) -> Any:
+        """The arrays that the step reads and never changes; no step checkpoint holds them."""
+
+    def step(self) -> Step:
+        """The compiled step; it is compiled when it is first called."""
+
+    def batches(self) -> Batches:
+        """From the beginning of the data; a process reads the rows that its devices need."""
+
+    def finish(self, state: State, checkpoints: CheckpointDirectory) -> State:
+        """The state that is saved after the last step. Groups that nobody needs any more are empty in it."""
+
+
+def groups(state: State) -> dict[str, Any]:
+    """The groups of arrays of a state by name: all fields but `step` and `key`."""
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("step", "key")}
