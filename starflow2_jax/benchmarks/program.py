@@ -13,7 +13,7 @@ from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
 from starflow2_jax.training.loop import Trainer
-from starflow2_jax.training.program import find_stage, held, in_tree, require_rows
+from starflow2_jax.training.program import find_stage, held, in_tree, makes_vlm, require_rows
 from starflow2_jax.training.step import TrainState, new_state, state_shardings
 
 
@@ -23,7 +23,7 @@ def fresh(trainer: Trainer, tree: str) -> dict:
     A frozen VLM that the config does not pretrain itself is bfloat16, as the published ones are.
     """
     config = trainer.config
-    published = tree == "frozen" and "pretrain" not in config.order
+    published = tree == "frozen" and not makes_vlm(config)
 
     def init():
         params = init_params(trainer.model, jax.random.key(config.seed))

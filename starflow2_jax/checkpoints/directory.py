@@ -1,7 +1,7 @@
 """A checkpoint directory: enough to sample from it anywhere, restorable on another mesh than it was saved on.
 
 config.json     the experiment's config, and the number of this format
-codec.json      the codec
+codec.json      the codec; codec.safetensors: its weights, where it has any
 tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
 steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position; files.json (file_list.py)
@@ -15,7 +15,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +23,10 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from starflow2_jax.checkpoints import file_list
+from starflow2_jax.checkpoints.codec import restore_codec, write_codec
 from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.retention import Keep
-from starflow2_jax.codecs.patch import CODECS, Codec
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.jacobi import Jacobi, Schedule
@@ -73,7 +73,7 @@ class CheckpointDirectory:
         self._create(config, codec)
 
     def _create(self, config: ConfigDict, codec: Codec) -> None:
-        (self.folder / "codec.json").write_text(json.dumps({"kind": codec.kind, **asdict(codec)}, indent=1))
+        write_codec(self.folder, codec)
         self.write_config(config)
 
     def write_config(self, config: ConfigDict) -> None:
@@ -92,14 +92,12 @@ class CheckpointDirectory:
 
     def codec(self) -> Codec:
         values = self._json("codec.json")
-        kind = CODECS.get(values.pop("kind", None)) if isinstance(values, dict) else None
-        if kind is None:
+        if not isinstance(values, dict):
             raise CheckpointError(f"{self.folder / 'codec.json'} is not a codec of this program")
         try:
-            return kind(**_tuples(values))
-        except TypeError as error:
-            path = self.folder / "codec.json"
-            raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
+            return restore_codec(self.folder, _tuples(values))
+        except UserError as error:
+            raise CheckpointError(str(error)) from None
 
     def tokenizer(self):
         try:

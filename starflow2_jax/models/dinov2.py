@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.codecs.patch import patchify
+from starflow2_jax.models.patches import patchify
 from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
 
 

@@ -21,7 +21,7 @@ from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, for_sampling, i
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sampling.rows import SampleOptions, power, rounded
 from starflow2_jax.sampling.session import Session
-from starflow2_jax.stages import STAGES
+from starflow2_jax.stages import find_saved
 
 __all__ = ["AS_TRAINED", "DTYPES", "SampleOptions", "Sampler", "Session", "in_type", "weights_in_type"]
 DTYPES = ("float32", "bfloat16")
@@ -66,7 +66,7 @@ class Sampler:
         mesh = mesh or sharding.make_mesh(fsdp=1, tensor=1)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         frozen, trainable = (abstract(tree, mesh) for tree in split(shapes))
-        stage = STAGES[checkpoints.meta(number)["stage"]]
+        stage = find_saved(checkpoints.meta(number)["stage"])
         if set(stage.trains) <= set(frozen):
             raise CheckpointError(f"{folder} has only pretrained its VLM so far; train on before sampling")
         params = checkpoints.restore(number, {"params": trainable})["params"] | checkpoints.restore_frozen(frozen)
@@ -100,20 +100,21 @@ class Sampler:
         self,
         prompts: list[Document],
         options: SampleOptions | Many[SampleOptions] = AS_TRAINED,
-        seed: int = 0,
+        seed: int | Many[int] = 0,
         samples: int = 1,
         rows: int = 0,
     ) -> list[Document]:
         """Continue each prompt `samples` times, until the answer ends itself or `max_tokens` are written.
 
         Returns what was written, prompts left out, the samples of a prompt side by side. Answer i is drawn with
-        seed + i: the same alone, in any batch, on any mesh. A prompt is read once for all of its samples. `rows`: prompts
+        seed + i, or with seed[i] where several are given: the same alone, in any batch, on any mesh. A prompt is read once for all of its samples. `rows`: prompts
         of the largest of several calls, whose programs this one then shares. Raises DocumentError for a prompt that does
         not fit the model.
         """
         if not prompts:
             return []
-        seeds, rows = [seed + i for i in range(len(prompts) * samples)], max(rows, len(prompts))
+        seeds = [seed + i for i in range(len(prompts) * samples)] if isinstance(seed, int) else list(seed)
+        rows = max(rows, len(prompts))
         session = self.session(options, seeds[::samples], rounded(rows))
         session.read(prompts, room=session.to_write)
         if samples > 1:

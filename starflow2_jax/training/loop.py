@@ -26,7 +26,7 @@ from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.preemption import Preemption
 from starflow2_jax.training.profiling import Profiler
-from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step, require_rows
+from starflow2_jax.training.program import batch_shape, held, in_tree, jitted_step, makes_vlm, require_rows
 from starflow2_jax.training.stage_run import StageRun, Tools
 from starflow2_jax.training.step import TrainState, finish, new_state, require_host, state_shardings
 from starflow2_jax.weights.qwen import load_config
@@ -141,13 +141,12 @@ class Trainer:
                 raise ConfigError(f"stage {name}: {error}") from None
 
     def _require_stage(self, stage: Stage) -> None:
-        data, cfg = self.config.data, self.config.stages[stage.name]
+        cfg = self.config.stages[stage.name]
         require_rows(self.config, stage, self.mesh)
         if cfg.optimizer.offload:
             require_host(self.mesh)
         self.step(stage, self.optimizer(stage))  # compiles nothing
-        if data.source == "digits":
-            sources.documents(self.config, stage, self.codec.image_channels)
+        sources.documents(self.config, stage, self.codec.image_channels)
 
     @classmethod
     def begin(cls, config: ConfigDict, folder: str | Path, vlm: str | Path) -> None:
@@ -157,7 +156,7 @@ class Trainer:
         """
         vlm, folder = Path(vlm), Path(folder).resolve()
         require_new(folder)
-        if "pretrain" in config.order:
+        if makes_vlm(config):
             raise ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
         if other := configs.differences(load_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
             raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")

@@ -73,6 +73,11 @@ def held(stage: Stage) -> str:
     return "frozen" if set(stage.trains) <= set(FROZEN) else "trainable"
 
 
+def makes_vlm(config: ConfigDict) -> bool:
+    """Does one of the config's stages train the VLM itself, so that none is brought?"""
+    return any(held(STAGES[name]) == "frozen" for name in config.order)
+
+
 def in_tree(group: str, tree: str) -> bool:
     return (group in FROZEN) == (tree == "frozen")
 
@@ -99,7 +104,7 @@ def abstract_arguments(config: ConfigDict, model: Pretzel, stage: Stage, optimiz
     """
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     rest = {name: tree for name, tree in params.items() if not in_tree(name, held(stage))}
-    if "pretrain" not in config.order:
+    if not makes_vlm(config):
         rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), rest)
     batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
     return abstract_state(config, model, stage, optimizer, mesh), abstract(rest, mesh), batch
