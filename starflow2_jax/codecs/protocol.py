@@ -19,6 +19,7 @@ class Options(Protocol):
 class Codec(Protocol):
     """Images (B, *image_shape) <-> latents (B, h, w, D) with mean 0 and deviation 1 in each channel.
 
+    A latent's nats per dimension, less `log_volume`, are the image's. Where that is None only latents have a density.
     `encode` and `decode` take NumPy and JAX arrays, and are compiled where the codec has weights. A codec that inherits
     from this class and is a frozen dataclass of JSON values needs no `weights`, `description` and `restored` of its own.
     """
@@ -27,49 +28,20 @@ class Codec(Protocol):
     Options: ClassVar[type]
     is_pixels: ClassVar[bool]  # images are pictures in [-1, 1], to be shown and written as PNG; else arrays, as .npy
 
+    image_shape: tuple[int, int, int]  # (height, width, C) of what `encode` takes
+    image_channels: int  # of an image file when it is read: 1 (gray) or 3 (RGB)
+    grid: tuple[int, int]  # (h, w) of the latents
+    channels: int  # D
+    mean: tuple[float, ...]  # (D,): what `encode` subtracts from each channel
+    std: tuple[
+        float, ...
+    ]  # (D,): by which `encode` then divides; training noise, in the images' units, is divided by it
+    log_volume: float | None  # log-determinant of `encode` per dimension; None where it is no bijection
     weights: Mapping[str, Any] = {}  # nested dicts of arrays, saved beside the description with their content hash
 
     @classmethod
     def make(cls, options: Any, images: Iterable[np.ndarray]) -> Self:
         """A new codec. `images`: the source's, read only if they are asked for. Raises ConfigError."""
-        ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, C) of what `encode` takes."""
-        ...
-
-    @property
-    def image_channels(self) -> int:
-        """Channels of an image file when it is read: 1 (gray) or 3 (RGB)."""
-        ...
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) of the latents."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """D, the channels of a latent."""
-        ...
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """(D,): what `encode` subtracts from each channel."""
-        ...
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """(D,): what `encode` then divides by. Training noise, whose deviation is in the images' units, is divided by it."""
-        ...
-
-    @property
-    def log_volume(self) -> float | None:
-        """Log-determinant of `encode` per dimension; subtract it from a latent's nats per dimension to get the image's.
-
-        None: `encode` is no bijection, so only latents have a density.
-        """
         ...
 
     def encode(self, images):

@@ -107,13 +107,13 @@ class Sampler:
         """Continue each prompt `samples` times, until the answer ends itself or `max_tokens` are written.
 
         Returns what was written, prompts left out, the samples of a prompt side by side. Answer i is drawn with
-        seed + i, or with seed[i] where several are given: the same alone, in any batch, on any mesh. A prompt is read once for all of its samples. `rows`: prompts
-        of the largest of several calls, whose programs this one then shares. Raises DocumentError for a prompt that does
-        not fit the model.
+        seed + i, or with seed[i] where several are given: the same alone, in any batch, on any mesh. A prompt is read once
+        for all of its samples. `rows`: prompts of the largest of several calls, whose programs this one then shares.
+        Raises DocumentError for a prompt that does not fit the model.
         """
         if not prompts:
             return []
-        seeds = [seed + i for i in range(len(prompts) * samples)] if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Many) else [seed + i for i in range(len(prompts) * samples)]
         rows = max(rows, len(prompts))
         session = self.session(options, seeds[::samples], rounded(rows))
         session.read(prompts, room=session.to_write)

@@ -1,0 +1,71 @@
+"""eval."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from starflow2_jax.commands.model import add_model, restore
+from starflow2_jax.errors import UserError, require_positive
+
+
+def add(commands) -> None:
+    p = commands.add_parser("eval", help="a benchmark's numbers of a checkpoint, and a page", allow_abbrev=False)
+    add_model(p)
+    p.add_argument("--benchmark", required=True, help="its name, such as digits")
+    p.add_argument("--data", help="file or folder that the benchmark reads its tasks from, where it does")
+    p.add_argument("--limit", type=int, help="tasks of each kind at most (default: the benchmark's own)")
+    p.add_argument("--batch", type=int, default=64, help="tasks answered at a time")
+    p.add_argument("--seed", type=int, default=0, help="with a task's key it decides the draws of the task's answers")
+    p.add_argument("--process", type=int, default=0, metavar="I", help="which of --processes this is, from 0")
+    p.add_argument("--processes", type=int, default=1, metavar="N", help="how many share the tasks, through --out")
+    p.add_argument(
+        "--out", help="folder for report.json, index.html and the answers; what is answered there is not done again"
+    )
+    p.set_defaults(run=_eval, kept="the answers that are finished stand in --out")
+
+
+def _eval(args, _) -> None:
+    from starflow2_jax.sampling.batch_files import Share
+
+    require_positive(**{"--batch": args.batch})
+    share = Share(args.process, args.processes)
+    if args.out is None and args.processes > 1:
+        raise UserError("several processes share the tasks through a folder; name it with --out")
+    report(
+        args.benchmark, args.checkpoint, args.out, args.data, args.limit, args.batch, args.seed, share=share, model=args
+    )  # fmt: skip
+
+
+def report(
+    name: str, checkpoint: str | Path, out: str | Path | None, data: str | None = None, limit: int | None = None,
+    batch: int = 64, seed: int = 0, share=None, model=None, trained: float | None = None, **more,
+) -> None:  # fmt: skip
+    """Evaluate, print the numbers and `more`, and where `out` says so write the page.
+
+    `model`: parsed arguments of `add_model`; None: as the checkpoint's config says. `trained`: seconds of the training.
+    """
+    from starflow2_jax.evaluation import engine
+    from starflow2_jax.evaluation.report import write_report
+    from starflow2_jax.evaluation.table import open_benchmark
+    from starflow2_jax.sampling import batch_files
+    from starflow2_jax.sampling.engine import Sampler
+
+    benchmark, begin = open_benchmark(name, data, limit), time.time()
+    sampler = restore(model) if model else Sampler.restore(checkpoint)
+    run = {"benchmark": name, "limit": limit}
+    run |= batch_files.about(sampler, checkpoint, model.dtype if model else None, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        answers = Path(scratch if out is None else out) / "answers"
+        found = engine.evaluate(sampler, benchmark, answers, run, seed, batch, share or batch_files.Share())
+    if found is None:
+        print(f"the tasks of this process are answered in {answers}; the last process to finish writes the report")
+        return
+    numbers, page = found
+    if trained is not None:
+        numbers |= {"train_seconds": round(trained, 1), "total_seconds": round(trained + time.time() - begin, 1)}
+    numbers |= more
+    print(json.dumps(numbers, indent=1))
+    if out:
+        write_report(out, {**numbers, "aims": benchmark.aims}, page, Path(checkpoint) / "metrics" / "metrics.jsonl")
+        print(f"open {Path(out) / 'index.html'}")
