@@ -4,7 +4,7 @@
 
 It is experiments/digits_quick.py with more steps. The quickstart's numbers and page of it:
 
-    starflow2 eval --checkpoint runs/digits --out runs/digits_report
+    starflow2 eval --benchmark digits --checkpoint runs/digits --out runs/digits_report
 """
 
 from pathlib import Path
