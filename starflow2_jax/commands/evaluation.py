@@ -26,46 +26,38 @@ def add(commands) -> None:
 
 
 def _eval(args, _) -> None:
-    from starflow2_jax.sampling.batch_files import Share
-
     require_positive(**{"--batch": args.batch})
-    share = Share(args.process, args.processes)
     if args.out is None and args.processes > 1:
         raise UserError("several processes share the tasks through a folder; name it with --out")
-    report(
-        args.benchmark, args.checkpoint, args.out, args.data, args.limit, args.batch, args.seed, share=share, model=args
-    )  # fmt: skip
+    report(args)
 
 
-def report(
-    name: str, checkpoint: str | Path, out: str | Path | None, data: str | None = None, limit: int | None = None,
-    batch: int = 64, seed: int = 0, share=None, model=None, trained: float | None = None, **more,
-) -> None:  # fmt: skip
-    """Evaluate, print the numbers and `more`, and where `out` says so write the page.
+def report(args, trained: float | None = None, **more) -> None:
+    """Evaluate, print the numbers and `more`, and where `args.out` says so write the page.
 
-    `model`: parsed arguments of `add_model`; None: as the checkpoint's config says. `trained`: seconds of the training.
+    `args`: what the command takes; `trained`: seconds of the training, if they are among the numbers.
     """
     from starflow2_jax.evaluation import engine
     from starflow2_jax.evaluation.report import write_report
     from starflow2_jax.evaluation.table import open_benchmark
     from starflow2_jax.sampling import batch_files
-    from starflow2_jax.sampling.engine import Sampler
 
-    benchmark, begin = open_benchmark(name, data, limit), time.time()
-    sampler = restore(model) if model else Sampler.restore(checkpoint)
-    run = {"benchmark": name, "limit": limit}
-    run |= batch_files.about(sampler, checkpoint, model.dtype if model else None, seed)
+    begin, share = time.time(), batch_files.Share(args.process, args.processes)
+    benchmark = open_benchmark(args.benchmark, args.data, args.limit)
+    sampler = restore(args)
+    run = {"benchmark": args.benchmark} | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        answers = Path(scratch if out is None else out) / "answers"
-        found = engine.evaluate(sampler, benchmark, answers, run, seed, batch, share or batch_files.Share())
+        answers = Path(args.out or scratch) / "answers"
+        found = engine.evaluate(sampler, benchmark, answers, run, args.seed, args.batch, share)
     if found is None:
-        print(f"the tasks of this process are answered in {answers}; the last process to finish writes the report")
+        print(f"this process's tasks are answered in {answers}; the last process to finish writes the report")
         return
     numbers, page = found
     if trained is not None:
         numbers |= {"train_seconds": round(trained, 1), "total_seconds": round(trained + time.time() - begin, 1)}
     numbers |= more
     print(json.dumps(numbers, indent=1))
-    if out:
-        write_report(out, {**numbers, "aims": benchmark.aims}, page, Path(checkpoint) / "metrics" / "metrics.jsonl")
-        print(f"open {Path(out) / 'index.html'}")
+    if args.out:
+        metrics = Path(args.checkpoint) / "metrics" / "metrics.jsonl"
+        write_report(args.out, {**numbers, "aims": benchmark.aims}, page, metrics)
+        print(f"open {Path(args.out) / 'index.html'}")

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-QUICK_BATCH = 300  # tasks that the quickstart's small model answers at a time
+from starflow2_jax.commands import evaluation
 
 
 def add(commands) -> None:
@@ -97,6 +97,9 @@ def _add_quickstart(commands) -> None:
     p.add_argument("--out", default="quickstart")
     p.add_argument("--smoke", action="store_true", help="the same path, a few steps of each stage")
     p.set_defaults(run=_quickstart, kept="what is saved stands, the same command goes on")
+    p.set_defaults(
+        benchmark="digits", data=None, batch=300, seed=0, process=0, processes=1, dtype=None, fsdp=1, tensor=1
+    )
 
 
 def _quickstart(args, _) -> None:
@@ -107,12 +110,8 @@ def _quickstart(args, _) -> None:
     experiment = Path(__file__).parents[1] / "experiments" / "digits_quick.py"
     config = configs.load(experiment, runlocal=args.smoke)
     _devices(config.cpu_devices)
-    out = Path(args.out)
-    spent = _trained(config, out / "checkpoint")["seconds"]["total"]  # of all starts, where it was interrupted
+    args.checkpoint = Path(args.out) / "checkpoint"
+    args.limit = 10 if args.smoke else None
+    spent = _trained(config, args.checkpoint)["seconds"]["total"]  # of all starts, where it was interrupted
     print("sampling and evaluating ...")
-    from starflow2_jax.commands import evaluation
-
-    limit = 10 if args.smoke else None
-    evaluation.report(
-        "digits", out / "checkpoint", out, limit=limit, batch=QUICK_BATCH, trained=spent, smoke=args.smoke
-    )
+    evaluation.report(args, spent, smoke=args.smoke)

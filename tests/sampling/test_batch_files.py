@@ -72,6 +72,16 @@ def test_processes_share_the_prompts_and_the_last_one_lists_all(tmp_path):
         assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()
 
 
+def test_a_killed_run_keeps_what_is_whole_and_goes_on(tmp_path):
+    asked, again = prompts(3), Recorder()
+    batch_files.write(Recorder(), asked, tmp_path, 2, progress=False)
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-5])  # within the last answer: both answers to prompt 2 are drawn again
+    assert batch_files.write(again, asked, tmp_path, 2, progress=False)
+    assert again.calls == [(1, 1)] and path.read_text() == whole
+
+
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     asked, first, second = prompts(5), Recorder(), Recorder()
     batch_files.write(first, asked, tmp_path, 2, share=Share(1, 2), progress=False)
