@@ -29,8 +29,8 @@ CORE = (
     "pillow>=11",
     "tqdm>=4.66",
     "tensorboardX>=2.6",
-    "scikit-learn>=1.6",
-    "scipy>=1.13",
+    "scikit-learn>=1.6",  # the quickstart's digits come with it, so a plain installation has it
+    "scipy>=1.13",  # which JAX needs, too
     "matplotlib>=3.10",
 )
 TORCH = "torch>=2.9,<3"  # only to read .pt and .pth files, and as a reference in tests

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import digits, sources
+from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Text
 from starflow2_jax.models.jacobi import Jacobi, Schedule
 from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
@@ -50,7 +51,7 @@ def random_sampler(config: ConfigDict) -> Sampler:
         return normal(next(keys), x.shape, x.dtype)
 
     params = jax.tree_util.tree_map_with_path(leaf, shapes)
-    tokenizer = digits.make_tokenizer()  # any with the special tokens: what is written means nothing
+    tokenizer = tokenizers.train(digits.texts(), 416)  # any with the special tokens: what is written means nothing
     return Sampler(model, params, tokenizer, sources.make_codec(config), max_positions=config.max_positions)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from starflow2_jax.codecs.patch import PatchCodec
-from starflow2_jax.data import digits
+from starflow2_jax.data import digits, tokenizer
 from starflow2_jax.data.documents import Text
 from starflow2_jax.models.flow import SOFTPLUS_ONE, grid_angles
 from starflow2_jax.models.jacobi import Jacobi
@@ -54,7 +54,7 @@ def mid_size() -> Sampler:
 
     params = jax.tree_util.tree_map_with_path(leaf, params)
     codec = PatchCodec((64, 64), 2, 4, (0.0,) * 32, (1.0,) * 32)
-    return Sampler(model, params, digits.make_tokenizer(), codec)
+    return Sampler(model, params, tokenizer.train(digits.texts(), 416), codec)
 
 
 class Stack:

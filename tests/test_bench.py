@@ -13,7 +13,7 @@ from tiny_experiment import tiny_config
 from starflow2_jax import cli
 from starflow2_jax.benchmarks import checkpoint, data, program, synthetic, train
 from starflow2_jax.config import loading as configs
-from starflow2_jax.data.documents import JsonlDocuments
+from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models import flops
 from starflow2_jax.models.pretzel import init_params

@@ -8,6 +8,7 @@ import numpy as np
 
 from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits
+from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, Image, Text
 from starflow2_jax.data.pipeline import Encoder, batches, collate
 from starflow2_jax.models.layers import TransformerConfig
@@ -39,7 +40,7 @@ CODEC = PatchCodec(SIZE, 1, 2, (0.1, -0.2, 0.3, 0.0), (0.5, 0.6, 0.7, 0.8))
 
 @cache
 def tokenizer():
-    return digits.make_tokenizer()
+    return tokenizers.train(digits.texts(), 416)
 
 
 @cache

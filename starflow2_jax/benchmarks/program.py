@@ -11,7 +11,7 @@ from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
 from starflow2_jax.training.loop import Trainer
-from starflow2_jax.training.program import find_stage, fresh_params, held, other_tree, require_rows
+from starflow2_jax.training.program import find_stage, fresh_params, held, makes_vlm, other_tree, require_rows
 from starflow2_jax.training.step import TrainState
 
 
@@ -20,7 +20,7 @@ def fresh(trainer: Trainer, tree: str) -> dict:
 
     A frozen VLM that the config does not pretrain itself is bfloat16, as the published ones are.
     """
-    published = tree == "frozen" and "pretrain" not in trainer.config.order
+    published = tree == "frozen" and not makes_vlm(trainer.config)
     dtype = jnp.bfloat16 if published else None
     return fresh_params(trainer.model, trainer.config.seed, tree, trainer.mesh, dtype)
 

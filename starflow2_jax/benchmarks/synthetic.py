@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from starflow2_jax.data.sources import codec_options
 from starflow2_jax.stages import Stage
 
 DOCUMENTS = 64
@@ -15,14 +16,12 @@ WORDS = "a the small large red blue green old new house tree river road bird dog
 def write(config: ConfigDict, stage: Stage, folder: Path, words: int = 48) -> str:
     """A JSONL file of DOCUMENTS documents with captions of `words` words, what the stage trains on marked; its path."""
     rng = np.random.default_rng(0)
-    codec, (h, w) = config.codec, config.model.grid
-    shape = (
-        (h, w, codec.channels) if codec.kind == "latents" else (h * codec.patch, w * codec.patch, codec.image_channels)
-    )
+    codec, options = codec_options(config)
+    shape = options.image_shape(tuple(config.model.grid))
     lines = []
     for i in range(DOCUMENTS):
         pixels = rng.standard_normal(shape).astype(np.float32)
-        np.save(folder / f"{i}.npy", pixels if codec.kind == "latents" else np.tanh(pixels))
+        np.save(folder / f"{i}.npy", np.tanh(pixels) if codec.is_pixels else pixels)
         caption = " ".join(rng.choice(WORDS.split(), words))
         image = {"image": f"{i}.npy"}
         makes = stage.image_loss and (i % 2 == 0 or not stage.text_loss)

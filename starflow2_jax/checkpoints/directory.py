@@ -1,7 +1,7 @@
 """A checkpoint directory: enough to sample from it anywhere, restorable on another mesh than it was saved on.
 
 config.json     the experiment's config, and the number of this format
-codec.json      the codec
+codec.json      the codec; codec.safetensors: its weights, where it has any
 tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
 steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position; files.json (file_list.py)
@@ -11,20 +11,20 @@ inversion.json  where `starflow2 calibrate` was run: how both flows are inverted
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 from ml_collections import ConfigDict
 from transformers import AutoTokenizer
 
 from starflow2_jax.checkpoints import damage
+from starflow2_jax.checkpoints.codec import restore_codec, write_codec
 from starflow2_jax.checkpoints.frozen import FrozenWeights
 from starflow2_jax.checkpoints.reading import CheckpointError, read_json, with_tuples
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.checkpoints.steps import Steps
-from starflow2_jax.codecs.patch import CODECS, Codec
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.config import loading as configs
-from starflow2_jax.errors import ConfigError
+from starflow2_jax.errors import ConfigError, UserError
 
 FORMAT = 2  # 2: rotary pairs are halves of a head in the flows, too; what is saved by 1 means something else here
 
@@ -51,7 +51,7 @@ class CheckpointDirectory:
         self._create(config, codec)
 
     def _create(self, config: ConfigDict, codec: Codec) -> None:
-        (self.folder / "codec.json").write_text(json.dumps({"kind": codec.kind, **asdict(codec)}, indent=1))
+        write_codec(self.folder, codec)
         self.write_config(config)
 
     def write_config(self, config: ConfigDict) -> None:
@@ -75,14 +75,12 @@ class CheckpointDirectory:
     def codec(self) -> Codec:
         """Raises CheckpointError."""
         values = read_json(self.folder / "codec.json")
-        kind = CODECS.get(values.pop("kind", None)) if isinstance(values, dict) else None
-        if kind is None:
+        if not isinstance(values, dict):
             raise CheckpointError(f"{self.folder / 'codec.json'} is not a codec of this program")
         try:
-            return kind(**with_tuples(values))
-        except TypeError as error:
-            path = self.folder / "codec.json"
-            raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
+            return restore_codec(self.folder, with_tuples(values))
+        except UserError as error:
+            raise CheckpointError(str(error)) from None
 
     def tokenizer(self):
         """A `transformers` tokenizer. Raises CheckpointError."""

@@ -1,32 +1,37 @@
-"""Codecs: frozen maps between images and the latent tokens the flow models."""
+"""Lossless patches of pixels."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from starflow2_jax.codecs.protocol import Codec, require_shape
+from starflow2_jax.errors import ConfigError
+from starflow2_jax.fields import option
+from starflow2_jax.models.patches import patchify, unpatchify
+
 LEAST_STD = 1e-2  # of a patch's channel, about one level of an 8-bit pixel
 
 
-def patchify(images, patch: int):
-    """Images (B, h p, w p, C) -> (B, h, w, D = C p p), channels ordered (channel, row, column)."""
-    B, height, width, C = images.shape
-    x = images.reshape(B, height // patch, patch, width // patch, patch, C)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(B, height // patch, width // patch, C * patch * patch)
+@dataclass(frozen=True)
+class PatchOptions:
+    """The pixels of a square become one token."""
 
+    patch: int = option("side of a patch, in pixels; each becomes one token", 2, least=1)
+    image_channels: int = option("channels of an image: 1 gray, 3 red, green and blue", 3, least=1, most=3)
 
-def unpatchify(latents, patch: int, channels: int):
-    """The inverse of `patchify`."""
-    B, h, w, _ = latents.shape
-    x = latents.reshape(B, h, w, channels, patch, patch)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(B, h * patch, w * patch, channels)
+    @property
+    def channels(self) -> int:
+        """Of a token."""
+        return self.image_channels * self.patch**2
+
+    def image_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        return grid[0] * self.patch, grid[1] * self.patch, self.image_channels
 
 
 @dataclass(frozen=True)
-class PatchCodec:
-    """Lossless patches, each latent channel shifted and scaled to mean 0 and deviation 1 over the training images.
-
-    Images are float arrays in [-1, 1]. Works on NumPy and JAX arrays alike.
-    """
+class PatchCodec(Codec):
+    """Each latent channel is shifted and scaled to mean 0 and deviation 1 over the training images, pixels in [-1, 1]."""
 
     image_size: tuple[int, int]
     image_channels: int
@@ -35,6 +40,23 @@ class PatchCodec:
     std: tuple[float, ...]  # (D,)
 
     kind = "patch"
+    Options = PatchOptions
+    is_pixels = True
+
+    @classmethod
+    def make(cls, options: PatchOptions, images: Iterable[np.ndarray]) -> "PatchCodec":
+        images = list(images)
+        shapes = sorted({image.shape for image in images})
+        if not shapes:
+            raise ConfigError('the source has no image via "flow" among those that the codec is fitted to; add some')
+        if len(sizes := sorted({shape[:2] for shape in shapes})) > 1:
+            raise ConfigError(f"the source has flow images of sizes {sizes}; bring them to one size")
+        if sides := [side for side in sizes[0] if side % options.patch]:
+            raise ConfigError(f"codec.patch={options.patch} does not divide an image's side of {sides[0]} pixels")
+        if wrong := [shape[2] for shape in shapes if shape[2] != options.image_channels]:
+            channels = f"{wrong[0]} channel{' (gray)' if wrong[0] == 1 else 's'}"
+            raise ConfigError(f"the source's images have {channels}; set codec.image_channels to {wrong[0]}")
+        return cls.fit(np.stack(images), options.patch)
 
     @classmethod
     def fit(cls, images: np.ndarray, patch: int) -> "PatchCodec":
@@ -42,6 +64,10 @@ class PatchCodec:
         latents = patchify(images, patch).reshape(-1, images.shape[-1] * patch * patch)
         mean, std = latents.mean(0), np.maximum(latents.std(0), LEAST_STD)
         return cls(images.shape[1:3], images.shape[-1], patch, tuple(mean.tolist()), tuple(std.tolist()))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (*self.image_size, self.image_channels)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -52,57 +78,13 @@ class PatchCodec:
         return len(self.mean)
 
     def encode(self, images):
-        """(B, height, width, C) -> (B, h, w, D). Raises ValueError for another image size."""
-        if tuple(images.shape[1:]) != (*self.image_size, self.image_channels):
-            want = "x".join(map(str, (*self.image_size, self.image_channels)))
-            raise ValueError(
-                f"an image of size {'x'.join(map(str, images.shape[1:]))} was given, but the codec takes {want}; resize it"
-            )
+        require_shape(images, self.image_shape, "pixels")
         return (patchify(images, self.patch) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def decode(self, latents):
-        """(B, h, w, D) -> (B, height, width, C), not clipped."""
         latents = latents * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return unpatchify(latents, self.patch, self.image_channels)
 
     @property
     def log_volume(self) -> float:
-        """Log-determinant of `encode`, per dimension: subtract it from a latent's nats per dimension to get the image's."""
         return -float(np.mean(np.log(self.std)))
-
-
-@dataclass(frozen=True)
-class LatentCodec:
-    """Images that come as latents already, of whatever encoder: arrays (h, w, D), shifted and scaled by two numbers."""
-
-    grid: tuple[int, int]
-    channels: int
-    shift: float = 0.0
-    scale: float = 1.0
-
-    kind = "latents"
-    image_channels = 3  # of a picture that only the vision tower sees
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        return (self.scale,) * self.channels
-
-    def encode(self, images):
-        """(B, h, w, D) -> (B, h, w, D). Raises ValueError for another shape."""
-        if tuple(images.shape[1:]) != (*self.grid, self.channels):
-            given, want = ("x".join(map(str, shape)) for shape in (images.shape[1:], (*self.grid, self.channels)))
-            raise ValueError(f"an image of shape {given} was given, but the codec takes latents of {want}")
-        return (images - self.shift) / self.scale
-
-    def decode(self, latents):
-        """(B, h, w, D) -> (B, h, w, D)."""
-        return latents * self.scale + self.shift
-
-    @property
-    def log_volume(self) -> float:
-        """Log-determinant of `encode`, per dimension."""
-        return -float(np.log(self.scale))
-
-
-Codec = PatchCodec | LatentCodec
-CODECS = {codec.kind: codec for codec in (PatchCodec, LatentCodec)}

@@ -51,7 +51,7 @@ def converse(chat, out: Path, via: str = "flow") -> None:
             continue
         try:
             answer = chat.stream(parse(line, chat.sampler.codec.image_channels, via))
-            number += show(answer, out, number)
+            number += show(answer, out, number, chat.sampler.codec.is_pixels)
         except UserError as error:
             print(f"! {error}")
         except KeyboardInterrupt:
@@ -59,7 +59,7 @@ def converse(chat, out: Path, via: str = "flow") -> None:
             return
 
 
-def show(answer: Iterator[Event], out: Path, number: int) -> int:
+def show(answer: Iterator[Event], out: Path, number: int, is_pixels: bool = True) -> int:
     """Print an answer as it comes, its images as files of `out` that are numbered from `number` on; returns how many."""
     images, begun = 0, False  # begun: whether the line has words
     for event in answer:
@@ -68,7 +68,7 @@ def show(answer: Iterator[Event], out: Path, number: int) -> int:
             begun = True
         elif isinstance(event, Picture):
             out.mkdir(parents=True, exist_ok=True)
-            path = write_image(out / f"{number + images:03d}", event.pixels)
+            path = write_image(out / f"{number + images:03d}", event.pixels, is_pixels)
             print(f"\n[{path}]" if begun else f"[{path}]")
             images, begun = images + 1, False
     if begun:

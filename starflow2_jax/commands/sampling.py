@@ -4,9 +4,8 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from starflow2_jax.commands.model import add_model, restore
 from starflow2_jax.errors import UserError
@@ -56,103 +55,51 @@ def _add_sample(commands) -> None:
 
 
 def _sample(args, _) -> None:
-    from starflow2_jax.data.documents import DocumentError, JsonlDocuments, Text, read_document
+    from starflow2_jax.data.documents import Text, read_document
+    from starflow2_jax.data.jsonl import JsonlDocuments
+    from starflow2_jax.sampling import batch_files
 
     options = _options(args)
     sampler, out = restore(args), Path(args.out)
     options = options.sized(sampler.model.cfg.tokens)
     channels = sampler.codec.image_channels
     if args.documents:
-        prompts = JsonlDocuments(args.documents, channels)
+        documents = JsonlDocuments(args.documents, channels)
+        prompts = [
+            _prompt(args, sampler, options, partial(documents.__getitem__, i), i, f"{args.documents}, document {i}: ")
+            for i in range(len(documents))
+        ]
+        batch_files.begin(out, _run(args, options, sampler))
+        batch_files.write(sampler, prompts, out, args.batch, args.denoise)
     else:
-        prompts = [[Text(args.prompt)] if args.prompt is not None else read_document(args.document, channels)]
-    lines = out / "samples.jsonl"
-    done = _resume(out, _run(args, options, sampler), args.num) if args.documents else _anew(out)
-    rows = min(args.batch, len(prompts) - done)
-    with tqdm(total=len(prompts), initial=done, disable=not args.documents) as bar:
-        for start in range(done, len(prompts), args.batch):
-            several = [_prompt(args, sampler, prompts, i) for i in range(start, min(start + args.batch, len(prompts)))]
-            first = args.seed + start * args.num
-            try:
-                answers = _answers(args, sampler, several, options, first, rows)
-            except DocumentError as error:
-                if not args.documents or error.index is None:
-                    raise
-                raise DocumentError(f"{args.documents}, document {start + error.index}: {error}") from None
-            with lines.open("a" if start else "w") as file:
-                for i, answer in enumerate(answers):
-                    parts = _write_parts(answer, out, f"{start * args.num + i:03d}")
-                    line = {"document": start + i // args.num, "seed": first + i, "parts": parts}
-                    file.write(json.dumps(line) + "\n")
-                    if not args.documents:
-                        print(f"{i:03d}", *(p.get("text") or f"[{out / p['image']}]" for p in parts))
-            bar.update(len(several))
-    listing = [json.loads(line)["parts"] for line in lines.read_text().splitlines()]
-    (out / "samples.json").write_text(json.dumps(listing, indent=1))
+        document = [Text(args.prompt)] if args.prompt is not None else read_document(args.document, channels)
+        lines = batch_files.write_anew(sampler, _prompt(args, sampler, options, lambda: document), out, args.denoise)
+        for i, line in enumerate(lines):
+            print(f"{i:03d}", *(part.get("text") or f"[{out / part['image']}]" for part in line["parts"]))
     print(f"compiled {len(sampler.programs)} programs", file=sys.stderr)
 
 
-def _prompt(args, sampler, prompts, index: int):
-    from starflow2_jax.data.documents import DocumentError
+def _prompt(args, sampler, options, read, index: int = 0, where: str = ""):
     from starflow2_jax.data.tokenizer import chat
+    from starflow2_jax.sampling.batch_files import Prompt
     from starflow2_jax.sampling.prompts import spoken
 
-    try:
-        prompt = spoken(sampler.tokenizer, prompts[index])
-        return chat(sampler.tokenizer, [("user", prompt)]) if args.chat else prompt
-    except DocumentError as error:
-        where = f"{args.documents}, document {index}: "
-        raise DocumentError(
-            ("" if not args.documents or str(error).startswith(where) else where) + str(error)
-        ) from None
+    def prompt():
+        said = spoken(sampler.tokenizer, read())
+        return chat(sampler.tokenizer, [("user", said)]) if args.chat else said
 
-
-def _answers(args, sampler, prompts, options, seed: int, rows: int):
-    from starflow2_jax.sampling.noise_space import denoise
-
-    answers = sampler.generate(prompts, options, seed, args.num, rows)
-    if args.denoise:
-        answers = denoise(sampler, [p for p in prompts for _ in range(args.num)], answers, sampler.noise)
-    return answers
+    first = args.seed + index * args.num
+    return Prompt(index, prompt, options, tuple(range(first, first + args.num)), where)
 
 
 def _run(args, options, sampler) -> dict:
-    """What makes the answers to a file of documents, as JSON values."""
-    run = asdict(options) | {
+    """What makes the answers to a file of documents."""
+    from starflow2_jax.sampling import batch_files
+
+    return asdict(options) | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed) | {
         "documents": hashlib.sha256(Path(args.documents).read_bytes()).hexdigest()[:16],
-        "checkpoint": str(Path(args.checkpoint).resolve()), "step": sampler.step, "dtype": args.dtype,
-        "seed": args.seed, "num": args.num, "chat": args.chat, "denoise": args.denoise,
-        "solvers": [asdict(solver) for solver in (*(sampler.schedule or ()), sampler.deep)],
+        "num": args.num, "chat": args.chat, "denoise": args.denoise,
     }  # fmt: skip
-    return json.loads(json.dumps(run))
-
-
-def _resume(out: Path, run: dict, num: int) -> int:
-    """How many documents an earlier start of the same run has finished. Raises UserError where `out` holds another's."""
-    described = out / "run.json"
-    if described.is_file():
-        before = json.loads(described.read_text())
-        if wrong := [name for name in run if run[name] != before.get(name)]:
-            raise UserError(
-                f"{out} holds samples of another run, whose {wrong[0]} was {before.get(wrong[0])!r} and not "
-                f"{run[wrong[0]]!r}; name another --out, or remove it"
-            )
-    elif (out / "samples.jsonl").is_file():
-        raise UserError(f"{out} holds samples that are not of --documents; name another --out, or remove it")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = out / ".run.json"
-        partial.write_text(json.dumps(run, indent=1))
-        partial.rename(described)
-    return _samples_in(out / "samples.jsonl", num)
-
-
-def _anew(out: Path) -> int:
-    """A folder for samples of one prompt, which replace those of another. Raises UserError where a file's are there."""
-    if (out / "run.json").is_file():
-        raise UserError(f"{out} holds samples of --documents; name another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    return 0
 
 
 def _options(args):
@@ -170,28 +117,6 @@ def _options(args):
     )  # fmt: skip
 
 
-def _samples_in(lines: Path, num: int) -> int:
-    """How many documents an earlier run has finished, `num` samples each; a line that was cut off is dropped."""
-    if not lines.is_file():
-        return 0
-    whole = [line for line in lines.read_text().split("\n")[:-1] if line]
-    keep = len(whole) // num
-    lines.write_text("".join(line + "\n" for line in whole[: keep * num]))
-    return keep
-
-
-def _write_parts(document, out: Path, name: str) -> list[dict]:
-    """The document's parts as JSON, its images as files of `out`."""
-    from starflow2_jax.data.documents import Image, write_image
-
-    return [
-        {"image": write_image(out / f"{name}_{k}", part.pixels).name}
-        if isinstance(part, Image)
-        else {"text": part.text}
-        for k, part in enumerate(document)
-    ]
-
-
 def _add_score(commands) -> None:
     p = commands.add_parser("score", help="log-likelihood of each part that counts", allow_abbrev=False)
     add_model(p)
@@ -201,7 +126,8 @@ def _add_score(commands) -> None:
 
 
 def _score(args, _) -> None:
-    from starflow2_jax.data.documents import JsonlDocuments, read_document
+    from starflow2_jax.data.documents import read_document
+    from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling.scoring import score
 
     sampler = restore(args)
@@ -257,7 +183,7 @@ def _invert(args, _) -> None:
     z = encode(sampler, [here], [read_image(args.image, sampler.codec.image_channels)])
     [image] = decode(sampler, [there], z)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    print(f"written: {write_image(Path(args.out), image)}")
+    print(f"written: {write_image(Path(args.out), image, sampler.codec.is_pixels)}")
 
 
 def _add_calibrate(commands) -> None:

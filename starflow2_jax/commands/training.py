@@ -1,17 +1,15 @@
-"""train, init, eval, quickstart."""
+"""train, init, quickstart."""
 
-import json
 import os
 import sys
-import time
 from pathlib import Path
 
+from starflow2_jax.commands import evaluation
 from starflow2_jax.commands.experiment import add_config
-from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
-    for command in (_add_train, _add_init, _add_eval, _add_quickstart):
+    for command in (_add_train, _add_init, _add_quickstart):
         command(commands)
 
 
@@ -97,42 +95,14 @@ def _init(args, overrides) -> None:
     print(f"ready: starflow2 train --config {args.config}{chip} --out {args.out}")
 
 
-def _add_eval(commands) -> None:
-    p = commands.add_parser("eval", help="the digits report's numbers of a checkpoint", allow_abbrev=False)
-    p.add_argument("--checkpoint", required=True)
-    p.add_argument("--limit", type=int, default=300, help="documents a task at most; 10 at least")
-    p.add_argument("--out", help="folder for report.json, index.html and samples.png, as the quickstart makes them")
-    p.set_defaults(run=_eval)
-
-
-def _eval(args, _) -> None:
-    if args.limit < 10:
-        raise UserError("--limit is at least 10: one digit of each kind")
-    _report(args.checkpoint, args.limit, args.out)
-
-
-def _report(checkpoint: str | Path, limit: int, out: str | Path | None, trained: float | None = None, **more) -> None:
-    """Evaluate, print, and where `out` says so write the page. `trained`: seconds of the training."""
-    from starflow2_jax.evaluation.digits import AIMS, evaluate
-    from starflow2_jax.evaluation.report import write_report
-    from starflow2_jax.sampling.engine import Sampler
-
-    begin = time.time()
-    numbers, samples = evaluate(Sampler.restore(checkpoint), limit)
-    if trained is not None:
-        numbers |= {"train_seconds": round(trained, 1), "total_seconds": round(trained + time.time() - begin, 1)}
-    numbers |= more
-    print(json.dumps(numbers, indent=1))
-    if out:
-        write_report(out, {**numbers, "aims": AIMS}, samples, Path(checkpoint) / "metrics" / "metrics.jsonl")
-        print(f"open {Path(out) / 'index.html'}")
-
-
 def _add_quickstart(commands) -> None:
     p = commands.add_parser("quickstart", help="train, sample and evaluate on real digits", allow_abbrev=False)
     p.add_argument("--out", default="quickstart")
     p.add_argument("--smoke", action="store_true", help="the same path, a few steps of each stage")
     p.set_defaults(run=_quickstart, kept="what is saved stands, the same command goes on")
+    p.set_defaults(
+        benchmark="digits", data=None, batch=300, seed=0, process=0, processes=1, dtype=None, fsdp=1, tensor=1
+    )
 
 
 def _quickstart(args, _) -> None:
@@ -142,7 +112,8 @@ def _quickstart(args, _) -> None:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     config = configs.load("digits_quick", runlocal=args.smoke)
     _devices(config.cpu_devices)
-    checkpoint = Path(args.out) / "checkpoint"
-    spent = _trained(config, checkpoint)["seconds"]  # of all starts, where it was interrupted
+    args.checkpoint = Path(args.out) / "checkpoint"
+    args.limit = 10 if args.smoke else None
+    spent = _trained(config, args.checkpoint)["seconds"]["total"]  # of all starts, where it was interrupted
     print("sampling and evaluating ...")
-    _report(checkpoint, 10 if args.smoke else 300, args.out, spent["total"], smoke=args.smoke)
+    evaluation.report(args, spent, smoke=args.smoke)

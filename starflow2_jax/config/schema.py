@@ -4,8 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cache
 
-from starflow2_jax.config.kinds import CODECS, codec_options, source_options
-from starflow2_jax.errors import UserError
+from starflow2_jax.codecs.table import CODECS
+from starflow2_jax.data.sources import find
+from starflow2_jax.errors import UserError, require_one_of
 from starflow2_jax.fields import Variant, check, option
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.stages import STAGES
@@ -98,15 +99,16 @@ class FaultsConfig:
 
 @cache
 def codec_class(kind: str | None) -> type:
-    """The keys of the section `codec`: those of all codecs and those of this kind. Raises ConfigError for an unknown kind."""
-    return _joined(CodecConfig, codec_options("latents" if kind is None else kind))
+    """The keys of the section `codec`: those of all codecs and those of this kind. Raises UserError for an unknown kind."""
+    kind = "latents" if kind is None else kind
+    require_one_of("codec.kind", kind, CODECS)
+    return _joined(CodecConfig, CODECS[kind].Options)
 
 
 @cache
 def data_class(source: str | None) -> type:
-    """The keys of the section `data`: those of all sources and those of this one."""
-    own = source_options(source) if source else None
-    return _joined(DataConfig, own) if own else DataConfig
+    """The keys of the section `data`: those of all sources and those of this one. Raises ConfigError."""
+    return _joined(DataConfig, find(source).Options) if source else DataConfig
 
 
 def _joined(common: type, own: type) -> type:

@@ -1,13 +1,18 @@
-"""Real handwriting that ships inside scikit-learn (1,797 scans of 8 x 8), as interleaved documents of five kinds."""
+"""Real handwriting that ships inside scikit-learn (1,797 scans of 8 x 8), as interleaved documents of five kinds.
 
+scikit-learn and SciPy are imported when the first scan is asked for, so that runs on other sources do without them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy.ndimage import map_coordinates, zoom
 
-from starflow2_jax.data import tokenizer
-from starflow2_jax.data.documents import Document, Image, Text, without_caption
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.protocol import Source
 from starflow2_jax.errors import UserError
+from starflow2_jax.fields import option
 
 WORDS = (
     "zero one two three four five six seven eight nine ten "
@@ -26,6 +31,7 @@ SUM_ANSWER = " {a} plus {b} is {total}"
 MIRROR = ("mirror it", "flip it left to right", "now its mirror image")
 COUNT = ("count from {first} to {last}", "from {first} up to {last}", "count on from {first} to {last}")
 KINDS = ("caption", "read", "sum", "mirror", "count")
+EVEN = dict.fromkeys(KINDS, 1.0)  # all kinds alike
 
 
 @cache
@@ -79,6 +85,8 @@ def count(first: int, pixels: list[np.ndarray], wording: int) -> Document:
 def warped(pixels: np.ndarray, rng) -> np.ndarray:
     """A scan (8, 8, 1) turned, sheared, scaled, shifted and bent at random, by about what two hands differ: deviations of
     6 degrees, 6 %, a quarter of a pixel, and a fifth of one at 4 x 4 places, smooth between them."""
+    from scipy.ndimage import map_coordinates, zoom
+
     turn, shear = rng.normal(0, 0.1, 2)
     cos, sin = np.cos(turn), np.sin(turn)
     matrix = np.array([[cos, shear - sin], [sin, cos]]) * np.exp(rng.normal(0, 0.06, 2))
@@ -90,24 +98,49 @@ def warped(pixels: np.ndarray, rng) -> np.ndarray:
     return np.clip(moved, -1, 1)[..., None].astype(np.float32)
 
 
-class DigitDocuments:
-    """An endless, deterministic source: document i depends on (seed, i) alone. `weights`: kind -> share of documents.
+@dataclass(frozen=True)
+class DigitOptions:
+    warp: float = option("share of the scans that are turned, sheared, shifted and bent a little", 0.0, least=0, most=1)
 
-    `caption_drop`: share of captions left out; `warp`: share of scans that are turned, scaled, shifted and bent a little.
+
+class Digits(Source):
+    """An endless, deterministic source: document i depends on (seed, i) alone.
+
+    `shares`: kind -> share of documents. `part`: the "train" or "held_out" scans. Raises UserError.
     """
 
+    Options = DigitOptions
+
     def __init__(
-        self, weights: dict[str, float], seed: int, caption_drop: float = 0.0, warp: float = 0.0, name: str = "train"
+        self,
+        where: str = "digits",
+        channels: int = 1,
+        options: DigitOptions = DigitOptions(),  # noqa: B008 - it is frozen
+        shares: Mapping[str, float] = EVEN,
+        seed: int = 0,
+        part: str = "train",
     ):
-        if unknown := set(weights) - set(KINDS):
+        if unknown := set(shares) - set(KINDS):
             raise UserError(f"unknown kinds of documents {sorted(unknown)} in shares; there are {', '.join(KINDS)}")
-        if not sum(weights.values()) > 0:
+        shares = {kind: share for kind, share in shares.items() if share}
+        if not sum(shares.values()) > 0:
             raise UserError("every kind of document has a share of 0; give one of them more")
-        self.pixels, self.labels = split(name)
+        self.pixels, self.labels = split(part)
         self.of_label = [np.flatnonzero(self.labels == digit) for digit in range(10)]
-        self.kinds = list(weights)
-        self.shares = np.array([weights[k] for k in self.kinds]) / sum(weights.values())
-        self.seed, self.caption_drop, self.warp = seed, caption_drop, warp
+        self.kinds = list(shares)
+        self.shares = np.array(list(shares.values())) / sum(shares.values())
+        self.options, self.seed, self.part = options, seed, part
+
+    def for_stage(self, shares: Mapping[str, float], seed: int) -> "Digits":
+        return Digits(options=self.options, shares=shares, seed=seed, part=self.part)
+
+    def images(self) -> np.ndarray:
+        """All scans."""
+        return self.pixels
+
+    def texts(self) -> list[str]:
+        """All wordings."""
+        return texts()
 
     def __len__(self) -> int:
         return 2**40
@@ -123,14 +156,13 @@ class DigitDocuments:
         return warped(self.pixels[index], rng) if self._askew(rng) else self.pixels[index]
 
     def _askew(self, rng) -> bool:
-        return self.warp > 0 and rng.random() < self.warp
+        return self.options.warp > 0 and rng.random() < self.options.warp
 
     def _caption(self, rng) -> Document:
         i, wording = rng.integers(len(self.labels)), rng.integers(len(CAPTIONS))
         askew = self._askew(rng)
         pixels = warped(self.pixels[i], rng) if askew else self.pixels[i]
-        document = caption(self.labels[i], pixels, wording, askew)
-        return without_caption(document) if rng.random() < self.caption_drop else document
+        return caption(self.labels[i], pixels, wording, askew)
 
     def _read(self, rng) -> Document:
         i, wording = rng.integers(len(self.labels)), rng.integers(len(READ))
@@ -151,11 +183,11 @@ class DigitDocuments:
         return count(first, [self._scan(rng, first + i) for i in range(length)], rng.integers(len(COUNT)))
 
 
-def make_tokenizer():
-    """Trained on the documents' wordings."""
+def texts() -> list[str]:
+    """The documents' wordings, which a tokenizer is trained on."""
     corpus = [" " + word for word in WORDS] + [*READ, *MIRROR, ASKEW] + [part for parts in SUM for part in parts]
     corpus += [SUM_ANSWER.format(a=a, b=b, total=b) for a in WORDS for b in WORDS]
     for word in WORDS:
         corpus += [t.format(a=article, word=word) for t in CAPTIONS for article in ("a", "an")]
         corpus += [t.format(first=word, last=other) for t in COUNT for other in WORDS]
-    return tokenizer.train(corpus, 512)
+    return corpus

@@ -33,6 +33,7 @@ class Image:
 
 
 Document = list[Text | Image]
+DROPS = 1  # sets the draws of CaptionsDropped apart from those of a source with the same seed
 Said = str | np.ndarray | list[str | np.ndarray | Text | Image]
 
 
@@ -93,14 +94,17 @@ def _read_array(path: Path) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def write_image(path: Path, pixels: np.ndarray) -> Path:
-    """(height, width, C) in [-1, 1] -> a PNG file; latents -> a .npy file. `path` has no suffix; returns it with one."""
-    if pixels.shape[-1] in (1, 3):
+def write_image(path: Path, image: np.ndarray, is_pixels: bool = True) -> Path:
+    """Pixels (height, width, C) in [-1, 1] -> a PNG file; where not `is_pixels`, an array of any numbers -> a .npy file.
+
+    `path` has no suffix; returns it with one.
+    """
+    if is_pixels:
         path = path.with_suffix(".png")
-        as_pillow(pixels).save(path)
+        as_pillow(image).save(path)
     else:
         path = path.with_suffix(".npy")
-        np.save(path, pixels)
+        np.save(path, image)
     return path
 
 
@@ -149,27 +153,7 @@ def _part(i: int, part: object, folder: Path, channels: int) -> Text | Image:
 def read_document(path: str | Path, channels: int) -> Document:
     """A JSON file of one document -> Document."""
     path = Path(path)
-    return from_json(_parse(path, read_text(path)), path.parent, channels)
-
-
-class JsonlDocuments(Rows):
-    """One's own training data: a JSONL file, one document (see `from_json`) a line; images are read when asked for."""
-
-    def __init__(self, path: str | Path, channels: int):
-        self.path, self.channels = Path(path), channels
-        self.lines = [line for line in read_text(self.path).split("\n") if line.strip()]
-        if not self.lines:
-            raise DocumentError(f"{path} has no documents")
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, index: int) -> Document:
-        where = f"{self.path}, document {index}"
-        try:
-            return from_json(_parse(where, self.lines[index]), self.path.parent, self.channels)
-        except DocumentError as error:
-            raise DocumentError(f"{where}: {error}") from None
+    return from_json(parse_json(path, read_text(path)), path.parent, channels)
 
 
 class CaptionsDropped(Rows):
@@ -186,7 +170,7 @@ class CaptionsDropped(Rows):
 
     def __getitem__(self, index: int) -> Document:
         document = self.source[index % len(self.source)]
-        drop = np.random.default_rng((self.seed, index)).random() < self.share
+        drop = np.random.default_rng((self.seed, index, DROPS)).random() < self.share
         return without_caption(document) if drop else document
 
 
@@ -228,7 +212,8 @@ def read_text(path: Path) -> str:
         raise DocumentError(f"{path} cannot be read as text ({error})") from None
 
 
-def _parse(where, text: str) -> object:
+def parse_json(where: str | Path, text: str) -> object:
+    """`where`: what the text is of, for the error. Raises DocumentError."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

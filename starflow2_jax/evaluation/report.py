@@ -11,20 +11,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from starflow2_jax.data.digits import WORDS
 from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.evaluation.protocol import Page
 
 ZOOM, MARGIN = 8, 4  # of samples.png: enlargement of a pixel, pixels between images
-SHOWN = 10  # digits a row of the page
+SHOWN = 10  # images a row of the page's grid
 LOWER_IS_BETTER = ("nll", "seconds")  # where a key holds one of these; elsewhere more is better
 UNITS = {"image_loss": "nats per latent dimension", "text_loss": "nats per token"}
 INK, LINE = "#808080", "#3b82c4"  # readable on light and on dark
-
-ABOUT = (
-    "STARFlow2 is one causal model that reads and writes both text and images: a frozen vision-language model and an "
-    "autoregressive normalizing flow over the same sequence, tied by two skips. "
-    "This page shows what a small one, trained from nothing in this run, makes of handwritten digits of 8 × 8 pixels."
-)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #66717e; --page: #fbfbf9; --card: #fff; --line: #dfe2e6;
@@ -40,8 +34,8 @@ table { border-collapse: collapse; } td, th { padding: .3rem 1.6rem .3rem 0; bor
   text-align: left; font-variant-numeric: tabular-nums; } th { color: var(--soft); font-weight: 600; font-size: .9rem; }
 td.number, th.number { text-align: right; } .met { color: var(--good); } .missed { color: var(--bad); }
 .curves { width: 100%; height: auto; } img.pixels { image-rendering: pixelated; vertical-align: middle; }
-.digits td, .digits th { padding: 2px; border: 0; } .digits th { padding-right: .8rem; text-align: right; }
-.digits img { width: 40px; height: 40px; display: block; }
+.grid td, .grid th { padding: 2px; border: 0; } .grid th { padding-right: .8rem; text-align: right; }
+.grid img { width: 40px; height: 40px; display: block; }
 .example { margin: .8rem 0; padding: .9rem 1.1rem; border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); line-height: 4.6; white-space: pre-wrap; } .example h3 { line-height: 1.4; }
 .example img { width: 64px; height: 64px; border: 3px solid transparent; border-radius: 4px; margin: 0 .15rem; }
@@ -50,32 +44,27 @@ span.made { padding: .15em .1em; background: var(--tint); color: var(--made); bo
 """
 
 
-def write_report(folder: Path, report: dict, samples: dict[str, object], metrics_path: Path) -> None:
-    """Write report.json, samples.png and index.html into `folder`.
+def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Path) -> None:
+    """Write report.json and index.html into `folder`, and samples.png where there is a page.
 
     report: numbers, and under "aims" what some of them should reach, {key: value}; groups may nest, "a.b" is b of a.
-    samples: "grid", generated digits (10, n, height, width, C) in [-1, 1], row d of digit d; "examples", a list of
-        (title, parts), each part {"text": str} or {"pixels": (height, width, C)}, both with "generated": bool where the
-        model made it; or a part of a Document, made by the model where it counts as a prediction.
     metrics_path: the training's metrics.jsonl; the page does without curves where it is missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    grid = np.asarray(samples["grid"])
     (folder / "report.json").write_text(json.dumps(report, indent=1, default=lambda array: array.tolist()) + "\n")
-    as_pillow(contact_sheet(grid)).save(folder / "samples.png")
-    sections = [
-        ("Numbers", _numbers(report)),
-        ("Generated digits", _digits(grid)),
-        ("Worked examples", _examples(samples["examples"])),
-        ("Training", _training(read_metrics(metrics_path))),
-    ]
-    body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
+    sections, about = [("Numbers", _numbers(report))], ""
+    if page is not None:
+        as_pillow(contact_sheet(page.grid)).save(folder / "samples.png")
+        sections += [(page.title, _grid(page)), ("Worked examples", _examples(page.examples))]
+        about = f"<p>{escape(page.about)}</p>\n"
+    sections.append(("Training", _training(read_metrics(metrics_path))))
+    body = "".join(f"<h2>{escape(title)}</h2>\n{content}\n" for title, content in sections)
     (folder / "index.html").write_text(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>STARFlow2 report</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>STARFlow2 report</h1>\n<p>{ABOUT}</p>\n{body}</body>\n</html>\n",
+        f"<body>\n<h1>STARFlow2 report</h1>\n{about}{body}</body>\n</html>\n",
         encoding="utf-8",
     )
 
@@ -146,18 +135,18 @@ def _number(value: object) -> str:
     return escape(str(value))
 
 
-def _digits(grid: np.ndarray) -> str:
+def _grid(page: Page) -> str:
     rows = []
-    for word, images in zip(WORDS, grid, strict=False):
-        cells = "".join(f"<td>{_pixels(image, f'generated {word}')}</td>" for image in images[:SHOWN])
-        rows.append(f"<tr><th>{word}</th>{cells}</tr>")
+    for name, images in zip(page.names, page.grid, strict=True):
+        cells = "".join(f"<td>{_pixels(image, f'generated {name}')}</td>" for image in images[:SHOWN])
+        rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
     return (
-        '<p class="soft">Drawn by the model when asked for the digit named on the left.</p>\n'
-        '<div class="wide"><table class="digits">\n' + "\n".join(rows) + "\n</table></div>"
+        f'<p class="soft">{escape(page.note)}</p>\n'
+        '<div class="wide"><table class="grid">\n' + "\n".join(rows) + "\n</table></div>"
     )
 
 
-def _examples(examples: Sequence[tuple[str, Sequence[Mapping | Text | Image]]]) -> str:
+def _examples(examples: Sequence[tuple[str, Sequence[Text | Image]]]) -> str:
     blocks = [
         f'<div class="example"><h3>{escape(title)}</h3>{"".join(_part(part) for part in parts)}</div>'
         for title, parts in examples
@@ -168,16 +157,11 @@ def _examples(examples: Sequence[tuple[str, Sequence[Mapping | Text | Image]]]) 
     )
 
 
-def _part(part: Mapping | Text | Image) -> str:
+def _part(part: Text | Image) -> str:
     if isinstance(part, Image):
-        part = {"pixels": part.pixels, "generated": part.generate}
-    elif isinstance(part, Text):
-        part = {"text": part.text, "generated": part.predict}
-    generated = bool(part.get("generated", False))
-    if "pixels" in part:
-        return _pixels(part["pixels"], "generated image" if generated else "given image", generated)
-    text = escape(part["text"])
-    return f'<span class="made">{text}</span>' if generated else text
+        return _pixels(part.pixels, "generated image" if part.generate else "given image", part.generate)
+    text = escape(part.text)
+    return f'<span class="made">{text}</span>' if part.predict else text
 
 
 def _pixels(pixels: np.ndarray, alt: str, made: bool = False) -> str:

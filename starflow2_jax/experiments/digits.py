@@ -1,7 +1,7 @@
 """STARFlow2 on scikit-learn's digits: the longer recipe, meant for an hour on two CPU cores; see docs/benchmarks/digits.md.
 
     starflow2 train --config digits --out runs/digits
-    starflow2 eval --checkpoint runs/digits --out runs/digits_report
+    starflow2 eval --benchmark digits --checkpoint runs/digits --out runs/digits_report
 
 It is digits_quick with more steps, more regularisation and scans that are warped.
 """

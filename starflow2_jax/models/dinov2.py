@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.codecs.patch import patchify
 from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.models.patches import patchify
 
 
 @dataclass(frozen=True)

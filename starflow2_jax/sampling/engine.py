@@ -20,7 +20,7 @@ from starflow2_jax.sampling import inversion
 from starflow2_jax.sampling.rows import SampleOptions, rounded
 from starflow2_jax.sampling.runtime import Runtime
 from starflow2_jax.sampling.session import Session
-from starflow2_jax.stages import STAGES
+from starflow2_jax.stages import find_saved
 
 DTYPES = ("float32", "bfloat16")
 AS_TRAINED = SampleOptions()
@@ -45,7 +45,7 @@ class Sampler(Runtime):
         mesh = mesh or sharding.make_mesh(fsdp=1, tensor=1)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         frozen, trainable = (abstract(tree, mesh) for tree in split(shapes))
-        stage = STAGES[checkpoints.steps.meta(number)["stage"]]
+        stage = find_saved(checkpoints.steps.meta(number)["stage"])
         if set(stage.trains) <= set(frozen):
             raise CheckpointError(f"{folder} has only pretrained its VLM so far; train on before sampling")
         params = checkpoints.steps.restore(number, {"params": trainable})["params"] | checkpoints.frozen.restore(frozen)
@@ -71,20 +71,21 @@ class Sampler(Runtime):
         self,
         prompts: list[Document],
         options: SampleOptions | Many[SampleOptions] = AS_TRAINED,
-        seed: int = 0,
+        seed: int | Many[int] = 0,
         samples: int = 1,
         rows: int = 0,
     ) -> list[Document]:
         """Continue each prompt `samples` times, until the answer ends itself or `max_tokens` are written.
 
         Returns what was written, prompts left out, the samples of a prompt side by side. Answer i is drawn with
-        seed + i: the same alone, in any batch, on any mesh. A prompt is read once for all of its samples. `rows`: prompts
-        of the largest of several calls, whose programs this one then shares. Raises DocumentError for a prompt that does
-        not fit the model.
+        seed + i, or with seed[i] where several are given: the same alone, in any batch, on any mesh. A prompt is read once
+        for all of its samples. `rows`: prompts of the largest of several calls, whose programs this one then shares.
+        Raises DocumentError for a prompt that does not fit the model.
         """
         if not prompts:
             return []
-        seeds, rows = [seed + i for i in range(len(prompts) * samples)], max(rows, len(prompts))
+        seeds = list(seed) if isinstance(seed, Many) else [seed + i for i in range(len(prompts) * samples)]
+        rows = max(rows, len(prompts))
         session = self.session(options, seeds[::samples], rounded(rows))
         session.read(prompts, room=session.to_write)
         if samples > 1:

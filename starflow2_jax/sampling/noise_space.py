@@ -37,7 +37,7 @@ def decode(sampler: Sampler, prompts: list[Document], z: np.ndarray, batch_size:
     Token by token, u_n = mu_n + sigma_n z_n, then the inverse of shallow flow and codec. With another prompt than that of
     `encode` it is another image of the same noise.
     """
-    blank = sampler.codec.decode(np.zeros((1, *sampler.codec.grid, sampler.codec.channels), np.float32))[0]
+    blank = np.zeros(sampler.codec.image_shape, np.float32)
     features = [layout(sampler, _with(prompt, blank), closed=False) for prompt, _ in _pairs(prompts, z)]
     u = np.zeros(z.shape, np.float32)
     for rows, batch in batches(sampler, features, ("the image of noise",), batch_size):

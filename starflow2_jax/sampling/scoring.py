@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models.likelihood import CHUNK, image_noise, text_nll
@@ -42,7 +41,10 @@ class Score:
 
     @property
     def nats(self) -> float:
-        """log p of the part. Of an image: a density of what the codec took, so pixels in [-1, 1]; it can be above 0."""
+        """log p of the part. Of an image: a density of what the codec took, so pixels in [-1, 1]; it can be above 0.
+
+        Where the codec is no bijection (`log_volume` is None): a density of the latents that it made.
+        """
         return float(np.sum(self.tokens, dtype=np.float64))
 
     @property
@@ -91,7 +93,7 @@ def score(sampler: Sampler, documents: list[Document], batch_size: int = BATCH) 
     for rows, batch in batches(sampler, features, ("the score", text), batch_size):
         z, logdet, words = sampler.run(_measure, sampler.model, sampler.skips, text, sampler.params, batch)
         density = np.asarray(logdet - 0.5 * z**2).sum(-1) + z.shape[-1] * (
-            sampler.codec.log_volume - 0.5 * math.log(2 * math.pi)
+            (sampler.codec.log_volume or 0.0) - 0.5 * math.log(2 * math.pi)
         )
         words = np.asarray(words)
         for row, i in enumerate(rows):
@@ -188,7 +190,8 @@ def _parts(sampler, document: Document, owner: np.ndarray, images: np.ndarray, w
     """owner (S,): the part of each position; images (M, N) and words (S,): log-likelihoods."""
     found: list[Score] = []
     flow = iter(images)
-    bits = PIXEL_BITS if isinstance(sampler.codec, PatchCodec) else 0.0
+    levels = sampler.codec.is_pixels and sampler.codec.log_volume is not None  # the density is one of 8-bit pixels
+    bits = PIXEL_BITS if levels else 0.0
     for i, part in enumerate(document):
         if isinstance(part, Text):
             at = np.flatnonzero(owner == i)

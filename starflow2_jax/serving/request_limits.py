@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 
-from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.prompts import special_tokens
@@ -30,7 +29,7 @@ class Intake:
     def of(cls, sampler: Sampler, **limits) -> "Intake":
         """What this sampler takes; `limits`: the fields from max_pixels on."""
         tokenizer, codec, cfg = sampler.tokenizer, sampler.codec, sampler.model.cfg
-        size = tuple(codec.image_size) if isinstance(codec, PatchCodec) else None
+        size = codec.image_shape[:2] if codec.is_pixels else None
         if size is None:
             limits["images"] = "vit"
         max_text = sampler.max_positions * max(map(len, tokenizer.get_vocab()))  # what has more cannot fit a row

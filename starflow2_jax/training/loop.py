@@ -25,6 +25,7 @@ from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.preemption import Preemption
 from starflow2_jax.training.profiling import Profiler
+from starflow2_jax.training.program import makes_vlm
 from starflow2_jax.training.run import Run, Settings, Tools
 from starflow2_jax.training.stage_task import StageTask
 from starflow2_jax.training.task import Task
@@ -175,7 +176,7 @@ class Trainer:
         """
         vlm, folder = Path(vlm), Path(folder).resolve()
         require_new(folder)
-        if "pretrain" in config.order:
+        if makes_vlm(config):
             raise ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
         if other := differences(read_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
             raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")

@@ -85,6 +85,11 @@ def other_tree(tree: str) -> str:
     return "trainable" if tree == "frozen" else "frozen"
 
 
+def makes_vlm(config: ConfigDict) -> bool:
+    """Whether one of the config's stages trains the VLM itself, so that no pretrained one is needed."""
+    return any(held(STAGES[name]) == "frozen" for name in config.order)
+
+
 def in_tree(group: str, tree: str) -> bool:
     return (group in FROZEN) == (tree == "frozen")
 
@@ -132,7 +137,7 @@ def abstract_arguments(
     A VLM that this config does not pretrain itself comes from a published checkpoint, which is bfloat16.
     """
     rest = abstract_params(model, other_tree(held(stage)))
-    if "pretrain" not in config.order:
+    if not makes_vlm(config):
         rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), rest)
     batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
     return abstract_state(config, model, stage, optimizer, mesh), sharding.abstract(rest, mesh), batch

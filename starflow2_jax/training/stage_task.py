@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
-from starflow2_jax.codecs.patch import Codec
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.data import sources
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder
@@ -48,8 +48,7 @@ class StageTask:
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
         self.step()
-        if self.config.data.source == "digits":
-            sources.documents(self.config, self.stage, self.codec.image_channels)
+        sources.documents(self.config, self.stage, self.codec.image_channels)
 
     def continues(self, name: str) -> bool:
         return program.held(STAGES[name]) == program.held(self.stage)

@@ -10,12 +10,16 @@ from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits, tokenizer
-from starflow2_jax.data.documents import Image, Shown, Text
+from starflow2_jax.data.documents import CaptionsDropped, Image, Shown, Text
 from starflow2_jax.data.pipeline import Encoder, batches
 from starflow2_jax.evaluation.digits import classify
 from starflow2_jax.sequence import Shape
 
-SHARES = dict.fromkeys(digits.KINDS, 1.0)
+SHARES = digits.EVEN
+
+
+def documents(shares, seed: int, **options) -> digits.Digits:
+    return digits.Digits(options=digits.DigitOptions(**options)).for_stage(shares, seed)
 
 
 def keys(pixels) -> set[bytes]:
@@ -51,16 +55,16 @@ def test_no_document_mixes_the_splits(name):
     allowed = keys(theirs) | keys(theirs[:, :, ::-1])
     foreign = digits.split({"train": "held_out", "held_out": "train"}[name])[0]
     assert not keys(foreign) & keys(theirs)
-    source = digits.DigitDocuments(SHARES, seed=3, name=name)
+    source = digits.Digits(seed=3, part=name)
     seen = keys(p for i in range(400) for p in images(source[i]))
     assert len(seen) > 200 and seen <= allowed
 
 
 def test_document_i_depends_on_seed_and_i_alone():
-    source, again = (digits.DigitDocuments(SHARES, seed=5, caption_drop=0.3) for _ in range(2))
+    source, again = (documents(SHARES, seed=5, warp=0.3) for _ in range(2))
     backwards = {i: again[i] for i in reversed(range(50))}
     assert all(same(source[i], backwards[i]) for i in range(50))
-    other = digits.DigitDocuments(SHARES, seed=6, caption_drop=0.3)
+    other = documents(SHARES, seed=6, warp=0.3)
     assert sum(same(source[i], other[i]) for i in range(50)) < 3
     assert sum(same(source[i], source[i + 1]) for i in range(50)) < 3
 
@@ -71,7 +75,7 @@ def test_what_the_documents_say_is_true():
     label_of = {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
 
     def told(kind):
-        source = digits.DigitDocuments({kind: 1.0}, seed=1)
+        source = documents({kind: 1.0}, seed=1)
         for i in range(100):
             document = source[i]
             words = [p.text.strip() for p in document if isinstance(p, Text) and p.predict]
@@ -96,22 +100,31 @@ def test_what_the_documents_say_is_true():
 
 
 def test_captions_are_dropped_as_often_as_asked():
-    source = digits.DigitDocuments({"caption": 1.0}, seed=0, caption_drop=0.1)
+    source = CaptionsDropped(documents({"caption": 1.0}, seed=0), 0.1, seed=0)
     dropped = np.mean([len(source[i]) == 1 for i in range(2000)])
     assert 0.07 < dropped < 0.13
 
 
+def test_captions_are_dropped_whatever_is_drawn_with_the_same_seed():
+    """Of a mixture, too, a tenth of the captions is left out, and of what is no caption nothing."""
+    mixed = documents({"caption": 1.0, "mirror": 3.0}, seed=0)
+    source, lengths = CaptionsDropped(mixed, 0.1, seed=0), [len(mixed[i]) for i in range(4000)]
+    left = [len(source[i]) for i in range(4000)]
+    assert all(after == before for before, after in zip(lengths, left, strict=True) if before == 3)
+    assert 0.07 < np.mean([after == 1 for before, after in zip(lengths, left, strict=True) if before == 2]) < 0.13
+
+
 def test_shares_are_those_asked_for():
-    source = digits.DigitDocuments({"read": 3.0, "mirror": 1.0}, seed=0)
+    source = documents({"read": 3.0, "mirror": 1.0}, seed=0)
     assert 0.68 < np.mean([isinstance(source[i][-1], Text) for i in range(1000)]) < 0.82
     with pytest.raises(ValueError, match="raed"):
-        digits.DigitDocuments({"raed": 1.0}, seed=0)
+        documents({"raed": 1.0}, seed=0)
 
 
 def pipeline(vision: bool):
     codec = PatchCodec.fit(digits.split("train")[0], 4)
     encoder = Encoder(tiny.tokenizer(), codec, tiny.VISION if vision else None)
-    source = digits.DigitDocuments(SHARES, seed=2)
+    source = documents(SHARES, seed=2)
     source = Shown(source) if vision else source
     return iter(batches(source, encoder, Shape(4, 72, 5, 80)))
 
@@ -142,11 +155,11 @@ def test_the_pipeline_repeats_itself():
 
 
 def test_the_tokenizer_survives_its_files(tmp_path):
-    made = digits.make_tokenizer()
+    made = tokenizer.train(digits.texts(), 416)
     made.save_pretrained(str(tmp_path / "tokenizer"))
     read = CheckpointDirectory(tmp_path).tokenizer()
     assert tokenizer.TokenIds.of(read) == tokenizer.TokenIds.of(made) and len(read) == len(made) <= 416
-    source = digits.DigitDocuments(SHARES, seed=4)
+    source = documents(SHARES, seed=4)
     texts = [p.text for i in range(100) for p in source[i] if isinstance(p, Text)]
     for text in [*texts, "Grüße, 42 <tags> and\nlines", " two  blanks"]:
         ids = made.encode(text, add_special_tokens=False)
@@ -159,13 +172,13 @@ def test_the_tokenizer_survives_its_files(tmp_path):
 
 def test_warped_scans_stay_near_and_readable():
     """Every document differs, no scan moves far, and an independent classifier still reads most of them."""
-    plain, bent = (digits.DigitDocuments({"caption": 1.0}, seed=0, warp=w) for w in (0.0, 1.0))
+    plain, bent = (documents({"caption": 1.0}, seed=0, warp=w) for w in (0.0, 1.0))
     pairs = [(plain[i][-1].pixels, bent[i][-1].pixels) for i in range(200)]
     correlations = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]
     assert 0.75 < np.mean(correlations) < 0.99 and all(b.min() >= -1 and b.max() <= 1 for _, b in pairs)
     read = [classify([p[k] for p in pairs]) for k in (0, 1)]
     assert np.mean(read[0] == read[1]) > 0.8
-    half = digits.DigitDocuments({"caption": 1.0}, seed=0, warp=0.5)
+    half = documents({"caption": 1.0}, seed=0, warp=0.5)
     scans = {p.tobytes() for p in digits.split("train")[0]}
     as_it_was = [half[i][-1].pixels.tobytes() in scans for i in range(200)]
     assert 0.4 < np.mean(as_it_was) < 0.6

@@ -14,13 +14,13 @@ from refused import refused
 from starflow2_jax.data.documents import (
     DocumentError,
     Image,
-    JsonlDocuments,
     Text,
     from_json,
     read_document,
     read_image,
     write_image,
 )
+from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.pipeline import batches, collate
 from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.sequence import Shape
@@ -105,6 +105,13 @@ def test_files_of_documents(tmp_path):
     refused(DocumentError, read_document, tmp_path / "binary.json", 1, saying=("binary.json",))
     (tmp_path / "empty.jsonl").write_text("\n")
     refused(DocumentError, JsonlDocuments, tmp_path / "empty.jsonl", 1, saying=("has no documents",))
+    refused(DocumentError, JsonlDocuments, tmp_path / "none.jsonl", 1, saying=("none.jsonl", "cannot be read"))
+    (tmp_path / "mixed.jsonl").write_bytes(
+        '[{"text": "Grüße"}]\r\n  \n'.encode() + b'[{"text": "\xff"}]\n[{"text": "b"}]'
+    )
+    mixed = JsonlDocuments(tmp_path / "mixed.jsonl", 1)
+    assert len(mixed) == 3 and mixed[0] == [Text("Grüße")] and mixed[2] == [Text("b")]
+    refused(DocumentError, mixed.__getitem__, 1, saying=("mixed.jsonl, document 1", "cannot be read as text"))
 
 
 def test_documents_that_do_not_fit_the_model():

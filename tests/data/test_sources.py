@@ -1,6 +1,8 @@
 """One's own documents: the codec and the tokenizer that are fitted to them, and the captions that are left out."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -140,3 +142,28 @@ def test_what_a_caption_is(document: Document, kept: Document | None):
     left = without_caption(document)
     wanted = document if kept is None else kept
     assert len(left) == len(wanted) and all(a is b or a == b for a, b in zip(left, wanted, strict=True))
+
+
+def test_a_source_is_found_by_name_scheme_or_suffix(monkeypatch):
+    monkeypatch.setitem(sources.SOURCES, "cloud://", sources.Digits)
+    assert sources.find("digits") is sources.find("cloud://bucket/rows.jsonl") is sources.Digits
+    assert sources.find("folder/digits.jsonl") is sources.JsonlDocuments
+    for wrong in ("digit", "rows.json", "file://rows", ""):
+        with pytest.raises(
+            UserError, match=f"data.source='{wrong}' names no source; there are digits, .jsonl, cloud://"
+        ):
+            sources.find(wrong)
+
+
+def test_options_of_a_source_are_keys_of_the_data_section():
+    config = configs.load(QUICK, ["data.warp=0.5"])
+    assert sources.open_source(config, 1).options.warp == 0.5
+
+
+def test_who_trains_on_other_data_needs_no_scikit_learn():
+    code = (
+        "import sys; import starflow2_jax.training.loop, starflow2_jax.sampling.engine, starflow2_jax.evaluation.table\n"
+        "print(*[name for name in ('sklearn', 'scipy.ndimage') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from starflow2_jax.data import digits
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.evaluation import digits as evaluation
-from starflow2_jax.evaluation.digits import correlation, evaluate, held_out_nll
+from starflow2_jax.evaluation.digits import DigitsBenchmark, correlation, held_out_nll
+from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.models.pretzel import Output
+from starflow2_jax.parallel.sharding import make_mesh
 
 LIMIT = 20
 CODEC = PatchCodec.fit(digits.split("train")[0], 2)
@@ -21,6 +24,8 @@ CODEC = PatchCodec.fit(digits.split("train")[0], 2)
 
 class Gaussian:
     """A model that takes every pixel for a draw of N(mean, deviation), whatever else it is shown."""
+
+    cfg = SimpleNamespace(channels=CODEC.channels)
 
     def __init__(self, mean: float, deviation: float):
         codec_mean, codec_std = np.array(CODEC.mean), np.array(CODEC.std)
@@ -33,19 +38,26 @@ class Gaussian:
         return Output(jnp.zeros(at), mean, scale, None, u, jnp.zeros_like(u))
 
 
-def sampler(answer, model=None) -> SimpleNamespace:
-    """What the evaluation needs of a Sampler; `answer`: number of a prompt -> document."""
+def sampler(model: Gaussian) -> SimpleNamespace:
+    """What scoring needs of a Sampler."""
     return SimpleNamespace(
-        encoder=Encoder(tiny.tokenizer(), CODEC), codec=CODEC, model=model or Gaussian(0, 1), skips=True, params={},
-        generate=lambda prompts, options, seed: [answer(i) for i in range(len(prompts))],
+        encoder=Encoder(tiny.tokenizer(), CODEC), codec=CODEC, model=model, skips=True, params={}, max_positions=256,
+        mesh=make_mesh(devices=jax.devices()[:1]), uses=lambda *a: None, run=lambda compiled, *a: compiled(*a),
     )  # fmt: skip
 
 
+def evaluate(answer):
+    """Numbers and page of a model that answers a task with `answer(task, its number)`."""
+    benchmark = DigitsBenchmark(limit=LIMIT)
+    answers = [Answer(task, 0, answer(task, int(task.key.split("/")[1]))) for task in benchmark.tasks()]
+    return benchmark.score(answers, sampler(Gaussian(0, 1))), benchmark.page(answers)
+
+
 def test_who_writes_no_image_has_none_right():
-    numbers, samples = evaluate(sampler(lambda i: [Text("one", predict=True)]), LIMIT)
+    numbers, page = evaluate(lambda task, i: [Text("one", predict=True)])
     assert numbers["digit_accuracy"] == numbers["mirror_correlation"] == numbers["count_accuracy"] == 0
     assert numbers["sum_image_accuracy"] == 0 and np.isfinite(numbers["nll_nats_per_dim"])
-    assert samples["grid"].shape == (10, 2, 8, 8, 1) and (samples["grid"] == -1).all()
+    assert page.grid.shape == (10, 2, 8, 8, 1) and (page.grid == -1).all()
 
 
 def test_images_are_judged_one_by_one():
@@ -53,19 +65,19 @@ def test_images_are_judged_one_by_one():
     pixels, labels = digits.split("train")
     scan = {digit: pixels[np.flatnonzero(labels == digit)[0]] for digit in range(10)}
 
-    def answer(i: int) -> list:
+    def answer(task, i: int) -> list:
         digit, second = divmod(i, 2)
-        if second and digit % 2:
+        if not task.key.startswith("write") or (second and digit % 2):
             return []
         return [Image(scan[9 if second else digit], generate=True)]
 
-    numbers, samples = evaluate(sampler(answer), LIMIT)
+    numbers, page = evaluate(answer)
     assert numbers["digit_accuracy"] == 0.5
-    assert np.array_equal(samples["grid"][3, 0], scan[3]) and (samples["grid"][3, 1] == -1).all()
+    assert np.array_equal(page.grid[3, 0], scan[3]) and (page.grid[3, 1] == -1).all()
 
 
 def oracle(spoil=lambda kind, i: False):
-    """A sampler's `generate` that answers right from the prompts alone; `spoil`: which answers of a kind are wrong somewhere."""
+    """Answers right from the prompts alone; `spoil`: which answers of a kind are wrong somewhere."""
     held_out, labels = digits.split("held_out")
     label = {scan.tobytes(): int(digit) for scan, digit in zip(held_out, labels, strict=True)}
     train, digit_of = digits.split("train")
@@ -77,7 +89,8 @@ def oracle(spoil=lambda kind, i: False):
     def drawn(digit: int) -> Image:
         return Image(scan[digit % 10], generate=True)
 
-    def answer(prompt, options, i: int) -> list:
+    def answer(task, i: int) -> list:
+        prompt, options = task.prompt, task.options
         seen = [part.pixels for part in prompt if isinstance(part, Image)]
         said = " ".join(part.text for part in prompt if isinstance(part, Text)).replace("?", " ").split()
         asked = [digits.WORDS.index(word) for word in said if word in digits.WORDS]
@@ -99,7 +112,7 @@ def oracle(spoil=lambda kind, i: False):
             ]
         return [drawn(asked[0])]
 
-    return lambda prompts, options, seed: [answer(prompt, options, i) for i, prompt in enumerate(prompts)]
+    return answer
 
 
 NUMBERS = {
@@ -111,9 +124,10 @@ NUMBERS = {
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_what_is_right_counts_and_nothing_else(kind):
     """Every fourth answer is wrong in one respect, and one number says so."""
-    spoilt = sampler(None)
-    spoilt.generate = oracle(lambda which, i: which == kind and i % 4 == 0)
-    numbers, _ = evaluate(spoilt, LIMIT)
+    numbers, page = evaluate(oracle(lambda which, i: which == kind and i % 4 == 0))
+    assert [title for title, _ in page.examples] == np.repeat(
+        ["Reading", "Adding", "Mirroring", "Counting"], 3
+    ).tolist()
     numbers.pop("nll_nats_per_dim")
     name = NUMBERS[kind]
     wrong = numbers.pop(name, None)
@@ -143,7 +157,7 @@ def test_the_nll_of_a_gaussian(mean, deviation):
     """In pixels, whatever the codec makes of them: 0.5 E[((x + noise - mean) / deviation)^2] + log deviation."""
     scans = digits.split("held_out")[0].astype(np.float64)
     expected = 0.5 * (((scans - mean) ** 2).mean() + 0.1**2) / deviation**2 + np.log(deviation)
-    found = held_out_nll(sampler(None, Gaussian(mean, deviation)))
+    found = held_out_nll(sampler(Gaussian(mean, deviation)))
     assert found == pytest.approx(expected, abs=1e-3)  # of ten draws of the noise
-    more = held_out_nll(sampler(None, Gaussian(mean, deviation)), noise=0.5)
+    more = held_out_nll(sampler(Gaussian(mean, deviation)), noise=0.5)
     assert more - found == pytest.approx(0.5 * (0.5**2 - 0.1**2) / deviation**2, abs=5e-3)

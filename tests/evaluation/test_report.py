@@ -11,6 +11,7 @@ from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.evaluation import report as reports
+from starflow2_jax.evaluation.protocol import Page
 from starflow2_jax.evaluation.report import write_report
 
 AIMS = {"nll": 0.5, "seconds": 600, "read_accuracy": 0.9, "sum_accuracy": 0.8, "never": 1.0}
@@ -29,6 +30,12 @@ def grid():
     return np.random.default_rng(0).uniform(-1, 1, (10, 12, 8, 8, 1)).astype(np.float32)
 
 
+def page_of(grid, examples=()) -> Page:
+    return Page(
+        "What <it> is.", "Drawings", "Drawn & shown.", tuple(f"row {i}" for i in range(10)), grid, list(examples)
+    )
+
+
 @pytest.fixture
 def page(tmp_path, grid):
     lines = [
@@ -38,13 +45,8 @@ def page(tmp_path, grid):
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "st'
     (tmp_path / "metrics.jsonl").write_text(text)
-    parts = [
-        {"text": "a <b> & "},
-        {"pixels": grid[0, 0], "generated": False},
-        {"pixels": grid[1, 0], "generated": True},
-    ]
-    samples = {"grid": grid, "examples": [("mirror", parts)]}
-    write_report(tmp_path, REPORT, samples, tmp_path / "metrics.jsonl")
+    parts = [Text("a <b> & "), Image(grid[0, 0]), Image(grid[1, 0], generate=True), Text("made", predict=True)]
+    write_report(tmp_path, REPORT, page_of(grid, [("mirror", parts)]), tmp_path / "metrics.jsonl")
     return (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
@@ -101,15 +103,16 @@ def test_curves_take_the_last_run_of_a_step_and_survive_a_cut_line(page, tmp_pat
 
 
 def test_without_metrics_the_page_says_so(tmp_path, grid):
-    write_report(tmp_path, REPORT, {"grid": grid, "examples": []}, tmp_path / "none.jsonl")
+    write_report(tmp_path, REPORT, page_of(grid), tmp_path / "none.jsonl")
     assert "No metrics" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
-def test_parts_of_documents_show_as_the_same_page(tmp_path, grid):
-    plain = [{"text": "a"}, {"text": "b", "generated": True}, {"pixels": grid[0, 0], "generated": True}]
-    document = [Text("a"), Text("b", predict=True), Image(grid[0, 0], generate=True)]
-    pages = []
-    for parts in (plain, document):
-        write_report(tmp_path, REPORT, {"grid": grid, "examples": [("title", parts)]}, tmp_path / "none.jsonl")
-        pages.append((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert pages[0] == pages[1] and 'a<span class="made">b</span><img class="pixels made"' in pages[0]
+def test_the_page_says_what_it_shows(page):
+    assert "<p>What &lt;it&gt; is.</p>" in page and "<h2>Drawings</h2>" in page and "Drawn &amp; shown." in page
+    assert page.count("<th>row ") == 10 and '<span class="made">made</span>' in page
+
+
+def test_numbers_alone_are_a_report(tmp_path):
+    write_report(tmp_path, {"accuracy": 0.5}, None, tmp_path / "none.jsonl")
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "index.html"}
+    assert "accuracy" in (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from starflow2_jax import cli, sequence
-from starflow2_jax.codecs.patch import LatentCodec, PatchCodec
+from starflow2_jax.codecs.latents import LatentCodec
+from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import DocumentError, Image, Text, write_image
 from starflow2_jax.evaluation.digits import held_out_nll

@@ -14,7 +14,7 @@ import tiny
 from openai import OpenAI
 from PIL import Image as Pillow
 
-from starflow2_jax.codecs.patch import LatentCodec
+from starflow2_jax.codecs.latents import LatentCodec
 from starflow2_jax.data.documents import Text
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.sampling.engine import Sampler

@@ -198,7 +198,7 @@ def test_ones_own_latents(tmp_path):
     sampler = Sampler.restore(tmp_path / "run")
     [document] = sampler.generate([[Text("number 3")]], SampleOptions(max_tokens=5, image_first=True))
     assert document[0].pixels.shape == (2, 2, 16)
-    path = write_image(tmp_path / "sample", document[0].pixels)
+    path = write_image(tmp_path / "sample", document[0].pixels, sampler.codec.is_pixels)
     assert np.array_equal(read_image(path, 3), document[0].pixels)
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax.codecs.patch import patchify, unpatchify
 from starflow2_jax.models.flow import Context, Flow, nll
+from starflow2_jax.models.patches import patchify, unpatchify
 from starflow2_jax.sampling import guidance
 from starflow2_jax.weights.flow import import_flow
 

@@ -1,0 +1,54 @@
+"""A checkpoint's codec: codec.json, and codec.safetensors where it has weights, whose content hash is checked.
+
+Plain files that one process can write, for the processes of a run are not all there when the directory is made.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.flax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from starflow2_jax.checkpoints.content_hash import content_hash
+from starflow2_jax.codecs.protocol import Codec
+from starflow2_jax.codecs.table import CODECS
+from starflow2_jax.errors import UserError
+
+DESCRIPTION, WEIGHTS = "codec.json", "codec.safetensors"
+
+
+def write_codec(folder: Path, codec: Codec) -> None:
+    values = {"kind": codec.kind, **codec.description()}
+    if codec.weights:
+        flat = {name: jax.numpy.asarray(x) for name, x in flatten_dict(dict(codec.weights), sep="/").items()}
+        safetensors.flax.save_file(flat, folder / WEIGHTS)
+        values["content_hash"] = content_hash(flat)
+    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1))
+
+
+def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:
+    """`description`: codec.json's values, lists as tuples. Raises UserError that says what is wrong."""
+    kind, wanted = description.pop("kind", None), description.pop("content_hash", None)
+    path = folder / DESCRIPTION
+    if kind not in CODECS:
+        raise UserError(
+            f"{path} is a codec of the kind {kind!r}, and there are {', '.join(CODECS)}; if a Python file of yours adds it, "
+            "name that file with --import"
+        )
+    weights = {}
+    if wanted is not None:
+        try:
+            flat = safetensors.flax.load_file(folder / WEIGHTS)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); restore it from a copy") from None
+        if content_hash(flat) != wanted:
+            raise UserError(f"{folder / WEIGHTS} does not hold the codec's weights (content hash differs)")
+        weights = unflatten_dict(jax.tree.map(np.asarray, flat), sep="/")
+    try:
+        return CODECS[kind].restored(description, weights)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it from a copy") from None

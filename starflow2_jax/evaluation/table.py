@@ -1,0 +1,14 @@
+"""The benchmarks there are, by the name that `starflow2 eval --benchmark` takes."""
+
+from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.digits import DigitsBenchmark
+from starflow2_jax.evaluation.protocol import Benchmark
+
+BENCHMARKS: dict[str, type[Benchmark]] = {"digits": DigitsBenchmark}
+
+
+def open_benchmark(name: str, data: str | None = None, limit: int | None = None) -> Benchmark:
+    """Arguments as `Benchmark`'s. Raises UserError."""
+    if name not in BENCHMARKS:
+        raise UserError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name](data, limit)

@@ -1,0 +1,206 @@
+"""Answers to many prompts as a folder of files: written batch by batch, resumed, shared by several processes.
+
+run.json               what decides the answers; a folder holds the answers of one run
+samples.jsonl          a line for each answer: {"document": key, "seed": int, "parts": [{"text": str} | {"image": name}]}
+samples.I-of-N.jsonl   the same, where N processes share the work; prompt i belongs to process i mod N
+samples.json           all answers' parts in the order of the prompts, once they are complete
+NNN_K.png or .npy      image K of answer NNN; a prompt's answers have consecutive numbers
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from starflow2_jax.data.documents import Document, DocumentError, Image, write_image
+from starflow2_jax.errors import UserError
+from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.noise_space import denoise
+from starflow2_jax.sampling.rows import SampleOptions
+
+Line = dict[str, Any]  # of samples.jsonl
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What is asked, and the seeds that its answers are drawn with; all prompts of a run have equally many."""
+
+    key: int | str  # unique in the run
+    read: Callable[[], Document]  # the prompt itself, asked for when its turn comes
+    options: SampleOptions
+    seeds: tuple[int, ...]
+    where: str = ""  # names the prompt in an error
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is. Raises UserError."""
+
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
+        if self.processes < 1 or not 0 <= self.process < self.processes:
+            raise UserError(
+                f"--process is from 0 to --processes less 1, not {self.process} of {self.processes} processes"
+            )
+
+    @property
+    def file(self) -> str:
+        return "samples.jsonl" if self.processes == 1 else f"samples.{self.process}-of-{self.processes}.jsonl"
+
+
+def about(sampler: Sampler, checkpoint: str | Path, dtype: str | None, seed: int) -> dict[str, Any]:
+    """What decides the answers of any run; each adds its own."""
+    solvers = [asdict(solver) for solver in (*(sampler.schedule or ()), sampler.deep)]
+    checkpoint = str(Path(checkpoint).resolve())
+    return {"checkpoint": checkpoint, "step": sampler.step, "dtype": dtype, "seed": seed, "solvers": solvers}
+
+
+def begin(out: Path, run: dict[str, Any]) -> None:
+    """Make the folder of a run, or resume the one that is there. Raises UserError where it holds another run's answers."""
+    run, described = json.loads(json.dumps(run)), out / "run.json"
+    if described.is_file():
+        before = json.loads(described.read_text())
+        if wrong := [name for name in run if run[name] != before.get(name)]:
+            raise UserError(
+                f"{out} holds samples of another run, whose {wrong[0]} was {before.get(wrong[0])!r} and not "
+                f"{run[wrong[0]]!r}; name another --out, or remove it"
+            )
+    elif (out / "samples.jsonl").is_file():
+        raise UserError(f"{out} holds samples that are not of --documents; name another --out, or remove it")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        _replace(described, json.dumps(run, indent=1))
+
+
+def write(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    out: Path,
+    batch: int,
+    denoised: bool = False,
+    share: Share = Share(),  # noqa: B008 - it is frozen
+    progress: bool = True,
+) -> bool:
+    """Answer the prompts of this process's share that are not answered yet. Returns whether those of all are.
+
+    Consecutive prompts with equal options run together, at most `batch` at a time. `denoised`: the training noise is
+    removed from the images. Raises DocumentError that names a prompt which does not fit.
+    """
+    done = answered(out, prompts)
+    mine = list(range(share.process, len(prompts), share.processes))
+    todo = [i for i in mine if prompts[i].key not in done]
+    _keep_complete(out / share.file, done)
+    with tqdm(total=len(mine), initial=len(mine) - len(todo), disable=not progress) as bar:
+        for several, rows in _batches(prompts, todo, batch):
+            answers = _answers(sampler, [prompts[i] for i in several], denoised, rows)
+            with (out / share.file).open("a") as file:
+                for i, documents in zip(several, answers, strict=True):
+                    file.writelines(json.dumps(line) + "\n" for line in _lines(sampler, prompts[i], i, documents, out))
+            bar.update(len(several))
+    done = answered(out, prompts)
+    if complete := len(done) == len(prompts):
+        listing = [line["parts"] for prompt in prompts for line in done[prompt.key]]
+        _replace(out / "samples.json", json.dumps(listing, indent=1))
+    return complete
+
+
+def write_anew(sampler: Sampler, prompt: Prompt, out: Path, denoised: bool = False) -> list[Line]:
+    """The answers to one prompt, in place of those to another that `out` may hold. Returns their lines.
+
+    A prompt that does not fit leaves what is there. Raises UserError where `out` holds a file's answers.
+    """
+    if (out / "run.json").is_file():
+        raise UserError(f"{out} holds samples of --documents; name another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    [documents] = _answers(sampler, [prompt], denoised, 1)
+    lines = _lines(sampler, prompt, 0, documents, out)
+    _replace(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    _replace(out / "samples.json", json.dumps([line["parts"] for line in lines], indent=1))
+    return lines
+
+
+def answered(out: Path, prompts: Sequence[Prompt]) -> dict[int | str, list[Line]]:
+    """The lines of each prompt whose answers are all there, by its key, whichever process wrote them."""
+    found: dict[int | str, dict[int, Line]] = {}
+    for path in sorted(out.glob("samples*.jsonl")):
+        for line in _whole_lines(path):
+            found.setdefault(line["document"], {})[line["seed"]] = line
+    return {
+        prompt.key: [found[prompt.key][seed] for seed in prompt.seeds]
+        for prompt in prompts
+        if set(prompt.seeds) <= set(found.get(prompt.key, {}))
+    }
+
+
+def _batches(prompts: Sequence[Prompt], todo: list[int], batch: int) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts that run together, and the rows of the largest batch with their options."""
+    for _, group in groupby(todo, lambda i: prompts[i].options):
+        several = list(group)
+        rows = min(batch, len(several))  # the last batch runs with as many as the others: it compiles nothing
+        for start in range(0, len(several), batch):
+            yield several[start : start + batch], rows
+
+
+def _answers(sampler: Sampler, prompts: list[Prompt], denoised: bool, rows: int) -> list[list[Document]]:
+    """The answers to each prompt."""
+    num, seeds = len(prompts[0].seeds), [seed for prompt in prompts for seed in prompt.seeds]
+    asked = []
+    for prompt in prompts:
+        try:
+            asked.append(prompt.read())
+        except DocumentError as error:
+            raise _named(error, prompt) from None
+    try:
+        answers = sampler.generate(asked, prompts[0].options, seeds, num, rows)
+    except DocumentError as error:
+        raise (error if error.index is None else _named(error, prompts[error.index])) from None
+    if denoised:
+        answers = denoise(sampler, [document for document in asked for _ in range(num)], answers, sampler.noise)
+    return [answers[i : i + num] for i in range(0, len(answers), num)]
+
+
+def _named(error: DocumentError, prompt: Prompt) -> DocumentError:
+    return error if str(error).startswith(prompt.where) else DocumentError(f"{prompt.where}{error}")
+
+
+def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Document], out: Path) -> list[Line]:
+    """The answers' lines, their images written."""
+    lines = []
+    for k, (seed, document) in enumerate(zip(prompt.seeds, documents, strict=True)):
+        name = f"{index * len(documents) + k:03d}"
+        parts = [
+            {"image": write_image(out / f"{name}_{p}", part.pixels, sampler.codec.is_pixels).name}
+            if isinstance(part, Image)
+            else {"text": part.text}
+            for p, part in enumerate(document)
+        ]
+        lines.append({"document": prompt.key, "seed": seed, "parts": parts})
+    return lines
+
+
+def _whole_lines(path: Path) -> Iterator[Line]:
+    """All lines but a last one that was cut off."""
+    for line in path.read_text().split("\n")[:-1]:
+        if line:
+            yield json.loads(line)
+
+
+def _keep_complete(path: Path, done: dict[int | str, list[Line]]) -> None:
+    """Drop a line that was cut off, and answers to a prompt that has not all of them."""
+    if path.is_file():
+        lines = [line for line in _whole_lines(path) if line in done.get(line["document"], ())]
+        _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that other processes see whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(path)

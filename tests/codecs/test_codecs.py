@@ -1,0 +1,75 @@
+"""What every codec in the table keeps to, and what becomes of one that is saved."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow2_jax.checkpoints.codec import restore_codec, write_codec
+from starflow2_jax.codecs.table import CODECS
+from starflow2_jax.errors import ConfigError, UserError
+
+GRID = (2, 3)
+RNG = np.random.default_rng(0)
+OPTIONS = {
+    "patch": CODECS["patch"].Options(patch=2, image_channels=3),
+    "latents": CODECS["latents"].Options(grid=GRID, channels=5, shift=0.5, scale=2.0),
+}
+
+
+@pytest.fixture(params=sorted(CODECS))
+def codec(request):
+    return made(request.param)
+
+
+def made(kind: str):
+    shape = OPTIONS[kind].image_shape(GRID)
+    return CODECS[kind].make(OPTIONS[kind], iter(RNG.uniform(-1, 1, (9, *shape)).astype(np.float32)))
+
+
+def test_shapes_are_as_it_says(codec):
+    images = RNG.uniform(-1, 1, (4, *codec.image_shape)).astype(np.float32)
+    latents = codec.encode(images)
+    assert latents.shape == (4, *codec.grid, codec.channels) and codec.grid == GRID
+    assert codec.image_shape == OPTIONS[codec.kind].image_shape(GRID)
+    assert len(codec.mean) == len(codec.std) == codec.channels
+    np.testing.assert_allclose(codec.decode(latents), images, atol=1e-5)
+    with pytest.raises(ValueError, match="the codec takes"):
+        codec.encode(images[:, 1:])
+
+
+def test_the_log_volume_is_that_of_encode(codec):
+    """By automatic differentiation: log |det d latents / d images| over the number of dimensions."""
+    image = jnp.asarray(RNG.uniform(-1, 1, codec.image_shape), jnp.float32)
+    size = image.size
+    jacobian = jax.jacobian(lambda x: codec.encode(x[None])[0].ravel())(image).reshape(size, size)
+    assert codec.log_volume == pytest.approx(float(np.linalg.slogdet(np.asarray(jacobian))[1]) / size, abs=1e-4)
+
+
+def test_it_is_the_same_after_it_was_saved(codec, tmp_path):
+    write_codec(tmp_path, codec)
+    assert [path.name for path in tmp_path.iterdir()] == ["codec.json"]  # no weights
+    values = json.loads((tmp_path / "codec.json").read_text())
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    assert values["kind"] == codec.kind and restore_codec(tmp_path, values) == codec
+
+
+def test_a_kind_that_there_is_not(tmp_path):
+    with pytest.raises(UserError, match="'vae', and there are patch, latents.*--import"):
+        restore_codec(tmp_path, {"kind": "vae"})
+
+
+def test_latents_need_no_images():
+    def none():
+        raise AssertionError("read")
+        yield
+
+    CODECS["latents"].make(OPTIONS["latents"], none())
+
+
+def test_images_of_other_channels_than_the_config_says():
+    images = [np.zeros((4, 4, 1), np.float32)]
+    with pytest.raises(ConfigError, match="1 channel .gray.; set codec.image_channels to 1"):
+        CODECS["patch"].make(OPTIONS["patch"], images)
