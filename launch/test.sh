@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests.
+# Run the tests, without those that pyproject.toml's markers leave out (.ci/run runs the slow ones, too).
 #
 #   launch/test.sh [pytest arguments]          paths are relative to the repository; default: all of tests/
 #   launch/test.sh --numprocesses 0 --pdb      in one process; else one a core, four at most

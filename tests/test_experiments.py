@@ -105,6 +105,7 @@ def test_one_gpu_holds_a_step_of_the_joint_stage(optimizer):
     assert {getattr(config.model, name).kernel for name in ("vlm", "shallow", "deep")} == {"cudnn"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, stages", [("7b", tuple(STAGES)), ("3b", ("t2i",))])
 def test_shrunk_every_stage_takes_a_step(tmp_path, size, stages):
     """One after the other in one directory, as the experiments' commands say. 3B: the later ones run no other code."""

@@ -59,8 +59,9 @@ def params() -> dict:
         spread = {"kernel": 0.15, "embedding": 0.5}.get(last, 0.1)
         return jnp.asarray(center + spread * rng.standard_normal(x.shape), jnp.float32)
 
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
     with jax.ensure_compile_time_eval():  # arrays, also where a traced function is the first to ask
-        return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0))))
+        return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def with_zero_skips(tree: dict) -> dict:

@@ -1,6 +1,7 @@
 """Pretzel: the frozen VLM stream and the trainable flow stream, stacked and tied by two skips (arXiv 2605.08029)."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -248,6 +249,7 @@ def split(params: dict) -> tuple[dict, dict]:
     return frozen, {k: v for k, v in params.items() if k not in FROZEN}
 
 
+@partial(jax.jit, static_argnums=0)  # traced once for each model: shapes are asked for often
 def init_params(model: Pretzel, key: jax.Array) -> dict:
     """All parameter groups, fp32. Under `jax.eval_shape`: their shapes, without memory."""
     model = Pretzel(portable(model.cfg))  # other kernels refuse a row as short as the example

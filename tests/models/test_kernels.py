@@ -41,14 +41,16 @@ def written_out(q, k, v, segments):
 
 def compare(run, arrays, segments, tolerance):
     """Outputs and the gradients with respect to queries, keys and values."""
-    *qkv, cotangent = arrays
 
     def both(f):
-        out, back = jax.vjp(f, *qkv)
-        return out, *back(cotangent.astype(out.dtype))
+        @jax.jit  # the arrays are arguments: XLA would compute a program of constants while it compiles, slowly
+        def compute(q, k, v, cotangent):
+            out, back = jax.vjp(f, q, k, v)
+            return out, *back(cotangent.astype(out.dtype))
 
-    want = jax.jit(lambda: both(lambda q, k, v: written_out(q, k, v, segments)))()
-    for a, b in zip(jax.jit(lambda: both(run))(), want, strict=True):
+        return compute(*arrays)
+
+    for a, b in zip(both(run), both(lambda q, k, v: written_out(q, k, v, segments)), strict=True):
         np.testing.assert_allclose(
             np.float32(a), np.float32(b), rtol=0, atol=tolerance * float(np.abs(np.float32(b)).max())
         )

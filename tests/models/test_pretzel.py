@@ -255,7 +255,7 @@ def test_dropout_acts_where_a_key_is_given_only(batch, full):
     def under(key, batch):
         return model.apply({"params": tiny.params()}, batch, skips=False, rngs={"dropout": key})
 
-    jax.tree.map(CLOSE, jax.jit(lambda: model.apply({"params": tiny.params()}, batch))(), full)
+    jax.tree.map(CLOSE, jax.jit(lambda b: model.apply({"params": tiny.params()}, b))(batch), full)
     words = tiny.alone([Text("which digit is this?")])
     a, b = (under(jax.random.key(i), words) for i in (0, 1))
     assert np.array_equal(a.text, b.text) and np.abs(a.mean - b.mean).max() > 0.05

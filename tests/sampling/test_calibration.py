@@ -274,6 +274,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
     """The command writes what the sampler then decodes by."""
     monkeypatch.setattr(calibration, "candidates", lambda _, tolerance: [Jacobi(1, tolerance), Jacobi(4, tolerance)])

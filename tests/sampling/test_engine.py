@@ -1,6 +1,7 @@
 """The sampler, step by step through its caches, against one full pass over what it wrote."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from starflow2_jax.sampling.steps import keep_likely
 from starflow2_jax.sequence import Step
 
 N = tiny.CONFIG.tokens
+LENGTH = 64  # more than any prompt here and what is written after it
 PROMPTS = [
     [Text("draw an eight")],
     [Image(tiny.pixels(1)), Text("read the digit, then draw its mirror image")],
@@ -60,11 +62,16 @@ def reread(sampler: Sampler, features: dict | None, tokens: np.ndarray, u: np.nd
         flow_u = np.concatenate([flow_u, value[None] if image else np.zeros((1, D), np.float32)])
         inside = (inside + 1) % N if image else 0
         offset += (max(h, w) if inside == 0 else 0) if image else 1
-    step = Step(np.array(feed)[None], np.array(modality)[None], np.array(places)[None], flow_u[None])
-    caches = sampler.model.apply({"params": sampler.params}, 1, len(feed), method=Pretzel.empty_caches)
-    output = sampler.model.apply({"params": sampler.params}, step, caches)
-    logits = sampler.model.apply({"params": sampler.params}, output.text, method=Pretzel.text_logits)
-    return tuple(np.array(a)[0, start:] for a in (output.mean, output.scale, logits))
+    padding = LENGTH - len(feed)  # behind all that counts, so that every row runs one compiled program
+    whole = (np.pad(x, [(0, padding), *[(0, 0)] * (np.ndim(x) - 1)])[None] for x in (feed, modality, places, flow_u))
+    return tuple(np.array(a)[0, start : len(feed)] for a in full_pass(sampler.model, sampler.params, Step(*whole)))
+
+
+@partial(jax.jit, static_argnums=0)
+def full_pass(model: Pretzel, params: dict, step: Step):
+    caches = model.apply({"params": params}, 1, LENGTH, method=Pretzel.empty_caches)
+    output = model.apply({"params": params}, step, caches)
+    return output.mean, output.scale, model.apply({"params": params}, output.text, method=Pretzel.text_logits)
 
 
 def written(sampler: Sampler, prompts, options: SampleOptions, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Session]:

@@ -247,6 +247,7 @@ def test_a_launcher_that_fails_is_reported(files, capsys):
     assert {p.state for p in points.load(files / "sweep.py", files / "out").points} == {"handed on"}
 
 
+@pytest.mark.slow
 def test_trains_for_real(tmp_path):
     """Two points: one trains, one is refused by training itself (three rows on two devices)."""
     (tmp_path / "sweep.py").write_text(

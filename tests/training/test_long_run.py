@@ -61,18 +61,27 @@ class Documents:
         return [Text(f"document number {i} " + (BAD if i == self.bad else ""), predict=True)]
 
 
-@pytest.fixture
-def trainer(tmp_path, monkeypatch):
+def with_stand_ins(monkeypatch, folder: Path, **changes) -> Trainer:
     monkeypatch.setattr(program, "make_step", stand_in)
     monkeypatch.setattr(stage_task.sources, "documents", lambda *_: Documents())
+    c = tiny_config(order=("pretrain",), save_every=4, keep=3, **changes)
+    c.stages.pretrain.update(steps=16, ema=0.5)
+    return Trainer(c, folder)
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
     monkeypatch.setattr(Documents, "bad", -1)
+    return lambda **changes: with_stand_ins(monkeypatch, tmp_path / "run", **changes)
 
-    def make(folder: str = "run", **changes) -> Trainer:
-        c = tiny_config(order=("pretrain",), save_every=4, keep=3, **changes)
-        c.stages.pretrain.update(steps=16, ema=0.5)
-        return Trainer(c, tmp_path / folder)
 
-    return make
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[list[dict], float]:
+    """The log of a run to which nothing happens, and the tokens that its steps had up to a saved one."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        t = with_stand_ins(monkeypatch, tmp_path_factory.mktemp("undisturbed") / "run")
+        t.run(progress=False)
+        return lines(t), applied(t)
 
 
 def lines(t: Trainer) -> list[dict]:
@@ -263,22 +272,18 @@ def test_a_step_without_a_list_of_files_is_used(three_steps, tmp_path):
     assert CheckpointDirectory(folder).require_latest() == 3
 
 
-def test_a_run_goes_on_from_the_step_before_a_damaged_one(trainer, capfd):
-    wanted = trainer("whole")
-    wanted.run(progress=False)
+def test_a_run_goes_on_from_the_step_before_a_damaged_one(trainer, undisturbed, capfd):
     trainer().run(progress=False, stop_at=8)
     damage(trainer().checkpoints.folder / "steps" / "8", "params/d", "cut")
     t = trainer()
     t.run(progress=False)
     assert "step 8" in capfd.readouterr().err
-    assert lines(t) == lines(wanted) and applied(t) == applied(wanted) > 0
+    assert (lines(t), applied(t)) == undisturbed and undisturbed[1] > 0
 
 
 @pytest.mark.parametrize("listed", (True, False))
-def test_a_step_whose_list_was_never_written_is_read_first(trainer, capfd, listed):
+def test_a_step_whose_list_was_never_written_is_read_first(trainer, undisturbed, capfd, listed):
     """Killed between the two; its data is damaged, the one before is whole, with a list or without."""
-    wanted = trainer("whole")
-    wanted.run(progress=False)
     trainer().run(progress=False, stop_at=8)
     steps = trainer().checkpoints.folder / "steps"
     (steps / "8" / file_list.NAME).unlink()
@@ -290,7 +295,7 @@ def test_a_step_whose_list_was_never_written_is_read_first(trainer, capfd, liste
     said = capfd.readouterr().err
     assert "WARNING: step 8" in said and "looking at the step before" in said and "step 4" not in said
     assert [place.name for place in (t.checkpoints.folder / "damaged").iterdir()] == ["8.0"]
-    assert lines(t) == lines(wanted) and applied(t) == applied(wanted) > 0
+    assert (lines(t), applied(t)) == undisturbed and undisturbed[1] > 0
 
 
 def test_the_only_step_stays_where_it_is(trainer):
@@ -303,9 +308,7 @@ def test_the_only_step_stays_where_it_is(trainer):
     assert step.is_dir()
 
 
-def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
-    wanted = trainer("whole")
-    wanted.run(progress=False)
+def test_sigterm_saves_and_the_run_goes_on(trainer, undisturbed, monkeypatch):
     before, t = signal.getsignal(signal.SIGTERM), trainer()
     place, count = stage_task.GroupedBatches.place, []
 
@@ -320,7 +323,7 @@ def test_sigterm_saves_and_the_run_goes_on(trainer, monkeypatch):
         t.run(progress=False)
     assert t.checkpoints.steps.latest() == 6 and signal.getsignal(signal.SIGTERM) == before
     summary = trainer().run(progress=False)
-    assert lines(t) == lines(wanted) and summary["restarts"] == 1
+    assert lines(t) == undisturbed[0] and summary["restarts"] == 1
 
 
 def board(t: Trainer) -> dict[str, dict[int, float]]:

@@ -150,7 +150,9 @@ MESHES = [(8, 1, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 2, 1)]  # data, fsdp,
 
 @pytest.mark.parametrize(
     "name, sizes",
-    [("joint", sizes) for sizes in MESHES] + [(name, (1, 2, 2, 2)) for name in STAGES if name != "joint"],
+    [("joint", sizes) for sizes in MESHES[:2]]
+    + [pytest.param("joint", sizes, marks=pytest.mark.slow) for sizes in MESHES[2:]]
+    + [pytest.param(name, (1, 2, 2, 2), marks=pytest.mark.slow) for name in STAGES if name != "joint"],
 )
 def test_a_mesh_equals_one_device(name, sizes):
     on_a_mesh(name, sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True))), steps=1)
