@@ -2,7 +2,7 @@
 #
 #   use_env EXTRAS         put an environment with these extras (such as "test", or "") first on PATH: the one in $VENV
 #                          as it is, where VENV is given, else .venv of the repository, made or brought up to date
-#   make_env DIR EXTRAS    make the environment DIR, or bring it up to date after setup.py or constraints.txt changed
+#   make_env DIR EXTRAS    make the environment DIR, or bring it up to date after pyproject.toml or constraints.txt changed
 #
 # PYTHON names the Python to build with (default python3; 3.11 or newer). pip takes its own settings from its own
 # files and variables.
@@ -17,7 +17,7 @@ fail() {
 make_env() {
   local dir="$1" extras="$2" wanted stamp
   stamp="$dir/.installed-${extras:-core}"
-  wanted="$(cd "$REPOSITORY" && { pwd && cat setup.py pyproject.toml constraints.txt; } | cksum)"
+  wanted="$(cd "$REPOSITORY" && { pwd && cat pyproject.toml constraints.txt; } | cksum)"
   ! up_to_date || return 0
   # One at a time: who waited finds it made. Where there is no flock, or a file system without locks, it says so and goes on.
   (
