@@ -130,15 +130,18 @@ class Sweep:
 
 
 def load(path: str | Path, folder: str | Path, runlocal: bool = False) -> Sweep:
-    """Read a sweep file and check each point's config, before anything is run. Raises ConfigError."""
+    """Read a sweep file, or the sweep of that name that ships with the package ("digits_lr"), and check the config of each
+    point before anything is run. Raises ConfigError."""
     path, folder = Path(path), Path(folder)
+    if not path.exists() and (shipped := configs.EXPERIMENTS / f"sweeps/{path}.py").is_file():
+        path = shipped
     if not path.is_file():
         raise ConfigError(f"there is no sweep file {path}")
     spec = importlib.util.spec_from_file_location("sweep", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if missing := [name for name in ("CONFIG", "METRIC", "points") if not hasattr(module, name)]:
-        raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps.py for what a sweep file holds")
+        raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps/points.py for what a sweep file holds")
     config = (path.parent / module.CONFIG).resolve()
     always = getattr(module, "ALWAYS", {})
     points = tuple(_point(config, {**always, **overrides}, folder, runlocal) for overrides in module.points())
