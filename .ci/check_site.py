@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fail if a page of the built site loads a script, style, font or image from another host.
 
-    .ci/check_site.py SITE
+.ci/check_site.py SITE
 """
 
 import re

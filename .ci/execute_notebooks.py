@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run every notebook of a folder in a temporary folder, and fail if a cell fails or if the file holds stored output.
 
-    .ci/execute_notebooks.py FOLDER
+.ci/execute_notebooks.py FOLDER
 """
 
 import sys
