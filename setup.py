@@ -1,16 +1,9 @@
-"""Install with `pip install -c constraints.txt -e .`; the constraints are the versions that were tested."""
+"""The dependencies, with the bounds within which the package should work; constraints.txt has the exact versions that were tested
+together. All else about the package is in pyproject.toml."""
 
-import re
-from pathlib import Path
+from setuptools import setup
 
-from setuptools import find_packages, setup
-
-ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "starflow2_jax/__init__.py").read_text(), re.MULTILINE)[1]
-README = ROOT / "README.md"
-
-# The versions that were tested are in constraints.txt; these are the bounds within which we expect the same.
-CORE = (
+CORE = [
     "jax>=0.10.2",
     "flax>=0.12.8",
     "optax>=0.2.8",
@@ -29,44 +22,35 @@ CORE = (
     "pillow>=11",
     "tqdm>=4.66",
     "tensorboardX>=2.6",
-    "scikit-learn>=1.6",  # the quickstart's digits come with it, so a plain installation has it
-    "scipy>=1.13",  # which JAX needs, too
+    "scikit-learn>=1.6",  # has the digits of the quickstart
+    "scipy>=1.13",
     "matplotlib>=3.10",
-)
-TORCH = "torch>=2.9,<3"  # only to read .pt and .pth files, and as a reference in tests
-SERVE = ("starlette>=1.0,<2", "uvicorn>=0.40,<1")
-CUDA = "jax[cuda12]>=0.10.2"
-TPU = "jax[tpu]>=0.10.2"  # brings the libtpu that fits: the compiler, which needs no TPU
+]
+TORCH = ["torch>=2.9,<3"]  # reads .pt and .pth files; the tests use it as a reference
+SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.14",
+    "build>=1.2",
+    "openai>=2,<4",
+    "httpx>=0.28",
+    "selenium>=4.30",
+    *SERVE,
+    *TORCH,
+]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=1.16", "nbclient>=0.10", "ipykernel>=6.29"]
 
 setup(
-    name="starflow2_jax",
-    version=VERSION,
-    description="STARFlow2 in JAX: one causal model that reads and writes text and images",
-    long_description=README.read_text() if README.is_file() else "",
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.11",
-    packages=find_packages(include=["starflow2_jax*"]),
-    package_data={"starflow2_jax.serving": ["page.html"]},
     install_requires=CORE,
     extras_require={
-        "torch": [TORCH],
-        "tpu": [TPU],
-        "gpu": [CUDA],
-        "cuda": [CUDA],
+        "torch": TORCH,
+        "tpu": ["jax[tpu]>=0.10.2"],  # brings libtpu, whose compiler also runs where there is no TPU
+        "cuda": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "serve": SERVE,
-        "test": [
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "ruff>=0.14",
-            "openai>=2,<4",
-            "httpx>=0.28",
-            "selenium>=4.30",
-            *SERVE,
-            TORCH,
-        ],
+        "test": TEST,
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "pre-commit>=4", "pyright>=1.1.400"],
     },
-    entry_points={"console_scripts": ["starflow2 = starflow2_jax.cli:main"]},
 )

@@ -1,19 +1,37 @@
-"""`starflow2`: plumbing from the command line to the library."""
+"""`starflow2`: the command line. It parses arguments and calls the library."""
 
 import argparse
 import os
 import sys
 
+from starflow2_jax import __version__
 from starflow2_jax.commands import bench, chat, config, evaluation, plan, sampling, serve, sweep, training, weights
 from starflow2_jax.errors import UserError
 from starflow2_jax.extensions import import_file
 
+ABOUT = (
+    "STARFlow2: one causal model that reads and writes text and images. `starflow2 COMMAND --help` explains a command."
+)
+EXIT_CODES = """exit codes:
+  0    done
+  1    an error in the program or a failure of the machine; the traceback or the last line says what
+  2    wrong input: a sentence on stderr says what is wrong and what to do
+  75   told to end (SIGTERM): training saved its state, and the same command resumes
+  130  interrupted (Ctrl-C)"""
+
 
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it need not tell that there is no PyTorch
-    parser = argparse.ArgumentParser(prog="starflow2", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that PyTorch is missing
+    parser = argparse.ArgumentParser(
+        prog="starflow2",
+        description=ABOUT,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"starflow2 {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (training, evaluation, config, sweep, plan, bench, sampling, chat, serve, weights):
         module.add(commands)
     for command in set(commands.choices.values()):

@@ -2,11 +2,15 @@
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":  # nearly all of the time goes into compiling
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+    flags = ["--xla_backend_optimization_level=0"]
+    if version("jaxlib").startswith("0.10."):  # newer versions do not know this flag, and end the process
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as Pillow
 from tiny_experiment import tiny_config
 
-from starflow2_jax import cli
+from starflow2_jax import __version__, cli
 from starflow2_jax.commands import sampling, training
 from starflow2_jax.config import loading as configs
 from starflow2_jax.evaluation import digits, engine
@@ -20,7 +20,7 @@ from starflow2_jax.evaluation.protocol import Page
 from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training.loop import Trainer
-from starflow2_jax.training.preemption import Preempted
+from starflow2_jax.training.preemption import RESTART, Preempted
 
 ROOT = Path(__file__).parent.parent
 SHRINK = [
@@ -236,6 +236,18 @@ def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys
     assert found[2] != found[0] and np.abs(np.subtract(found[2], found[0])).max() < 2
     assert cli.main([*command, "--tensor", "3"]) == 2 and "tensor=3" in capsys.readouterr().err
     assert cli.main([*command, "--fsdp", "0"]) == 2 and "--fsdp is at least 1" in capsys.readouterr().err
+
+
+def test_version_and_exit_codes_are_told(capsys):
+    for option, told in (
+        ("--version", (f"starflow2 {__version__}",)),
+        ("--help", ("exit codes", f"  {RESTART}  ", "  2  ")),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([option])
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(words in printed for words in told)
 
 
 @pytest.mark.parametrize(

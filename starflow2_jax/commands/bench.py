@@ -1,4 +1,4 @@
-"""bench."""
+"""`starflow2 bench`."""
 
 import json
 import tempfile
@@ -10,19 +10,24 @@ STEPS = {"train": 20, "data": 50, "checkpoint": 3}
 
 
 def add(commands) -> None:
-    p = commands.add_parser("bench", help="measure training, data or checkpoints here", allow_abbrev=False)
-    p.add_argument("what", choices=STEPS)
+    p = commands.add_parser(
+        "bench", help="measure the speed of training, data or checkpoints on this machine", allow_abbrev=False
+    )
+    p.add_argument("what", choices=STEPS, help="what to measure")
     add_config(p)
-    p.add_argument("--stage", help="its name, or 1, 2, 3 (default: the last of the config's order)")
+    p.add_argument("--stage", help="stage to measure: a name, or 1, 2, 3 (default: the experiment's last stage)")
     p.add_argument(
-        "--steps", type=int, help=f"steps, batches or saves (default: {', '.join(map(str, STEPS.values()))})"
+        "--steps", type=int, help="how many steps, batches or saves to time (default: 20 steps, 50 batches or 3 saves)"
     )
-    p.add_argument("--synthetic", action="store_true", help="made-up documents in place of data.source")
-    p.add_argument("--folder", help="checkpoint: where to write, on the file system to measure (default: temporary)")
+    p.add_argument("--synthetic", action="store_true", help="use generated documents instead of data.source")
     p.add_argument(
-        "--profile", help="train: a trace goes into this folder, the ten costliest operations into the numbers"
+        "--folder",
+        help="of `checkpoint`: write below this folder, to measure its file system (default: the temporary folder)",
     )
-    p.add_argument("--json", help="write the numbers there, too")
+    p.add_argument(
+        "--profile", help="of `train`: write a trace into this folder, and report the ten operations that take longest"
+    )
+    p.add_argument("--json", help="also write the numbers to this file")
     p.add_argument("--runlocal", action="store_true", help="shrink the model")
     p.set_defaults(run=_bench)
 

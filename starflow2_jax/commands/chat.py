@@ -13,17 +13,28 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
 
 
 def add(commands) -> None:
-    p = commands.add_parser("chat", help="talk with a model in the terminal", allow_abbrev=False)
+    p = commands.add_parser("chat", help="chat with a model in the terminal", allow_abbrev=False)
     add_model(p)
-    p.add_argument("--out", default="chat", help="folder for the images that it writes")
-    p.add_argument("--temperature", type=float, default=0.0, help="of text; 0: the most likely token")
-    p.add_argument("--image-temperature", type=float, default=0.9)
-    p.add_argument("--guidance", type=float, default=1.0, help="of images; 0: none")
-    p.add_argument("--max-tokens", type=int, help="of an answer, image tokens included (default: two images' worth)")
+    p.add_argument("--out", default="chat", help="folder for the images that the model draws (default: chat)")
     p.add_argument(
-        "--images", choices=("flow", "vit"), default="flow", help='how your images are seen; "vit": to understand only'
+        "--temperature", type=float, default=0.0, help="temperature of text; 0 takes the most likely token (default: 0)"
     )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--image-temperature", type=float, default=0.9, help="temperature of images (default: 0.9)")
+    p.add_argument(
+        "--guidance", type=float, default=1.0, help="guidance weight of images; 0 turns guidance off (default: 1)"
+    )
+    p.add_argument(
+        "--max-tokens",
+        type=int,
+        help="length of an answer in tokens, image tokens included (default: enough for two images, at least 128)",
+    )
+    p.add_argument(
+        "--images",
+        choices=("flow", "vit"),
+        default="flow",
+        help="how the model sees your images: as flow tokens (default), or through its vision tower, to understand only",
+    )
+    p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     p.set_defaults(run=run)
 
 

@@ -1,20 +1,25 @@
-"""What the commands that run a checkpoint take: where it lies, over which devices it is cut, in which type it runs."""
+"""Options of all commands that load a model: its checkpoint, its number type, and how it is split over devices."""
 
 from starflow2_jax.errors import UserError
 
 
 def add_model(parser, fsdp: bool = True) -> None:
-    """`fsdp`: whether rows can be cut, too; a server's come one by one."""
-    parser.add_argument("--checkpoint", required=True)
+    """`fsdp`: whether the command takes --fsdp. A server does not, because its rows come one by one."""
+    parser.add_argument("--checkpoint", required=True, help="checkpoint directory")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of matrices and caches (default: the config's)"
+        "--dtype", choices=("float32", "bfloat16"), help="number type of matrices and caches (default: as in training)"
     )
     if fsdp:
-        parser.add_argument("--fsdp", type=int, default=1, help="devices that parameters and rows are cut over")
+        parser.add_argument(
+            "--fsdp", type=int, default=1, help="number of devices to split parameters and rows over (default: 1)"
+        )
     else:
         parser.set_defaults(fsdp=1)
     parser.add_argument(
-        "--tensor", type=int, default=1, help="devices that heads, hidden channels and words are cut over"
+        "--tensor",
+        type=int,
+        default=1,
+        help="number of devices to split heads, hidden channels and the vocabulary over (default: 1)",
     )
 
 

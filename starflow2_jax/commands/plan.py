@@ -1,4 +1,4 @@
-"""plan."""
+"""`starflow2 plan`."""
 
 import json
 from pathlib import Path
@@ -8,22 +8,30 @@ from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
-    p = commands.add_parser("plan", help="what a training step needs of a TPU that is not there", allow_abbrev=False)
-    add_config(p)
-    p.add_argument("--topology", required=True, help="such as v5p:4x4x4, v5e:16x16, v6e:16x16, v4:4x4x4")
-    p.add_argument("--stage", help="its name, or 1, 2, 3 (default: the last of the config's order)")
-    p.add_argument("--json", help="file to write the plan to, too")
-    p.add_argument("--sampler", action="store_true", help="plan the sampler's steps instead")
-    p.add_argument("--rows", type=int, default=0, help="of the sampler (default: one a chip)")
-    p.add_argument("--capacity", type=int, default=2048, help="positions that the sampler's caches have room for")
-    p.add_argument("--search", action="store_true", help="try rows, meshes and remat policies, and rank them")
-    p.add_argument("--rows-per-chip", default="1,2,4", help="that --search tries")
-    p.add_argument("--tensor", default="1,4", help="sizes of the tensor axis that --search tries")
-    p.add_argument("--sequence", default="1", help="sizes of the sequence axis that --search tries")
-    p.add_argument(
-        "--data", default="1", help="sizes of the data axis that --search tries; fsdp gets the chips that are left"
+    p = commands.add_parser(
+        "plan", help="predict memory and time of a training step on TPUs, without TPUs", allow_abbrev=False
     )
-    p.add_argument("--remat", default="full,dots", help="policies that --search tries")
+    add_config(p)
+    p.add_argument("--topology", required=True, help="TPU slice, such as v5p:4x4x4, v5e:16x16, v6e:16x16 or v4:4x4x4")
+    p.add_argument("--stage", help="stage to plan: a name, or 1, 2, 3 (default: the experiment's last stage)")
+    p.add_argument("--json", help="also write the plan to this file")
+    p.add_argument("--sampler", action="store_true", help="plan steps of the sampler instead of a training step")
+    p.add_argument("--rows", type=int, default=0, help="rows of the sampler's batch (default: one per chip)")
+    p.add_argument(
+        "--capacity", type=int, default=2048, help="positions in each of the sampler's caches (default: 2048)"
+    )
+    p.add_argument(
+        "--search", action="store_true", help="try many numbers of rows, meshes and remat policies, and rank them"
+    )
+    p.add_argument("--rows-per-chip", default="1,2,4", help="rows per chip that --search tries (default: 1,2,4)")
+    p.add_argument("--tensor", default="1,4", help="sizes of the mesh's tensor axis that --search tries (default: 1,4)")
+    p.add_argument("--sequence", default="1", help="sizes of the sequence axis that --search tries (default: 1)")
+    p.add_argument(
+        "--data",
+        default="1",
+        help="sizes of the data axis that --search tries (default: 1); the fsdp axis gets the remaining chips",
+    )
+    p.add_argument("--remat", default="full,dots", help="remat policies that --search tries (default: full,dots)")
     p.set_defaults(run=_plan)
 
 

@@ -1,4 +1,4 @@
-"""sample, score, rank, invert, calibrate."""
+"""`starflow2` sample, score, rank, invert and calibrate."""
 
 import hashlib
 import json
@@ -17,41 +17,74 @@ def add(commands) -> None:
 
 
 def _add_sample(commands) -> None:
-    p = commands.add_parser("sample", help="continue prompts with text and images", allow_abbrev=False)
+    p = commands.add_parser("sample", help="let a model answer prompts with text and images", allow_abbrev=False)
     add_model(p)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="text")
-    what.add_argument("--document", help='JSON file: a list of {"text": ...} and {"image": path} parts')
-    what.add_argument("--documents", help="JSONL file, such a list a line; what is in --out already is not done again")
-    p.add_argument(
-        "--chat", action="store_true", help="it is what a user says; the tokenizer's chat template goes round it"
+    what.add_argument("--prompt", help="prompt of text alone")
+    what.add_argument("--document", help='JSON file with one prompt: a list of {"text": ...} and {"image": PATH} parts')
+    what.add_argument(
+        "--documents",
+        help="JSONL file with one such prompt per line; if --out holds answers to some of them, only the rest are run",
     )
-    p.add_argument("--num", type=int, default=1, help="samples of each")
-    p.add_argument("--batch", type=int, default=16, help="prompts of --documents at a time")
-    p.add_argument("--guidance", type=float, default=1.0, help="of images; 0: none")
     p.add_argument(
-        "--image-guidance", type=float, help="given: --guidance is of the text alone, this of the images before"
+        "--chat", action="store_true", help="put the prompt into the tokenizer's chat template, as a user's message"
     )
-    p.add_argument("--linear", action="store_true", help="guidance by extrapolation instead of Gaussian mixing")
-    p.add_argument("--annealed", action="store_true", help="guidance grows over an image's tokens")
-    p.add_argument("--temperature", type=float, default=0.9, help="of the images")
-    p.add_argument("--text-temperature", type=float, default=0.0, help="0: the most likely token")
-    p.add_argument("--top-k", type=int, default=0, help="draw text from the k most likely tokens; 0: from all")
-    p.add_argument("--top-p", type=float, default=1.0, help="draw text from the fewest tokens of this probability")
+    p.add_argument("--num", type=int, default=1, help="answers per prompt (default: 1)")
+    p.add_argument("--batch", type=int, default=16, help="prompts of --documents to run at a time (default: 16)")
     p.add_argument(
-        "--max-tokens", type=int, help="positions to write, image tokens included (default: two images' worth)"
+        "--guidance", type=float, default=1.0, help="guidance weight of images; 0 turns guidance off (default: 1)"
     )
-    p.add_argument("--max-images", type=int, help="of an answer; 0: text only")
+    p.add_argument(
+        "--image-guidance",
+        type=float,
+        help="guidance weight of the images in the prompt; --guidance then weighs the text alone",
+    )
+    p.add_argument(
+        "--linear", action="store_true", help="extrapolate linearly for guidance, instead of mixing Gaussians"
+    )
+    p.add_argument("--annealed", action="store_true", help="let guidance grow from an image's first token to its last")
+    p.add_argument("--temperature", type=float, default=0.9, help="temperature of images (default: 0.9)")
+    p.add_argument(
+        "--text-temperature",
+        type=float,
+        default=0.0,
+        help="temperature of text; 0 takes the most likely token (default: 0)",
+    )
+    p.add_argument(
+        "--top-k", type=int, default=0, help="draw text from the K most likely tokens; 0 draws from all (default: 0)"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw text from the fewest tokens whose probability adds up to P (default: 1)",
+    )
+    p.add_argument(
+        "--max-tokens",
+        type=int,
+        help="length of an answer in tokens, image tokens included (default: enough for two images, at least 128)",
+    )
+    p.add_argument("--max-images", type=int, help="most images in an answer; 0: text only (default: no limit)")
     p.add_argument("--image-first", action="store_true", help="begin the answer with an image")
-    p.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be given several times")
-    p.add_argument("--jacobi", type=int, default=0, help="image tokens solved for at once; 0: as calibrated, else 1")
+    p.add_argument("--stop", action="append", default=[], help="end the answer at this text; may be repeated")
     p.add_argument(
-        "--tolerance", type=float, default=1e-3, help="of --jacobi above 1: mean squared change over mean square"
+        "--jacobi",
+        type=int,
+        default=0,
+        help="image tokens to solve for at once (default: as `starflow2 calibrate` measured, or else 1)",
     )
-    p.add_argument("--denoise", action="store_true", help="remove the training noise from the images, by the score")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="samples")
-    p.set_defaults(run=_sample, kept="the samples that are finished stand in --out")
+    p.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="with --jacobi above 1: stop when the mean squared change over the mean square is below this (default: 0.001)",
+    )
+    p.add_argument(
+        "--denoise", action="store_true", help="remove the training noise from the images by one step along the score"
+    )
+    p.add_argument("--seed", type=int, default=0, help="random seed of the first answer (default: 0)")
+    p.add_argument("--out", default="samples", help="folder for the answers (default: samples)")
+    p.set_defaults(run=_sample, kept="finished answers are kept in --out")
 
 
 def _sample(args, _) -> None:
@@ -118,10 +151,14 @@ def _options(args):
 
 
 def _add_score(commands) -> None:
-    p = commands.add_parser("score", help="log-likelihood of each part that counts", allow_abbrev=False)
+    p = commands.add_parser("score", help="exact log-likelihood of the marked parts of documents", allow_abbrev=False)
     add_model(p)
-    p.add_argument("--document", required=True, help='JSON, or JSONL of many: parts with "predict" or "generate" count')
-    p.add_argument("--out", help="JSONL file, one part a line (default: printed)")
+    p.add_argument(
+        "--document",
+        required=True,
+        help='JSON file with one document, or JSONL file with one per line; parts marked "predict" or "generate" are scored',
+    )
+    p.add_argument("--out", help="write to this JSONL file, one part per line (default: print)")
     p.set_defaults(run=_score)
 
 
@@ -143,11 +180,16 @@ def _score(args, _) -> None:
 
 
 def _add_rank(commands) -> None:
-    p = commands.add_parser("rank", help="captions by how well they explain an image", allow_abbrev=False)
+    p = commands.add_parser("rank", help="rank captions by how well they fit an image", allow_abbrev=False)
     add_model(p)
-    p.add_argument("--image", required=True)
-    p.add_argument("--captions", required=True, help="text file, one a line")
-    p.add_argument("--by", choices=("image", "text"), default="image", help="p(image | caption), or p(caption | image)")
+    p.add_argument("--image", required=True, help="image file")
+    p.add_argument("--captions", required=True, help="text file with one caption per line")
+    p.add_argument(
+        "--by",
+        choices=("image", "text"),
+        default="image",
+        help="image: rank by p(image | caption) / p(image), the default; text: by p(caption | image)",
+    )
     p.set_defaults(run=_rank)
 
 
@@ -164,12 +206,16 @@ def _rank(args, _) -> None:
 
 
 def _add_invert(commands) -> None:
-    p = commands.add_parser("invert", help="an image's noise under one prompt as another's image", allow_abbrev=False)
+    p = commands.add_parser(
+        "invert",
+        help="turn an image into noise under one prompt, and that noise into an image under another",
+        allow_abbrev=False,
+    )
     add_model(p)
-    p.add_argument("--prompt", required=True, help="what the image is")
-    p.add_argument("--image", required=True)
-    p.add_argument("--as-prompt", required=True, help="what it is to be")
-    p.add_argument("--out", required=True, help="image file; its suffix becomes that of what is written")
+    p.add_argument("--prompt", required=True, help="prompt that describes the image")
+    p.add_argument("--image", required=True, help="image file")
+    p.add_argument("--as-prompt", required=True, help="prompt that describes the new image")
+    p.add_argument("--out", required=True, help="file for the new image; the suffix becomes .png, or .npy for latents")
     p.set_defaults(run=_invert)
 
 
@@ -187,17 +233,23 @@ def _invert(args, _) -> None:
 
 
 def _add_calibrate(commands) -> None:
-    about = (
-        "measure the fastest inverse of both flows: the checkpoint gets inversion.json, and samples by it from then on"
-    )
+    about = "find the fastest way to sample on this machine, and store it in the checkpoint"
     p = commands.add_parser("calibrate", help=about, allow_abbrev=False)
     add_model(p, fsdp=False)
+    p.add_argument("--prompt", action="append", default=[], help="prompt that asks for an image; may be repeated")
     p.add_argument(
-        "--prompt", action="append", default=[], help="what images are asked for with; may be given several times"
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="guidance weight of images; has no effect without --prompt (default: 1)",
     )
-    p.add_argument("--guidance", type=float, default=1.0, help="of the images; nothing changes by it without a prompt")
-    p.add_argument("--tolerance", type=float, default=1e-3, help="relative squared error of a block's output at most")
-    p.add_argument("--batch", type=int, default=16, help="images drawn at a time")
+    p.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest relative squared error of a block's output (default: 0.001)",
+    )
+    p.add_argument("--batch", type=int, default=16, help="images to draw at a time (default: 16)")
     p.set_defaults(run=_calibrate)
 
 

@@ -10,27 +10,67 @@ from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
-    p = commands.add_parser("serve", help="an HTTP server with OpenAI's interface, and a page", allow_abbrev=False)
+    p = commands.add_parser(
+        "serve", help="serve a model over HTTP, with OpenAI's interface and a web page", allow_abbrev=False
+    )
     add_model(p, fsdp=False)
-    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine; then give a key")
-    p.add_argument("--port", type=int, default=8000)
-    p.add_argument("--name", help="of the model (default: the checkpoint's folder)")
-    p.add_argument("--rows", type=int, default=8, help="answers written at once")
-    p.add_argument("--max-queue", type=int, default=32, help="requests that may wait")
-    p.add_argument("--max-tokens", type=int, default=512, help="positions of an answer at most, image tokens included")
-    p.add_argument("--max-pixels", type=int, default=16_000_000, help="of a request's images together")
-    p.add_argument("--max-body", type=int, default=32_000_000, help="bytes of a request")
-    p.add_argument("--grace", type=float, default=20.0, help="seconds that running requests have at the end")
-    p.add_argument("--jacobi", type=int, default=0, help="image tokens solved for at once; 0: as calibrated, else 1")
     p.add_argument(
-        "--keep", type=int, default=4, help="conversations that go on from their caches; 0: each is read anew"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine alone); with 0.0.0.0 also set --api-key",
+    )
+    p.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: 8000)")
+    p.add_argument("--name", help="name of the model (default: name of the checkpoint directory)")
+    p.add_argument("--rows", type=int, default=8, help="answers to write at the same time (default: 8)")
+    p.add_argument(
+        "--max-queue",
+        type=int,
+        default=32,
+        help="requests that may wait; more are refused with status 429 (default: 32)",
+    )
+    p.add_argument(
+        "--max-tokens", type=int, default=512, help="longest answer in tokens, image tokens included (default: 512)"
+    )
+    p.add_argument(
+        "--max-pixels",
+        type=int,
+        default=16_000_000,
+        help="largest number of pixels in all images of a request (default: 16000000)",
+    )
+    p.add_argument("--max-body", type=int, default=32_000_000, help="largest request in bytes (default: 32000000)")
+    p.add_argument(
+        "--grace",
+        type=float,
+        default=20.0,
+        help="seconds that running requests get when the server is stopped (default: 20)",
+    )
+    p.add_argument(
+        "--jacobi",
+        type=int,
+        default=0,
+        help="image tokens to solve for at once (default: as `starflow2 calibrate` measured, or else 1)",
+    )
+    p.add_argument(
+        "--keep",
+        type=int,
+        default=4,
+        help="conversations whose caches are kept; others are read again from their start (default: 4)",
     )
     p.add_argument(
         "--images", choices=("flow", "vit"), default="flow",
-        help="how images are seen that do not say `via`; by vit where the model's own are latents",
+        help="how the model sees images of requests that set no `via`: as flow tokens (default), or through its vision "
+        "tower, to understand only; models that work on latents always use the vision tower",
     )  # fmt: skip
-    p.add_argument("--editing", action="store_true", help="take image_guidance, which needs half as much cache again")
-    p.add_argument("--api-key", default=os.environ.get("STARFLOW2_API_KEY"), help="(default: $STARFLOW2_API_KEY)")
+    p.add_argument(
+        "--editing",
+        action="store_true",
+        help="accept `image_guidance` in requests; caches then take half as much memory again",
+    )
+    p.add_argument(
+        "--api-key",
+        default=os.environ.get("STARFLOW2_API_KEY"),
+        help="key that clients must send (default: $STARFLOW2_API_KEY, or none)",
+    )
     p.set_defaults(run=run)
 
 

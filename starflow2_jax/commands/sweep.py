@@ -1,4 +1,4 @@
-"""sweep."""
+"""`starflow2 sweep`."""
 
 import signal
 from functools import partial
@@ -8,32 +8,26 @@ from starflow2_jax.commands.experiment import add_chip
 
 
 def add(commands) -> None:
-    p = commands.add_parser("sweep", help="one experiment at many points of its config", allow_abbrev=False)
-    p.add_argument(
-        "--sweep",
-        required=True,
-        metavar="FILE",
-        help="sweep file, or the name of one of this package, such as digits_lr",
-    )
-    p.add_argument("--out", required=True, help="folder of the runs, the table and the plot")
+    p = commands.add_parser("sweep", help="train one experiment with many settings", allow_abbrev=False)
+    p.add_argument("--sweep", required=True, help="sweep: a file, or the name of one that ships, such as digits_lr")
+    p.add_argument("--out", required=True, help="folder for the runs, the table and the plot")
     p.add_argument(
         "--launcher",
-        help='hand each point to this command, such as "env CONFIG={config} OUT={out} launch/slurm.sh submit {overrides}", '
-        "instead of training it here; the same call later collects what is done. {name} is a name for the point's job",
+        help='submit each point with this command instead of training it here, for example "env CONFIG={config} OUT={out} '
+        'launch/slurm.sh submit {overrides}"; {name} stands for a job name. Run the same sweep again later to collect results',
     )
     p.add_argument(
         "--again",
         nargs="?",
         const="ended",
         choices=("ended", "all"),
-        help="hand points on once more whose jobs are known to have ended without being done: those of launch/slurm.sh say "
-        "so, and any job that writes its exit code into the file $ENDED of its launcher. A job that was killed, or "
-        'cancelled in the queue, says nothing; "all" hands on whatever is not done: see first that no job is left, two in '
-        "one folder spoil it",
+        help="submit points again whose jobs failed. A job counts as failed when its exit code is in the file $ENDED, which "
+        'launch/slurm.sh writes. "--again all" also submits points whose jobs left no exit code, because they were killed '
+        "or cancelled. Use it only after checking that no job is still running: two jobs in one folder destroy the run",
     )
-    p.add_argument("--runlocal", action="store_true", help="shrink each run to a few steps")
+    p.add_argument("--runlocal", action="store_true", help="shrink each model and train it a few steps")
     add_chip(p)
-    p.set_defaults(run=_sweep, kept="points that are done stand; the same command goes on with the rest")
+    p.set_defaults(run=_sweep, kept="finished points are kept, and the same command trains the rest")
 
 
 def _sweep(args, _) -> None:

@@ -1,4 +1,4 @@
-"""train, init, quickstart."""
+"""`starflow2` train, init and quickstart."""
 
 import os
 import sys
@@ -14,22 +14,36 @@ def add(commands) -> None:
 
 
 def _add_train(commands) -> None:
-    p = commands.add_parser("train", help="run an experiment's stages, or go on with them", allow_abbrev=False)
+    p = commands.add_parser("train", help="train an experiment, or resume it", allow_abbrev=False)
     add_config(p)
     p.add_argument("--out", default=None, help="checkpoint directory (default: runs/NAME of the experiment)")
-    p.add_argument("--runlocal", action="store_true", help="shrink it to a few steps")
     p.add_argument(
-        "--profile", nargs="?", type=int, const=5, default=0, metavar="STEPS", help="trace a few steps for xprof (5)"
+        "--runlocal",
+        action="store_true",
+        help="shrink the model and train a few steps, to try the experiment on this machine",
     )
     p.add_argument(
-        "--compilation-cache", metavar="DIR", help="keep compiled programs there, so that a restart has them"
+        "--profile",
+        nargs="?",
+        type=int,
+        const=5,
+        default=0,
+        metavar="STEPS",
+        help="trace a few steps (5 if no number is given) for xprof",
+    )
+    p.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="keep compiled programs in DIR, so that a restart need not compile them again",
     )
     p.add_argument("--distributed", action="store_true", help="this is one of several processes that train together; JAX "
-                   "asks the cluster (TPU pod, SLURM, ...) for the others, or the next three name them")  # fmt: skip
-    p.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (or JAX_COORDINATOR_ADDRESS)")
-    p.add_argument("--processes", metavar="N", help="how many there are (or JAX_NUM_PROCESSES)")
-    p.add_argument("--process", metavar="I", help="which of them this is, from 0 (or JAX_PROCESS_ID)")
-    p.set_defaults(run=_train, kept="what is saved stands, the same command goes on")
+                   "finds the others through the cluster (TPU pod, Slurm), or the next three options name them")  # fmt: skip
+    p.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address of process 0 (default: $JAX_COORDINATOR_ADDRESS)"
+    )
+    p.add_argument("--processes", metavar="N", help="number of processes (default: $JAX_NUM_PROCESSES)")
+    p.add_argument("--process", metavar="I", help="number of this process, counted from 0 (default: $JAX_PROCESS_ID)")
+    p.set_defaults(run=_train, kept="the last checkpoint is kept, and the same command resumes from it")
 
 
 def _train(args, overrides) -> None:
@@ -75,8 +89,8 @@ def _keep_compiled(folder: str) -> None:
 
 
 def _add_init(commands) -> None:
-    p = commands.add_parser("init", help="begin a run on a converted VLM", allow_abbrev=False)
-    p.add_argument("--vlm", required=True, help="checkpoint that `starflow2 convert` made")
+    p = commands.add_parser("init", help="start a run from a converted VLM, with untrained flows", allow_abbrev=False)
+    p.add_argument("--vlm", required=True, help="checkpoint written by `starflow2 convert`")
     add_config(p)
     p.add_argument("--out", required=True, help="new checkpoint directory")
     p.set_defaults(run=_init)
@@ -96,10 +110,18 @@ def _init(args, overrides) -> None:
 
 
 def _add_quickstart(commands) -> None:
-    p = commands.add_parser("quickstart", help="train, sample and evaluate on real digits", allow_abbrev=False)
-    p.add_argument("--out", default="quickstart")
-    p.add_argument("--smoke", action="store_true", help="the same path, a few steps of each stage")
-    p.set_defaults(run=_quickstart, kept="what is saved stands, the same command goes on")
+    p = commands.add_parser(
+        "quickstart",
+        help="train a small model on handwritten digits, sample from it and evaluate it",
+        allow_abbrev=False,
+    )
+    p.add_argument("--out", default="quickstart", help="folder for the checkpoint and the report (default: quickstart)")
+    p.add_argument(
+        "--smoke",
+        action="store_true",
+        help="train a few steps of each stage only, to try the installation; takes about a minute",
+    )
+    p.set_defaults(run=_quickstart, kept="the last checkpoint is kept, and the same command resumes from it")
     p.set_defaults(
         benchmark="digits", data=None, batch=300, seed=0, process=0, processes=1, dtype=None, fsdp=1, tensor=1
     )

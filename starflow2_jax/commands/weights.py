@@ -1,18 +1,20 @@
-"""convert."""
+"""`starflow2 convert`."""
 
 import os
 
 
 def add(commands) -> None:
-    p = commands.add_parser("convert", help="other people's weights <-> a checkpoint", allow_abbrev=False)
-    p.add_argument("kind", help="kind of vision-language model; a name that is none is answered with the list")
+    p = commands.add_parser("convert", help="convert published weights to a checkpoint, or back", allow_abbrev=False)
+    p.add_argument("kind", help="kind of vision-language model; an unknown name is answered with the list")
     p.add_argument(
-        "--from", dest="source", required=True, help="the reference library's folder; with --to-hf a checkpoint"
+        "--from", dest="source", required=True, help="folder with the published weights; with --to-hf, a checkpoint"
     )
     to = p.add_mutually_exclusive_group(required=True)
-    to.add_argument("--to", help="new checkpoint of the frozen VLM")
-    to.add_argument("--to-hf", help="new folder of safetensors files, as the reference library saves it")
-    p.add_argument("--shard-gb", type=float, default=4.0, help="size of a safetensors file at most (with --to-hf)")
+    to.add_argument("--to", help="new checkpoint directory for the frozen VLM")
+    to.add_argument("--to-hf", help="new folder for safetensors files in the published layout")
+    p.add_argument(
+        "--shard-gb", type=float, default=4.0, help="with --to-hf: largest safetensors file, in GB (default: 4)"
+    )
     p.set_defaults(run=_convert)
 
 

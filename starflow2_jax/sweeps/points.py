@@ -131,7 +131,8 @@ class Sweep:
 
 
 def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str | None = None) -> Sweep:
-    """Read a sweep file and check each point's config, before anything is run. Raises ConfigError."""
+    """Read a sweep file, or the sweep of that name that ships with the package ("digits_lr"), and check the config of each
+    point before anything is run. Raises ConfigError."""
     path, folder = configs.shipped(path, configs.EXPERIMENTS / "sweeps"), Path(folder)
     if not path.is_file():
         raise ConfigError(f"there is no sweep file {path}")

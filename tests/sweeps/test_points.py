@@ -91,8 +91,8 @@ def test_grid_and_random():
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "starflow2_jax/experiments/sweeps").glob("digits*.py")), ids=lambda p: p.stem
 )
-def test_the_sweeps_here_load(file, tmp_path):
-    sweep = points.load(file, tmp_path)
+def test_the_shipped_sweeps_load_by_name(file, tmp_path):
+    sweep = points.load(file.stem, tmp_path)
     assert len(sweep.points) >= 4 and not list(tmp_path.iterdir())
     assert "learning_rate" in sweep.varied.values()
 
