@@ -2,7 +2,7 @@
 #
 #   use_env EXTRAS         put an environment with these extras (such as "test", or "") first on PATH: the one in $VENV
 #                          as it is, where VENV is given, else .venv of the repository, made or brought up to date
-#   make_env DIR EXTRAS    make the environment DIR, or bring it up to date after pyproject.toml or constraints.txt changed
+#   make_env DIR EXTRAS    make the environment DIR, or bring it up to date after setup.py, pyproject.toml or constraints.txt changed
 #
 # PYTHON names the Python to build with (default python3; 3.11 or newer). pip takes its own settings from its own
 # files and variables.
