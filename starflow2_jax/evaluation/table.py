@@ -10,5 +10,8 @@ BENCHMARKS: dict[str, type[Benchmark]] = {"digits": DigitsBenchmark}
 def open_benchmark(name: str, data: str | None = None, limit: int | None = None) -> Benchmark:
     """Arguments as `Benchmark`'s. Raises UserError."""
     if name not in BENCHMARKS:
-        raise UserError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+        raise UserError(
+            f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}; if a Python file of yours adds it, name that "
+            "file with --import"
+        )
     return BENCHMARKS[name](data, limit)
