@@ -70,7 +70,7 @@ class StageConfig:
     steps: int = option("training steps of the stage", least=1)
     rows: int = option("rows of a batch", 256, least=1)
     length: int = option("positions of a row", 2048, least=1)
-    images: int = option("flow images of a row", 7, least=1)
+    images: int = option("flow images of a row", 7, least=0)
     patches: int = option("patches of a row for the vision tower; 0: no image is seen by it", 0, least=0)
     vlm_length: int = option("positions of a row that the frozen VLM reads, flow images left out; 0: all", 0, least=0)
     accumulate: int = option("micro-batches of a step", 1, least=1)
