@@ -22,7 +22,7 @@ GB = 1e9
 
 def peak() -> float:
     """Of this process's resident memory so far, in GB."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GB
 
 
@@ -55,7 +55,7 @@ def make(folder: Path, size: str, layers: int) -> None:
         rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rotary_theta, tie_word_embeddings=cfg.tied_head,
         rope_scaling=dict(type="mrope", mrope_section=cfg.rotary_sections), vision_config=vision,
     )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def command(*arguments: str) -> None:

@@ -21,6 +21,8 @@ EXIT_CODES = """exit codes:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if argv is None and not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+        _restart_in_utf8_mode()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that PyTorch is missing
     parser = argparse.ArgumentParser(
@@ -58,6 +60,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"starflow2: interrupted; {getattr(args, 'kept', 'nothing was written')}", file=sys.stderr)
         return 130
     return 0
+
+
+def _restart_in_utf8_mode() -> None:
+    """Start this process again with UTF-8 instead of the locale's encoding for arguments, file names and the terminal."""
+    os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "starflow2_jax"
 # A room is a folder of the package or a module at its top. Each may import itself and the rooms above it in this list.
 ROOMS = (
     "errors",
+    "text_files",
     "extensions",
     "fields",
     "random_streams",

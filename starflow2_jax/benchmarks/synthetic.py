@@ -30,5 +30,5 @@ def write(config: ConfigDict, stage: Stage, folder: Path, words: int = 48) -> st
         )
         lines.append(json.dumps(parts))
     path = folder / "documents.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
     return str(path)

@@ -27,7 +27,7 @@ def write_codec(folder: Path, codec: Codec) -> None:
         flat = {name: jax.numpy.asarray(x) for name, x in flatten_dict(dict(codec.weights), sep="/").items()}
         safetensors.flax.save_file(flat, folder / WEIGHTS)
         values["content_hash"] = content_hash(flat)
-    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1))
+    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:

@@ -72,7 +72,7 @@ def _fault(step: Path, unread: tuple[str, ...]) -> str | None:
         return fault
     path = step / "meta" / "metadata"  # a step without a list of files must have this one, too
     try:
-        json.loads(path.read_text())
+        json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{path.name} of meta cannot be read: {error}"
     return None

@@ -55,7 +55,9 @@ class CheckpointDirectory:
         self.write_config(config)
 
     def write_config(self, config: ConfigDict) -> None:
-        (self.folder / "config.json").write_text(json.dumps({"format": FORMAT, **config.to_dict()}, indent=1))
+        (self.folder / "config.json").write_text(
+            json.dumps({"format": FORMAT, **config.to_dict()}, indent=1), encoding="utf-8"
+        )
 
     def config(self) -> ConfigDict:
         """The experiment's config, locked. Raises CheckpointError."""

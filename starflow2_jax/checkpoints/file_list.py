@@ -15,7 +15,9 @@ def write(step: Path) -> None:
     paths = [path for path in step.rglob("*") if path.is_file() and path.name not in (NAME, f".{NAME}")]
     found = zip(paths, _checksums(paths), strict=True)
     partial = step / f".{NAME}"
-    partial.write_text(json.dumps({str(p.relative_to(step)): [p.stat().st_size, sum_] for p, sum_ in found}))
+    partial.write_text(
+        json.dumps({str(p.relative_to(step)): [p.stat().st_size, sum_] for p, sum_ in found}), encoding="utf-8"
+    )
     partial.rename(step / NAME)
 
 
@@ -31,7 +33,7 @@ def fault(step: Path, unread: tuple[str, ...] = ()) -> str | None:
     if not has(step):
         return None
     try:
-        listed = json.loads((step / NAME).read_text()).items()
+        listed = json.loads((step / NAME).read_text(encoding="utf-8")).items()
         wanted = {step / name: (size, sum_) for name, (size, sum_) in listed if Path(name).parts[0] not in unread}
     except (OSError, ValueError, TypeError, AttributeError):
         return f"{NAME} is damaged"

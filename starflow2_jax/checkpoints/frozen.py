@@ -25,7 +25,7 @@ class FrozenWeights:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.folder / "frozen", frozen, force=True)
         content = json.dumps({"content_hash": content_hash(frozen)})
-        processes.on_primary(lambda: (self.folder / "frozen.json").write_text(content))
+        processes.on_primary(lambda: (self.folder / "frozen.json").write_text(content, encoding="utf-8"))
 
     def restore(self, abstract: dict) -> dict:
         """The weights, with the shapes and shardings of `abstract` and the types that they were saved in.

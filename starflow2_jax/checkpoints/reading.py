@@ -19,7 +19,7 @@ def read_json(path: Path) -> object:
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path.parent}")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a checkpoint of this program: it has no {path.name}") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:

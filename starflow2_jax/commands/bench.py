@@ -49,7 +49,7 @@ def _bench(args, overrides) -> None:
         found = _measure(args, config, steps, Path(scratch))
     found = {"bench": args.what, "config": Path(args.config).name, "overrides": overrides, **found}
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
+        Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 

@@ -81,4 +81,4 @@ def _numbers(args, name: str) -> list[int]:
 
 def _write(file: str | None, values: list[dict]) -> None:
     if file:
-        Path(file).write_text(json.dumps(values, indent=1) + "\n")
+        Path(file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -173,7 +173,7 @@ def _score(args, _) -> None:
     lines = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text("\n".join(lines) + "\n")
+        Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"written: {args.out}")
     else:
         print("\n".join(lines))
@@ -194,10 +194,11 @@ def _add_rank(commands) -> None:
 
 
 def _rank(args, _) -> None:
-    from starflow2_jax.data.documents import read_image, read_text
+    from starflow2_jax.data.documents import read_image
     from starflow2_jax.sampling.scoring import describe, illustrate, rank
+    from starflow2_jax.text_files import read_lines
 
-    captions = [line for line in read_text(Path(args.captions)).splitlines() if line.strip()]
+    captions = read_lines(args.captions)
     sampler = restore(args)
     image = read_image(args.image, sampler.codec.image_channels)
     by_image = args.by == "image"

@@ -1,6 +1,5 @@
 """Documents: lists of text and image parts. Data sources make them, the sampler takes and returns them."""
 
-import json
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from PIL import ExifTags
 from PIL import Image as Pillow
 
 from starflow2_jax.errors import UserError
+from starflow2_jax.text_files import read_json_file
 
 # EXIF's numbers. ImageOps.exif_transpose fails where another of the tags is damaged, for it writes them anew.
 ORIENTATIONS = {
@@ -153,7 +153,7 @@ def _part(i: int, part: object, folder: Path, channels: int) -> Text | Image:
 def read_document(path: str | Path, channels: int) -> Document:
     """A JSON file of one document -> Document."""
     path = Path(path)
-    return from_json(parse_json(path, read_text(path)), path.parent, channels)
+    return from_json(read_json_file(path, DocumentError), path.parent, channels)
 
 
 class CaptionsDropped(Rows):
@@ -202,19 +202,3 @@ class Shown(Rows):
 
     def __getitem__(self, index: int) -> Document:
         return [Text(p.text, True) if isinstance(p, Text) else Image(p.pixels, via="vit") for p in self.source[index]]
-
-
-def read_text(path: Path) -> str:
-    """Raises DocumentError."""
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DocumentError(f"{path} cannot be read as text ({error})") from None
-
-
-def parse_json(where: str | Path, text: str) -> object:
-    """`where`: what the text is of, for the error. Raises DocumentError."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DocumentError(f"{where} is not valid JSON ({error})") from None

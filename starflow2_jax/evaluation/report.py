@@ -52,7 +52,9 @@ def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Pa
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, default=lambda array: array.tolist()) + "\n")
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=1, default=lambda array: array.tolist()) + "\n", encoding="utf-8"
+    )
     sections, about = [("Numbers", _numbers(report))], ""
     if page is not None:
         as_pillow(contact_sheet(page.grid)).save(folder / "samples.png")
@@ -83,7 +85,7 @@ def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
     curves: dict[tuple[str, str], dict[int, float]] = {}
     if not Path(path).is_file():
         return curves
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:  # cut off where the training was killed

@@ -66,7 +66,7 @@ def begin(out: Path, run: dict[str, Any]) -> None:
     """Make the folder of a run, or resume the one that is there. Raises UserError where it holds another run's answers."""
     run, described = json.loads(json.dumps(run)), out / "run.json"
     if described.is_file():
-        before = json.loads(described.read_text())
+        before = json.loads(described.read_text(encoding="utf-8"))
         if wrong := [name for name in run if run[name] != before.get(name)]:
             raise UserError(
                 f"{out} holds samples of another run, whose {wrong[0]} was {before.get(wrong[0])!r} and not "
@@ -100,7 +100,7 @@ def write(
     with tqdm(total=len(mine), initial=len(mine) - len(todo), disable=not progress) as bar:
         for several, rows in _batches(prompts, todo, batch):
             answers = _answers(sampler, [prompts[i] for i in several], denoised, rows)
-            with (out / share.file).open("a") as file:
+            with (out / share.file).open("a", encoding="utf-8") as file:
                 for i, documents in zip(several, answers, strict=True):
                     file.writelines(json.dumps(line) + "\n" for line in _lines(sampler, prompts[i], i, documents, out))
             bar.update(len(several))
@@ -187,7 +187,7 @@ def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Documen
 
 def _whole_lines(path: Path) -> Iterator[Line]:
     """All lines but a last one that was cut off."""
-    for line in path.read_text().split("\n")[:-1]:
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         if line:
             yield json.loads(line)
 
@@ -202,5 +202,5 @@ def _keep_complete(path: Path, done: dict[int | str, list[Line]]) -> None:
 def _replace(path: Path, text: str) -> None:
     """Write a file that other processes see whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)

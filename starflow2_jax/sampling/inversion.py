@@ -20,7 +20,7 @@ class Inversion:
 
 
 def write(folder: Path, report: dict) -> None:
-    (folder / NAME).write_text(json.dumps(report, indent=1))
+    (folder / NAME).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def read(folder: Path, blocks: int, step: int | None = None) -> Inversion:

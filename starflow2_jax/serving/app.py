@@ -85,7 +85,7 @@ def _parsed(data: bytearray) -> object:
 
 
 def make_app(service: Service) -> Starlette:
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page, headers=SAFETY)

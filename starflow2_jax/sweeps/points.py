@@ -89,12 +89,12 @@ class Point:
 
     def _said(self, name: str) -> str:
         path = self.folder / name
-        return path.read_text() if path.exists() else ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def begin(self) -> None:
         """Make its folder, without what earlier runs left beside the run itself."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "point.json").write_text(json.dumps(self.overrides, indent=1))
+        (self.folder / "point.json").write_text(json.dumps(self.overrides, indent=1), encoding="utf-8")
         for name in ("failed", "submitted", "ended"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -103,7 +103,9 @@ class Point:
         stage, _, name = metric.partition("/")
         if self.state != DONE:
             return None
-        lines = (json.loads(line) for line in (self.run / "metrics/metrics.jsonl").read_text().splitlines())
+        lines = (
+            json.loads(line) for line in (self.run / "metrics/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        )
         values = [line[name] for line in lines if line["stage"] == stage and name in line]
         mean = float(np.mean(values[-AVERAGED:])) if values else math.nan
         return mean if math.isfinite(mean) else None
@@ -215,13 +217,13 @@ def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[s
             report(f"{title}: done in {seconds} s, {sweep.metric} {point.result(sweep.metric)}")
         else:
             reason = f"exit code {code}: {_last_line(point.folder / 'log.txt')}"
-            (point.folder / "failed").write_text(reason)
+            (point.folder / "failed").write_text(reason, encoding="utf-8")
             report(f"{title}: failed, {reason}")
 
 
 def _wait(command: list[str], log: Path) -> int:
     """Run `command` to its end, its output added to `log`. In a session of its own: Ctrl-C is ours to pass on."""
-    with log.open("a") as output:
+    with log.open("a", encoding="utf-8") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             return child.wait()
@@ -248,15 +250,19 @@ def submit(sweep: Sweep, template: str, again: str | None = None, report: Callab
         command = launch_command(sweep, point, template)
         try:
             variables = {**os.environ, "ENDED": str(point.folder / "ended")}
-            done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=variables, capture_output=True, encoding="utf-8", errors="replace", check=False
+            )
             code, said = done.returncode, (done.stdout + done.stderr).strip()
         except OSError as error:
             code, said = 127, str(error)
         if code:
-            (point.folder / "failed").write_text(f"the launcher failed, exit code {code}: {said[-300:]}")
+            (point.folder / "failed").write_text(
+                f"the launcher failed, exit code {code}: {said[-300:]}", encoding="utf-8"
+            )
             report(f"{title}: the launcher failed: {said[-300:]}")
         else:
-            (point.folder / "submitted").write_text(said)
+            (point.folder / "submitted").write_text(said, encoding="utf-8")
             report(f"{title}: handed on {said}")
 
 
@@ -265,5 +271,5 @@ def _told(sweep: Sweep, point: Point) -> str:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+    lines = log.read_text(errors="replace", encoding="utf-8").replace("\r", "\n").strip().splitlines()
     return lines[-1][:300] if lines else "it said nothing"

@@ -24,13 +24,13 @@ def write(sweep: Sweep, folder: str | Path) -> list[dict]:
     ]
     rows.sort(key=lambda row: (row[sweep.metric] is None, row[sweep.metric] or 0.0))
     (folder / "sweep.json").write_text(
-        json.dumps({"config": sweep.config.name, "metric": sweep.metric, "points": rows}, indent=1)
+        json.dumps({"config": sweep.config.name, "metric": sweep.metric, "points": rows}, indent=1), encoding="utf-8"
     )
-    with (folder / "sweep.csv").open("w", newline="") as file:
+    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "sweep.md").write_text(markdown(rows))
+    (folder / "sweep.md").write_text(markdown(rows), encoding="utf-8")
     done = [row for row in rows if row[sweep.metric] is not None]
     if done and sweep.varied:
         _plot(done, list(sweep.varied.values()), sweep.metric, folder / "sweep.png")

@@ -20,9 +20,10 @@ class Metrics:
 
     def _open(self, done: int) -> None:
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= done] if path.is_file() else []
-        path.write_text("".join(line + "\n" for line in kept))
-        self._lines = path.open("a", buffering=1)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step(line) <= done]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._lines = path.open("a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(self.folder), flush_secs=30, purge_step=done + 1)
 
     def write(self, step: int, stage: str, values: dict[str, float], timings: dict[str, float] | None = None) -> None:
@@ -41,7 +42,7 @@ class Metrics:
 
     def write_summary(self, summary: dict) -> None:
         if self.writes:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
     def close(self) -> None:
         if self.writes:

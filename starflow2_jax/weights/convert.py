@@ -80,7 +80,7 @@ def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
         store = ArrayStore(folder / "frozen", _typed(tree, entries, wanted), create=True)
         for name, entry in entries.items():
             _import(store, name, entry, *wanted[name])
-        (folder / "frozen.json").write_text(json.dumps({"content_hash": store.content_hash()}))
+        (folder / "frozen.json").write_text(json.dumps({"content_hash": store.content_hash()}), encoding="utf-8")
         write_config(folder / CONFIG, cfg)
         _copy(source, folder / "tokenizer")
         shutil.copyfile(source / "config.json", folder / "reference_config.json")
@@ -104,7 +104,7 @@ def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_by
     wanted, faults = expected(VLM_WEIGHTS[kind].rules(cfg, ()), tree)
     refuse(faults)
     try:
-        saved_hash = json.loads((checkpoint / "frozen.json").read_text())["content_hash"]
+        saved_hash = json.loads((checkpoint / "frozen.json").read_text(encoding="utf-8"))["content_hash"]
         config = (checkpoint / "reference_config.json").read_bytes()
         store = ArrayStore(checkpoint / "frozen", tree, create=False)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -119,7 +119,7 @@ def load_dinov2(folder: str | Path) -> tuple[DinoConfig, dict]:
     """`import_dinov2` of a folder with config.json and one or several safetensors files. Raises WeightError."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise WeightError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from e
     if not isinstance(config, dict):

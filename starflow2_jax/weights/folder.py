@@ -69,7 +69,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name. Raises WeightError."""
     try:
-        where = json.loads(index.read_text())["weight_map"]
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         strange = [f for f in where.values() if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightError(f"{index} cannot be read as an index of tensors: {type(error).__name__} {error}") from None
@@ -167,7 +167,9 @@ def write_folder(
     if len(shards) > 1:
         numbers = sum(math.prod(shape) for shape in shapes.values())
         metadata = {"total_parameters": numbers, "total_size": sum(sizes.values())}
-        (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": where}, indent=2) + "\n")
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": metadata, "weight_map": where}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _write_file(file: Path, shapes: Mapping[str, tuple], dtypes: Mapping[str, np.dtype], get: Callable) -> None:

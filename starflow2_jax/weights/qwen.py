@@ -52,7 +52,7 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
     from transformers import Qwen2_5_VLConfig
 
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("model_type") != "qwen2_5_vl":
             raise WeightError(f"{path} describes no Qwen2.5-VL: its model_type is not qwen2_5_vl")
         reference = Qwen2_5_VLConfig.from_dict(values)
@@ -108,7 +108,7 @@ def read_processor(path: Path, vision: VisionConfig) -> VisionConfig:
     if not path.is_file():
         return vision
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         size = values.get("size") or {}
         for name, have in (("patch_size", vision.patch), ("merge_size", vision.merge)):
             if values.get(name, have) != have:

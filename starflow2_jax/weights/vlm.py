@@ -36,13 +36,13 @@ VLM_WEIGHTS: dict[str, VlmWeights] = {
 
 def write_config(path: Path, cfg: VlmConfig) -> None:
     """Our config as JSON, with every field; "kind" says which VLM it is."""
-    path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n", encoding="utf-8")
 
 
 def load_config(path: Path) -> VlmConfig:
     """The config that `write_config` wrote. Raises WeightError."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "kind" not in values:
             raise WeightError(f"{path} is damaged (it names no kind of VLM); convert again")
         return build(config_class(values.get("kind")), values)

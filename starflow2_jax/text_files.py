@@ -1,0 +1,72 @@
+"""Text that users hand in. It is UTF-8 whatever the locale, with or without a byte order mark."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from starflow2_jax.errors import UserError
+
+# Escapes in JSON: a surrogate pair, or anything that is no surrogate; what is left over is a lone surrogate (group 1).
+_ESCAPES = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\[^u]|\\u(?![dD][89a-fA-F])....|(\\u....)")
+
+
+def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
+    """The text of a UTF-8 file, without a byte order mark, its lines ended by "\\n". Raises `error`."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise error(
+            f"{shorten(path)} cannot be read as text (byte {fault.start} is not UTF-8); save it as UTF-8"
+        ) from None
+    except FileNotFoundError:
+        raise error(f"{shorten(path)} does not exist") from None
+    except (OSError, ValueError) as fault:
+        raise error(f"{shorten(path)} cannot be read as text ({reason(fault)})") from None
+
+
+def read_lines(path: str | Path, error: type[UserError] = UserError) -> list[str]:
+    """The lines of a text file that are not blank. Raises `error`."""
+    return [line for line in read_text_file(path, error).split("\n") if line.strip()]
+
+
+def read_json_file(path: str | Path, error: type[UserError] = UserError) -> Any:
+    """The value in a JSON file. Raises `error`."""
+    return parse_json(path, read_text_file(path, error), error)
+
+
+def parse_json(where: str | Path, text: str, error: type[UserError] = UserError, one_line: bool = False) -> Any:
+    """The value of a JSON text. Raises `error`, which names the text by `where`, and the line unless it has only one."""
+
+    def place(at: int) -> str:
+        column = f"column {at - text.rfind(chr(10), 0, at)}"
+        return column if one_line else f"line {text.count(chr(10), 0, at) + 1}, {column}"
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as wrong:
+        fault = f"is not valid JSON ({wrong.msg}: {place(wrong.pos)})"
+    except RecursionError:
+        fault = "is nested too deeply to be read as JSON"
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        fault = "holds a number with thousands of digits, which is not read"
+    else:
+        lone = next((match for match in _ESCAPES.finditer(text) if match[1]), None) if "\\u" in text else None
+        if lone is None:
+            return value
+        fault = (
+            f"holds half of a character (the lone surrogate {lone[1]}: {place(lone.start())}); complete or remove it"
+        )
+    raise error(f"{shorten(where)} {fault}")
+
+
+def shorten(value: object, limit: int = 200) -> str:
+    """The value as one line of printable text, cut to about `limit` characters."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, as one short line; of an OSError without its path."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return shorten(" ".join(said.split())) or type(error).__name__
