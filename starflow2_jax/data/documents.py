@@ -1,45 +1,42 @@
-"""Documents: lists of text and image parts. Data sources make them, the sampler takes and returns them."""
+"""Documents: lists of text parts and image parts. Sources make them; the sampler takes and returns them."""
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags
 from PIL import Image as Pillow
 
+from starflow2_jax.data.pictures import Picture
 from starflow2_jax.errors import UserError
-from starflow2_jax.text_files import read_json_file
-
-# EXIF's numbers. ImageOps.exif_transpose fails where another of the tags is damaged, for it writes them anew.
-ORIENTATIONS = {
-    2: Pillow.Transpose.FLIP_LEFT_RIGHT, 3: Pillow.Transpose.ROTATE_180, 4: Pillow.Transpose.FLIP_TOP_BOTTOM,
-    5: Pillow.Transpose.TRANSPOSE, 6: Pillow.Transpose.ROTATE_270, 7: Pillow.Transpose.TRANSVERSE,
-    8: Pillow.Transpose.ROTATE_90,
-}  # fmt: skip
+from starflow2_jax.text_files import read_json_file, reason, shorten
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
-    predict: bool = False  # does it count as a prediction in training
+    predict: bool = False  # whether it counts as a prediction in training
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    pixels: np.ndarray  # (height, width, C) fp32 in [-1, 1]; or the codec's latents (h, w, D), where it takes such
-    generate: bool = False  # does it count as a prediction in training
-    via: str = "flow"  # how the model sees it: "flow" tokens, or "vit" (the VLM's own vision tower, to understand only)
+    pixels: np.ndarray  # (height, width, C) fp32 in [-1, 1]; or latents (h, w, D), if the codec takes latents
+    generate: bool = False  # whether it counts as a prediction in training
+    via: str = (
+        "flow"  # the model sees it as "flow" tokens, or through "vit", the VLM's vision tower, which generates nothing
+    )
 
 
 Document = list[Text | Image]
-DROPS = 1  # sets the draws of CaptionsDropped apart from those of a source with the same seed
+DROPS = 1  # keeps the draws of CaptionsDropped apart from the draws of a source with the same seed
 Said = str | np.ndarray | list[str | np.ndarray | Text | Image]
 
 
 class DocumentError(UserError):
-    """A document that cannot be read or does not fit; the message is one sentence for its author. `index`: which of
-    several it is, where that is known."""
+    """A document that cannot be read or does not fit. The message is one sentence for its author.
+
+    index: the document's place among several, if it is known.
+    """
 
     def __init__(self, message: str, index: int | None = None):
         super().__init__(message)
@@ -47,57 +44,50 @@ class DocumentError(UserError):
 
 
 def compose(said: Said) -> Document:
-    """A text, an image (an array as Image has it), or a list of such and of parts, as a document."""
+    """A document of one text, of one image (an array like `Image.pixels`), or of a list of texts, images and parts."""
     parts = said if isinstance(said, list) else [said]
     return [Text(p) if isinstance(p, str) else Image(p) if isinstance(p, np.ndarray) else p for p in parts]
 
 
-def read_image(path: str | Path, channels: int, peak: int = 255) -> np.ndarray:
-    """An image file -> (height, width, C) fp32 in [-1, 1]; `channels` 1 (gray) or 3. `peak` is the value of white.
+def read_image(path: str | Path, channels: int) -> np.ndarray:
+    """An image file -> pixels (height, width, C) fp32 in [-1, 1], as `Picture.opaque` gives them. `channels`: C, 1 (gray) or 3.
 
-    A .npy file holds such an array, or latents (h, w, D), as it is to be.
+    A .npy file holds the array itself: pixels, or latents (h, w, D). Raises DocumentError.
     """
+    _refuse_address(str(path))
     if Path(path).suffix == ".npy":
         return _read_array(Path(path))
     try:
-        with Pillow.open(path) as image:
-            return from_pillow(upright(image, channels), peak)
+        with open(path, "rb") as file:
+            return from_pillow(Picture(file).opaque(channels))
     except FileNotFoundError:
-        raise DocumentError(f"the image {path} does not exist") from None
+        raise DocumentError(f"the image {shorten(path)} does not exist") from None
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        raise DocumentError(f"the image {path} cannot be read ({error}); give a PNG or JPEG file") from None
-
-
-def upright(image: Pillow.Image, channels: int) -> Pillow.Image:
-    """The image as its camera was held, if that is told, gray or RGB, with 8 bits a level. Raises ValueError for 32 bits."""
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a level, whose white is not known")
-    image.load()  # Pillow turns TIFF files itself, and forgets the tag
-    turned = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
-    image = image if turned is None else image.transpose(turned)
-    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-        image = Pillow.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    return image.convert("L" if channels == 1 else "RGB")
+        raise DocumentError(
+            f"the image {shorten(path)} cannot be read ({reason(error)}); give a PNG or JPEG file"
+        ) from None
 
 
 def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise DocumentError(f"the image {path} does not exist") from None
+        raise DocumentError(f"the image {shorten(path)} does not exist") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DocumentError(f"the image {path} cannot be read ({error}); give an array of numbers") from None
-    if array.ndim != 3 or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise DocumentError(
-            f"the image {path} must be an array (height, width, channels) of finite floating point numbers"
+            f"the image {shorten(path)} cannot be read ({reason(error)}); give an array of numbers"
+        ) from None
+    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise DocumentError(
+            f"the image {shorten(path)} must be an array (height, width, channels) of finite floating point numbers"
         )
     return array.astype(np.float32)
 
 
 def write_image(path: Path, image: np.ndarray, is_pixels: bool = True) -> Path:
-    """Pixels (height, width, C) in [-1, 1] -> a PNG file; where not `is_pixels`, an array of any numbers -> a .npy file.
+    """Write pixels (height, width, C) in [-1, 1] to a PNG file, or any other array (not `is_pixels`) to a .npy file.
 
-    `path` has no suffix; returns it with one.
+    Returns `path` with the suffix of the file's format.
     """
     if is_pixels:
         path = path.with_suffix(".png")
@@ -108,58 +98,81 @@ def write_image(path: Path, image: np.ndarray, is_pixels: bool = True) -> Path:
     return path
 
 
-def from_pillow(image: Pillow.Image, peak: int = 255) -> np.ndarray:
-    """(height, width, C) fp32 in [-1, 1]."""
+def from_pillow(image: Pillow.Image) -> np.ndarray:
+    """A gray or RGB picture with 8 bits per level -> pixels (height, width, C) fp32 in [-1, 1]."""
     levels = np.asarray(image, np.float32)
-    return levels.reshape(*levels.shape[:2], -1) * (2 / peak) - 1
+    return levels.reshape(*levels.shape[:2], -1) * (2 / 255) - 1
 
 
 def as_pillow(pixels: np.ndarray) -> Pillow.Image:
+    """Pixels (height, width, C), C 1 or 3 -> a gray or RGB picture; values outside [-1, 1] are clipped."""
     levels = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
     return Pillow.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
 def from_json(parts: object, folder: Path, channels: int) -> Document:
-    """The JSON form of a document: a list of {"text": str, "predict": bool} and {"image": path, "generate": bool, "via": str}.
+    """The document that a JSON value describes.
 
-    Image paths are relative to `folder`. Raises DocumentError.
+    parts: a list of {"text": str, "predict": bool} and {"image": path, "generate": bool, "via": str}; only "text" and
+        "image" are required. A path is relative to `folder`.
+    channels: of images that are read from files, 1 (gray) or 3 (RGB).
+
+    Raises DocumentError.
     """
     if not isinstance(parts, list) or not parts:
         raise DocumentError('a document is a non-empty list of {"text": ...} and {"image": ...} parts')
     return [_part(i, part, folder, channels) for i, part in enumerate(parts)]
 
 
+PART_KEYS = {"text": {"text": str, "predict": bool}, "image": {"image": str, "generate": bool, "via": str}}
+JSON_TYPES = {str: "a string", bool: "true or false"}
+
+
 def _part(i: int, part: object, folder: Path, channels: int) -> Text | Image:
-    kinds = {"text": {"text": str, "predict": bool}, "image": {"image": str, "generate": bool, "via": str}}
-    kind = next((k for k in kinds if isinstance(part, dict) and k in part), None)
+    where = f"part {i} of the document"
+    kind = next((kind for kind in PART_KEYS if isinstance(part, dict) and kind in part), None)
     if isinstance(part, dict) and "video" in part:
-        raise DocumentError(
-            f"part {i} of the document is a video, which this model does not take; give frames as images"
-        )
-    if kind is None:
-        raise DocumentError(f'part {i} of the document is neither {{"text": ...}} nor {{"image": ...}}')
+        raise DocumentError(f"{where} is a video, which this model does not take; give frames as images")
+    if not isinstance(part, dict) or kind is None:
+        raise DocumentError(f'{where} is neither {{"text": ...}} nor {{"image": ...}}')
+    keys = PART_KEYS[kind]
     for key, value in part.items():
-        if not isinstance(value, kinds[kind].get(key, ())):
+        if key not in keys:
             raise DocumentError(
-                f"part {i} of the document: {key!r} is not a key of a {kind} part, or its value has the wrong type"
+                f"{where} has the key {shorten(repr(key))}; the keys of a {kind} part are {', '.join(keys)}"
             )
+        if not isinstance(value, keys[key]):
+            raise DocumentError(f"{where}: the value of {key!r} must be {JSON_TYPES[keys[key]]}")
     if kind == "text":
         return Text(**part)
     if part.get("via", "flow") not in ("flow", "vit"):
-        raise DocumentError(f'part {i} of the document: "via" is "flow" or "vit", not {part["via"]!r}')
-    return Image(read_image(folder / part["image"], channels), part.get("generate", False), part.get("via", "flow"))
+        raise DocumentError(f'{where}: "via" is "flow" or "vit", not {shorten(repr(part["via"]))}')
+    try:
+        _refuse_address(part["image"])
+        pixels = read_image(folder / part["image"], channels)
+    except DocumentError as error:
+        raise DocumentError(f"{where}: {error}") from None
+    return Image(pixels, part.get("generate", False), part.get("via", "flow"))
+
+
+def _refuse_address(path: str) -> None:
+    """Raises DocumentError for a URL where the path of a file belongs."""
+    if path.startswith("data:"):
+        raise DocumentError("the image is a data: URL; save it as a file and give its path")
+    if "://" in path:
+        raise DocumentError(f"the image is the address {shorten(path)}; download it and give the path of the file")
 
 
 def read_document(path: str | Path, channels: int) -> Document:
-    """A JSON file of one document -> Document."""
+    """The document in a JSON file (see `from_json`). Raises DocumentError."""
     path = Path(path)
     return from_json(read_json_file(path, DocumentError), path.parent, channels)
 
 
 class CaptionsDropped(Rows):
-    """The documents of `source`, endlessly repeated, a `share` of their captions left out: of other ones each time round.
+    """The documents of `source`, repeated endlessly, with a `share` of their captions dropped at random.
 
-    Document i depends on (seed, i) alone, so a position in the data says all.
+    Each repetition drops other captions. Document i depends on `seed` and i alone, so a reader resumes from i.
     """
 
     def __init__(self, source: Rows[Document], share: float, seed: int):
@@ -175,9 +188,9 @@ class CaptionsDropped(Rows):
 
 
 def without_caption(document: Document) -> Document:
-    """The document without the text that it opens with, where it predicts nothing but the image that it ends with.
+    """The document without its opening text, if the only part that it predicts is the image at its end.
 
-    Guidance compares with images that no words led to. Where words or other images are predicted too, they need the text.
+    Guidance needs a model of images without captions. Any other predicted part may depend on the text, which then stays.
     """
     *before, last = document
     if not (isinstance(last, Image) and last.generate) or any(counts(part) for part in before):
@@ -187,12 +200,12 @@ def without_caption(document: Document) -> Document:
 
 
 def counts(part: Text | Image) -> bool:
-    """As a prediction, in training and in scores."""
+    """Whether the part counts as a prediction, in training and in scores."""
     return part.generate if isinstance(part, Image) else part.predict
 
 
 class Shown(Rows):
-    """The documents of `source`, their images shown through the vision tower and every word of them to be predicted."""
+    """The documents of `source`, with all images shown through the vision tower and all text predicted."""
 
     def __init__(self, source: Rows[Document]):
         self.source = source

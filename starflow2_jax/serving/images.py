@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from starflow2_jax.data.documents import as_pillow, from_pillow, upright
+from starflow2_jax.data.documents import as_pillow, from_pillow
+from starflow2_jax.data.pictures import Picture
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.request_limits import Intake
 
@@ -65,12 +66,12 @@ def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
     except (binascii.Error, ValueError):
         raise bad("the image's data is not base64", param) from None
     try:
-        with Pillow.open(io.BytesIO(data), formats=list(FORMATS.values())) as image:
-            budget.take(image.size, via, param)
-            image = upright(image, channels)
-            if size is not None and image.size != size[::-1]:
-                image = ImageOps.fit(image, size[::-1], Pillow.Resampling.LANCZOS)
-            return from_pillow(image)
+        picture = Picture(io.BytesIO(data), formats=list(FORMATS.values()))
+        budget.take(picture.size, via, param)
+        image = picture.opaque(channels)
+        if size is not None and image.size != size[::-1]:
+            image = ImageOps.fit(image, size[::-1], Pillow.Resampling.LANCZOS)
+        return from_pillow(image)
     except Pillow.DecompressionBombError:  # Pillow's own limit, from the header, too
         raise budget.refusal(param) from None
     except (OSError, SyntaxError, ValueError):

@@ -86,7 +86,18 @@ def test_images_survive_their_files(tmp_path):
         ([{"text": "a", "generate": True}], ("part 0", "'generate'", "text part")),
         ([{"image": None}], ("part 0", "'image'")),
         ([{"image": "x.png", "via": "eye"}], ("part 0", '"via"', "'eye'")),
-        ([{"image": "x.png"}], ("x.png", "does not exist")),
+        ([{"image": "x.png"}], ("part 0", "x.png", "does not exist")),
+        ([{"text": "a", "predict": 1}], ("part 0", "'predict' must be true or false")),
+        ([{"text": "a", "k" * 9000: 1}], ("part 0", "has the key 'kkk", "text, predict")),
+        ([{"image": "x.png", "via": "v" * 9000}], ("part 0", '"via"', "'vvv")),
+        (
+            [{"text": "a"}, {"image": "data:image/png;base64," + "A" * 9000}],
+            ("part 1", "a data: URL", "save it as a file"),
+        ),
+        ([{"image": "https://host.example/a/b.png"}], ("part 0", "https://host.example/a/b.png", "download it")),
+        ([{"image": "A" * 9000}], ("part 0", "AAA", "cannot be read")),
+        ([{"image": "a\0b.png"}], ("part 0", "a\\x00b.png", "cannot be read")),
+        ([{"image": ""}], ("part 0", "cannot be read")),
     ],
 )
 def test_parts_of_a_document(tmp_path, parts, saying):
@@ -112,6 +123,38 @@ def test_files_of_documents(tmp_path):
     mixed = JsonlDocuments(tmp_path / "mixed.jsonl", 1)
     assert len(mixed) == 3 and mixed[0] == [Text("Grüße")] and mixed[2] == [Text("b")]
     refused(DocumentError, mixed.__getitem__, 1, saying=("mixed.jsonl, document 1", "cannot be read as text"))
+
+
+def test_files_that_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf[{"text": "a"}]\r\n\r\n[{"text": "b"}]\r\n')
+    source = JsonlDocuments(tmp_path / "data.jsonl", 1)
+    assert [source[i] for i in range(len(source))] == [[Text("a")], [Text("b")]]
+    (tmp_path / "blank.jsonl").write_bytes(b'\xef\xbb\xbf\n[{"text": "a"}]')
+    assert len(JsonlDocuments(tmp_path / "blank.jsonl", 1)) == 1
+    (tmp_path / "data.json").write_bytes(b'\xef\xbb\xbf[{"text": "a"}]')
+    assert read_document(tmp_path / "data.json", 1) == [Text("a")]
+
+
+@pytest.mark.parametrize(
+    "line, saying",
+    [
+        ('[{"text": "\\ud83d"}]', (r"half of a character", r"\ud83d", "column 12")),
+        ("[" * 100_000 + "]" * 100_000, ("nested too deeply",)),
+        ('[{"text": "a", "predict": ' + "9" * 5000 + "}]", ("a number with thousands of digits",)),
+        ('[{"text": "a",}]', ("not valid JSON", "column 15")),
+    ],
+)
+def test_odd_lines_are_refused_by_their_place(tmp_path, line, saying):
+    (tmp_path / "data.jsonl").write_text('[{"text": "fine"}]\n\n' + line + "\n", encoding="utf-8")
+    source = JsonlDocuments(tmp_path / "data.jsonl", 1)
+    refused(DocumentError, source.__getitem__, 1, saying=("data.jsonl, document 1 (line 3)", *saying))
+    (tmp_path / "data.json").write_text("\n" + line, encoding="utf-8")
+    refused(DocumentError, read_document, tmp_path / "data.json", 1, saying=("data.json", *saying))
+
+
+def test_images_are_files(tmp_path):
+    for path in ("https://host.example/a.png", "data:image/png;base64," + "A" * 9000):
+        refused(DocumentError, read_image, path, 1, saying=("path",))
 
 
 def test_documents_that_do_not_fit_the_model():
