@@ -19,7 +19,9 @@ from flax import traverse_util
 from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
 from starflow2_jax.errors import require_one_of
 from starflow2_jax.models.vlm import abstract_params
+from starflow2_jax.text_files import reason
 from starflow2_jax.weights.folder import TYPES, Entry, read_entries, read_tensor, same_bits, write_folder
+from starflow2_jax.weights.other_formats import require_unquantised
 from starflow2_jax.weights.store import CHUNK, ArrayStore
 from starflow2_jax.weights.table import (
     Part,
@@ -71,7 +73,9 @@ def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
     wanted, faults = expected(weights.rules(cfg, entries), tree)
     twice = {name: path for name, path in weights.copies(cfg).items() if name in entries}
     copies = {name: entries.pop(name) for name in twice}
-    refuse(faults + _faults(entries, wanted))
+    faults += _faults(entries, wanted)
+    require_unquantised(source, (), fits=not faults)
+    refuse(faults)
     for name, path in twice.items():
         first = next(n for n, (_, parts) in wanted.items() if parts[0].path == path)
         if not same_bits(copies[name], entries[first]):
@@ -108,8 +112,7 @@ def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_by
         config = (checkpoint / "reference_config.json").read_bytes()
         store = ArrayStore(checkpoint / "frozen", tree, create=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightError(f"{checkpoint} is incomplete or damaged ({reason}); convert again") from None
+        raise WeightError(f"{checkpoint} is incomplete or damaged ({reason(error)}); convert again") from None
     shapes = {name: source_shape(*wanted[name]) for name in sorted(wanted, key=_natural)}
     dtypes = {name: store.dtype(wanted[name][1][0].path) for name in shapes}
     with new_folder(target, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())) as folder:

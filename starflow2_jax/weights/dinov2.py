@@ -1,6 +1,5 @@
 """DINOv2's checkpoints in the format of `transformers`: config.json -> DinoConfig, tensors -> our parameters."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.models.dinov2 import DinoConfig, DinoEncoder
+from starflow2_jax.text_files import read_json_file
 from starflow2_jax.weights.folder import FolderTensors
 from starflow2_jax.weights.table import (
     Ignore,
@@ -117,11 +117,8 @@ def import_dinov2(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[D
 
 def load_dinov2(folder: str | Path) -> tuple[DinoConfig, dict]:
     """`import_dinov2` of a folder with config.json and one or several safetensors files. Raises WeightError."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise WeightError(f"{path} cannot be read: {' '.join(str(e).split())[:200]}") from e
+    tensors, path = FolderTensors(Path(folder)), Path(folder) / "config.json"
+    config = read_json_file(path, WeightError)
     if not isinstance(config, dict):
         raise WeightError(f"{path} does not hold a JSON object")
-    return import_dinov2(FolderTensors(Path(folder)), config)
+    return import_dinov2(tensors, config)

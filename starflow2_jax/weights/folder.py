@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from starflow2_jax.text_files import read_json_file, reason
+from starflow2_jax.weights.other_formats import require_folder, require_unquantised, what_it_is
 from starflow2_jax.weights.table import WeightError, refuse
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,15 +40,19 @@ class Entry:
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of the folder, in the order of the files' bytes. Reads only headers. Raises WeightError."""
-    if not folder.is_dir():
-        raise WeightError(f"there is no folder {folder}")
+    require_folder(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         raise WeightError(f"{folder} holds both {SINGLE} and {INDEX}; remove one of them")
-    if single.is_file():
-        return _read_header(single)
-    if not index.is_file():
-        raise WeightError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    if not single.is_file() and not index.is_file():
+        raise WeightError(f"{folder} {what_it_is(folder)}")
+    entries = _read_header(single) if single.is_file() else _read_shards(folder, index)
+    require_unquantised(folder, {entry.kind for entry in entries.values()})
+    return entries
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
+    """The tensors of the files that an index names. Raises WeightError."""
     where = _read_index(index)
     entries, faults = {}, []
     for file in sorted(set(where.values())):
@@ -69,10 +75,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name. Raises WeightError."""
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = read_json_file(index)["weight_map"]
         strange = [f for f in where.values() if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightError(f"{index} cannot be read as an index of tensors: {type(error).__name__} {error}") from None
+        raise WeightError(
+            f"{index} cannot be read as an index of tensors ({type(error).__name__}: {reason(error)})"
+        ) from None
     if strange:
         raise WeightError(f"{index} names {strange[0]!r}, which is no file name within its folder")
     if outside := [f for f in sorted(set(where.values())) if not f.endswith(".safetensors")]:
@@ -89,7 +97,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}; fetch it again") from None
+        raise WeightError(f"{file} cannot be read: {reason(error)}; fetch it again") from None
     header.pop("__metadata__", None)
     header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
     return {n: Entry(file, 8 + size + h["data_offsets"][0], tuple(h["shape"]), h["dtype"]) for n, h in header.items()}

@@ -1,13 +1,14 @@
 """Qwen2.5-VL's checkpoints as our VLM: its options become a QwenConfig, its tensors our parameters, and back."""
 
 import dataclasses
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.text_files import read_json_file, reason, shorten
+from starflow2_jax.weights.qwen_processor import read_processor
 from starflow2_jax.weights.table import Rule, WeightError, from_heads, linear, norm, to_heads
 
 
@@ -32,14 +33,14 @@ STACK, HEADS = "stack/layers/", ("query", "key", "value")
 
 
 def read_folder(folder: Path, dtype: str) -> QwenConfig:
-    """The reference's config.json and preprocessor_config.json -> our config that computes in `dtype`.
+    """The reference's config.json and settings of its image processor -> our config that computes in `dtype`.
 
-    Raises WeightError.
+    Prints the defaults that stand in for settings of the processor. Raises WeightError.
     """
     cfg = read_config(folder / "config.json", dtype)
     if cfg.vision is None:
         return cfg
-    return dataclasses.replace(cfg, vision=read_processor(folder / "preprocessor_config.json", cfg.vision))
+    return dataclasses.replace(cfg, vision=read_processor(folder, cfg.vision))
 
 
 def read_config(path: Path, dtype: str) -> QwenConfig:
@@ -51,10 +52,13 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2_5_VLConfig
 
+    if not path.is_file():
+        raise WeightError(f"{path.parent} holds no config.json")
+    values = read_json_file(path, WeightError)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "qwen2_5_vl":
+        raise WeightError(f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind))}, not 'qwen2_5_vl'")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or values.get("model_type") != "qwen2_5_vl":
-            raise WeightError(f"{path} describes no Qwen2.5-VL: its model_type is not qwen2_5_vl")
         reference = Qwen2_5_VLConfig.from_dict(values)
         text, vision = reference.text_config, reference.vision_config
         _refuse_unsupported(path, text, vision)
@@ -89,43 +93,12 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
             vision=tower,
             dtype=dtype,
         )
-    except FileNotFoundError:
-        raise WeightError(f"{path.parent} holds no config.json") from None
     except KeyError as error:
         raise WeightError(f"{path} lacks the option {error.args[0]}") from None
     except (OSError, TypeError, AttributeError, ValueError, StrictDataclassError) as error:
         if isinstance(error, WeightError):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise WeightError(f"{path} cannot be read as Qwen2.5-VL's options: {reason}") from None
-
-
-def read_processor(path: Path, vision: VisionConfig) -> VisionConfig:
-    """`vision` with the image sizes and normalisation of the reference's preprocessor_config.json, if that exists.
-
-    Raises WeightError for a file that cannot be read or does not fit `vision`.
-    """
-    if not path.is_file():
-        return vision
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        size = values.get("size") or {}
-        for name, have in (("patch_size", vision.patch), ("merge_size", vision.merge)):
-            if values.get(name, have) != have:
-                raise WeightError(f"{path} has {name} {values[name]} where config.json has {have}")
-        return dataclasses.replace(
-            vision,
-            min_pixels=int(values.get("min_pixels") or size.get("shortest_edge") or vision.min_pixels),
-            max_pixels=int(values.get("max_pixels") or size.get("longest_edge") or vision.max_pixels),
-            mean=tuple(map(float, values.get("image_mean") or vision.mean)),
-            std=tuple(map(float, values.get("image_std") or vision.std)),
-        )
-    except (OSError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, WeightError):
-            raise
-        raise WeightError(
-            f"{path} cannot be read as a processor's options: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise WeightError(f"{path} cannot be read as Qwen2.5-VL's options: {reason(error)}") from None
 
 
 def _refuse_unsupported(path: Path, text: Any, vision: Any) -> None:

@@ -16,12 +16,14 @@ import numpy as np
 from flax import traverse_util
 
 from starflow2_jax.errors import UserError
+from starflow2_jax.text_files import reason
 
+SHOWN, SHOWN_OF_A_KIND = 20, 5  # faults in a message, at most
 FIELD = re.compile(r"\{(\w+)\}")
 
 
 class WeightError(UserError):
-    """Weights that cannot be read or do not fit the model. The message lists every fault."""
+    """Weights that cannot be read or do not fit the model. The message counts the faults and lists the first of them."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,17 @@ def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mappin
 
 
 def refuse(faults: Sequence[str]) -> None:
-    """Raises WeightError with all faults, if there are any."""
-    if faults:
-        raise WeightError(f"the weights do not fit ({len(faults)} faults):\n" + "\n".join(f"- {f}" for f in faults))
+    """Raises WeightError, if there are faults, with their number and the first of each kind (that is, first word)."""
+    if not faults:
+        return
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(fault.split()[0], []).append(fault)
+    shown = [fault for kind in kinds.values() for fault in kind[:SHOWN_OF_A_KIND]][:SHOWN]
+    lines = [f"the weights do not fit ({len(faults)} faults):", *(f"- {fault}" for fault in shown)]
+    if hidden := len(faults) - len(shown):
+        lines.append(f"- and {hidden} more")
+    raise WeightError("\n".join(lines))
 
 
 def name_faults(table: Table, wanted: Mapping, names: Collection[str], shape_of: Callable) -> list[str]:
@@ -271,7 +281,7 @@ def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
 
 
 def _unreadable(path: Path, error: Exception) -> WeightError:
-    return WeightError(f"{path} cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
+    return WeightError(f"{path} cannot be read: {reason(error)}")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

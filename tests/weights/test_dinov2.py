@@ -157,7 +157,7 @@ def test_broken_folders(saved):
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     assert "holds neither model.safetensors nor" in refused(load_dinov2, folder)
     save_file(tensors, folder / "model.safetensors")
-    for text, message in {"{": "cannot be read: Expecting", "[1]": "does not hold a JSON object"}.items():
+    for text, message in {"{": "is not valid JSON (Expecting", "[1]": "does not hold a JSON object"}.items():
         (folder / "config.json").write_text(text)
         assert message in refused(load_dinov2, folder)
-    assert "cannot be read" in refused(load_dinov2, folder / "nowhere")
+    assert "there is no folder" in refused(load_dinov2, folder / "nowhere")

@@ -1,6 +1,7 @@
 """A folder that is no sound Qwen2.5-VL is refused, each fault by name, and a conversion that fails leaves nothing behind."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -8,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from reference_qwen import INDEX, edit, make, newer, published, refused, resave, run, tensors
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from starflow2_jax import cli
+from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.weights import convert
+from starflow2_jax.weights.qwen_processor import read_processor
 from starflow2_jax.weights.store import ArrayStore
 from starflow2_jax.weights.vlm import VLM_WEIGHTS
+
+TOWER = VisionConfig(layers=1, width=32, heads=2, mlp_hidden=44, out_width=48, patch=4)
 
 
 @pytest.fixture
@@ -50,10 +56,91 @@ def test_kinds(copy, checkpoint, monkeypatch, capsys):
     assert not (copy.parent / "new").exists()
 
 
-@pytest.mark.parametrize("content, saying", [(b"{", "cannot be read"), (b'{"patch_size": 14}', "patch_size 14 where")])
-def test_a_processor_that_cannot_be_used(copy, capsys, content, saying):
-    (copy / "preprocessor_config.json").write_bytes(content)
-    refused(capsys, copy, "preprocessor_config.json", saying)
+@pytest.mark.parametrize(
+    "content, saying",
+    [
+        (b"{", "is not valid JSON"),
+        (b"[]", "must be a JSON object"),
+        (b'{"patch_size": 14}', "patch_size 14 where"),
+        (b'{"temporal_patch_size": 1}', "temporal_patch_size 1 where"),
+        (b'{"size": 224}', "must have shortest_edge and longest_edge"),
+        (b'{"min_pixels": "many"}', "cannot be read as a processor's options"),
+        (b'{"image_mean": [0.5]}', "one entry for each of the 3 channels"),
+        (b'{"do_normalize": false, "resample": 2}', "not supported: do_normalize = False, resample = 2"),
+        (b'{"rescale_factor": 1}', "not supported: rescale_factor = 1"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_processor_that_cannot_be_used(copy, capsys, content, saying, nested):
+    file = "processor_config.json" if nested else "preprocessor_config.json"
+    (copy / "preprocessor_config.json").unlink()
+    (copy / file).write_bytes(b'{"image_processor": ' + content + b"}" if nested else content)
+    assert refused(capsys, copy, file, saying).count("\n") == 1
+
+
+FLAT = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
+NORMALISED = dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.3, 0.2, 0.1])
+EDGES = dict(size=dict(shortest_edge=64, longest_edge=4096))
+NULLS = dict(min_pixels=None, max_pixels=None, do_resize=True, resample=3, rescale_factor=1 / 255)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"preprocessor_config.json": FLAT | NORMALISED | dict(min_pixels=64, max_pixels=4096)},
+        {"preprocessor_config.json": FLAT | NORMALISED | NULLS | EDGES},
+        {"preprocessor_config.json": FLAT | NORMALISED | dict(size=dict(min_pixels=64, max_pixels=4096))},
+        {
+            "preprocessor_config.json": NORMALISED
+            | EDGES
+            | dict(min_pixels=64, size=dict(shortest_edge=1, longest_edge=4096))
+        },
+        {
+            "processor_config.json": dict(
+                image_processor=FLAT | NORMALISED | NULLS | EDGES, video_processor=dict(size=3)
+            )
+        },
+        {
+            "processor_config.json": dict(image_processor=FLAT | NORMALISED | EDGES),
+            "preprocessor_config.json": dict(min_pixels=1),
+        },
+        {
+            "processor_config.json": dict(processor_class="Qwen2_5_VLProcessor"),
+            "preprocessor_config.json": NORMALISED | EDGES,
+        },
+    ],
+)
+def test_forms_of_a_processors_settings(tmp_path, capsys, files):
+    for name, values in files.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + json.dumps(values).encode())
+    cfg = read_processor(tmp_path, TOWER)
+    assert (cfg.min_pixels, cfg.max_pixels) == (64, 4096)
+    assert (cfg.mean, cfg.std) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_processors_settings_as_the_reference_library_saves_them(tmp_path, capsys):
+    processor = Qwen2VLImageProcessorPil(**FLAT, **NORMALISED, **EDGES)
+    processor.save_pretrained(tmp_path)
+    cfg = read_processor(tmp_path, TOWER)
+    assert (cfg.min_pixels, cfg.max_pixels, cfg.mean) == (64, 4096, (0.5, 0.4, 0.3))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "files, saying",
+    [
+        ({}, "min_pixels 3136, max_pixels 1003520, mean (0.48145466"),
+        ({"preprocessor_config.json": NORMALISED | dict(min_pixels=64)}, "does not say them: max_pixels 1003520\n"),
+        ({"processor_config.json": dict(image_processor=EDGES)}, "does not say them: mean (0.48145466"),
+    ],
+)
+def test_defaults_of_a_processor_are_printed(tmp_path, capsys, files, saying):
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
+    read_processor(tmp_path, TOWER)
+    message = capsys.readouterr().err
+    assert message.startswith("WARNING") and message.count("\n") == 1 and saying in message and str(tmp_path) in message
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"model_type": ', b"\xff\xfe"])
@@ -65,6 +152,94 @@ def test_a_damaged_config(copy, capsys, content):
 
 
 # Folders that do not fit: each is refused before anything is written.
+
+
+def quantised(tensors: dict, how: str) -> dict:
+    """The tensors as three libraries quantise them: their names, types and shapes."""
+    out = {}
+    for name, value in tensors.items():
+        base = name.removesuffix("weight")
+        if not name.startswith("model.layers.") or not name.endswith("_proj.weight"):
+            out[name] = value
+        elif how == "awq":
+            out[base + "qweight"] = torch.zeros(value.shape[1], 8, dtype=torch.int32)
+            out[base + "scales"] = torch.ones(1, value.shape[0], dtype=torch.float16)
+        elif how == "compressed-tensors":
+            out[name] = value.to(torch.float8_e4m3fn)
+            out[base + "weight_scale"] = torch.ones(value.shape[0], 1)
+        elif how == "bitsandbytes":
+            out[name] = torch.zeros(value.numel() // 2, 1, dtype=torch.uint8)
+            out[name + ".absmax"] = torch.ones(4)
+        else:  # kept as plain numbers of other shapes
+            out[name] = value[:1]
+    return out
+
+
+@pytest.mark.parametrize("how", ["awq", "compressed-tensors", "bitsandbytes", "other"])
+@pytest.mark.parametrize("said", [True, False])
+def test_quantised_weights(copy, capsys, how, said):
+    resave(copy, lambda tensors: quantised(tensors, how))
+    if said:
+        edit(copy, "config.json", lambda c: c.update(quantization_config=dict(quant_method=how, bits=4)))
+    elif how == "other":
+        return
+    message = refused(
+        capsys, copy, "quantised", how if said else "types", "the folder of the unquantised model", str(copy)
+    )
+    assert message.count("\n") == 1
+
+
+def test_settings_of_a_quantiser_beside_plain_weights(copy):
+    """Weights that were made plain again are converted, whatever the config still names."""
+    edit(copy, "config.json", lambda c: c.update(quantization_config=dict(quant_method="fp8")))
+    run("--from", copy, "--to", copy.parent / "plain")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "files, saying",
+    [
+        ({}, ("holds neither", "it is empty")),
+        ({"notes.txt": b"", "config.json": b"{}"}, ("holds neither", "it holds config.json, notes.txt")),
+        ({"adapter_config.json": b'{"base_model_name_or_path": "a/b"}', "adapter_model.safetensors": b""}, ("a LoRA adapter of a/b", "merge")),
+        ({"adapter_model.bin": b""}, ("a LoRA adapter of another model", "merge")),
+        ({"pytorch_model.bin": b"", "config.json": b"{}"}, ("pickles of PyTorch (pytorch_model.bin)", "safe_serialization=True")),
+        ({f"pytorch_model-{i:05d}-of-00009.bin": b"" for i in range(9)}, ("and 6 more", "safe_serialization=True")),
+        ({"q4.gguf": b"GGUF"}, ("GGUF", "quantised", "unquantised safetensors model")),
+        ({"config.json": b'{"quantization_config": {"quant_method": "torchao"}}', "a.bin": b""}, ("quantised", "torchao", "unquantised")),
+        ({"snapshots/ab12/config.json": b"{}", "refs/main": b"ab12"}, ("cache of the Hugging Face hub", "the snapshot", "snapshots/ab12")),
+        ({f"models--a--{i}/snapshots/ab/config.json": b"{}" for i in range(2)}, ("cache of the Hugging Face hub", "one of its 2 snapshots")),
+        ({"model.safetensors": POINTER, "config.json": b"{}"}, ("model.safetensors in", "Git LFS pointers", "git lfs pull")),
+        ({f"model-{i}.safetensors": POINTER for i in range(9)}, ("and 6 more", "Git LFS pointers")),
+        ({"tokenizer.json": POINTER, "model.safetensors": b""}, ("tokenizer.json in", "Git LFS pointers")),
+        ({"model-00001-of-00002.safetensors": b""}, ("fetch the index",)),
+        ({"vlm.json": b"{}"}, ("a checkpoint that `starflow2 convert` made", "--to-hf")),
+    ],
+    ids=lambda value: next(iter(value), "empty") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_folders_of_other_formats(tmp_path, capsys, files, saying):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    message = refused(capsys, folder, str(folder), *saying)
+    assert message.count("\n") == 1 and len(message) < 600
+
+
+def test_a_file_instead_of_a_folder(copy, capsys):
+    refused(capsys, shard(copy), "is a file; give the folder that holds it")
+    (copy / "q4.gguf").write_bytes(b"GGUF")
+    refused(capsys, copy / "q4.gguf", "GGUF", "unquantised")
+
+
+def test_long_lists_of_faults_are_cut(copy, capsys):
+    resave(copy, lambda tensors: {"base_model." + name: value for name, value in tensors.items()})
+    lines = refused(capsys, copy, "unexpected tensor base_model.", "missing tensor model.").rstrip().split("\n")
+    total = int(re.search(r"\((\d+) faults\)", lines[0])[1])
+    assert len(lines) == 12 and total > 100 and lines[-1] == f"- and {total - 10} more"
 
 
 def test_names_shapes_and_types_all_together(copy, capsys):
@@ -94,7 +269,7 @@ def test_names_shapes_and_types_all_together(copy, capsys):
 
 def test_both_generations_of_names(copy, capsys):
     resave(copy, lambda t: t | newer({"visual.merger.ln_q.weight": t["visual.merger.ln_q.weight"]}))
-    refused(capsys, copy, "unexpected tensor visual.merger.ln_q.weight", "missing tensor model.language_model.norm")
+    refused(capsys, copy, "unexpected tensor model.embed_tokens.weight", "missing tensor model.language_model.norm")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
