@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 
 from ml_collections import ConfigDict
-from transformers import AutoTokenizer
 
 from starflow2_jax.checkpoints import damage
 from starflow2_jax.checkpoints.codec import restore_codec, write_codec
@@ -24,6 +23,7 @@ from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.checkpoints.steps import Steps
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.config import loading as configs
+from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import ConfigError, UserError
 
 FORMAT = 2  # 2: rotary pairs are halves of a head in the flows, too; what is saved by 1 means something else here
@@ -88,7 +88,7 @@ class CheckpointDirectory:
         """A `transformers` tokenizer. Raises CheckpointError."""
         path = self.folder / "tokenizer"
         try:
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            return tokenizers.load(path)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} holds no readable tokenizer ({reason})") from None

@@ -1,25 +1,31 @@
-"""The tokenizer is one of `transformers` whose vocabulary has the special tokens that this file names.
+"""Tokenizers of `transformers`, chat templates, and the special tokens that every tokenizer must have.
 
-A converter of a VLM whose tokenizer names these tokens otherwise renames them in the tokenizer's files.
+If a VLM's tokenizer has other names for these tokens, the VLM's converter renames them in the tokenizer's files.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+from starflow2_jax.text_files import read_json_file, reason
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # as a chat template writes it
+IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # an image in the output of a chat template
+PROCESSOR_FILES = ("processor_config.json", "chat_template.json")  # of `transformers` 4; the key is chat_template
+
+Turn = tuple[str, Document]  # who speaks, and what was said
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the tokens that the sequence needs."""
+    """Ids of the special tokens in a Sequence."""
 
     pad: int
     end: int  # of a document
@@ -28,7 +34,8 @@ class TokenIds:
     image: int
 
     @classmethod
-    def of(cls, tokenizer) -> "TokenIds":
+    def of(cls, tokenizer: Any) -> "TokenIds":
+        """The ids in a tokenizer's vocabulary. Raises ValueError if a token is missing."""
         names = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
         vocabulary = tokenizer.get_vocab()
         if missing := [n for n in names if n not in vocabulary]:
@@ -37,7 +44,7 @@ class TokenIds:
 
 
 def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `size` tokens, the special ones included, as `transformers` has them."""
+    """A byte-level BPE of at most `size` tokens, special tokens included, trained on these texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,27 +64,52 @@ def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def chat(tokenizer, turns: list[tuple[str, Document]]) -> Document:
-    """A conversation -> the document that the assistant's next answer continues, by the tokenizer's own chat template.
+def load(folder: str | Path) -> Any:
+    """The tokenizer that `transformers` saved in a folder, with the chat template of the tokenizer or of its processor.
 
-    turns: role ("system", "user", "assistant") and what it said. Raises DocumentError where there is no such template, or
-    it refuses them.
+    Raises OSError or ValueError if there is none that can be read.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    for file in (Path(folder) / name for name in PROCESSOR_FILES):
+        if not tokenizer.chat_template and file.is_file():
+            values = read_json_file(file)
+            tokenizer.chat_template = values.get("chat_template") if isinstance(values, dict) else None
+    return tokenizer
+
+
+def chat(tokenizer: Any, turns: list[Turn]) -> Document:
+    """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
+
+    turns: role ("system", "user" or "assistant") and what it said.
+
+    Some templates take what was said as a list of parts, others as one string; the form that the template handles is
+    used. Raises DocumentError if there is no template, or it handles neither form.
     """
     if not tokenizer.chat_template:
         raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
     images = [part for _, said in turns for part in said if isinstance(part, Image)]
-    messages = [{"role": role, "content": [_content(part) for part in said]} for role, said in turns]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise DocumentError(f"the tokenizer's chat template refuses this conversation: {error}") from None
-    if text.count(IMAGE_MARK) != len(images):
-        raise DocumentError(f"the chat template must place each image once, as {IMAGE_MARK}, and no text may hold that")
-    return unflat(text, images)
+    words = [part.text.strip() for _, said in turns for part in said if isinstance(part, Text)]
+    rendered, fault = [], ""
+    for content in (_as_list, _as_string):
+        messages = [{"role": role, "content": content(said)} for role, said in turns]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: it raises what it likes
+            fault = fault or f"the tokenizer's chat template refuses this conversation ({reason(error)})"
+            continue
+        printed = any(form in text for message in messages for form in _printed(message["content"]))
+        if text.count(IMAGE_MARK) == len(images) and not printed:
+            rendered.append(text)
+        else:
+            fault = fault or f"the chat template must place each image once, as {IMAGE_MARK}, and no text may hold that"
+    if not rendered:
+        raise DocumentError(fault)
+    complete = [text for text in rendered if all(word in text for word in words)]
+    return unflat((complete or rendered)[0], images)
 
 
 def flat(document: Document) -> tuple[str, list[Image]]:
-    """A document as text with a mark for each image, and the images."""
+    """A document as one text, with IMAGE_MARK for each image, and the images."""
     images = [part for part in document if isinstance(part, Image)]
     return "".join(p.text if isinstance(p, Text) else IMAGE_MARK for p in document), images
 
@@ -91,5 +123,16 @@ def unflat(text: str, images: list[Image]) -> Document:
     return [part for part in [Text(first), *parts] if isinstance(part, Image) or part.text]
 
 
-def _content(part: Text | Image) -> dict[str, str]:
-    return {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
+def _printed(content: list | str) -> list[str]:
+    """How a template that expects a string prints a list of parts."""
+    if not content or isinstance(content, str):
+        return []
+    return [str(content), json.dumps(content), json.dumps(content, ensure_ascii=False)]
+
+
+def _as_list(said: Document) -> list[dict[str, str]]:
+    return [{"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in said]
+
+
+def _as_string(said: Document) -> str:
+    return flat(said)[0]
