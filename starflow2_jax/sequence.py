@@ -17,73 +17,73 @@ PAD, TEXT, FLOW, VIT = range(4)
 
 @dataclass(frozen=True)
 class Shape:
-    """Static sizes of a batch."""
+    """Static sizes of a batch. A row holds at most these numbers."""
 
     rows: int  # B
     length: int  # S
-    images: int  # M, flow images of a row
-    patches: int = 0  # P, vision-tower patches of a row; 0: no vision input
-    vlm_length: int = 0  # positions of a row that are no flow image, where the VLM runs over those alone; 0: any number
-    documents: int = 0  # most documents of a row; 0: any number
+    images: int  # M, flow images in a row
+    patches: int = 0  # P, patches for the vision tower in a row; 0: no vision input
+    vlm_length: int = 0  # positions outside flow images, if the VLM runs over those alone; 0: no limit
+    documents: int = 0  # documents in a row; 0: no limit
 
 
 @struct.dataclass
 class Sequence:
-    """A batch of rows. Packers fill the numpy fields; the model takes them as they are.
+    """A batch of rows. Packers fill it with NumPy arrays, which a jitted step takes as they are.
 
-    Images stand in a row in the order of their positions: the k-th FLOW position of a row reads the k-th token of
-    `latents` flattened over (M, N), the k-th VIT position the k-th merged token of the vision tower.
+    A row's images are in the order of their positions: the k-th FLOW position of a row reads the k-th token of
+    `latents` flattened over (M, N), and the k-th VIT position reads the k-th merged token of the vision tower.
     """
 
     tokens: jax.Array  # (B, S) int32; at image positions the id of <|image_pad|>
     modality: jax.Array  # (B, S) int32
-    segments: jax.Array  # (B, S) int32; documents of a row count from 1, 0 is padding
-    positions: jax.Array  # (B, S, 3) int32: time, row, column (multimodal rotary positions)
-    text_weight: jax.Array  # (B, S) fp32: how much the token here counts as a prediction
-    latents: jax.Array  # (B, M, N, D) fp32, what the codec gave
-    image_weight: jax.Array  # (B, M) fp32: how much the image counts as a prediction
+    segments: jax.Array  # (B, S) int32; a row's documents are numbered from 1, 0 is padding
+    positions: jax.Array  # (B, S, 3) int32 multimodal rotary positions: time, row, column
+    text_weight: jax.Array  # (B, S) fp32: weight of this token as a prediction
+    latents: jax.Array  # (B, M, N, D) fp32, as the codec encoded the images
+    image_weight: jax.Array  # (B, M) fp32: weight of the image as a prediction
     vision: "VisionInput | None" = None
 
     @property
     def image_token_index(self) -> jax.Array:
-        """(B, S): which latent token (at FLOW positions) or merged vision token (at VIT positions) is read."""
+        """(B, S): index of the latent token (at FLOW positions) or merged vision token (at VIT positions) that is read."""
 
-        def count(modality):
+        def count(modality: int) -> jax.Array:
             here = self.modality == modality
             return jnp.where(here, jnp.cumsum(here, axis=1) - 1, 0)
 
         return count(FLOW) + count(VIT)
 
     def text_targets(self) -> tuple[jax.Array, jax.Array]:
-        """Token ids (B, S) that the positions predict, and their weights (0 where no text of the document follows)."""
+        """Token ids (B, S) that the positions predict, and their weights (B, S), 0 if no text of the same document follows."""
         tokens = jnp.pad(self.tokens[:, 1:], ((0, 0), (0, 1)))
         weights = self.text_weight[:, 1:] * (self.segments[:, 1:] == self.segments[:, :-1])
         return tokens, jnp.pad(weights, ((0, 0), (0, 1)))
 
     def image_predictors(self) -> jax.Array:
-        """(B, M * N): the position whose output predicts each latent token (0 where the row has no such token)."""
+        """(B, M * N): the position whose output predicts each latent token; 0 for tokens that the row does not have."""
         B, S = self.modality.shape
         _, M, N, _ = self.latents.shape
         here = self.modality == FLOW
         rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, S))
-        target = jnp.where(here, self.image_token_index, M * N)  # out of bounds is dropped
+        target = jnp.where(here, self.image_token_index, M * N)  # M * N is out of bounds, which `set` drops
         before = jnp.broadcast_to(jnp.arange(S) - 1, (B, S))
         return jnp.zeros((B, M * N), jnp.int32).at[rows, target].set(before, mode="drop")
 
 
 @struct.dataclass
 class VisionInput:
-    """Images for the vision tower, their patches one after another in the processor's order (2 x 2 merges together)."""
+    """Patches of images for the vision tower. The patches of one merged token are neighbours."""
 
     patches: jax.Array  # (B, P, patch width) fp32
-    coordinates: jax.Array  # (B, P, 2) int32: row and column of the patch in its image
-    image: jax.Array  # (B, P) int32: patches of equal id see each other; 0 is padding
-    window: jax.Array  # (B, P) int32: likewise within a window
+    coordinates: jax.Array  # (B, P, 2) int32: row and column of a patch in its image
+    image: jax.Array  # (B, P) int32: patches with equal ids attend to each other; 0 is padding
+    window: jax.Array  # (B, P) int32: the same for the layers that attend within windows
 
 
 @struct.dataclass
 class Step:
-    """Positions to run after those in a cache, image tokens given as the flow's own u; what decoding feeds."""
+    """Positions that decoding adds to those in a cache. Image tokens are given as the deep flow's output u."""
 
     tokens: jax.Array  # (B, S)
     modality: jax.Array  # (B, S)
@@ -92,7 +92,7 @@ class Step:
 
 
 def text_positions(start: int, count: int) -> np.ndarray:
-    """Rotary positions (count, 3) of a run of text."""
+    """Rotary positions (count, 3) of a run of `count` text tokens at offset `start`."""
     return np.repeat(start + np.arange(count), 3).reshape(count, 3)
 
 

@@ -1,8 +1,8 @@
-"""Images that come as latents already, of whatever encoder."""
+"""A codec for data that are already latents, computed by some other encoder."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,14 +12,14 @@ from starflow2_jax.fields import option
 
 @dataclass(frozen=True)
 class LatentOptions:
-    """Images come from files as latents."""
+    """Image files hold latents."""
 
     grid: tuple[int, int] = option("rows and columns of tokens", least=1)
     channels: int = option("channels of a token", least=1)
-    shift: float = option("what is subtracted from the latents in the files", 0.0)
-    scale: float = option("what they are divided by after that", 1.0, above=0)
+    shift: float = option("number that is subtracted from the latents in the files", 0.0)
+    scale: float = option("number that the shifted latents are divided by", 1.0, above=0)
 
-    image_channels: ClassVar[int] = 3  # of a picture, which only the vision tower sees
+    image_channels: ClassVar[int] = 3  # of image files, which only the vision tower sees
 
     def image_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
         return (*grid, self.channels)
@@ -27,7 +27,7 @@ class LatentOptions:
 
 @dataclass(frozen=True)
 class LatentCodec(Codec):
-    """Arrays (h, w, D), shifted and scaled by two numbers."""
+    """Arrays (h, w, D), from which `shift` is subtracted and which are then divided by `scale`."""
 
     grid: tuple[int, int]
     channels: int
@@ -41,7 +41,8 @@ class LatentCodec(Codec):
 
     @classmethod
     def make(cls, options: LatentOptions, images: Iterable[np.ndarray]) -> "LatentCodec":
-        return cls(tuple(options.grid), options.channels, options.shift, options.scale)
+        h, w = options.grid
+        return cls((h, w), options.channels, options.shift, options.scale)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -55,11 +56,11 @@ class LatentCodec(Codec):
     def std(self) -> tuple[float, ...]:
         return (self.scale,) * self.channels
 
-    def encode(self, images):
+    def encode(self, images: Any) -> Any:
         require_shape(images, self.image_shape, "latents")
         return (images - self.shift) / self.scale
 
-    def decode(self, latents):
+    def decode(self, latents: Any) -> Any:
         return latents * self.scale + self.shift
 
     @property

@@ -1,7 +1,8 @@
-"""Lossless patches of pixels."""
+"""A lossless codec: each patch of pixels becomes one token."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,19 +11,19 @@ from starflow2_jax.errors import ConfigError
 from starflow2_jax.fields import option
 from starflow2_jax.models.patches import patchify, unpatchify
 
-LEAST_STD = 1e-2  # of a patch's channel, about one level of an 8-bit pixel
+LEAST_STD = 1e-2  # of a latent channel; about one level of an 8-bit pixel
 
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """The pixels of a square become one token."""
+    """Image files hold pixels; a square patch of them becomes one token."""
 
     patch: int = option("side of a patch, in pixels; each becomes one token", 2, least=1)
     image_channels: int = option("channels of an image: 1 gray, 3 red, green and blue", 3, least=1, most=3)
 
     @property
     def channels(self) -> int:
-        """Of a token."""
+        """Numbers in one token (D)."""
         return self.image_channels * self.patch**2
 
     def image_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
@@ -31,7 +32,7 @@ class PatchOptions:
 
 @dataclass(frozen=True)
 class PatchCodec(Codec):
-    """Each latent channel is shifted and scaled to mean 0 and deviation 1 over the training images, pixels in [-1, 1]."""
+    """Patches of pixels in [-1, 1]; each latent channel has mean 0 and standard deviation 1 over the images it was fitted to."""
 
     image_size: tuple[int, int]
     image_channels: int
@@ -48,7 +49,9 @@ class PatchCodec(Codec):
         images = list(images)
         shapes = sorted({image.shape for image in images})
         if not shapes:
-            raise ConfigError('the source has no image via "flow" among those that the codec is fitted to; add some')
+            raise ConfigError(
+                'the source has no image via "flow" among the documents that the codec is fitted to; add some'
+            )
         if len(sizes := sorted({shape[:2] for shape in shapes})) > 1:
             raise ConfigError(f"the source has flow images of sizes {sizes}; bring them to one size")
         if sides := [side for side in sizes[0] if side % options.patch]:
@@ -60,7 +63,7 @@ class PatchCodec(Codec):
 
     @classmethod
     def fit(cls, images: np.ndarray, patch: int) -> "PatchCodec":
-        """images (n, height, width, C): the training images. A channel that hardly varies is scaled by 1/LEAST_STD."""
+        """A codec fitted to `images` (n, height, width, C). A channel that hardly varies is scaled by 1 / LEAST_STD."""
         latents = patchify(images, patch).reshape(-1, images.shape[-1] * patch * patch)
         mean, std = latents.mean(0), np.maximum(latents.std(0), LEAST_STD)
         return cls(images.shape[1:3], images.shape[-1], patch, tuple(mean.tolist()), tuple(std.tolist()))
@@ -77,11 +80,11 @@ class PatchCodec(Codec):
     def channels(self) -> int:
         return len(self.mean)
 
-    def encode(self, images):
+    def encode(self, images: Any) -> Any:
         require_shape(images, self.image_shape, "pixels")
         return (patchify(images, self.patch) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
-    def decode(self, latents):
+    def decode(self, latents: Any) -> Any:
         latents = latents * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return unpatchify(latents, self.patch, self.image_channels)
 

@@ -1,4 +1,4 @@
-"""The codecs there are, by the `kind` that a config's `codec` section and a checkpoint's codec.json name."""
+"""The table of codecs. Its keys are the `kind` in a config's `codec` section and in a checkpoint's codec.json."""
 
 from starflow2_jax.codecs.latents import LatentCodec
 from starflow2_jax.codecs.patch import PatchCodec

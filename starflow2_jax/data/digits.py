@@ -1,11 +1,12 @@
-"""Real handwriting that ships inside scikit-learn (1,797 scans of 8 x 8), as interleaved documents of five kinds.
+"""Handwritten digits that ship with scikit-learn (1,797 scans of 8 x 8 pixels), as interleaved documents of five kinds.
 
-scikit-learn and SciPy are imported when the first scan is asked for, so that runs on other sources do without them.
+scikit-learn and SciPy are imported when the first scan is read, so runs on other sources do not need them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -18,28 +19,32 @@ WORDS = (
     "zero one two three four five six seven eight nine ten "
     "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
 ).split()
-TRAIN = 1500  # scans; the other 297 are held out
-LONGEST_COUNT = 5
+TRAIN = 1500  # scans to train on; the other 297 are held out
+LONGEST_COUNT = 5  # numbers
 
 CAPTIONS = (
     "{a} {word}", "draw {a} {word}", "draw the digit {word}", "write {a} {word}", "a picture of {a} {word}", "show the number {word}",
 )  # fmt: skip
-ASKEW = ", askew"  # of a warped scan: so that a plain caption asks for handwriting as it was
+ASKEW = ", askew"  # ends the caption of a warped scan, so that a plain caption means unchanged handwriting
 READ = ("which digit is this?", "what number is shown?", "read the digit", "name this number")
 SUM = (("", " plus", " is what?"), ("add", " and", ""), ("what is the sum of", " and", "?"))
 SUM_ANSWER = " {a} plus {b} is {total}"
 MIRROR = ("mirror it", "flip it left to right", "now its mirror image")
 COUNT = ("count from {first} to {last}", "from {first} up to {last}", "count on from {first} to {last}")
 KINDS = ("caption", "read", "sum", "mirror", "count")
-EVEN = dict.fromkeys(KINDS, 1.0)  # all kinds alike
+EVEN: Mapping[str, float] = {kind: 1.0 for kind in KINDS}  # equal shares
 
 
 @cache
 def scans() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (1797, 8, 8, 1) fp32 in [-1, 1] (the scan's 0..16, over 8, minus 1) and labels (1797,), split order."""
+    """Pixels (1797, 8, 8, 1) fp32 in [-1, 1] and labels (1797,). The first TRAIN scans are for training.
+
+    A scan's levels 0..16 are divided by 8, then 1 is subtracted.
+    """
     from sklearn.datasets import load_digits
 
-    data, order = load_digits(), np.random.RandomState(0).permutation(1797)
+    data: Any = load_digits()
+    order = np.random.RandomState(0).permutation(1797)
     return (data.images[order, :, :, None] / 8 - 1).astype(np.float32), data.target[order]
 
 
@@ -51,16 +56,21 @@ def split(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def caption(label: int, pixels: np.ndarray, wording: int, askew: bool = False) -> Document:
+    """A caption, then its image to generate. askew: the scan is warped."""
     text = CAPTIONS[wording % len(CAPTIONS)].format(a="an" if label == 8 else "a", word=WORDS[label])
     return [Text(text + ASKEW * askew), Image(pixels, generate=True)]
 
 
 def read(label: int, pixels: np.ndarray, wording: int) -> Document:
+    """An image, a question, then the digit's name to predict."""
     return [Image(pixels), Text(READ[wording % len(READ)]), Text(" " + WORDS[label], predict=True)]
 
 
-def add(labels, pixels, total_pixels: np.ndarray | None, wording: int) -> Document:
-    """The answer spells out what was read, then the sum. `total_pixels`: a scan of it, where it is below ten."""
+def add(labels: Sequence[int], pixels: Sequence[np.ndarray], total_pixels: np.ndarray | None, wording: int) -> Document:
+    """A sum of two scans. The answer spells out both digits, then the sum.
+
+    labels: of the two scans. pixels: the two scans. total_pixels: a scan of the sum; None if the sum is above 9.
+    """
     before, between, after = SUM[wording % len(SUM)]
     a, b = labels
     answer = SUM_ANSWER.format(a=WORDS[a], b=WORDS[b], total=WORDS[a + b])
@@ -70,11 +80,12 @@ def add(labels, pixels, total_pixels: np.ndarray | None, wording: int) -> Docume
 
 
 def mirror(pixels: np.ndarray, wording: int) -> Document:
+    """An image, then its mirror image to generate."""
     return [Image(pixels), Text(MIRROR[wording % len(MIRROR)]), Image(pixels[:, ::-1], generate=True)]
 
 
 def count(first: int, pixels: list[np.ndarray], wording: int) -> Document:
-    """Count up from `first`, one scan a number."""
+    """Count up from `first`, with one scan for each number."""
     last = WORDS[first + len(pixels) - 1]
     parts: Document = [Text(COUNT[wording % len(COUNT)].format(first=WORDS[first], last=last))]
     for i, scan in enumerate(pixels):
@@ -82,9 +93,12 @@ def count(first: int, pixels: list[np.ndarray], wording: int) -> Document:
     return parts
 
 
-def warped(pixels: np.ndarray, rng) -> np.ndarray:
-    """A scan (8, 8, 1) turned, sheared, scaled, shifted and bent at random, by about what two hands differ: deviations of
-    6 degrees, 6 %, a quarter of a pixel, and a fifth of one at 4 x 4 places, smooth between them."""
+def warped(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A scan (8, 8, 1) turned, sheared, scaled, shifted and bent at random, about as much as two people's writing differs.
+
+    Standard deviations: 6 degrees for turn and shear, 6 % for scale, a quarter of a pixel for the shift, and a fifth of a
+    pixel for the bend at 4 x 4 places, with smooth interpolation between them.
+    """
     from scipy.ndimage import map_coordinates, zoom
 
     turn, shear = rng.normal(0, 0.1, 2)
@@ -100,13 +114,15 @@ def warped(pixels: np.ndarray, rng) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DigitOptions:
-    warp: float = option("share of the scans that are turned, sheared, shifted and bent a little", 0.0, least=0, most=1)
+    warp: float = option(
+        "share of the scans that are turned, sheared, scaled, shifted and bent a little", 0.0, least=0, most=1
+    )
 
 
 class Digits(Source):
-    """An endless, deterministic source: document i depends on (seed, i) alone.
+    """An endless, deterministic source: document i depends only on `seed` and i.
 
-    `shares`: kind -> share of documents. `part`: the "train" or "held_out" scans. Raises UserError.
+    shares: kind -> share of documents. part: "train" or "held_out" scans. Raises UserError.
     """
 
     Options = DigitOptions
@@ -135,11 +151,11 @@ class Digits(Source):
         return Digits(options=self.options, shares=shares, seed=seed, part=self.part)
 
     def images(self) -> np.ndarray:
-        """All scans."""
+        """All scans of this part (n, 8, 8, 1)."""
         return self.pixels
 
     def texts(self) -> list[str]:
-        """All wordings."""
+        """All wordings; see `texts`."""
         return texts()
 
     def __len__(self) -> int:
@@ -162,11 +178,11 @@ class Digits(Source):
         i, wording = rng.integers(len(self.labels)), rng.integers(len(CAPTIONS))
         askew = self._askew(rng)
         pixels = warped(self.pixels[i], rng) if askew else self.pixels[i]
-        return caption(self.labels[i], pixels, wording, askew)
+        return caption(int(self.labels[i]), pixels, wording, askew)
 
     def _read(self, rng) -> Document:
         i, wording = rng.integers(len(self.labels)), rng.integers(len(READ))
-        return read(self.labels[i], self._warped(rng, i), wording)
+        return read(int(self.labels[i]), self._warped(rng, i), wording)
 
     def _sum(self, rng) -> Document:
         digits, wording = rng.integers(0, 10, 2), rng.integers(len(SUM))
@@ -184,7 +200,7 @@ class Digits(Source):
 
 
 def texts() -> list[str]:
-    """The documents' wordings, which a tokenizer is trained on."""
+    """Every wording of the documents, for training a tokenizer."""
     corpus = [" " + word for word in WORDS] + [*READ, *MIRROR, ASKEW] + [part for parts in SUM for part in parts]
     corpus += [SUM_ANSWER.format(a=a, b=b, total=b) for a in WORDS for b in WORDS]
     for word in WORDS:

@@ -1,8 +1,8 @@
 """Documents: lists of text parts and image parts. Sources make them; the sampler takes and returns them."""
 
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image as Pillow
@@ -30,6 +30,14 @@ class Image:
 Document = list[Text | Image]
 DROPS = 1  # keeps the draws of CaptionsDropped apart from the draws of a source with the same seed
 Said = str | np.ndarray | list[str | np.ndarray | Text | Image]
+
+
+class Documents(Protocol):
+    """Documents by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Document: ...
 
 
 class DocumentError(UserError):
@@ -169,13 +177,13 @@ def read_document(path: str | Path, channels: int) -> Document:
     return from_json(read_json_file(path, DocumentError), path.parent, channels)
 
 
-class CaptionsDropped(Rows):
+class CaptionsDropped:
     """The documents of `source`, repeated endlessly, with a `share` of their captions dropped at random.
 
     Each repetition drops other captions. Document i depends on `seed` and i alone, so a reader resumes from i.
     """
 
-    def __init__(self, source: Rows[Document], share: float, seed: int):
+    def __init__(self, source: Documents, share: float, seed: int):
         self.source, self.share, self.seed = source, share, seed
 
     def __len__(self) -> int:
@@ -204,10 +212,10 @@ def counts(part: Text | Image) -> bool:
     return part.generate if isinstance(part, Image) else part.predict
 
 
-class Shown(Rows):
+class Shown:
     """The documents of `source`, with all images shown through the vision tower and all text predicted."""
 
-    def __init__(self, source: Rows[Document]):
+    def __init__(self, source: Documents):
         self.source = source
 
     def __len__(self) -> int:

@@ -1,12 +1,15 @@
-"""Row groups: each host reads its share of the documents, and the batches are the same on any number of hosts."""
+"""Row groups: each host reads only its share of the documents, and batches are the same on any number of hosts."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from starflow2_jax.data.documents import Documents
 from starflow2_jax.data.pipeline import Encoder, batches
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.parallel import processes
@@ -14,17 +17,25 @@ from starflow2_jax.sequence import Sequence, Shape
 
 
 class GroupedBatches:
-    """Endless batches, whose rows are cut into `groups` equal groups.
+    """Endless batches whose rows are divided into `groups` equal groups.
 
-    Group g packs the documents g, g + groups, g + 2 groups, ... of the endlessly repeated source into its own rows. So
-    what a group holds depends on no other, and on no host: a host packs the groups that its devices need. One packer
-    for all rows would make every host read and encode every document. More groups allow more hosts; with fewer rows in
-    a group the packer has less choice, and rows end with a little more padding.
+    Group g packs the documents g, g + groups, g + 2 groups, ... of the endlessly repeated source into its own rows. A
+    group's rows therefore depend on no other group and on no host, and a host packs only the groups that its devices
+    need. (One packer for all rows would make every host read and encode every document.) More groups allow more hosts;
+    but with fewer rows per group the packer has less choice, and rows end with a little more padding.
 
-    `rows`: those that this host feeds; by default all. Position of a reader: a list with the state of every group.
+    rows: the rows that this host feeds; None: all. threads: that read ahead, shared by the groups of this host.
     """
 
-    def __init__(self, source, encoder: Encoder, shape: Shape, groups: int = 1, threads: int = 0, rows=None):
+    def __init__(
+        self,
+        source: Documents,
+        encoder: Encoder,
+        shape: Shape,
+        groups: int = 1,
+        threads: int = 0,
+        rows: Iterable[int] | None = None,
+    ):
         self.rows, self.per_group, self.groups = shape.rows, rows_of_a_group(shape.rows, groups), groups
         block = replace(shape, rows=self.per_group)
         mine = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})
@@ -32,17 +43,17 @@ class GroupedBatches:
         self._readers = {g: iter(batches(source, encoder, block, threads, g, groups)) for g in mine}
 
     def __next__(self) -> dict[int, Sequence]:
-        """The next batch's rows of each group that this host reads, as numpy arrays."""
+        """The next batch: group -> its rows as NumPy arrays, for the groups that this host reads."""
         return {group: next(reader) for group, reader in self._readers.items()}
 
     def get_state(self) -> dict[str, list]:
-        """The position; all processes ask for it together, each knows that of its groups."""
+        """The position of every group. All processes call this together, because each knows only its own groups."""
         mine = {str(group): reader.get_state() for group, reader in self._readers.items()}
         known = {group: state for states in processes.gather(mine) for group, state in states.items()}
         return {"groups": [known.get(str(group)) for group in range(self.groups)]}
 
     def set_state(self, state: dict) -> None:
-        """Go on from a position, on whatever number of hosts it was saved. Raises ConfigError for other groups."""
+        """Continue from a position that any number of hosts saved. Raises ConfigError for another number of groups."""
         states = state["groups"]
         if len(states) != self.groups:
             raise ConfigError(f"the checkpoint's data position has {len(states)} groups; set data.groups={len(states)}")
@@ -50,7 +61,7 @@ class GroupedBatches:
             reader.set_state(states[group])
 
     def place(self, blocks: dict[int, Sequence], sharding: NamedSharding) -> Sequence:
-        """The groups' rows -> one batch of global arrays, to which each process adds the rows of its devices."""
+        """Make one batch of global arrays; each process contributes the rows of its own devices."""
         order = list(blocks)
 
         def leaf(*parts: np.ndarray) -> jax.Array:
@@ -60,7 +71,8 @@ class GroupedBatches:
 
         return jax.tree.map(leaf, *blocks.values())
 
-    def _piece(self, held: dict[int, np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
+    def _piece(self, held: dict[int, np.ndarray], index: Any) -> np.ndarray:
+        """The rows of the slices `index` from the groups that this host holds."""
         first, last, _ = index[0].indices(self.rows)
         groups = range(first // self.per_group, (last - 1) // self.per_group + 1)
         rows = np.concatenate([held[g] for g in groups]) if len(groups) > 1 else held[groups[0]]
@@ -69,13 +81,13 @@ class GroupedBatches:
 
 
 def rows_of_a_group(rows: int, groups: int) -> int:
-    """Raises ConfigError where a batch's rows cannot be cut into so many groups."""
+    """Rows per group. Raises ConfigError if `groups` does not divide a batch's rows."""
     if groups < 1 or rows % groups:
         raise ConfigError(f"data.groups={groups} must divide the batch's {rows} rows")
     return rows // groups
 
 
 def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
-    """Rows of a batch that this process's devices hold."""
-    places = sharding.addressable_devices_indices_map((rows,)).values()
+    """The rows of a batch that this process's devices hold."""
+    places: Any = sharding.addressable_devices_indices_map((rows,)).values()
     return sorted({row for (where,) in places for row in range(*where.indices(rows))})

@@ -2,15 +2,14 @@
 
 import io
 import zlib
-from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags
+from PIL import ExifTags, ImageFile
 from PIL import Image as Pillow
 
 # By EXIF's number. ImageOps.exif_transpose also rewrites the tags, and fails if another of them is damaged.
-ORIENTATIONS = {
+ORIENTATIONS: dict[Any, Pillow.Transpose] = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
     3: Pillow.Transpose.ROTATE_180,
     4: Pillow.Transpose.FLIP_TOP_BOTTOM,
@@ -32,7 +31,7 @@ class Picture:
     Raises an exception of Pillow's (OSError, SyntaxError, ValueError, DecompressionBombError) for a file that it cannot read.
     """
 
-    def __init__(self, file: BinaryIO, formats: Sequence[str] | None = None):
+    def __init__(self, file: BinaryIO, formats: list[str] | None = None):
         self._file, self._formats = file, formats
         try:
             self._image = self._open(file)
@@ -51,11 +50,11 @@ class Picture:
             image = _opaque(self._open_without_metadata(error))
         return image.convert("L" if channels == 1 else "RGB")
 
-    def _open(self, file: BinaryIO) -> Pillow.Image:
+    def _open(self, file: BinaryIO) -> ImageFile.ImageFile:
         file.seek(0)
         return Pillow.open(file, formats=self._formats)
 
-    def _open_without_metadata(self, error: Exception) -> Pillow.Image:
+    def _open_without_metadata(self, error: Exception) -> ImageFile.ImageFile:
         """Try again after `error`; raises it if the file is no PNG."""
         self._file.seek(0)
         if self._file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
@@ -76,15 +75,15 @@ def _pixel_chunks(chunks: bytes) -> list[bytes]:
     return kept
 
 
-def _opaque(image: Pillow.Image) -> Pillow.Image:
+def _opaque(image: ImageFile.ImageFile) -> Pillow.Image:
     """The whole image, upright, on white, with 8 bits per level."""
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits per level, and which level is white is not known")
     stored = str(image.tile[0][3]) if image.tile else ""  # how levels are stored; a PNG's is "L;4" or "RGB;16B"
     image.load()  # Pillow turns TIFF files itself while it loads them, and then removes the tag
     turn = _turn(image)
-    image = _on_white(image, stored)
-    return image if turn is None else image.transpose(turn)
+    opaque = _on_white(image, stored)
+    return opaque if turn is None else opaque.transpose(turn)
 
 
 def _turn(image: Pillow.Image) -> Pillow.Transpose | None:

@@ -1,36 +1,43 @@
-"""Documents -> packed batches of Sequences, with grain: deterministic, the position saved and restored."""
+"""Documents -> packed batches of Sequences, with grain. Batches are deterministic, and a reader's position can be saved."""
 
 from functools import lru_cache, partial
+from typing import Any
 
 import grain
 import numpy as np
 
 from starflow2_jax import sequence
-from starflow2_jax.data.documents import Document, DocumentError, Image, counts
+from starflow2_jax.codecs.protocol import Codec
+from starflow2_jax.data.documents import Document, DocumentError, Documents, Image, counts
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
 
+Run = tuple[list[int], int, float, tuple[int, int] | None]  # token ids, their modality and weight, grid of an image
+
 
 class Encoder:
-    """Turns a Document into the features of one sequence: tokens, positions, latents, what is predicted.
+    """Turns a Document into the features of one sequence: tokens, positions, latents and weights of predictions.
 
-    `remembered`: how many texts it keeps the tokens of, for documents whose texts come again.
+    remembered: the number of texts whose tokens are cached, for documents whose texts recur.
     """
 
-    def __init__(self, tokenizer, codec, vision: VisionConfig | None = None, remembered: int = 0):
+    def __init__(self, tokenizer: Any, codec: Codec, vision: VisionConfig | None = None, remembered: int = 0):
         self.tokenizer, self.codec, self.vision = tokenizer, codec, vision
         self.ids = TokenIds.of(tokenizer)
         tokenize = partial(tokenizer.encode, add_special_tokens=False)
         self.tokenize = lru_cache(remembered)(tokenize) if remembered else tokenize
 
     def __call__(self, document: Document, closed: bool = True) -> dict[str, np.ndarray]:
-        """Features with leading axes s (positions), m (flow images) and p (patches). "part": index of a
-        position's part (of the closing token: the last one).
+        """Features, each with one leading axis: positions (s), flow images (m) or patches (p). Raises DocumentError.
 
-        `closed`: end with <|im_end|>, counted as a prediction where the part before it is; else open for more.
+        "part" (s,) is the index of the part that a position belongs to; the closing token belongs to the last part.
+        closed: end with <|im_end|>, which counts as a prediction if the last part does.
         """
-        runs, images, seen, owners = [], [], [], []
+        runs: list[Run] = []
+        images: list[Image] = []
+        seen: list[Image] = []
+        owners: list[int] = []
         predicted = False
         for i, part in enumerate(document):
             before = len(runs)
@@ -54,10 +61,12 @@ class Encoder:
             **self._patches(seen),
         }
 
-    def _image(self, part: Image, images: list, seen: list) -> list:
+    def _image(self, part: Image, images: list[Image], seen: list[Image]) -> list[Run]:
+        """The runs of an image, which is added to `images` (via "flow") or `seen` (via "vit")."""
         flow = part.via == "flow"
         if flow:
             images.append(part)
+            grid_of = self._flow_grid
         else:
             if self.vision is None:
                 raise DocumentError('this model has no vision tower; show the image via "flow"')
@@ -69,8 +78,9 @@ class Encoder:
                     'shown via "flow"'
                 )
             seen.append(part)
+            grid_of = self.vision.merged_grid
         try:
-            h, w = self.codec.grid if flow else self.vision.merged_grid(part.pixels.shape[:2])
+            h, w = grid_of((part.pixels.shape[0], part.pixels.shape[1]))
         except ValueError as error:
             raise DocumentError(str(error)) from None
         weight = float(part.generate)
@@ -79,6 +89,10 @@ class Encoder:
             ([self.ids.image] * (h * w), sequence.FLOW if flow else sequence.VIT, 0.0, (h, w)),
             ([self.ids.vision_end], sequence.TEXT, weight, None),
         ]
+
+    def _flow_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The codec's grid, whatever the image's size; `_latents` refuses an image of another size."""
+        return self.codec.grid
 
     def _latents(self, part: Image) -> np.ndarray:
         try:
@@ -92,18 +106,20 @@ class Encoder:
         width = self.vision.patch_width
         parts = [self.vision.preprocess(p.pixels) for p in seen]
         counts = [len(p["patches"]) for p in parts]
-        windows = np.cumsum([0] + [p["window"].max() + 1 for p in parts])
+        first = np.cumsum([0] + [p["window"].max() + 1 for p in parts])  # id of each image's first window
+        shifted = [p["window"] + offset for p, offset in zip(parts, first, strict=False)]
         return {
             "patches": np.concatenate([np.zeros((0, width), np.float32)] + [p["patches"] for p in parts]),
             "coordinates": np.concatenate([np.zeros((0, 2), np.int32)] + [p["coordinates"] for p in parts]),
             "image": np.repeat(np.arange(len(parts), dtype=np.int32), counts),
-            "window": np.concatenate([np.zeros(0, np.int32)] + [p["window"] + o for p, o in zip(parts, windows, strict=False)]),
-        }  # fmt: skip
+            "window": np.concatenate([np.zeros(0, np.int32), *shifted]),
+        }
 
 
-def _lay_out(runs) -> dict[str, np.ndarray]:
-    """Runs of (token ids, modality, weight, grid or None) -> the features of positions, rotary positions included."""
-    tokens, modality, weight, positions, offset = [], [], [], [], 0
+def _lay_out(runs: list[Run]) -> dict[str, np.ndarray]:
+    """The features of positions, rotary positions included."""
+    tokens, modality, weight, positions = [], [], [], []
+    offset = 0  # of the next run's rotary positions
     for ids, kind, w, grid in runs:
         tokens += ids
         modality += [kind] * len(ids)
@@ -123,35 +139,34 @@ def _lay_out(runs) -> dict[str, np.ndarray]:
 
 
 def lengths(shape: Shape, vision: bool) -> dict[str, int]:
-    """How long each feature of a row is."""
-    positions = dict.fromkeys(("tokens", "modality", "text_weight", "positions"), shape.length)
-    images = dict.fromkeys(("latents", "image_weight"), shape.images)
-    patches = (
-        dict.fromkeys(("patches", "coordinates", "image", "window"), shape.patches) if vision and shape.patches else {}
-    )
-    return positions | images | patches
+    """The length of each feature of a row. vision: the model has a vision tower."""
+    names = {
+        ("tokens", "modality", "text_weight", "positions"): shape.length,
+        ("latents", "image_weight"): shape.images,
+    }
+    if vision and shape.patches:
+        names[("patches", "coordinates", "image", "window")] = shape.patches
+    return {name: length for group, length in names.items() for name in group}
 
 
 def to_sequence(batch: dict[str, np.ndarray]) -> Sequence:
-    """Packed features (B, ...), with the packer's segment ids, -> a Sequence of numpy arrays."""
+    """Packed features (B, ...) with the packer's segment ids -> a Sequence of NumPy arrays."""
+    arrays: dict[str, Any] = batch
     vision = None
     if "patches" in batch:
-        document = batch["patches_segment_ids"]  # ids of images and windows become unique in the row
-        vision = VisionInput(
-            patches=batch["patches"],
-            coordinates=batch["coordinates"],
-            image=np.where(document > 0, document * 1000 + batch["image"], 0),
-            window=np.where(document > 0, document * 100_000 + batch["window"], 0),
-        )
+        document = arrays["patches_segment_ids"]  # makes the ids of images and windows unique in a row
+        image: Any = np.where(document > 0, document * 1000 + arrays["image"], 0)
+        window: Any = np.where(document > 0, document * 100_000 + arrays["window"], 0)
+        vision = VisionInput(arrays["patches"], arrays["coordinates"], image, window)
     names = ("tokens", "modality", "positions", "text_weight", "latents", "image_weight")
-    return Sequence(segments=batch["tokens_segment_ids"], vision=vision, **{n: batch[n] for n in names})
+    return Sequence(segments=arrays["tokens_segment_ids"], vision=vision, **{name: arrays[name] for name in names})
 
 
 def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
-    """One entry for each position that is no flow image: what the packer counts against `Shape.vlm_length`.
+    """One entry for each position outside flow images; the packer counts them against `Shape.vlm_length`.
 
-    Raises DocumentError where a generated image comes after a flow image: what lies between depends on an image that the
-    VLM then does not see.
+    Raises DocumentError if a generated image comes after another flow image: the text between them depends on an image
+    that the VLM does not see in such a stage.
     """
     flow = [part for part in document if isinstance(part, Image) and part.via == "flow"]
     if any(part.generate for part in flow[1:]):
@@ -163,18 +178,19 @@ def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
 
 
 def batches(
-    source, encoder: Encoder, shape: Shape, threads: int = 0, group: int = 0, groups: int = 1
+    source: Documents, encoder: Encoder, shape: Shape, threads: int = 0, group: int = 0, groups: int = 1
 ) -> grain.IterDataset:
-    """An endless grain dataset of Sequences: several documents packed in a row, none cut.
+    """An endless grain dataset of Sequences. A row holds several whole documents, within the limits of `shape`.
 
-    `threads` read and encode documents ahead; 0: the caller's own, when a batch is asked for. `group` of `groups`: which
-    documents of the endlessly repeated source these are (see groups.py). With `shape.vlm_length` a row holds at most so many
-    positions that are no flow image, with `shape.documents` at most so many documents. Raises DocumentError for a document that a row cannot hold.
+    threads: that read and encode documents ahead; 0: the caller's thread reads when it takes a batch.
+    group, groups: every `groups`-th document of the endlessly repeated source, from document `group` on (see groups.py).
+
+    Reading raises DocumentError for a document that a row cannot hold.
     """
     want = lengths(shape, encoder.vision is not None)
     if shape.vlm_length:
         want["vlm_length"] = shape.vlm_length
-    room = {"patches": 0, **want} if encoder.vision else want  # of images shown via "vit" there may be none in a stage
+    room = {"patches": 0, **want} if encoder.vision else want  # a stage may have no room for images via "vit"
 
     def encode(document: Document) -> dict[str, np.ndarray]:
         features = encoder(document)
@@ -187,8 +203,9 @@ def batches(
                 )
         return {name: features[name] for name in want}
 
+    rows: Any = source  # grain's own type for it also allows keys that are no int
     dataset = (
-        grain.MapDataset.source(source)
+        grain.MapDataset.source(rows)
         .map(encode)
         .repeat()[group::groups]
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
@@ -204,7 +221,7 @@ def batches(
 
 
 def collate(features: list[dict[str, np.ndarray]], shape: Shape) -> Sequence:
-    """One document a row, right padded: what the sampler and the evaluation feed."""
+    """A Sequence with one document per row, padded at the end, for the sampler and for evaluation. Raises DocumentError."""
     vision = any("patches" in f and len(f["patches"]) for f in features)
     batch = {}
     for name, most in lengths(shape, vision).items():

@@ -1,40 +1,44 @@
-"""What a source is: documents by index, which training reads, and what a codec and a tokenizer are fitted to."""
+"""The contract of a source: documents by index, for training, and for fitting a codec and a tokenizer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.documents import Document, Documents, Image, Text
 
-FITTED = 1000  # documents that a codec and a tokenizer are fitted to
+FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documents
 
 
 class Source(Protocol):
-    """Rows of documents: `len`, `[i]`, the same document for the same i. Cheap to open: no document is read for it.
+    """Documents by index: `source[i]` is always the same document. Opening a source reads no document.
 
-    A source that inherits from this class needs no `for_stage`, `images` and `texts` of its own.
+    A source that inherits from this class may leave out `for_stage`, `images` and `texts`.
     """
 
-    Options: ClassVar[type]  # a frozen dataclass: the keys of a config's `data` section that are this source's own
+    Options: ClassVar[type]  # a frozen dataclass: the keys of a config's `data` section that only this source has
 
     def __init__(self, where: str, channels: int, options: Any) -> None:
-        """`where`: the config's `data.source`; `channels`: of an image file when it is read, 1 (gray) or 3 (RGB).
+        """Open the source.
 
-        Raises UserError.
+        where: the config's `data.source`. channels: image files are read with these channels, 1 (gray) or 3 (RGB).
+        options: an instance of `Options`. Raises UserError.
         """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
 
-    def for_stage(self, shares: Mapping[str, float], seed: int) -> Sequence[Document]:
-        """The documents of one stage. `shares`: of each kind of document, for sources that have kinds; others ignore
-        it. `seed`: for sources that draw what they show. Raises UserError."""
+    def for_stage(self, shares: Mapping[str, float], seed: int) -> Documents:
+        """The documents of one stage.
+
+        shares: kind -> share of documents, for a source that has several kinds; others ignore it.
+        seed: of the random draws of a source that makes its documents; others ignore it. Raises UserError.
+        """
         return self
 
     def images(self) -> Iterable[np.ndarray]:
-        """The flow images that a codec is fitted to."""
+        """The flow images (height, width, C) that a codec is fitted to."""
         return (part.pixels for part in self._fitted() if isinstance(part, Image) and part.via == "flow")
 
     def texts(self) -> Iterable[str]:

@@ -95,7 +95,7 @@ def chat(tokenizer: Any, turns: list[Turn]) -> Document:
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program: it raises what it likes
-            fault = fault or f"the tokenizer's chat template refuses this conversation ({reason(error)})"
+            fault = fault or f"the tokenizer's chat template refuses this conversation: {reason(error)}"
             continue
         printed = any(form in text for message in messages for form in _printed(message["content"]))
         if text.count(IMAGE_MARK) == len(images) and not printed:

@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -128,8 +129,8 @@ def _compute_type(entries: dict[str, Entry]) -> str:
     sizes: dict[str, int] = {}
     for entry in entries.values():
         sizes[entry.kind] = sizes.get(entry.kind, 0) + math.prod(entry.shape)
-    most = max(sizes, key=sizes.get, default=None)
-    return TYPES[most].name if most in TYPES else "float32"
+    most = max(sizes, key=lambda kind: sizes[kind], default=None)
+    return TYPES[most].name if most is not None and most in TYPES else "float32"
 
 
 def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
@@ -153,7 +154,7 @@ def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
 def _typed(tree: dict, entries: dict[str, Entry], wanted: Wanted) -> dict:
     """The shapes of the tree, each with the type of the tensors that fill it."""
     types = {part.path: entries[name].dtype for name, (_, parts) in wanted.items() for part in parts}
-    leaves = traverse_util.flatten_dict(tree, sep="/")
+    leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
     typed = {path: jax.ShapeDtypeStruct(x.shape, types[path]) for path, x in leaves.items()}
     return traverse_util.unflatten_dict(typed, sep="/")
 

@@ -109,7 +109,7 @@ def abstract_params(cfg: DinoConfig) -> dict:
 def import_dinov2(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[DinoConfig, dict]:
     """Tensors and config.json of Dinov2Model or Dinov2WithRegistersModel -> our config and DinoEncoder's parameters.
 
-    The parameters are NumPy arrays. Raises WeightError with every fault.
+    The parameters are NumPy arrays. Raises WeightError.
     """
     cfg = dinov2_config(config)
     return cfg, import_tensors(table(cfg), tensors, abstract_params(cfg))

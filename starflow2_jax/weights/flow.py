@@ -216,7 +216,7 @@ def abstract_params(blocks: tuple[FlowBlockConfig, ...]) -> dict:
 def import_flow(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[tuple[FlowBlockConfig, ...], dict]:
     """A reference model's tensors and options -> our blocks, and the parameters of Flow(blocks) as NumPy arrays.
 
-    config["model"] is "tarflow" or "starflow". Raises WeightError with every fault.
+    config["model"] is "tarflow" or "starflow". Raises WeightError.
     """
     model = config.get("model")
     if model not in ("tarflow", "starflow"):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -182,6 +183,7 @@ def write_folder(
 
 def _write_file(file: Path, shapes: Mapping[str, tuple], dtypes: Mapping[str, np.dtype], get: Callable) -> None:
     kinds = {dtype: kind for kind, dtype in TYPES.items()}
+    header: dict[str, Any]
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtypes[name].itemsize
@@ -194,5 +196,5 @@ def _write_file(file: Path, shapes: Mapping[str, tuple], dtypes: Mapping[str, np
             value = np.ascontiguousarray(get(name))
             if (value.shape, value.dtype) != (tuple(shape), dtypes[name]):
                 raise ValueError(f"{name} is {value.dtype} {value.shape}, not {dtypes[name]} {tuple(shape)}")
-            f.write(value.reshape(-1).view(np.uint8))
+            f.write(value.reshape(-1).view(np.uint8).data)
             del value

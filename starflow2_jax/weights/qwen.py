@@ -59,7 +59,7 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
     if kind != "qwen2_5_vl":
         raise WeightError(f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind))}, not 'qwen2_5_vl'")
     try:
-        reference = Qwen2_5_VLConfig.from_dict(values)
+        reference: Any = Qwen2_5_VLConfig.from_dict(values)
         text, vision = reference.text_config, reference.vision_config
         _refuse_unsupported(path, text, vision)
         tower = VisionConfig(

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ class ArrayStore:
 
     def __init__(self, folder: Path, tree: dict, create: bool):
         """`tree`: shapes and types of all arrays. Raises ValueError if an existing checkpoint has other shapes."""
-        leaves = traverse_util.flatten_dict(tree, sep="/")
+        leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
         if create:
             _describe(folder, tree)
         self._arrays = {path: _open(folder, path, x, create) for path, x in leaves.items()}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +114,8 @@ def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[P
 
     The tensors are by name: their rule, and the parts of `tree` that they fill. The faults are sentences.
     """
-    shapes = {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}
+    leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+    shapes = {path: tuple(x.shape) for path, x in leaves.items()}
     wanted, faults, filled = {}, [], {}
     for rule in (r for r in table if isinstance(r, Rule)):
         stacked = set(FIELD.findall(rule.source)) - set(FIELD.findall(rule.targets[0]))
@@ -140,12 +141,12 @@ def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[P
 def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mapping) -> dict:
     """The tensors of a checkpoint as our parameters: nested dicts of NumPy arrays with the shapes and types of `tree`.
 
-    Raises WeightError, with every fault, unless each tensor belongs to exactly one rule, each parameter is filled, all
+    Raises WeightError, which counts the faults, unless each tensor belongs to exactly one rule, each parameter is filled, all
     shapes fit and all numbers are finite.
     """
     wanted, faults = expected(table, tree)
     faults += name_faults(table, wanted, tensors, lambda name: np.shape(tensors[name]))
-    abstract = traverse_util.flatten_dict(tree, sep="/")
+    abstract: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
     out = {path: np.empty(x.shape, x.dtype) for path, x in abstract.items()}
     for name, (rule, parts) in wanted.items():
         if name not in tensors:

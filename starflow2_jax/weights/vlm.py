@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starflow2_jax.fields import build
 from starflow2_jax.models.vlm import VlmConfig, config_class
@@ -23,10 +24,10 @@ class VlmWeights:
     published: the published sizes by name.
     """
 
-    read_config: Callable[[Path, str], VlmConfig]
-    rules: Callable[[VlmConfig, Collection[str]], tuple[Rule, ...]]
-    copies: Callable[[VlmConfig], Mapping[str, str]]
-    published: Mapping[str, VlmConfig]
+    read_config: Callable[[Path, str], Any]
+    rules: Callable[[Any, Collection[str]], tuple[Rule, ...]]
+    copies: Callable[[Any], Mapping[str, str]]
+    published: Mapping[str, Any]
 
 
 VLM_WEIGHTS: dict[str, VlmWeights] = {
@@ -34,7 +35,7 @@ VLM_WEIGHTS: dict[str, VlmWeights] = {
 }
 
 
-def write_config(path: Path, cfg: VlmConfig) -> None:
+def write_config(path: Path, cfg: Any) -> None:
     """Our config as JSON, with every field; "kind" says which VLM it is."""
     path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n", encoding="utf-8")
 
