@@ -46,7 +46,7 @@ class Sequence:
 
     @property
     def image_token_index(self) -> jax.Array:
-        """(B, S): index of the latent token (at FLOW positions) or merged vision token (at VIT positions) that is read."""
+        """(B, S): index of the latent token (at FLOW positions) or merged vision token (at VIT positions) to read."""
 
         def count(modality: int) -> jax.Array:
             here = self.modality == modality
@@ -55,7 +55,10 @@ class Sequence:
         return count(FLOW) + count(VIT)
 
     def text_targets(self) -> tuple[jax.Array, jax.Array]:
-        """Token ids (B, S) that the positions predict, and their weights (B, S), 0 if no text of the same document follows."""
+        """Token ids (B, S) that the positions predict, and their weights (B, S).
+
+        A weight is 0 if no text of the same document follows.
+        """
         tokens = jnp.pad(self.tokens[:, 1:], ((0, 0), (0, 1)))
         weights = self.text_weight[:, 1:] * (self.segments[:, 1:] == self.segments[:, :-1])
         return tokens, jnp.pad(weights, ((0, 0), (0, 1)))
@@ -83,7 +86,7 @@ class VisionInput:
 
 @struct.dataclass
 class Step:
-    """Positions that decoding adds to those in a cache. Image tokens are given as the deep flow's output u."""
+    """Positions that decoding adds to those in a cache. Image tokens are given as u, the shallow flow's output."""
 
     tokens: jax.Array  # (B, S)
     modality: jax.Array  # (B, S)

@@ -36,7 +36,10 @@ def read_json_file(path: str | Path, error: type[UserError] = UserError) -> Any:
 
 
 def parse_json(where: str | Path, text: str, error: type[UserError] = UserError, one_line: bool = False) -> Any:
-    """The value of a JSON text. Raises `error`, which names the text by `where`, and the line unless it has only one."""
+    """The value of a JSON text. Raises `error`.
+
+    where: the name of the text in messages. one_line: the text is a single line, so messages give only the column.
+    """
 
     def place(at: int) -> str:
         column = f"column {at - text.rfind(chr(10), 0, at)}"

@@ -32,7 +32,7 @@ class PatchOptions:
 
 @dataclass(frozen=True)
 class PatchCodec(Codec):
-    """Patches of pixels in [-1, 1]; each latent channel has mean 0 and standard deviation 1 over the images it was fitted to."""
+    """Patches of pixels in [-1, 1]; each latent channel has mean 0 and standard deviation 1 over the fitted images."""
 
     image_size: tuple[int, int]
     image_channels: int

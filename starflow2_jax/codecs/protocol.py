@@ -20,9 +20,10 @@ class Options(Protocol):
 class Codec(Protocol):
     """Images (B, *image_shape) <-> latents (B, h, w, D) with mean 0 and standard deviation 1 in each channel.
 
-    The nats per dimension of an image are those of its latents minus `log_volume`. If `log_volume` is None, only latents
-    have a density. `encode` and `decode` take NumPy and JAX arrays; a codec with weights compiles them. A codec that
-    inherits from this class and is a frozen dataclass of JSON values may leave out `weights`, `description` and `restored`.
+    The nats per dimension of an image are those of its latents minus `log_volume`. If `log_volume` is None, only
+    latents have a density. `encode` and `decode` take NumPy and JAX arrays; a codec with weights compiles them.
+    A codec that inherits from this class and is a frozen dataclass of JSON values may leave out `weights`,
+    `description` and `restored`.
     """
 
     kind: ClassVar[str]  # the codec's name in the table
@@ -44,7 +45,7 @@ class Codec(Protocol):
     def make(cls, options: Any, images: Iterable[np.ndarray]) -> Self:
         """A new codec.
 
-        options: an instance of `Options`. images: the source's images (height, width, C), each read when it is iterated.
+        options: an instance of `Options`. images: the source's (height, width, C), each read when it is iterated.
         Raises ConfigError.
         """
         ...

@@ -94,10 +94,10 @@ def count(first: int, pixels: list[np.ndarray], wording: int) -> Document:
 
 
 def warped(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scan (8, 8, 1) turned, sheared, scaled, shifted and bent at random, about as much as two people's writing differs.
+    """A scan (8, 8, 1) turned, sheared, scaled, shifted and bent at random, about as much as two hands differ.
 
-    Standard deviations: 6 degrees for turn and shear, 6 % for scale, a quarter of a pixel for the shift, and a fifth of a
-    pixel for the bend at 4 x 4 places, with smooth interpolation between them.
+    Standard deviations: 6 degrees for turn and shear, 6 % for scale, a quarter of a pixel for the shift, and a fifth of
+    a pixel for the bend at 4 x 4 places, with smooth interpolation between them.
     """
     from scipy.ndimage import map_coordinates, zoom
 

@@ -58,7 +58,7 @@ def compose(said: Said) -> Document:
 
 
 def read_image(path: str | Path, channels: int) -> np.ndarray:
-    """An image file -> pixels (height, width, C) fp32 in [-1, 1], as `Picture.opaque` gives them. `channels`: C, 1 (gray) or 3.
+    """An image file -> pixels (height, width, C) fp32 in [-1, 1], upright and opaque. channels: C, 1 (gray) or 3 (RGB).
 
     A .npy file holds the array itself: pixels, or latents (h, w, D). Raises DocumentError.
     """
@@ -198,7 +198,8 @@ class CaptionsDropped:
 def without_caption(document: Document) -> Document:
     """The document without its opening text, if the only part that it predicts is the image at its end.
 
-    Guidance needs a model of images without captions. Any other predicted part may depend on the text, which then stays.
+    Guidance needs a model of images without captions. If another part is predicted, it may depend on the text, so the
+    text stays.
     """
     *before, last = document
     if not (isinstance(last, Image) and last.generate) or any(counts(part) for part in before):

@@ -28,7 +28,7 @@ class Picture:
 
     file: open for reading bytes. formats: names of Pillow's formats that are allowed; None: all.
     A PNG file with damaged or oversized metadata is read without its metadata.
-    Raises an exception of Pillow's (OSError, SyntaxError, ValueError, DecompressionBombError) for a file that it cannot read.
+    Raises OSError, SyntaxError, ValueError or Pillow's DecompressionBombError for a file that cannot be read.
     """
 
     def __init__(self, file: BinaryIO, formats: list[str] | None = None):
@@ -42,7 +42,7 @@ class Picture:
     def opaque(self, channels: int) -> Pillow.Image:
         """The picture as its camera was held, with transparency laid on white; `channels` 1: gray ("L"), 3: "RGB".
 
-        Levels have 8 bits. Raises ValueError for a file with 32 bits per level, and exceptions of Pillow's as above.
+        Levels have 8 bits. Raises ValueError for a file with 32 bits per level, and the exceptions above.
         """
         try:
             image = _opaque(self._image)
@@ -114,7 +114,7 @@ def _on_white(image: Pillow.Image, stored: str) -> Pillow.Image:
 
 
 def _scaled_key(key: int | tuple[int, ...], stored: str) -> np.ndarray:
-    """A PNG's transparent level or colour, which has as many bits as the file's levels, scaled to 8 bits as Pillow's."""
+    """A PNG's transparent level or colour, scaled to the 8 bits that Pillow gives a level. It has the file's bits."""
     levels = np.atleast_1d(key)
     if stored.endswith("16B"):
         return levels >> 8

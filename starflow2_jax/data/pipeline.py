@@ -1,4 +1,4 @@
-"""Documents -> packed batches of Sequences, with grain. Batches are deterministic, and a reader's position can be saved."""
+"""Documents -> packed batches of Sequences, with grain: deterministic, from a position that can be saved."""
 
 from functools import lru_cache, partial
 from typing import Any
@@ -221,7 +221,7 @@ def batches(
 
 
 def collate(features: list[dict[str, np.ndarray]], shape: Shape) -> Sequence:
-    """A Sequence with one document per row, padded at the end, for the sampler and for evaluation. Raises DocumentError."""
+    """A Sequence with one document per row, padded at the end, for sampling and evaluation. Raises DocumentError."""
     vision = any("patches" in f and len(f["patches"]) for f in features)
     batch = {}
     for name, most in lengths(shape, vision).items():

@@ -59,7 +59,7 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
 
 
 def make_codec(config: Any) -> Codec:
-    """The codec that `config.codec` describes; a codec with statistics is fitted to the source's images. Raises UserError."""
+    """The codec that `config.codec` describes, fitted to the source's images if it has statistics. Raises UserError."""
     codec, options = codec_options(config)
 
     def images() -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The image sizes and normalisation of Qwen2.5-VL's processor, in every form in which `transformers` 4 and 5 save them."""
+"""Image sizes and normalisation of Qwen2.5-VL's processor, in all forms in which `transformers` 4 and 5 save them."""
 
 import dataclasses
 import sys
@@ -9,8 +9,8 @@ from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.text_files import read_json_file, reason, shorten
 from starflow2_jax.weights.table import WeightError
 
-# The first of these files that holds an image processor's settings counts, as in `transformers` 5: there, processor_config.json
-# has them under the key image_processor. `transformers` 4 writes preprocessor_config.json.
+# The first of these files that holds settings of an image processor counts. `transformers` 5 writes them to
+# processor_config.json, under the key image_processor; `transformers` 4 writes preprocessor_config.json.
 FILES = ("processor_config.json", "preprocessor_config.json")
 NESTED = "image_processor"
 BICUBIC = 3

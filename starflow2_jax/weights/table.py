@@ -23,7 +23,7 @@ FIELD = re.compile(r"\{(\w+)\}")
 
 
 class WeightError(UserError):
-    """Weights that cannot be read or do not fit the model. The message counts the faults and lists the first of them."""
+    """Weights that cannot be read or do not fit the model. The message counts the faults and lists the first ones."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Row groups: the same global batches on 1, 2 and 4 hosts, positions that move between them, nothing lost or repeated."""
+"""Row groups: the same global batches on 1, 2 and 4 hosts, also when a position moves between them."""
 
 import json
 from collections import Counter

@@ -44,7 +44,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(levels: np.ndarray, bits: int, *metadata: bytes, after: bytes = b"") -> bytes:
-    """Gray (H, W) or RGB (H, W, 3) levels of so many bits as a PNG file with these chunks before and after its pixels."""
+    """Gray (H, W) or RGB (H, W, 3) levels with `bits` bits -> a PNG file, with chunks before and after its pixels."""
     digits = (levels.reshape(len(levels), -1, 1) >> np.arange(bits)[::-1]) & 1
     rows = np.packbits(digits.reshape(len(levels), -1).astype(np.uint8), axis=1)
     header = struct.pack(">LLBBBBB", levels.shape[1], levels.shape[0], bits, 0 if levels.ndim == 2 else 2, 0, 0, 0)

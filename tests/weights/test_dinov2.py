@@ -1,4 +1,4 @@
-"""DINOv2: tiny random models of `transformers` through their own files and our importer; the published sizes by shape."""
+"""DINOv2: tiny random models of `transformers`, saved and imported, against their own outputs; published sizes by shape."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's weights: every tensor arrives where it belongs and comes back bit for bit, in the memory of one tensor."""
+"""Qwen2.5-VL's weights: every tensor arrives in its place and comes back bit for bit, in the memory of one tensor."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_there_and_back(tmp_path, model, names):
     run("--from", source, "--to", tmp_path / "checkpoint")
     run("--from", tmp_path / "checkpoint", "--to-hf", tmp_path / "back", "--shard-gb", "0.00006")
     same(tensors(tmp_path / "back"), original)
-    if model != "two types":  # of such a folder the library makes one type
+    if model != "two types":  # the reference library loads all of it in one type
         same(Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "back", dtype="auto").state_dict(), loaded)
     files = sorted((tmp_path / "back").glob("*.safetensors"))
     index = json.loads((tmp_path / "back" / INDEX).read_text())

@@ -1,4 +1,4 @@
-"""Weight tables: every fault is told, all of them at once; files are read without unpickling."""
+"""Weight tables: all faults are reported at once; files are read without unpickling."""
 
 import json
 import pickle
