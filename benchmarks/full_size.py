@@ -21,9 +21,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data import digits, sources
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Text
@@ -37,7 +37,7 @@ EXPERIMENT = Path(__file__).parents[1] / "starflow2_jax/experiments/starflow2_7b
 PROMPT = [Text("draw a seven")]
 
 
-def random_sampler(config: ConfigDict) -> Sampler:
+def random_sampler(config: Config) -> Sampler:
     """Each array is made on the device in its own type, so that nothing is ever there in fp32."""
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(replace(cfg, vlm=replace(cfg.vlm, vision=None)))

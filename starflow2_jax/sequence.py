@@ -27,8 +27,7 @@ class Shape:
     documents: int = 0  # most documents of a row; 0: any number
 
 
-@struct.dataclass
-class Sequence:
+class Sequence(struct.PyTreeNode):
     """A batch of rows. Packers fill the numpy fields; the model takes them as they are.
 
     Images stand in a row in the order of their positions: the k-th FLOW position of a row reads the k-th token of
@@ -71,8 +70,7 @@ class Sequence:
         return jnp.zeros((B, M * N), jnp.int32).at[rows, target].set(before, mode="drop")
 
 
-@struct.dataclass
-class VisionInput:
+class VisionInput(struct.PyTreeNode):
     """Images for the vision tower, their patches one after another in the processor's order (2 x 2 merges together)."""
 
     patches: jax.Array  # (B, P, patch width) fp32
@@ -81,8 +79,7 @@ class VisionInput:
     window: jax.Array  # (B, P) int32: likewise within a window
 
 
-@struct.dataclass
-class Step:
+class Step(struct.PyTreeNode):
     """Positions to run after those in a cache, image tokens given as the flow's own u; what decoding feeds."""
 
     tokens: jax.Array  # (B, S)

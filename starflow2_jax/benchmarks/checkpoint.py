@@ -5,17 +5,17 @@ import time
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from starflow2_jax.benchmarks.program import build
 from starflow2_jax.benchmarks.train import step_seconds
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.checkpoints.steps import Steps
+from starflow2_jax.config.schema import Config
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.training.task import groups
 
 
-def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> dict:
+def measure(config: Config, stage: str | None, saves: int, folder: Path) -> dict:
     """Medians over `saves` saves of a stage's state into `folder`, and one restore.
 
     "stall_seconds": how long the loop is blocked; "write_seconds": until the files are complete, training meanwhile;

@@ -3,15 +3,15 @@
 import time
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from starflow2_jax import sequence
+from starflow2_jax.config.schema import Config
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.program import find_stage
 
 
-def measure(config: ConfigDict, stage: str | None, steps: int, folder) -> dict:
+def measure(config: Config, stage: str | None, steps: int, folder) -> dict:
     """Documents and tokens per second over `steps` batches, nothing else running; the first batch apart."""
     trainer, chosen_stage = Trainer(config, folder), find_stage(config, stage)
     begin = time.perf_counter()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from starflow2_jax.config.schema import Config
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
@@ -41,7 +41,7 @@ class Program:
         return jax.block_until_ready(metrics)
 
 
-def build(config: ConfigDict, stage: str | None, folder: str | Path) -> Program:
+def build(config: Config, stage: str | None, folder: str | Path) -> Program:
     """The step as the loop compiles it, with fresh weights and one real batch. `folder`: of the Trainer, left as it is."""
     trainer, stage = Trainer(config, folder), find_stage(config, stage)
     require_rows(config, stage, trainer.mesh)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data.sources import codec_options
 from starflow2_jax.stages import Stage
 
@@ -13,7 +13,7 @@ DOCUMENTS = 64
 WORDS = "a the small large red blue green old new house tree river road bird dog cat boat cloud stone field under over beside"
 
 
-def write(config: ConfigDict, stage: Stage, folder: Path, words: int = 48) -> str:
+def write(config: Config, stage: Stage, folder: Path, words: int = 48) -> str:
     """A JSONL file of DOCUMENTS documents with captions of `words` words, what the stage trains on marked; its path."""
     rng = np.random.default_rng(0)
     codec, options = codec_options(config)

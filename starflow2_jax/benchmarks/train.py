@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from starflow2_jax import sequence
 from starflow2_jax.benchmarks import profile
 from starflow2_jax.benchmarks.program import Program, build
+from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
 from starflow2_jax.training.program import batch_shape
 
@@ -20,7 +20,7 @@ WARM_UP = 3  # steps that are not timed
 MATRIX = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # side of the square matrices whose product gives the measured peak
 
 
-def measure(config: ConfigDict, stage: str | None, steps: int, folder: Path, trace: Path | None = None) -> dict:
+def measure(config: Config, stage: str | None, steps: int, folder: Path, trace: Path | None = None) -> dict:
     """Numbers of one stage's step, medians over `steps` steps; see `docs/benchmarks/bench.md` for what each means.
 
     `folder`: for the Trainer, empty; `trace`: where a profiler's trace goes, if any. Raises ConfigError.

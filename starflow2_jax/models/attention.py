@@ -11,8 +11,7 @@ from jax.typing import DTypeLike
 MASKED = -1e30  # finite, so that a query that sees no key does not become NaN
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of every layer of a causal stack, and how much of each row is filled.
 
     `length` is the number of positions that a row has read. A call with S new positions writes positions length .. length +

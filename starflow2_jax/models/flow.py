@@ -96,8 +96,7 @@ class FlowBlockConfig:
             )
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """The condition of a block: `label` (B,) int, or `prefix` (B, T, prefix_channels), or nothing."""
 
     label: jax.Array | None = None

@@ -63,8 +63,7 @@ class PretzelConfig:
         return alternating(block, self.shallow_blocks, flip_odd=self.shallow_blocks % 2 == 0)
 
 
-@struct.dataclass
-class Caches:
+class Caches(struct.PyTreeNode):
     """Keys and values of both streams, which have always read the same positions."""
 
     vlm: KVCache
@@ -85,8 +84,7 @@ class Caches:
         return Caches(self.vlm.replace(length=length), self.deep.replace(length=length))
 
 
-@struct.dataclass
-class Output:
+class Output(struct.PyTreeNode):
     """What each position predicts of the next one, and, for a Sequence, the shallow flow's images."""
 
     text: jax.Array  # (B, S, E_vlm): hidden states for the text head

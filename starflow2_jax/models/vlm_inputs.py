@@ -8,8 +8,7 @@ from starflow2_jax import sequence
 from starflow2_jax.sequence import VisionInput
 
 
-@struct.dataclass
-class VlmInputs:
+class VlmInputs(struct.PyTreeNode):
     """The positions that a VLM runs over, with everything that any of its layers may need.
 
     With a cache these are the positions after those in it, and `segments` is None.

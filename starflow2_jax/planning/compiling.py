@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
@@ -79,7 +79,7 @@ def tpu_devices(topology: Topology) -> list:
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
 
 
-def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
+def compile_step(config: Config, stage: Stage, devices: list) -> Program:
     """Compile the training step of a stage for these devices. Raises DoesNotFit and ConfigError."""
     cfg = config.stages[stage.name]
     model = Pretzel(configs.pretzel(config))
@@ -97,7 +97,7 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
     return Program(compiled, mesh, held, bytes_a_chip(kinds, host=True))
 
 
-def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
+def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
     """Compile the sampler's `read` and `write` for `rows` rows whose caches have room for `capacity` positions.
 
     `read` reads capacity / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on, and

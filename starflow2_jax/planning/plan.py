@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
 from starflow2_jax.parallel import sharding
 from starflow2_jax.parallel.hardware import Topology
@@ -58,7 +58,7 @@ class Plan:
         return asdict(self)
 
 
-def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: list) -> Plan:
+def plan_step(config: Config, stage: Stage, topology: Topology, devices: list) -> Plan:
     """Compile the stage's training step for the devices of a topology, and predict its costs."""
     begin = time.time()
     shape, model = batch_shape(config, stage), configs.pretzel(config)
@@ -83,7 +83,7 @@ def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: lis
 
 
 def plan_sampler(
-    config: ConfigDict, stage: Stage, topology: Topology, devices: list, rows: int, capacity: int
+    config: Config, stage: Stage, topology: Topology, devices: list, rows: int, capacity: int
 ) -> list[Plan]:
     """Plans of the sampler's `read` and `write`, see compile_sampler; a single plan if they do not fit.
 
@@ -115,7 +115,7 @@ def plan_sampler(
     return plans
 
 
-def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
+def settings(config: Config, stage: Stage) -> dict[str, object]:
     """The settings of a config that decide about memory and speed."""
     cfg, m = config.stages[stage.name], config.model
     found = {name: cfg[name] for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate")}
@@ -171,7 +171,7 @@ def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:
     return sorted(found.values(), reverse=True)[:count]
 
 
-def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
+def advice(plan: Plan, config: Config, stage: Stage) -> list[str]:
     """Changes to a config whose plan does not fit, most effective first."""
     cfg, said = config.stages[stage.name], []
     state = sum(v for k, v in plan.arguments.items() if k != "batch")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
-from ml_collections import ConfigDict
 
+from starflow2_jax.config.schema import Config
 from starflow2_jax.errors import UserError
 from starflow2_jax.planning.plan import Plan
 from starflow2_jax.planning.report import columns
@@ -26,7 +26,7 @@ class Candidate:
     plan: Plan | None = None
     failure: str = ""
 
-    def apply(self, config: ConfigDict, stage: Stage) -> ConfigDict:
+    def apply(self, config: Config, stage: Stage) -> Config:
         """A locked copy of the config with this choice."""
         config = config.copy_and_resolve_references().unlock()
         config.stages[stage.name].rows = self.rows
@@ -65,10 +65,10 @@ def candidates(
 
 
 def search(
-    config: ConfigDict,
+    config: Config,
     stage: Stage,
     choices: list[Candidate],
-    make: Callable[[ConfigDict], Plan],
+    make: Callable[[Config], Plan],
     tell: Callable[[str], None],
 ) -> list[Candidate]:
     """Plan every choice; returns them with the fastest first and those that failed, with their reasons, last.
@@ -82,7 +82,7 @@ def search(
     return sorted(choices, key=lambda c: (bool(c.failure), -c.plan.tokens_per_second if c.plan else 0))
 
 
-def _plan(choice: Candidate, config: ConfigDict, stage: Stage, make: Callable[[ConfigDict], Plan]) -> None:
+def _plan(choice: Candidate, config: Config, stage: Stage, make: Callable[[Config], Plan]) -> None:
     try:
         choice.plan = make(choice.apply(config, stage))
         if not choice.plan.fits:

@@ -77,8 +77,7 @@ class SampleOptions:
         return ("bare",) if self.guidance else ()
 
 
-@struct.dataclass
-class Controls:
+class Controls(struct.PyTreeNode):
     """SampleOptions of each row, sized; (B,) or as noted."""
 
     temperature: jax.Array
@@ -120,8 +119,7 @@ def _bare_weight(options: SampleOptions) -> float:
     return options.guidance if options.image_guidance is None else options.image_guidance
 
 
-@struct.dataclass
-class Rows:
+class Rows(struct.PyTreeNode):
     """B rows of G = 1 + branches cache rows each, side by side: row b's own is cache row b G, its branches follow."""
 
     caches: Caches  # of (B G) rows

@@ -128,5 +128,16 @@ def test_a_folder_holds_one_run(tmp_path):
         batch_files.begin(tmp_path / "out", run | {"seed": 4})
     with pytest.raises(UserError, match="--documents"):
         batch_files.write_anew(Recorder(), prompts(1)[0], tmp_path / "out")
-    with pytest.raises(UserError, match="not 3 of 3"):
+    with pytest.raises(UserError, match="--process=3 must be at least 0 and below --processes=3"):
         Share(3, 3)
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "[1]", "[" * 100_000])
+def test_a_damaged_file_of_answers_is_named(tmp_path, damage):
+    batch_files.begin(tmp_path, {"seed": 1})
+    (tmp_path / "samples.jsonl").write_text(damage + "\n")
+    with pytest.raises(UserError, match="samples.jsonl, line 1, is damaged"):
+        batch_files.write(Recorder(), prompts(1), tmp_path, 1, progress=False)
+    (tmp_path / "run.json").write_text(damage)
+    with pytest.raises(UserError, match="run.json is damaged"):
+        batch_files.begin(tmp_path, {"seed": 1})
