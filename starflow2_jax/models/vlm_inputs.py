@@ -27,6 +27,7 @@ class VlmInputs(struct.PyTreeNode):
 
         Only VIT positions mean anything in the result.
         """
+        assert self.vision_index is not None, "VIT positions need vision_index"
         return gather_positions(merged, self.vision_index)
 
     def embeddings(self, words: jax.Array, merged: jax.Array | None = None) -> jax.Array:

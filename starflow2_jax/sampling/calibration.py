@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
 from starflow2_jax.data.documents import Document
 from starflow2_jax.models.flow import NO_CONTEXT, Context, Flow, Guide
 from starflow2_jax.models.jacobi import GUESSES, SEQUENTIAL, Jacobi, Schedule
+from starflow2_jax.models.pretzel import apply
 from starflow2_jax.sampling import inversion
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 
@@ -77,7 +80,7 @@ def fastest(measured: list[Measurement], tolerance: float) -> Measurement:
     return min([measured[0], *(m for m in measured if m.error <= tolerance)], key=lambda m: m.seconds)
 
 
-def relative_error(h: jax.Array, exact: jax.Array) -> float:
+def relative_error(h: ArrayLike, exact: ArrayLike) -> float:
     """The worst row's mean((h - exact)^2) / mean(exact^2)."""
     h, exact = np.asarray(h), np.asarray(exact)
     error = np.mean((h - exact) ** 2, (1, 2)) / np.maximum(np.mean(exact**2, (1, 2)), np.finfo(h.dtype).tiny)
@@ -103,7 +106,7 @@ def _invert(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The inverse and what Flow.inverse sows, by block."""
     arguments = (z, given.context, given.unconditional, given.guide, given.temperature, schedule)
-    h, sown = flow.apply({"params": params}, *arguments, method=Flow.inverse, mutable="inversion")
+    h, sown = apply(flow, params, *arguments, method=Flow.inverse, mutable="inversion")
     return h, sown["inversion"]
 
 
@@ -162,6 +165,7 @@ def _calibrated(sampler: Sampler, prompts: list[Document], guidance: float, tole
     """The content of inversion.json, measured on the mesh of `jax.set_mesh`."""
     flow, params = Flow(sampler.model.cfg.shallow_chain), sampler.params["shallow"]
     deep, u = calibrate_deep(sampler, prompts, guidance, tolerance, batch)
+    u = jnp.asarray(u)
     measured = calibrate(flow, params, u, tolerance)
     chosen = [fastest(m, tolerance) for m in measured]
     exact, _, sequential_seconds = _measure(flow, params, u, UNCONDITIONAL, (SEQUENTIAL,) * len(chosen))
