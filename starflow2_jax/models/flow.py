@@ -248,7 +248,9 @@ class FlowBlock(nn.Module):
         cache = self.stack.empty_cache(batch, prefix + self.predicted)
         if prefix:
             x, angles = self.proj_prefix(context.prefix), self._angles(prefix)
-            cache = self.stack(x, None if angles is None else angles[:prefix], cache=cache)[1]
+            _, filled = self.stack(x, None if angles is None else angles[:prefix], cache=cache)
+            assert filled is not None, "a call with a cache returns one"
+            return filled
         return cache
 
 

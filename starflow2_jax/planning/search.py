@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 
@@ -28,13 +29,13 @@ class Candidate:
 
     def apply(self, config: Config, stage: Stage) -> Config:
         """A locked copy of the config with this choice."""
-        config = config.copy_and_resolve_references().unlock()
-        config.stages[stage.name].rows = self.rows
-        config.data.groups = math.gcd(self.rows, config.data.groups)  # must divide the rows; changes no plan
-        config.mesh.update(self.mesh)
+        changed = cast(Any, config).copy_and_resolve_references().unlock()
+        changed.stages[stage.name].rows = self.rows
+        changed.data.groups = math.gcd(self.rows, config.data.groups)  # must divide the rows; changes no plan
+        changed.mesh.update(self.mesh)
         for stream in STREAMS:
-            config.model[stream].remat = self.remat
-        return config.lock()
+            changed.model[stream].remat = self.remat
+        return changed.lock()
 
     def names(self) -> str:
         """The choice in words."""
@@ -78,11 +79,13 @@ def search(
     for number, choice in enumerate(choices, 1):
         if not choice.failure:
             _plan(choice, config, stage, make)
-        tell(f"{number} of {len(choices)}: {choice.names()}: {choice.failure or f'MFU {choice.plan.mfu:.1%}'}")
+        result = choice.failure or (f"MFU {choice.plan.mfu:.1%}" if choice.plan else "")
+        tell(f"{number} of {len(choices)}: {choice.names()}: {result}")
     return sorted(choices, key=lambda c: (bool(c.failure), -c.plan.tokens_per_second if c.plan else 0))
 
 
 def _plan(choice: Candidate, config: Config, stage: Stage, make: Callable[[Config], Plan]) -> None:
+    """Set the plan of a choice, or the reason why there is none."""
     try:
         choice.plan = make(choice.apply(config, stage))
         if not choice.plan.fits:
