@@ -1,4 +1,4 @@
-"""What saving and restoring a training state costs."""
+"""Measures the time that saving and restoring a training state take."""
 
 import statistics
 import time
@@ -16,10 +16,10 @@ from starflow2_jax.training.task import groups
 
 
 def measure(config: Config, stage: str | None, saves: int, folder: Path) -> dict:
-    """Medians over `saves` saves of a stage's state into `folder`, and one restore.
+    """Save a stage's state `saves` times into `folder` and restore it once. Returns the medians over the saves.
 
-    "stall_seconds": how long the loop is blocked; "write_seconds": until the files are complete, training meanwhile;
-    "step_while_writing_seconds": a step in that time.
+    "stall_seconds": the time for which the loop is blocked. "write_seconds": the time until the files are complete, while
+    training continues. "step_while_writing_seconds": a step in that time. "bytes": of one checkpoint.
     """
     program = build(config, stage, folder / "trainer")
     step = step_seconds(program, steps=3)["median"]

@@ -38,7 +38,7 @@ def test_nothing_is_guessed(joined, monkeypatch):
 
 def test_flags_environment_and_cluster(joined, monkeypatch):
     processes.initialize(arguments())
-    assert joined == [()]  # JAX asks the cluster
+    assert joined == [(None, None, None)]  # JAX asks the cluster
     processes.initialize(arguments(True, "host:1", "4", "3"))
     assert joined[1:] == [("host:1", 4, 3)]
     for name, value in zip(processes.ENVIRONMENT.values(), ("other:2", "8", "7"), strict=True):
