@@ -1,4 +1,4 @@
-"""Joining the processes of a run: what is said on the command line, and what is wrong with it."""
+"""Joining the processes of a run: flags, environment and their faults."""
 
 import shutil
 import socket
@@ -113,10 +113,12 @@ def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
     started = [
         subprocess.Popen(
             [sys.executable, "-c", ASKING, address, str(process), view / "run", view / "unseen"],
-            stdout=subprocess.PIPE, text=True, cwd=root,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
         )
         for process, view in enumerate((first, second))
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=120)[0].splitlines() for process in started]
     finally:

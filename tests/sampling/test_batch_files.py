@@ -1,4 +1,4 @@
-"""Answers in files: what several processes write, what is left of a run that was killed, which batches there are."""
+"""Folders of answers: several processes, resuming a killed run, and the batches that run together."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ SHORT, LONG = SampleOptions(max_tokens=3), SampleOptions(max_tokens=9)
 
 
 class Recorder:
-    """A sampler whose answer says its prompt and seed, and draws the seed as a gray level; `calls`: what it was asked."""
+    """A sampler whose answer is its prompt, its seed, and the seed as a gray level; `calls`: prompts and rows of each call."""
 
     step, schedule, deep = 7, None, SEQUENTIAL
 
