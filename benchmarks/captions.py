@@ -1,4 +1,4 @@
-"""Trains the flow alone on captioned digits and prints the minutes and how many digits an independent classifier recognises.
+"""Trains the flow alone on captioned digits; prints the minutes and the share of digits that a classifier recognises.
 
 The reference TarFlow is judged in the same way; docs/benchmarks/digits.md holds the numbers of both.
 

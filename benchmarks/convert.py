@@ -2,8 +2,8 @@
 
 python benchmarks/convert.py --size 3b --layers 12 --folder /tmp/convert_benchmark
 
-It makes a folder of random bfloat16 tensors in the published layout, with `--layers` layers. Each step runs in a process
-of its own. The folder is removed at the end. docs/benchmarks/convert.md holds the numbers.
+It makes a folder of random bfloat16 tensors in the published layout, with `--layers` layers. Each step runs in a
+process of its own. The folder is removed at the end. docs/benchmarks/convert.md holds the numbers.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def compare(a: Path, b: Path) -> None:
 
 
 def place(checkpoint: Path, saved: Path | None) -> None:
-    """Restore onto eight CPU devices, each parameter on its shards, and check the content hash; save again to `saved`."""
+    """Restore onto eight CPU devices, with the check of the content hash; save again to `saved`."""
     import jax
     import jax.numpy as jnp
 

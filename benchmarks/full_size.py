@@ -4,12 +4,12 @@
     python benchmarks/full_size.py --rows 1 8 --jacobi 8 64 256
     python benchmarks/full_size.py --runlocal                       # small, for a look at the path on any machine
 
-The weights are random and bfloat16, without the vision tower, which writing does not use. The limit is the time in which the
-device reads all bytes that a token needs, at the bandwidth with which it sums a large bfloat16 array. These bytes are the
-matrices of the VLM, the deep flow and their connections, once for all rows; the text head, for a text token; and the filled
-part of the caches. A token reads one row of the embedding tables, which is left out. The shallow flow runs once for each
-image; the seconds per image include it. A random model's number of Jacobi passes says little about a trained model's. Each
-measurement is one line of JSON; numbers are medians.
+The weights are random and bfloat16, without the vision tower, which writing does not use. The limit is the time in
+which the device reads all bytes that a token needs, at the bandwidth with which it sums a large bfloat16 array. These
+bytes are the matrices of the VLM, the deep flow and their connections, once for all rows; the text head, for a text
+token; and the filled part of the caches. A token reads one row of the embedding tables, which is left out. The shallow
+flow runs once for each image; the seconds per image include it. A random model's number of Jacobi passes says little
+about a trained model's. Each measurement is one line of JSON; numbers are medians.
 """
 
 import argparse
@@ -109,7 +109,10 @@ def write(sampler: Sampler, options: SampleOptions, rows: int, repeats: int) -> 
 
 
 def token(sampler: Sampler, kind: str, options: SampleOptions, rows: int, rate: float, repeats: int) -> dict:
-    """Milliseconds per token when `rows` rows write together, and their limit. `rate`: bandwidth in bytes per second."""
+    """Milliseconds per token when `rows` rows write together, and their limit.
+
+    `rate`: bandwidth in bytes per second.
+    """
     seconds, session = write(sampler, options, rows, repeats)
     count = int(session.rows.count.max())
     filled = float(session.rows.caches.length.mean()) - count / 2  # filled positions halfway through the answer
@@ -120,7 +123,7 @@ def token(sampler: Sampler, kind: str, options: SampleOptions, rows: int, rate: 
 
 
 def image(sampler: Sampler, chunk: int, guidance: float, tolerance: float, repeats: int) -> dict:
-    """Seconds from a prompt that was read to an image's latents, with `chunk` tokens solved for at once in both flows."""
+    """Seconds from a read prompt to an image's latents, with `chunk` tokens solved for at once in both flows."""
     cfg = sampler.model.cfg
     options = SampleOptions(
         guidance=guidance, max_tokens=cfg.tokens + 1, image_first=True, jacobi=chunk, tolerance=tolerance

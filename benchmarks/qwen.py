@@ -3,9 +3,10 @@
     python benchmarks/qwen.py                                       # two CPU cores, fp32
     python benchmarks/qwen.py --size 7b --dtype bfloat16 --device gpu
 
-"forward" computes the logits of a batch. "gradient" runs forward and backward to the input embeddings, as the training of
-the adapter does. "decoding" is greedy, with a key/value cache, after a prompt. Weights are random, and the same on both
-sides if the model is small. Both sides run in turn; the numbers are medians, and a ratio is the reference's time over ours.
+"forward" computes the logits of a batch. "gradient" runs forward and backward to the input embeddings, as the training
+of the adapter does. "decoding" is greedy, with a key/value cache, after a prompt. Weights are random, and the same on
+both sides if the model is small. Both sides run in turn; the numbers are medians, and a ratio is the reference's time
+over ours.
 """
 
 import argparse

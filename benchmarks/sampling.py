@@ -4,10 +4,10 @@
     python benchmarks/sampling.py --mid --images 1 8                                      # a random one of width 512
     python benchmarks/sampling.py --mid --images 1 8 64 --jacobi 1 8 64 --device cuda     # both sides on a GPU
 
-The PyTorch loop is plain: both streams run token by token through a key/value cache, then each block of the shallow flow
-does. Both sides run the same model and draw with the same noise, so their images can be compared. They run in turn; the
-numbers are medians. `--device` is PyTorch's device; ours is JAX's default device. On a GPU, fp32 products are TF32 on both
-sides, which is JAX's default.
+The PyTorch loop is plain: both streams run token by token through a key/value cache, then each block of the shallow
+flow does. Both sides run the same model and draw with the same noise, so their images can be compared. They run in
+turn; the numbers are medians. `--device` is PyTorch's device; ours is JAX's default device. On a GPU, fp32 products are
+TF32 on both sides, which is JAX's default.
 """
 
 import argparse
@@ -87,7 +87,10 @@ class Stack:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def __call__(self, x, angles, cache: list):
-        """x (B, S, E), angles (S, K/2) -> (B, S, E). `cache`: a list of (keys, values), one for each layer; it grows."""
+        """x (B, S, E), angles (S, K/2) -> (B, S, E).
+
+        `cache`: a list of (keys, values), one for each layer; it grows.
+        """
         c = self.cfg
         B, S, _ = x.shape
         for i, p in enumerate(self.layers):

@@ -6,8 +6,8 @@
 
 A client sends its next request when the last one is answered. If the server's queue is full (status 429), the client
 counts that and sends the request again; any other error is a failure. The soak draws, reads, streams, asks for several
-choices, ranks, hangs up in the middle of an answer, and sends wrong requests that the server must refuse. The client checks
-every answer.
+choices, ranks, hangs up in the middle of an answer, and sends wrong requests that the server must refuse. The client
+checks every answer.
 """
 
 import argparse

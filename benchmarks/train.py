@@ -1,10 +1,11 @@
-"""Compares the time of a training step of the digits model with PyTorch's, for the same model, loss, optimizer and weights.
+"""Compares the time of a training step of the digits model with PyTorch's: same model, loss, optimizer, weights.
 
     python benchmarks/train.py                                  # two CPU cores, fp32
     python benchmarks/train.py --config.stages.text_to_image.rows=32
 
 The step is that of stage text_to_image with AdamW: noise on the latents, the frozen VLM, both flows, exact likelihood,
-gradient, clipping, AdamW and moving average. First the losses and gradients of both are compared; then both run in turn.
+gradient, clipping, AdamW and moving average. First the losses and gradients of both are compared; then both run in
+turn.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def rotate(x, angles):
 
 
 def torch_batch(batch, model) -> dict:
-    """A batch as a data loader would give it, with the cosines and sines of positions, the mask and image_token_index."""
+    """A batch as a data loader would give it, with rotary cosines and sines, mask and image_token_index."""
     from starflow2_jax.models import attention
 
     t = {n: torch.tensor(np.asarray(getattr(batch, n))) for n in ("modality", "positions", "latents", "image_weight")}

@@ -3,9 +3,10 @@
     python benchmarks/turns.py --checkpoint quickstart/checkpoint --images 1 4 8      # a trained model
     python benchmarks/turns.py --mid --images 1 4                                     # a random one of width 512
 
-The model writes `--images` images; then a question comes. The time is that from the question to the answer's first token.
-"reuse" reads only the question, after the contents of the caches. "re-encode" reads the whole conversation in a new
-session: each image goes through the shallow flow, the adapter and both streams. Both run in turn; the numbers are medians.
+The model writes `--images` images; then a question comes. The time is that from the question to the answer's first
+token. "reuse" reads only the question, after the contents of the caches. "re-encode" reads the whole conversation in a
+new session: each image goes through the shallow flow, the adapter and both streams. Both run in turn; the numbers are
+medians.
 """
 
 import argparse

@@ -18,8 +18,8 @@ from starflow2_jax.training.task import groups
 def measure(config: Config, stage: str | None, saves: int, folder: Path) -> dict:
     """Save a stage's state `saves` times into `folder` and restore it once. Returns the medians over the saves.
 
-    "stall_seconds": the time for which the loop is blocked. "write_seconds": the time until the files are complete, while
-    training continues. "step_while_writing_seconds": a step in that time. "bytes": of one checkpoint.
+    "stall_seconds": the time for which the loop is blocked. "write_seconds": the time until the files are complete,
+    while training continues. "step_while_writing_seconds": a step in that time. "bytes": of one checkpoint.
     """
     program = build(config, stage, folder / "trainer")
     step = step_seconds(program, steps=3)["median"]

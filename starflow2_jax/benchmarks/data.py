@@ -13,9 +13,10 @@ from starflow2_jax.training.program import find_stage
 
 
 def measure(config: Config, stage: str | None, steps: int, folder: Path) -> dict:
-    """Documents and tokens per second over `steps` batches while nothing else runs; the first batch is timed separately.
+    """Documents and tokens per second over `steps` batches, without other work; times the first batch separately.
 
-    `stage`: a name or number, see `find_stage`. `folder`: of the Trainer, to which nothing is written. Raises ConfigError.
+    `stage`: a name or number, see `find_stage`. `folder`: of the Trainer, to which nothing is written. Raises
+    ConfigError.
     """
     trainer, chosen_stage = Trainer(config, folder), find_stage(config, stage)
     begin = time.perf_counter()

@@ -88,7 +88,7 @@ def matrix_peak(devices: list, dtype: str, repeats: int = 5) -> float:
 
 
 def memory(program: Program, devices: list) -> dict:
-    """Bytes per device: the compiler's account of the step, and the most that was in use (None if the device does not report it)."""
+    """Bytes per device by the compiler's account, and the most in use, None if the device does not report it."""
     analysis = program.compiled.memory_analysis()
     account = {
         name: int(getattr(analysis, f"{name}_size_in_bytes", 0)) for name in ("argument", "output", "alias", "temp")

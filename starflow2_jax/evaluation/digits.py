@@ -1,4 +1,4 @@
-"""The benchmark digits: a model writes, reads, adds, mirrors and counts digits; an independent classifier judges them."""
+"""The benchmark digits: a model writes, reads, adds, mirrors and counts digits, judged by a classifier."""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +42,10 @@ EXAMPLES = 3  # examples of each kind on the page
 
 
 class DigitsBenchmark(Benchmark):
-    """Five kinds of tasks over held-out scans; a task's key is "kind/number". Raises UserError for `data` or a small limit."""
+    """Five kinds of tasks over held-out scans; a task's key is "kind/number".
+
+    Raises UserError for `data` or a small limit.
+    """
 
     aims = AIMS
 
@@ -78,7 +81,7 @@ class DigitsBenchmark(Benchmark):
         return found
 
     def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
-        """The numbers of AIMS that can be measured here: the share of right answers of each kind, and the images' NLL."""
+        """The numbers of AIMS without the seconds: shares of right answers, and the images' NLL."""
         found = {kind: [(a.document, a.task.target) for a in of_kind(answers, kind)] for kind in ("write", *TITLES)}
         small = [
             (document, total) for document, total in found["sum"] if total < 10
@@ -118,7 +121,7 @@ def of_kind(answers: list[Answer], kind: str) -> list[Answer]:
 
 @cache
 def judge() -> Any:
-    """The classifier: a support vector machine (sklearn.svm.SVC) trained on the 1,500 training scans, scaled to 0..16."""
+    """The classifier: a support vector machine (sklearn.svm.SVC) of the 1,500 training scans in 0..16."""
     from sklearn.svm import SVC
 
     pixels, labels = digits.split("train")
@@ -163,7 +166,7 @@ def split_answer(document: Document) -> tuple[Document, Document]:
 
 
 def held_out_nll(sampler: Sampler, limit: int = 297, draws: int = 10, noise: float = 0.1, seed: int = 0) -> float:
-    """NLL of the first `limit` held-out scans given their captions, in nats per pixel, without the constant 0.5 ln 2 pi.
+    """NLL of the first `limit` held-out scans given their captions, in nats per pixel, without 0.5 ln 2 pi.
 
     `draws` draws of noise N(0, noise^2) are added to each scan, as in training.
     """

@@ -1,4 +1,4 @@
-"""Runs any benchmark: answers its tasks into a folder, which several processes may share, and then scores the answers."""
+"""Runs any benchmark: answers its tasks into a folder that processes may share, then scores the answers."""
 
 import hashlib
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The report of an evaluation: report.json, samples.png and index.html, a page without scripts that needs no network."""
+"""The report of an evaluation: report.json, samples.png, and index.html, a page that needs no other file."""
 
 import base64
 import io
@@ -49,8 +49,8 @@ def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Pa
     """Write report.json and index.html into `folder`, and samples.png if there is a page.
 
     report: numbers by name, in groups that may nest; "aims" holds the value that a number should reach, for some of the
-    numbers, and "a.b" there names number b of group a. metrics_path: the training's metrics.jsonl; without that file the
-    page shows no curves.
+    numbers, and "a.b" there names number b of group a. metrics_path: the training's metrics.jsonl; without that file
+    the page shows no curves.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Pa
 
 
 def contact_sheet(grid: np.ndarray) -> np.ndarray:
-    """Images (rows, columns, height, width, C) -> one image of all, each enlarged ZOOM times, with gray margins of MARGIN."""
+    """Images (rows, columns, height, width, C) -> one image of all, enlarged ZOOM times, with gray margins."""
     large = grid.repeat(ZOOM, axis=2).repeat(ZOOM, axis=3)
     large = np.pad(large, ((0, 0), (0, 0), (MARGIN, 0), (MARGIN, 0), (0, 0)))
     rows, columns, height, width, channels = large.shape

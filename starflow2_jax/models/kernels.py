@@ -117,7 +117,10 @@ def _on_a_device(
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, keys: jax.Array | None, start: jax.Array
 ) -> jax.Array:
-    """cuDNN's attention. It takes no segment ids and no start, so a mask (B, 1, S, C) says what a query sees, if needed."""
+    """cuDNN's attention.
+
+    It takes no segment ids and no start, so a mask (B, 1, S, C) says what a query sees, if needed.
+    """
     apart = keys is not None or q.shape[1] < k.shape[1]
     mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1], k.shape[1]))[:, None] if apart else None
     return jax.nn.dot_product_attention(
@@ -135,8 +138,8 @@ def _cudnn_packed(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array)
     """cuDNN's attention over whole rows in its packed layout, which takes the offset of each document.
 
     segments (B, S) are runs of equal ids, padding included, and at most `most_documents` + 1 of them. A row with more
-    runs becomes NaN, because cuDNN would leave out the runs that are too many. JAX 0.10.2 computes the offsets of grouped
-    keys with the stride of the queries, so keys and values are repeated to as many heads as the queries have.
+    runs becomes NaN, because cuDNN would leave out the runs that are too many. JAX 0.10.2 computes the offsets of
+    grouped keys with the stride of the queries, so keys and values are repeated to as many heads as the queries have.
     """
     if q.size >= 2**31:
         raise UserError(
@@ -193,7 +196,7 @@ def _splash(
 
 
 def _splash_kernel(q: jax.Array, tensor: int, ways: int, kernel: str) -> splash.SplashAttentionKernel:
-    """The kernel for one of `tensor` shares of the heads and rows cut into `ways` parts, with sharded tables of its mask."""
+    """The kernel for one of `tensor` shares of the heads, and rows and mask tables cut into `ways` parts."""
     S, heads = q.shape[1], q.shape[2] // tensor
     block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in (S // ways, S))
     sizes = splash.BlockSizes(

@@ -93,7 +93,7 @@ class VisionConfig(Protocol):
 
 
 class VlmConfig(Protocol):
-    """A whole VLM: a frozen dataclass with (at least) these fields, which are JSON values or dataclasses of JSON values."""
+    """A whole VLM: a frozen dataclass with (at least) these fields, JSON values or dataclasses of JSON values."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

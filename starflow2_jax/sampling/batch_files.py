@@ -1,4 +1,6 @@
-"""A folder of answers to many prompts. It is written batch by batch, can be resumed, and several processes may share it.
+"""A folder of answers to many prompts.
+
+It is written batch by batch, can be resumed, and several processes may share it.
 
 run.json               the settings that decide the answers; a folder holds the answers of one run
 samples.jsonl          a line for each answer: {"document": key, "seed": int, "parts": [{"text": str} | {"image": name}]}
@@ -64,7 +66,10 @@ def about(sampler: Sampler, checkpoint: str | Path, dtype: str | None, seed: int
 
 
 def begin(out: Path, run: dict[str, Any]) -> None:
-    """Make the folder of a run, or resume the run in it. Raises UserError if the folder holds the answers of another run."""
+    """Make the folder of a run, or resume the run in it.
+
+    Raises UserError if the folder holds the answers of another run.
+    """
     run, described = json.loads(json.dumps(run)), out / "run.json"
     if described.is_file():
         before = _object(described.read_text(encoding="utf-8"), str(described))
@@ -91,7 +96,9 @@ def write(
     share: Share = Share(),  # noqa: B008 - it is frozen
     progress: bool = True,
 ) -> bool:
-    """Answer the prompts of this process's share that have no answers yet. Returns whether all prompts are answered now.
+    """Answer the prompts of this process's share that have no answers yet.
+
+    Returns whether all prompts are answered now.
 
     Consecutive prompts with equal options run together, at most `batch` at a time. With `denoised` the training noise
     is removed from the images. Raises DocumentError, which names the prompt, if a prompt does not fit the model.
@@ -191,7 +198,10 @@ def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Documen
 
 
 def _whole_lines(path: Path) -> Iterator[Line]:
-    """All lines that end in a newline; a last line without one was cut off by a crash. Raises UserError for a bad line."""
+    """All lines that end in a newline; a last line without one was cut off by a crash.
+
+    Raises UserError for a bad line.
+    """
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         if line:
             yield _object(line, f"{path}, line {number},")

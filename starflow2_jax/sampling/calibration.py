@@ -113,7 +113,7 @@ def _invert(
 def calibrate_deep(
     sampler: Sampler, prompts: list[Document], guidance: float = 1.0, tolerance: float = 1e-3, batch: int = 16
 ) -> tuple[list[Measurement], np.ndarray]:
-    """Measure the deep flow while the sampler draws `batch` images: the candidates, and the exact images u (batch, N, D).
+    """Measure the deep flow while the sampler draws images: all candidates, and the exact u (batch, N, D).
 
     The prompts are used in turn. Both streams run, as in sampling. Candidates differ in their chunk alone: the sampler
     has a guess of its own, the noise under the Gaussian of the chunk's first token.

@@ -37,7 +37,9 @@ class Chat:
         self.intact = True  # whether the caches hold the turns and nothing else
 
     def say(self, said: Said, options: SampleOptions | None = None) -> Document:
-        """Read a user's turn and write an answer. `options`: of this turn, with the guidance branches of the first ones.
+        """Read a user's turn and write an answer.
+
+        `options`: of this turn, with the guidance branches of the first ones.
 
         Raises UserError for a turn that does not fit the model, which leaves the conversation unchanged, and after an
         answer that was interrupted or whose stream was not read to its end: such a conversation cannot continue.

@@ -1,4 +1,7 @@
-"""The sampler: continues documents. Whatever the model writes enters the caches of both streams and is never run again."""
+"""The sampler: continues documents.
+
+Whatever the model writes enters the caches of both streams and is never run again.
+"""
 
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -110,7 +113,7 @@ def in_type(cfg: PretzelConfig, dtype: str) -> PretzelConfig:
 
 
 def weights_in_type(params: dict, dtype: str) -> dict:
-    """Parameters with the layers' matrices and the embeddings in `dtype`; norms and the Gaussian head keep their types."""
+    """Parameters with the layers' matrices and the embeddings in `dtype`; all others keep their types."""
 
     def leaf(path, x):
         name = sharding.path_name(path)

@@ -83,7 +83,7 @@ class Answer:
         self.cut = False  # whether a stop string ended the answer
 
     def whole(self, tokens: np.ndarray) -> list[int]:
-        """The positions at which the images begin that `read` needs the pixels of: those completed since its last call."""
+        """The positions at which images begin that were completed since the last `read`, which needs their pixels."""
         places = self.at + np.flatnonzero(tokens[self.at :] == -1)
         return places[: len(places) // self.N * self.N : self.N].tolist() if self.ended is None else []
 
@@ -118,7 +118,7 @@ class Answer:
             yield self.ended
 
     def _text(self, whole: bool) -> Iterator[Event]:
-        """Events of the new text that is safe to send: all of it if it is `whole`, since no token can change it any more."""
+        """Events of the new text that no later token can change; that is all of it if it is `whole`."""
         text = self.tokenizer.decode(self.run, skip_special_tokens=True)
         cuts = [text.index(s) for s in self.stop if s in text]
         if cuts:

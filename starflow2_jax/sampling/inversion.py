@@ -1,4 +1,4 @@
-"""inversion.json of a checkpoint directory: the solver of each block of both flows, as `starflow2 calibrate` chose it."""
+"""inversion.json of a checkpoint directory: the solvers of both flows' blocks, chosen by `starflow2 calibrate`."""
 
 import json
 import sys

@@ -60,8 +60,8 @@ def denoise(
     """The answers with each image x replaced by its mean without the noise, x - sigma^2 grad_x NLL(x | all before it).
 
     This is Tweedie's formula for a model of images with added noise N(0, sigma^2) (TarFlow, arXiv 2412.06329); NLL is
-    the image's total in nats. sigma: the config's `noise`, in the images' units; it is divided by the codec's deviations
-    for latents. While one image is denoised, the images before it keep their noise, as in training. Raises
+    the image's total in nats. sigma: the config's `noise`, in the images' units; it is divided by the codec's
+    deviations for latents. While one image is denoised, the images before it keep their noise, as in training. Raises
     DocumentError.
     """
     if sigma < 0:

@@ -36,7 +36,7 @@ def spoken(tokenizer: Any, said: Said) -> Document:
 
 
 def require_no_image_tokens(document: Document) -> None:
-    """Raises DocumentError if a text of a prompt holds an image token; a chat template's text may hold other special tokens."""
+    """Raises DocumentError if a text of a prompt, also one made by a chat template, holds an image token."""
     for part in document:
         for token in IMAGE_TOKENS:
             if isinstance(part, Text) and token in part.text:

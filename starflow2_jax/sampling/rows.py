@@ -1,4 +1,4 @@
-"""The state of a batch while it is read and written: caches, outputs of the last position, and the options of each row."""
+"""The state of a batch that reads and writes: caches, outputs of the last position, and each row's options."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,7 +23,9 @@ OPTIONAL = ("max_tokens", "image_guidance", "max_images")  # options that may be
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How an answer is drawn. The rows of a batch may differ in all options but `stop`, `jacobi`, `tolerance` and `branches`.
+    """How an answer is drawn.
+
+    The rows of a batch may differ in all options but `stop`, `jacobi`, `tolerance` and `branches`.
 
     Raises UserError for a value out of its range.
     """
@@ -74,7 +76,7 @@ class SampleOptions:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """The branches that guidance compares with: the context without its text ("images"), an empty context ("bare")."""
+        """The branches that guidance needs: "images", a context without text, and "bare", an empty context."""
         if self.image_guidance is not None:
             return ("images", "bare")
         return ("bare",) if self.guidance else ()
@@ -201,7 +203,7 @@ def new_turn(rows: Rows, controls: Controls, room: int, begun: np.ndarray, idle:
 
 @jax.jit
 def take_back(rows: Rows, count: np.ndarray) -> Rows:
-    """Rows without their last `count` (B,) positions, in all branches: an unfinished image with its <|vision_start|>."""
+    """Rows without their last `count` (B,) positions, those of an unfinished image, in all branches."""
     back = jnp.repeat(count, len(rows.offset) // len(count))
     return rows.replace(
         caches=rows.caches.rewind(rows.caches.length - back),
@@ -252,7 +254,7 @@ def bucket(length: int) -> int:
 
 
 def rounded(count: int) -> int:
-    """`count` rounded up by at most a quarter, to one of four numbers for each doubling: few numbers of rows are compiled."""
+    """`count` rounded up by at most a quarter, so that a doubling of rows compiles at most four programs."""
     step = max(power(count) // 8, 1)
     return -(-count // step) * step
 

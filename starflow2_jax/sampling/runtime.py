@@ -75,7 +75,9 @@ class Runtime:
         return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
 
     def pictures(self, u: jax.Array, begins: list[list[int]], calibrated: bool = True) -> list[dict[int, np.ndarray]]:
-        """Decode all images in the records u (B, T, D) at once. `begins` lists the positions where each row's images begin.
+        """Decode all images in the records u (B, T, D) at once.
+
+        `begins` lists the positions where each row's images begin.
 
         Returns for each row a dict from that position to the pixels. `calibrated`: see `decode`.
         """

@@ -1,4 +1,4 @@
-"""Exact log-likelihoods of the parts of documents, each given all parts before it, and caption rankings made from them."""
+"""Exact log-likelihoods of the parts of documents, each given all parts before it, and rankings of captions."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -34,9 +34,9 @@ class Session:
     """A batch of conversations with one sampler. The caches of both streams keep everything that was read or written.
 
     `options`: those of all rows, or a list with those of each; the rows share `stop`, `jacobi`, `tolerance` and
-    `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch. `rows`: least rows of
-    the batch; idle rows fill it up. `state`: rows that have read something already; None: empty rows. Raises UserError
-    for options that do not go together.
+    `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch. `rows`: least rows
+    of the batch; idle rows fill it up. `state`: rows that have read something already; None: empty rows. Raises
+    UserError for options that do not go together.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Session:
     def read(self, documents: Many[Document | None], room: int | np.ndarray = 0) -> None:
         """Read one more document in each row; None or an empty one: the row reads nothing.
 
-        `room`: positions to keep free after it, for all rows or one number for each. If `max_tokens` cut off an image in
-        a row that reads more, that image, which nobody has seen, is removed first; if the image lacks only its
+        `room`: positions to keep free after it, for all rows or one number for each. If `max_tokens` cut off an image
+        in a row that reads more, that image, which nobody has seen, is removed first; if the image lacks only its
         <|vision_end|>, that is added. Raises DocumentError for a document that does not fit the model; nothing has
         changed then.
         """

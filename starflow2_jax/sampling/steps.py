@@ -53,7 +53,9 @@ class Program:
 def read(
     program: Program, params: dict, rows: Rows, batch: Sequence, lane: int, lengths: jax.Array, ends: jax.Array
 ) -> Rows:
-    """Read a batch (B, S) into one lane in a single pass. Row b reads its first lengths[b] positions; the rest is padding.
+    """Read a batch (B, S) into one lane in a single pass.
+
+    Row b reads its first lengths[b] positions; the rest is padding.
 
     `ends` (B,): how far the batch advances each row's rotary offset. A row of length 0 does not change.
     """
@@ -137,9 +139,10 @@ def _one_position(program: Program, params: dict, rows: Rows, active: jax.Array)
 def _image_chunk(program: Program, params: dict, rows: Rows, active: jax.Array) -> Rows:
     """Solve for the next `jacobi` image tokens of the active rows at once, by fixed-point passes.
 
-    u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (Gauss-Seidel-Jacobi, arXiv 2505.12849). Token i is exact from pass i on, so
-    as many passes as tokens give the exact result. A row stops changing when a pass would change it by less than the
-    tolerance, or after as many passes as it has tokens in the chunk. Its result therefore does not depend on other rows.
+    u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (Gauss-Seidel-Jacobi, arXiv 2505.12849). Token i is exact from pass i on,
+    so as many passes as tokens give the exact result. A row stops changing when a pass would change it by less than the
+    tolerance, or after as many passes as it has tokens in the chunk. Its result therefore does not depend on other
+    rows.
     """
     c, N = program.jacobi, program.model.cfg.tokens
     begin = _next_image_token(program, rows)

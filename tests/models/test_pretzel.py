@@ -74,7 +74,9 @@ def test_no_position_sees_a_later_token_or_u():
 
 @pytest.mark.parametrize("index", (1, 4))
 def test_nothing_before_an_image_sees_it(index):
-    """A token of an image may change all of the image's u, since the shallow flow mixes tokens, but nothing before the image."""
+    """A token of an image may change all of the image's u, since the shallow flow mixes tokens, but nothing before the
+    image.
+    """
     batch = tiny.alone(tiny.documents()[index])
     base = said(run(batch, tiny.params()))[0]
     images = [(sequence.FLOW, m) for m in range(int(batch.latents[0].any((1, 2)).sum()))]

@@ -1,7 +1,8 @@
-"""Another vision-language model, added from outside the package by a row of the table, in every use that Pretzel makes of it.
+"""Another vision-language model, added from outside the package by a row of the table, in every use that Pretzel makes
+of it.
 
-Its decoder normalises q and k by another rule than any of the package's VLMs, and every layer adds an embedding of its own
-of the token (or of what the vision tower saw) to its input.
+Its decoder normalises q and k by another rule than any of the package's VLMs, and every layer adds an embedding of its
+own of the token (or of what the vision tower saw) to its input.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -250,7 +251,9 @@ def test_a_training_step(params, encoder, name):
 
 
 def test_its_config_as_values(tmp_path):
-    """Configs and vlm.json name the kind; another kind is another model, and an unknown one is refused with the nearest."""
+    """Configs and vlm.json name the kind; another kind is another model, and an unknown one is refused with the
+    nearest.
+    """
     values = asdict(CONFIG)
     assert values["vlm"]["kind"] == "layered" and build(PretzelConfig, values) == CONFIG
     write_config(tmp_path / "vlm.json", CONFIG.vlm)

@@ -91,8 +91,11 @@ except UserError as error:
 
 
 def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
-    """Each has a folder of its own in place of its host's view of one. In the second view there is more: a step, an
-    average of step 2, and a run that the first does not see at all. To the first, all steps are damaged: both say so."""
+    """Each has a folder of its own in place of its host's view of one.
+
+    In the second view there is more: a step, an average of step 2, and a run that the first does not see at all. To the
+    first, all steps are damaged: both say so.
+    """
     first, second = tmp_path / "0", tmp_path / "1"
     saved = CheckpointDirectory(first / "run")
     saved.folder.mkdir(parents=True)

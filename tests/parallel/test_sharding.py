@@ -85,7 +85,8 @@ except UserError as error:
 
 @pytest.mark.tpu
 def test_axes_share_the_dimensions_of_a_torus():
-    """No axis of these is made of whole dimensions: yet what lies together in `sequence` and `tensor` is a box of neighbours.
+    """No axis of these is made of whole dimensions: yet what lies together in `sequence` and `tensor` is a box of
+    neighbours.
 
     Meshes of fsdp alone are JAX's own. Where a v4's chip is two devices, JAX makes no mesh of them.
     """

@@ -1,4 +1,6 @@
-"""Counting in the text of compiled modules: against arithmetic, on small programs and on texts as TPU compilers write them."""
+"""Counting in the text of compiled modules: against arithmetic, on small programs and on texts as TPU compilers write
+them.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -17,7 +17,9 @@ SHORT, LONG = SampleOptions(max_tokens=3), SampleOptions(max_tokens=9)
 
 
 class Recorder:
-    """A sampler whose answer is its prompt, its seed, and the seed as a gray level; `calls`: prompts and rows of each call."""
+    """A sampler whose answer is its prompt, its seed, and the seed as a gray level; `calls`: prompts and rows of each
+    call.
+    """
 
     step, schedule, deep = 7, None, SEQUENTIAL
 

@@ -172,7 +172,9 @@ def forward_of(name: str):
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_exact_inverse_of_a_block(name, guide):
-    """h equals mean + scale z with the guided Gaussians of a full forward pass over h; a chunk of 4 leaves a shorter one."""
+    """h equals mean + scale z with the guided Gaussians of a full forward pass over h; a chunk of 4 leaves a shorter
+    one.
+    """
     block, z = FlowBlock(BLOCKS[name]), normal(1, B, N, D)
     h, passes = inverted(name, guide, Jacobi(4, 0.0))
     forward = forward_of(name)

@@ -208,7 +208,9 @@ def test_jacobi_is_the_sequential_answer(sampler):
 
 
 def test_every_position_is_computed_once(sampler):
-    """In every use each position that is read or written runs exactly once: text, image, edit, turns, samples of a prompt."""
+    """In every use each position that is read or written runs exactly once: text, image, edit, turns, samples of a
+    prompt.
+    """
     options = SampleOptions(guidance=1.0, image_guidance=0.5, max_tokens=N + 5, image_first=True)
     session = sampler.session(options, [0, 1, 2])
     session.read(PROMPTS)
@@ -279,7 +281,9 @@ def test_limits_of_a_row(sampler):
 
 
 def test_each_row_has_room_for_its_own(sampler):
-    """A long prompt with a short answer and a short one with a long answer, each read in two parts, equal each one alone."""
+    """A long prompt with a short answer and a short one with a long answer, each read in two parts, equal each one
+    alone.
+    """
     small = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=64)
     prompts = [[Text("draw " * 25)], [Text("draw")]]
     options = [SampleOptions(temperature=0, max_tokens=n, max_images=0) for n in (8, 60)]

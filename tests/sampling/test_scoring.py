@@ -1,4 +1,6 @@
-"""Scores against Jacobians, log softmax by hand and a flow of known density; inversion and denoising against their definitions."""
+"""Scores against Jacobians, log softmax by hand and a flow of known density; inversion and denoising against their
+definitions.
+"""
 
 import json
 import math
@@ -219,7 +221,9 @@ def test_denoising_follows_the_score(sampler):
 
 
 def test_denoising_a_gaussian_is_shrinkage():
-    """If noisy pixels are N(mean, std^2), the mean of the clean image given the noisy x is x - sigma^2 (x - mean) / std^2."""
+    """If noisy pixels are N(mean, std^2), the mean of the clean image given the noisy x is x - sigma^2 (x - mean) /
+    std^2.
+    """
     params = init_params(tiny.MODEL, jax.random.key(0))
     blank = Sampler(tiny.MODEL, params, tiny.tokenizer(), tiny.CODEC)
     noisy = tiny.pixels(4)

@@ -1,4 +1,6 @@
-"""Turns that begin or end in special places: within an image, in rows of different kinds, at stop strings and special tokens."""
+"""Turns that begin or end in special places: within an image, in rows of different kinds, at stop strings and special
+tokens.
+"""
 
 from dataclasses import replace
 
@@ -30,7 +32,9 @@ def begun(sampler: Sampler, options, seeds=(1, 2), prompts=PROMPTS):
 
 @pytest.mark.parametrize("jacobi", [1, 4])
 def test_an_image_that_was_cut_off_goes_on(sampler, jacobi):
-    """One turn, and four turns that end within the image, write the same image; the answer that finishes it holds all of it."""
+    """One turn, and four turns that end within the image, write the same image; the answer that finishes it holds all
+    of it.
+    """
     options = SampleOptions(guidance=1.0, max_tokens=N + 5, image_first=True, max_images=1, jacobi=jacobi, tolerance=0)
     uncut = begun(sampler, options).write()
     session = begun(sampler, options)
@@ -45,7 +49,9 @@ def test_an_image_that_was_cut_off_goes_on(sampler, jacobi):
 
 
 def test_an_image_that_is_whole_but_for_its_end(sampler):
-    """A finished image without its end token belongs to the turn before; the next turn ends it, and may begin a new image."""
+    """A finished image without its end token belongs to the turn before; the next turn ends it, and may begin a new
+    image.
+    """
     options = SampleOptions(max_tokens=N + 1, image_first=True)
     session = begun(sampler, options)
     first = session.write()
