@@ -1,9 +1,9 @@
-"""Peak memory of converting Qwen2.5-VL's weights, and of placing and saving them on eight devices; convert.md has numbers.
+"""Measures the peak memory of converting Qwen2.5-VL's weights, and of restoring and saving them on eight devices.
 
 python benchmarks/convert.py --size 3b --layers 12 --folder /tmp/convert_benchmark
 
-Makes a folder of random bfloat16 tensors in the published layout, fewer layers where one says so; every step runs in a
-process of its own. The folder is removed at the end.
+It makes a folder of random bfloat16 tensors in the published layout, with `--layers` layers. Each step runs in a
+process of its own. The folder is removed at the end. docs/benchmarks/convert.md holds the numbers.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import json
 import multiprocessing
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,19 +23,20 @@ GB = 1e9
 
 
 def peak() -> float:
-    """Of this process's resident memory so far, in GB."""
+    """The most resident memory that this process has had so far, in GB."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GB
 
 
 def make(folder: Path, size: str, layers: int) -> None:
-    """The reference's folder, in files of 2 GB."""
+    """Write a folder of random weights as the reference publishes them, in files of 2 GB."""
     from starflow2_jax.models.vlm import abstract_params
     from starflow2_jax.weights import qwen
     from starflow2_jax.weights.folder import write_folder
     from starflow2_jax.weights.table import expected, source_shape
 
     cfg = dataclasses.replace(qwen.QWEN2_5_VL[size], layers=layers)
+    assert cfg.vision is not None, "the published sizes have a vision tower"
     wanted, _ = expected(qwen.table(cfg), abstract_params(cfg))
     shapes = {name: source_shape(*parts) for name, parts in wanted.items()}
     random = np.random.default_rng(0)
@@ -46,19 +49,31 @@ def make(folder: Path, size: str, layers: int) -> None:
     folder.mkdir(parents=True)
     write_folder(folder, shapes, dict.fromkeys(shapes, np.dtype(ml_dtypes.bfloat16)), tensor, 2 * 10**9)
     vision = dict(
-        depth=cfg.vision.layers, hidden_size=cfg.vision.width, intermediate_size=cfg.vision.mlp_hidden,
-        num_heads=cfg.vision.heads, out_hidden_size=cfg.width,
-    )  # fmt: skip
+        depth=cfg.vision.layers,
+        hidden_size=cfg.vision.width,
+        intermediate_size=cfg.vision.mlp_hidden,
+        num_heads=cfg.vision.heads,
+        out_hidden_size=cfg.width,
+    )
     config = dict(
-        model_type="qwen2_5_vl", vocab_size=cfg.vocabulary, hidden_size=cfg.width, intermediate_size=cfg.mlp_hidden,
-        num_hidden_layers=layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
-        rms_norm_eps=cfg.norm_eps, rope_theta=cfg.rotary_theta, tie_word_embeddings=cfg.tied_head,
-        rope_scaling=dict(type="mrope", mrope_section=cfg.rotary_sections), vision_config=vision,
-    )  # fmt: skip
+        model_type="qwen2_5_vl",
+        vocab_size=cfg.vocabulary,
+        hidden_size=cfg.width,
+        intermediate_size=cfg.mlp_hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+        rms_norm_eps=cfg.norm_eps,
+        rope_theta=cfg.rotary_theta,
+        tie_word_embeddings=cfg.tied_head,
+        rope_scaling=dict(type="mrope", mrope_section=cfg.rotary_sections),
+        vision_config=vision,
+    )
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def command(*arguments: str) -> None:
+    """Run `starflow2 convert qwen2_5_vl`; exits if it fails."""
     from starflow2_jax.cli import main
 
     if main(["convert", "qwen2_5_vl", *arguments]):
@@ -66,15 +81,16 @@ def command(*arguments: str) -> None:
 
 
 def compare(a: Path, b: Path) -> None:
+    """Compare two folders of weights bit for bit; exits if they differ."""
     from starflow2_jax.weights.folder import read_entries, same_bits
 
     first, second = read_entries(a), read_entries(b)
     if set(first) != set(second) or not all(same_bits(x, second[name]) for name, x in first.items()):
-        raise SystemExit("what came back is not what went in")
+        raise SystemExit(f"the tensors in {b} differ from those in {a}")
 
 
 def place(checkpoint: Path, saved: Path | None) -> None:
-    """Restore over eight CPU devices, each parameter on its shards, the content hash checked; and save again."""
+    """Restore onto eight CPU devices, with the check of the content hash; save again to `saved`."""
     import jax
     import jax.numpy as jnp
 
@@ -93,13 +109,15 @@ def place(checkpoint: Path, saved: Path | None) -> None:
         CheckpointDirectory(saved).frozen.save(frozen)
 
 
-def _report(pipe, step, arguments) -> None:
+def _report(pipe: Any, step: Callable[..., None], arguments: tuple) -> None:
+    """Run a step and send its seconds and this process's peak memory."""
     begin = time.time()
     step(*arguments)
     pipe.send((time.time() - begin, peak()))
 
 
-def measure(name: str, step, *arguments) -> None:
+def measure(name: str, step: Callable[..., None], *arguments: Any) -> None:
+    """Run a step in a new process; print its seconds and its peak memory."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_report, args=(there, step, arguments))
     process.start()
@@ -111,9 +129,11 @@ def measure(name: str, step, *arguments) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="3b", help="of qwen.QWEN2_5_VL")
-    parser.add_argument("--layers", type=int, default=12, help="of the text decoder")
-    parser.add_argument("--folder", type=Path, required=True, help="a new folder for some three times the model")
+    parser.add_argument("--size", default="3b", help="a published size: a key of weights/qwen.py's QWEN2_5_VL")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the text decoder")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="a new folder; it takes three times the model's size"
+    )
     args = parser.parse_args()
     folder = args.folder
     folder.mkdir(parents=True)
@@ -122,7 +142,7 @@ def main() -> None:
         from starflow2_jax.weights.folder import read_entries
 
         sizes = {name: entry.nbytes / GB for name, entry in read_entries(folder / "hf").items()}
-        largest = max(sizes, key=sizes.get)
+        largest = max(sizes, key=lambda name: sizes[name])
         print(f"model {sum(sizes.values()):.2f} GB; largest tensor {largest} {sizes[largest]:.2f} GB")
         measure("convert --to", command, "--from", str(folder / "hf"), "--to", str(folder / "checkpoint"))
         measure("convert --to-hf", command, "--from", str(folder / "checkpoint"), "--to-hf", str(folder / "back"))

@@ -1,14 +1,15 @@
-"""Writing at full size: milliseconds a token beside what reading the weights takes, and an image with guidance in seconds.
+"""Measures writing at full size: milliseconds per token beside their lower limit, and seconds per image with guidance.
 
     python benchmarks/full_size.py                                  # 7B + 3.6B, one GPU of 80 GB
     python benchmarks/full_size.py --rows 1 8 --jacobi 8 64 256
     python benchmarks/full_size.py --runlocal                       # small, for a look at the path on any machine
 
-The weights are random, bfloat16 as the sampler has them, and without the vision tower, which writing does not use. The limit
-of a token is what must be read for it, over the bandwidth at which this device sums a large bfloat16 array: the matrices of the
-VLM, of the deep flow and of what ties them, once for all rows; the text head for a text token; and the filled part of the
-caches. Of the embedding tables a token reads a row, and of the shallow flow nothing: it runs once an image, in the seconds of
-an image. How many Jacobi passes a random model takes says little about a trained one. One line of JSON a measurement, medians.
+The weights are random and bfloat16, without the vision tower, which writing does not use. The limit is the time in
+which the device reads all bytes that a token needs, at the bandwidth with which it sums a large bfloat16 array. These
+bytes are the matrices of the VLM, the deep flow and their connections, once for all rows; the text head, for a text
+token; and the filled part of the caches. A token reads one row of the embedding tables, which is left out. The shallow
+flow runs once for each image; the seconds per image include it. A random model's number of Jacobi passes says little
+about a trained model's. Each measurement is one line of JSON; numbers are medians.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data import digits, sources
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Text
@@ -37,8 +38,8 @@ EXPERIMENT = Path(__file__).parents[1] / "starflow2_jax/experiments/starflow2_7b
 PROMPT = [Text("draw a seven")]
 
 
-def random_sampler(config: ConfigDict) -> Sampler:
-    """Each array is made on the device in its own type, so that nothing is ever there in fp32."""
+def random_sampler(config: Config) -> Sampler:
+    """A sampler with random bfloat16 weights; each array is made on the device in its type, never in fp32 first."""
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(replace(cfg, vlm=replace(cfg.vlm, vision=None)))
     shapes = jax.eval_shape(lambda: weights_in_type(init_params(model, jax.random.key(0)), "bfloat16"))
@@ -51,17 +52,18 @@ def random_sampler(config: ConfigDict) -> Sampler:
         return normal(next(keys), x.shape, x.dtype)
 
     params = jax.tree_util.tree_map_with_path(leaf, shapes)
-    tokenizer = tokenizers.train(digits.texts(), 416)  # any with the special tokens: what is written means nothing
+    tokenizer = tokenizers.train(digits.texts(), 416)  # any tokenizer with the special tokens does
     return Sampler(model, params, tokenizer, sources.make_codec(config), max_positions=config.max_positions)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def normal(key, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Random weights with standard deviation 0.02."""
     return 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def size(tree) -> int:
-    """Bytes."""
+    """Bytes of all arrays of a tree."""
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
@@ -75,14 +77,14 @@ def read_bytes(params: dict) -> dict[str, int]:
 
 
 def bandwidth(megabytes: int, repeats: int) -> float:
-    """Bytes a second at which an array is summed."""
+    """Bytes per second at which the device sums a bfloat16 array of this size."""
     x = jnp.ones(megabytes * 500_000, jnp.bfloat16)
     total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
     return x.nbytes / median_seconds(lambda: jax.block_until_ready(total(x)), repeats)
 
 
 def median_seconds(run, repeats: int) -> float:
-    """Of so many runs after one that compiles."""
+    """Median seconds of `repeats` runs, after one that compiles."""
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
@@ -92,9 +94,9 @@ def median_seconds(run, repeats: int) -> float:
 
 
 def write(sampler: Sampler, options: SampleOptions, rows: int, repeats: int) -> tuple[float, Session]:
-    """The median seconds of writing behind a prompt that was read, and a session that has written."""
+    """The median seconds of writing an answer, without reading its prompt, and a session that has written one."""
     prompt = sampler.session(options, [0])
-    prompt.read([PROMPT], room=options.max_tokens)
+    prompt.read([PROMPT], room=prompt.to_write[0])
     turns = [prompt.fork([0] * rows, range(rows)) for _ in range(repeats + 1)]
     jax.block_until_ready([turn.rows for turn in turns])
     waiting = iter(turns)
@@ -107,10 +109,13 @@ def write(sampler: Sampler, options: SampleOptions, rows: int, repeats: int) -> 
 
 
 def token(sampler: Sampler, kind: str, options: SampleOptions, rows: int, rate: float, repeats: int) -> dict:
-    """Milliseconds of a token in each of `rows` rows beside the limit; `rate`: bytes a second."""
+    """Milliseconds per token when `rows` rows write together, and their limit.
+
+    `rate`: bandwidth in bytes per second.
+    """
     seconds, session = write(sampler, options, rows, repeats)
     count = int(session.rows.count.max())
-    filled = float(session.rows.caches.length.mean()) - count / 2  # of the capacity, halfway
+    filled = float(session.rows.caches.length.mean()) - count / 2  # filled positions halfway through the answer
     caches = size(session.rows.caches) * filled / session.rows.caches.capacity
     mine, limit = 1e3 * seconds / count, 1e3 * (read_bytes(sampler.params)[kind] + caches) / rate
     found = {"token": kind, "rows": rows, "milliseconds": round(mine, 3), "limit": round(limit, 3)}
@@ -118,7 +123,7 @@ def token(sampler: Sampler, kind: str, options: SampleOptions, rows: int, rate: 
 
 
 def image(sampler: Sampler, chunk: int, guidance: float, tolerance: float, repeats: int) -> dict:
-    """Seconds of one image, from a prompt that was read to its latents, `chunk` tokens solved at once in both flows."""
+    """Seconds from a read prompt to an image's latents, with `chunk` tokens solved for at once in both flows."""
     cfg = sampler.model.cfg
     options = SampleOptions(
         guidance=guidance, max_tokens=cfg.tokens + 1, image_first=True, jacobi=chunk, tolerance=tolerance
@@ -133,13 +138,13 @@ def image(sampler: Sampler, chunk: int, guidance: float, tolerance: float, repea
     shallow, (_, passes) = median_seconds(run, repeats), run()
     found = {"image_tokens": cfg.tokens, "guidance": guidance, "chunk": chunk, "seconds": round(streams + shallow, 4)}
     found |= {"streams": round(streams, 4), "shallow_flow": round(shallow, 4)}
-    read = 1 + 1  # the prompt and <|vision_start|>
+    read = 1 + 1  # passes over the prompt and <|vision_start|>
     return found | {"passes": int(session.rows.passes[0]) - read, "passes_shallow_flow": int(passes)}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def decode(model: Pretzel, schedule: Schedule, params: dict, u: jax.Array):
-    """The sampler's inversion of the shallow flow, and its passes."""
+    """Invert the shallow flow as the sampler does: the latents, and the number of passes."""
     latents, sown = model.apply({"params": params}, u, schedule, method=Pretzel.decode, mutable="inversion")
     return latents, sum(passes.sum() for passes in jax.tree.leaves(sown))
 
@@ -147,16 +152,16 @@ def decode(model: Pretzel, schedule: Schedule, params: dict, u: jax.Array):
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", default=str(EXPERIMENT), help="an experiment file")
-    p.add_argument("--runlocal", action="store_true", help="the experiment's small version")
-    p.add_argument("--rows", type=int, nargs="+", default=[1])
-    p.add_argument("--tokens", type=int, default=64, help="of a text")
+    p.add_argument("--runlocal", action="store_true", help="use the experiment's small version")
+    p.add_argument("--rows", type=int, nargs="+", default=[1], help="rows that write together")
+    p.add_argument("--tokens", type=int, default=64, help="tokens of a text")
     p.add_argument(
-        "--jacobi", type=int, nargs="+", default=[8, 32, 128], help="image tokens solved at once, beside one"
+        "--jacobi", type=int, nargs="+", default=[8, 32, 128], help="image tokens solved for at once, besides 1"
     )
-    p.add_argument("--guidance", type=float, default=1.0)
-    p.add_argument("--tolerance", type=float, default=1e-3, help="of the Jacobi passes")
-    p.add_argument("--megabytes", type=int, default=4000, help="of the array whose sum measures the bandwidth")
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--guidance", type=float, default=1.0, help="guidance weight of the images")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="tolerance of the Jacobi passes")
+    p.add_argument("--megabytes", type=int, default=4000, help="size of the array whose sum measures the bandwidth")
+    p.add_argument("--repeats", type=int, default=5, help="timed runs")
     a = p.parse_args()
     rate = bandwidth(a.megabytes, a.repeats)
     sampler = random_sampler(configs.load(a.config, runlocal=a.runlocal))

@@ -1,10 +1,12 @@
-"""Qwen2.5-VL's text decoder beside the PyTorch model of `transformers`: the same random weights, one run, medians.
+"""Compares the speed of Qwen2.5-VL's text decoder with the PyTorch model of `transformers`.
 
     python benchmarks/qwen.py                                       # two CPU cores, fp32
     python benchmarks/qwen.py --size 7b --dtype bfloat16 --device gpu
 
-Forward: logits of a batch. Gradient: forward and backward to the input embeddings, as the adapter's training needs it.
-Decoding: greedy, with a key/value cache, after a prompt. Both sides take turns; a ratio is theirs over ours.
+"forward" computes the logits of a batch. "gradient" runs forward and backward to the input embeddings, as the training
+of the adapter does. "decoding" is greedy, with a key/value cache, after a prompt. Weights are random, and the same on
+both sides if the model is small. Both sides run in turn; the numbers are medians, and a ratio is the reference's time
+over ours.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +29,35 @@ from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.sequence import text_positions
 from starflow2_jax.weights.qwen import QWEN2_5_VL
 
-SMALL = QwenConfig(vocabulary=8192, layers=8, width=512, heads=8, kv_heads=2, head_dim=64, mlp_hidden=1408,
-                   rotary_sections=(8, 12, 12), unroll=8)  # fmt: skip
+SMALL = QwenConfig(
+    vocabulary=8192,
+    layers=8,
+    width=512,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    mlp_hidden=1408,
+    rotary_sections=(8, 12, 12),
+    unroll=8,
+)
 
 
-def reference(cfg: QwenConfig, dtype: str, device: str):
+def reference(cfg: QwenConfig, dtype: str, device: str) -> Any:
     """The reference's text decoder with random weights."""
     text = dict(
-        vocab_size=cfg.vocabulary, hidden_size=cfg.width, intermediate_size=cfg.mlp_hidden, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, rms_norm_eps=cfg.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rotary_theta, "mrope_section": list(cfg.rotary_sections)},
-    )  # fmt: skip
+        vocab_size=cfg.vocabulary,
+        hidden_size=cfg.width,
+        intermediate_size=cfg.mlp_hidden,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+        rms_norm_eps=cfg.norm_eps,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": cfg.rotary_theta,
+            "mrope_section": list(cfg.rotary_sections),
+        },
+    )
     vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=cfg.width)
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=cfg.tied_head)
     config.dtype = getattr(torch, dtype)
@@ -44,8 +65,8 @@ def reference(cfg: QwenConfig, dtype: str, device: str):
         return transformers.Qwen2_5_VLForConditionalGeneration._from_config(config).eval()
 
 
-def ours(cfg: QwenConfig, model) -> tuple[Qwen, dict]:
-    """Our decoder, random in the same way; the reference's weights where it is small enough to copy them."""
+def ours(cfg: QwenConfig, model: Any) -> tuple[Qwen, dict]:
+    """Our decoder, with the weights of the reference `model`, or random ones if that is None."""
     module = Qwen(cfg)
     x, positions = jnp.zeros((1, 1, cfg.width), cfg.dtype), jnp.zeros((1, 1, 3), jnp.int32)
 
@@ -84,7 +105,7 @@ def forward(module: Qwen, params, tokens, positions):
 
 @partial(jax.jit, static_argnums=0)
 def gradient(module: Qwen, params, x, positions):
-    """Of the mean of the squared logits, to the embeddings x."""
+    """The gradient of the mean of the squared logits with respect to the embeddings x."""
 
     def loss(x):
         hidden, _ = module.apply(
@@ -97,7 +118,7 @@ def gradient(module: Qwen, params, x, positions):
 
 @partial(jax.jit, static_argnums=(0, 3))
 def decode(module: Qwen, params, tokens, count: int):
-    """Greedy: tokens (B, S) -> (B, count)."""
+    """Decode greedily: tokens (B, S) -> (B, count)."""
     B, S = tokens.shape
 
     def apply(tokens, start, cache):
@@ -117,7 +138,7 @@ def decode(module: Qwen, params, tokens, count: int):
 
 
 def beside(name: str, mine, theirs, tokens: int, repeats: int) -> dict:
-    """Seconds of both in turn, as tokens a second and their ratio."""
+    """Run both in turn; print and return the tokens per second of each and their ratio."""
     mine(), theirs()
     times = []
     for _ in range(repeats):
@@ -174,9 +195,13 @@ def main() -> None:
 
     def their_decode():
         written = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=a.new, min_new_tokens=a.new,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=a.new,
+            min_new_tokens=a.new,
+            do_sample=False,
+            pad_token_id=0,
+        )
         wait()
         return written[:, ids.shape[1] :]
 

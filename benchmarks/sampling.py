@@ -1,12 +1,13 @@
-"""Images per second: our sampler, one after another and by Jacobi passes, beside a plain PyTorch loop of the same model.
+"""Compares the images per second of our sampler, token by token and with Jacobi passes, with those of a PyTorch loop.
 
     python benchmarks/sampling.py --checkpoint quickstart/checkpoint --images 1 8 64      # a trained model
     python benchmarks/sampling.py --mid --images 1 8                                      # a random one of width 512
     python benchmarks/sampling.py --mid --images 1 8 64 --jacobi 1 8 64 --device cuda     # both sides on a GPU
 
-The PyTorch side is what one writes first: both streams token by token through a key/value cache, then each block of the
-shallow flow likewise. Both sides draw with the same noise, so that their images can be compared; they take turns, medians.
-`--device` is where PyTorch runs; ours runs on JAX's default device. On a GPU fp32 products are TF32 on both sides, JAX's default.
+The PyTorch loop is plain: both streams run token by token through a key/value cache, then each block of the shallow
+flow does. Both sides run the same model and draw with the same noise, so their images can be compared. They run in
+turn; the numbers are medians. `--device` is PyTorch's device; ours is JAX's default device. On a GPU, fp32 products are
+TF32 on both sides, which is JAX's default.
 """
 
 import argparse
@@ -34,16 +35,27 @@ ACTIVATIONS = {"silu": torch.nn.functional.silu, "relu2": lambda x: torch.relu(x
 
 
 def mid_size() -> Sampler:
-    """Width 512, 256 tokens of 32 channels, random weights away from their zeros."""
+    """A random model of width 512 with images of 256 tokens; matrices that usually start at zero are random, too."""
     flow = dict(width=512, heads=8, mlp_hidden=2048, norm="rms_zero", activation="relu2", qk_norm="rms_zero")
     cfg = PretzelConfig(
         vlm=QwenConfig(
-            vocabulary=512, layers=6, width=512, heads=8, kv_heads=2, head_dim=64, mlp_hidden=1408,
-            rotary_sections=(8, 12, 12), unroll=6,
+            vocabulary=512,
+            layers=6,
+            width=512,
+            heads=8,
+            kv_heads=2,
+            head_dim=64,
+            mlp_hidden=1408,
+            rotary_sections=(8, 12, 12),
+            unroll=6,
         ),
-        grid=(16, 16), channels=32, shallow=TransformerConfig(layers=2, unroll=2, **flow), shallow_blocks=2,
-        deep=TransformerConfig(layers=8, unroll=8, **flow), adapter_hidden=512,
-    )  # fmt: skip
+        grid=(16, 16),
+        channels=32,
+        shallow=TransformerConfig(layers=2, unroll=2, **flow),
+        shallow_blocks=2,
+        deep=TransformerConfig(layers=8, unroll=8, **flow),
+        adapter_hidden=512,
+    )
     model, rng = Pretzel(cfg), np.random.default_rng(0)
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     zeros = ("head", "proj_out", "w_vlm", "w_d")
@@ -75,7 +87,10 @@ class Stack:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def __call__(self, x, angles, cache: list):
-        """x (B, S, E), angles (S, K/2); `cache`: a list of keys and values a layer, grown here."""
+        """x (B, S, E), angles (S, K/2) -> (B, S, E).
+
+        `cache`: a list of (keys, values), one for each layer; it grows.
+        """
         c = self.cfg
         B, S, _ = x.shape
         for i, p in enumerate(self.layers):
@@ -122,7 +137,7 @@ class Reference:
         return positions.float()[:, np.repeat(np.arange(3), sections)] * frequencies
 
     def step(self, x, positions, image_in, caches):
-        """x (B, S, E) of the VLM's stream -> mean and scale (B, D) after the last position."""
+        """The VLM's input x (B, S, E) -> mean and scale (B, D) of the image token after the last position."""
         c, p = self.cfg, self.p
         v = c.vlm
         y = self.vlm(x, self.angles(positions, v.head_dim, v.rotary_theta, v.rotary_sections), caches[0])
@@ -138,7 +153,7 @@ class Reference:
 
     @torch.no_grad()
     def generate(self, tokens: np.ndarray, noise: np.ndarray):
-        """tokens (B, S), ending with <|vision_start|>, and noise (B, N, D) -> latents (B, N, D)."""
+        """Token ids (B, S) that end with <|vision_start|>, and noise (B, N, D) -> latents (B, N, D)."""
         c, p, noise = self.cfg, self.p, torch.tensor(noise)
         B, S = tokens.shape
         caches, (h, w) = ([], []), c.grid
@@ -159,6 +174,7 @@ class Reference:
         return z
 
     def invert(self, i: int, block, z):
+        """Invert block i of the shallow flow: z (B, N, D) -> h (B, N, D)."""
         p, stack, cache = self.p["shallow"][f"block_{i}"], self.shallow[i], []
         z = z.flip(1) if block.flip else z
         angles = torch.tensor(
@@ -176,7 +192,7 @@ class Reference:
 
 
 def noise_of(sampler: Sampler, count: int) -> np.ndarray:
-    """(count, N, D): what row i draws with seed i; its first draw is <|vision_start|>."""
+    """(count, N, D): the noise that row i draws with seed i; its first draw is for <|vision_start|>."""
     N, D = sampler.model.cfg.tokens, sampler.model.cfg.channels
 
     def one(seed):
@@ -185,14 +201,21 @@ def noise_of(sampler: Sampler, count: int) -> np.ndarray:
     return np.asarray(jax.vmap(lambda seed: jnp.stack(one(seed)))(jnp.arange(count, dtype=jnp.uint32)))
 
 
-def ours(sampler: Sampler, count: int, jacobi: int):
+def ours(sampler: Sampler, count: int, jacobi: int) -> np.ndarray:
+    """Pixels of `count` images, drawn with seeds 0, 1, ... and `jacobi` tokens solved for at once."""
     N = sampler.model.cfg.tokens
     options = SampleOptions(0, 1, max_tokens=N + 1, image_first=True, jacobi=jacobi, tolerance=1e-3)
     solvers = (Jacobi(jacobi, 1e-3),) * sampler.model.cfg.shallow_blocks if jacobi > 1 else None
     sampler = Sampler(
-        sampler.model, sampler.params, sampler.tokenizer, sampler.codec, sampler.skips, sampler.max_positions,
-        sampler.mesh, Inversion(solvers),
-    )  # fmt: skip
+        sampler.model,
+        sampler.params,
+        sampler.tokenizer,
+        sampler.codec,
+        sampler.skips,
+        sampler.max_positions,
+        sampler.mesh,
+        Inversion(solvers),
+    )
     session = sampler.session(options, [0])
     session.read([[Text("draw a seven")]])
     session = session.fork([0] * count, range(count))
@@ -202,16 +225,16 @@ def ours(sampler: Sampler, count: int, jacobi: int):
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = p.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint")
-    model.add_argument("--mid", action="store_true")
-    p.add_argument("--images", type=int, nargs="+", default=[1, 8, 64])
+    model.add_argument("--checkpoint", help="a trained model's checkpoint directory")
+    model.add_argument("--mid", action="store_true", help="a random model of width 512 instead")
+    p.add_argument("--images", type=int, nargs="+", default=[1, 8, 64], help="images of a batch")
     p.add_argument(
-        "--jacobi", type=int, nargs="+", default=[1, 4, 8], help="tokens solved at once; 1: one after another"
+        "--jacobi", type=int, nargs="+", default=[1, 4, 8], help="tokens solved for at once; 1: token by token"
     )
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--device", default="cpu", help="of PyTorch: cpu or cuda")
+    p.add_argument("--repeats", type=int, default=5, help="timed runs")
+    p.add_argument("--device", default="cpu", help="PyTorch's device: cpu or cuda")
     a = p.parse_args()
-    torch.set_default_device(a.device)  # of every tensor that is made from here on
+    torch.set_default_device(a.device)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     sampler = mid_size() if a.mid else Sampler.restore(a.checkpoint)
     reference = Reference(sampler)

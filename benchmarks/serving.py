@@ -1,12 +1,13 @@
-"""A running server under load: answers per second, latency and failures, and a soak of mixed requests.
+"""Puts a running server under load: measures answers per second, latency and failures, or soaks it in mixed requests.
 
     starflow2 serve --checkpoint quickstart/checkpoint --port 8000 --rows 8 &
     python benchmarks/serving.py --url http://127.0.0.1:8000 --clients 1 8 32        # images of digits
     python benchmarks/serving.py --url http://127.0.0.1:8000 --soak 600              # seconds of mixed requests
 
-A client sends its next request when the last one is answered. A request that the full queue turned away (429) is sent
-again, as the server asks, and counted; any other error is a failure. The soak draws, reads, adds, streams, asks for several
-choices, ranks, hangs up in mid-answer and sends nonsense that must be refused; every answer is looked at.
+A client sends its next request when the last one is answered. If the server's queue is full (status 429), the client
+counts that and sends the request again; any other error is a failure. The soak draws, reads, streams, asks for several
+choices, ranks, hangs up in the middle of an answer, and sends wrong requests that the server must refuse. The client
+checks every answer.
 """
 
 import argparse
@@ -30,7 +31,7 @@ WORDS = digits.WORDS[:10]
 
 
 class Load:
-    """What all clients share: where to, and what came of it."""
+    """The server's address, shared by all clients, and the results of their requests."""
 
     def __init__(self, url: str):
         http = httpx.Client(trust_env=False, timeout=300, limits=httpx.Limits(max_connections=100))
@@ -86,10 +87,10 @@ class Load:
             self.ask("x", temprature=1)
         except openai.BadRequestError:
             return
-        raise AssertionError("nonsense was taken")
+        raise AssertionError("the server accepted a request with an unknown option")
 
     def work(self, kinds: list[str], until, seed: int) -> None:
-        """Requests one after another while until() says so."""
+        """Send requests one after another while until() is true."""
         rng = random.Random(seed)
         while until():
             kind = rng.choice(kinds)
@@ -111,7 +112,7 @@ class Load:
                 self.seconds.append(time.perf_counter() - begin)
 
     def run(self, clients: int, kinds: list[str], until) -> float:
-        """Seconds that so many clients took."""
+        """Run `clients` clients at once; returns the seconds that they took together."""
         self.seconds, self.counts = [], Counter()
         threads = [threading.Thread(target=self.work, args=(kinds, until, i)) for i in range(clients)]
         begin = time.perf_counter()
@@ -132,13 +133,14 @@ class Load:
 
 
 def decode(part) -> None:
-    """A part that is a picture of a digit."""
+    """Check that a part of an answer is a picture of a digit's size."""
     url = (part if isinstance(part, dict) else part.model_dump())["image_url"]["url"]
     with Pillow.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as image:
         assert image.size == (8, 8)
 
 
 def scan(pixels) -> dict:
+    """Pixels as a part of a request."""
     file = io.BytesIO()
     as_pillow(pixels).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -147,9 +149,9 @@ def scan(pixels) -> dict:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--url", required=True)
-    p.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    p.add_argument("--seconds", type=float, default=30, help="of each number of clients")
+    p.add_argument("--url", required=True, help="address of the server")
+    p.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="numbers of clients at once")
+    p.add_argument("--seconds", type=float, default=30, help="seconds of load for each number of clients")
     p.add_argument("--soak", type=float, default=0, help="seconds of mixed requests by 8 clients instead")
     a = p.parse_args()
     load = Load(a.url)

@@ -1,10 +1,11 @@
-"""A training step of the digits model beside PyTorch: the same model, loss and optimizer, the same weights, one run.
+"""Compares the time of a training step of the digits model with PyTorch's: same model, loss, optimizer, weights.
 
     python benchmarks/train.py                                  # two CPU cores, fp32
     python benchmarks/train.py --config.stages.text_to_image.rows=32
 
-Stage text_to_image with AdamW: noise on the latents, the frozen VLM, shallow and deep flow, exact likelihood, gradient,
-clipping, AdamW, moving average. Losses and gradients are compared first, then both sides take turns.
+The step is that of stage text_to_image with AdamW: noise on the latents, the frozen VLM, both flows, exact likelihood,
+gradient, clipping, AdamW and moving average. First the losses and gradients of both are compared; then both run in
+turn.
 """
 
 import argparse
@@ -27,12 +28,12 @@ EXPERIMENT = Path(__file__).parents[1] / "starflow2_jax/experiments/digits_quick
 
 
 def tensors(tree):
-    """A JAX tree as PyTorch tensors, kernels as PyTorch's linear maps have them: (out, in)."""
+    """A JAX tree as PyTorch tensors; kernels get the layout of PyTorch's linear maps, (out, in)."""
 
     def leaf(path, x):
         x, name = np.asarray(x), path[-1].key
         if name in ("kernel", "bias"):
-            layer = int(any(p.key == "layers" for p in path))  # a stack's arrays lead with the layer
+            layer = int(any(p.key == "layers" for p in path))  # the first axis of a stack's arrays is the layer
             if name == "kernel":
                 ins = 2 if path[-2].key == "out" and x.ndim - layer == 3 else 1
                 x = x.reshape(*x.shape[:layer], int(np.prod(x.shape[layer : layer + ins])), -1)
@@ -45,7 +46,7 @@ def tensors(tree):
 
 
 def per_layer(tree):
-    """Stacks (L, ...) as lists of layers: what a PyTorch module list holds."""
+    """A tree with each stack (L, ...) as a list of layers, like a PyTorch module list."""
     if not isinstance(tree, dict):
         return tree
     if set(tree) == {"layers"}:
@@ -177,7 +178,7 @@ def rotate(x, angles):
 
 
 def torch_batch(batch, model) -> dict:
-    """What a data loader hands over: positions' cosines and sines, mask and image_token_index included."""
+    """A batch as a data loader would give it, with rotary cosines and sines, mask and image_token_index."""
     from starflow2_jax.models import attention
 
     t = {n: torch.tensor(np.asarray(getattr(batch, n))) for n in ("modality", "positions", "latents", "image_weight")}
@@ -186,15 +187,16 @@ def torch_batch(batch, model) -> dict:
     t["predictors"] = torch.tensor(np.asarray(batch.image_predictors()), dtype=torch.int64)
     t["mask"] = torch.tensor(np.asarray(attention.causal_mask(batch.segments)))[:, None]
     for name, theta, sections in (
-        ("vlm", model.vlm.rotary_theta, model.vlm.rotary_sections), ("deep", 1e4, model.deep_rotary_sections),
-    ):  # fmt: skip
+        ("vlm", model.vlm.rotary_theta, model.vlm.rotary_sections),
+        ("deep", 1e4, model.deep_rotary_sections),
+    ):
         angles = np.asarray(attention.multimodal_angles(batch.positions, 2 * sum(sections), theta, tuple(sections)))
         t[f"{name}_angles"] = tuple(torch.tensor(f(angles))[:, :, None] for f in (np.cos, np.sin))
     return t
 
 
 def compare(trainer, reference: Reference, params, frozen, batch, theirs: dict) -> None:
-    """Loss and gradients of both, without noise. Raises AssertionError where they differ."""
+    """Compare loss and gradients of both without noise. Raises AssertionError if they differ."""
     from starflow2_jax.stages import STAGES
     from starflow2_jax.training import losses
     from starflow2_jax.training.step import Objective, loss_sums
@@ -218,7 +220,10 @@ def compare(trainer, reference: Reference, params, frozen, batch, theirs: dict) 
 
 
 def alternate(runs: dict, repeats: int) -> dict:
-    """Milliseconds of each (median; least, which other programs disturb least) and ratios to the first; they take turns."""
+    """Run all in turn: the median and least milliseconds of each, and the ratios to the first.
+
+    Other programs on the machine disturb the least time least.
+    """
     for run in runs.values():
         run(), run()
     times = []
@@ -245,10 +250,10 @@ def alternate(runs: dict, repeats: int) -> dict:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--repeats", type=int, default=30)
-    p.add_argument("--cores", type=int, default=2, help="that both may use; threads of PyTorch")
-    p.add_argument("--devices", type=int, help="CPU devices of ours (default: one a core)")
-    p.add_argument("--compile", action="store_true", help="PyTorch with torch.compile, too")
+    p.add_argument("--repeats", type=int, default=30, help="timed steps")
+    p.add_argument("--cores", type=int, default=2, help="cores that both may use, and threads of PyTorch")
+    p.add_argument("--devices", type=int, help="JAX's CPU devices (default: one for each core)")
+    p.add_argument("--compile", action="store_true", help="time PyTorch with torch.compile, too")
     args, rest = p.parse_known_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices or args.cores)

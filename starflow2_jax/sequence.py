@@ -27,8 +27,7 @@ class Shape:
     documents: int = 0  # documents in a row; 0: no limit
 
 
-@struct.dataclass
-class Sequence:
+class Sequence(struct.PyTreeNode):
     """A batch of rows. Packers fill it with NumPy arrays, which a jitted step takes as they are.
 
     A row's images are in the order of their positions: the k-th FLOW position of a row reads the k-th token of
@@ -74,8 +73,7 @@ class Sequence:
         return jnp.zeros((B, M * N), jnp.int32).at[rows, target].set(before, mode="drop")
 
 
-@struct.dataclass
-class VisionInput:
+class VisionInput(struct.PyTreeNode):
     """Patches of images for the vision tower. The patches of one merged token are neighbours."""
 
     patches: jax.Array  # (B, P, patch width) fp32
@@ -84,8 +82,7 @@ class VisionInput:
     window: jax.Array  # (B, P) int32: the same for the layers that attend within windows
 
 
-@struct.dataclass
-class Step:
+class Step(struct.PyTreeNode):
     """Positions that decoding adds to those in a cache. Image tokens are given as u, the shallow flow's output."""
 
     tokens: jax.Array  # (B, S)

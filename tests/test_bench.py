@@ -1,4 +1,4 @@
-"""The benchmarks count and time the right things. What they measure is never an assertion."""
+"""The benchmarks count and time the right things. No test asserts a measured speed."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,12 @@ from starflow2_jax.training.program import batch_shape, find_stage
 EXPERIMENT = Path(__file__).parents[1] / "starflow2_jax/experiments/digits_quick.py"
 SMALL = [
     *(f"model.{part}.layers=1" for part in ("deep", "shallow", "vlm", "vlm.vision")),
-    "model.shallow_blocks=1", "stages.text_to_image.rows=8", "stages.text_to_image.optimizer.name=adamw", "stages.text_to_image.length=64", "stages.text_to_image.images=2",
-]  # fmt: skip
+    "model.shallow_blocks=1",
+    "stages.text_to_image.rows=8",
+    "stages.text_to_image.optimizer.name=adamw",
+    "stages.text_to_image.length=64",
+    "stages.text_to_image.images=2",
+]
 
 
 def config(*more: str) -> ConfigDict:
@@ -64,7 +68,7 @@ def test_training(tmp_path, monkeypatch):
 
 
 def test_a_compiled_step_takes_what_it_gave(tmp_path):
-    """On any mesh, with an optimizer in the host's memory and a policy that may skip its update."""
+    """On any mesh, with the optimizer in the host's memory and a policy that may skip an update."""
     cfg = tiny_config(mesh=dict(data=2, fsdp=2, tensor=2), faults=dict(nonfinite="skip", spike="skip"))
     cfg.stages.pretrain.optimizer.offload = True
     built = program.build(cfg, "pretrain", tmp_path / "none")

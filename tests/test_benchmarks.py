@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ run, on tiny models, and what they compare agrees. What they measure is never an assertion."""
+"""The scripts of benchmarks/ run on tiny models, and their comparisons agree. No test asserts a measured speed."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """What a script's command line prints, its lines of JSON."""
+    """Runs a script's command line and returns the lines of JSON that it prints."""
 
     def run(module, *arguments: str) -> list[dict]:
         monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])

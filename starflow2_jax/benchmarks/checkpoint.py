@@ -1,25 +1,25 @@
-"""What saving and restoring a training state costs."""
+"""Measures the time that saving and restoring a training state take."""
 
 import statistics
 import time
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from starflow2_jax.benchmarks.program import build
 from starflow2_jax.benchmarks.train import step_seconds
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.checkpoints.steps import Steps
+from starflow2_jax.config.schema import Config
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.training.task import groups
 
 
-def measure(config: ConfigDict, stage: str | None, saves: int, folder: Path) -> dict:
-    """Medians over `saves` saves of a stage's state into `folder`, and one restore.
+def measure(config: Config, stage: str | None, saves: int, folder: Path) -> dict:
+    """Save a stage's state `saves` times into `folder` and restore it once. Returns the medians over the saves.
 
-    "stall_seconds": how long the loop is blocked; "write_seconds": until the files are complete, training meanwhile;
-    "step_while_writing_seconds": a step in that time.
+    "stall_seconds": the time for which the loop is blocked. "write_seconds": the time until the files are complete,
+    while training continues. "step_while_writing_seconds": a step in that time. "bytes": of one checkpoint.
     """
     program = build(config, stage, folder / "trainer")
     step = step_seconds(program, steps=3)["median"]

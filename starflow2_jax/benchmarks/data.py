@@ -1,18 +1,23 @@
-"""How fast the data pipeline makes batches, and how full they are."""
+"""Measures how fast the data pipeline makes batches, and how full they are."""
 
 import time
+from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from starflow2_jax import sequence
+from starflow2_jax.config.schema import Config
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.program import find_stage
 
 
-def measure(config: ConfigDict, stage: str | None, steps: int, folder) -> dict:
-    """Documents and tokens per second over `steps` batches, nothing else running; the first batch apart."""
+def measure(config: Config, stage: str | None, steps: int, folder: Path) -> dict:
+    """Documents and tokens per second over `steps` batches, without other work; times the first batch separately.
+
+    `stage`: a name or number, see `find_stage`. `folder`: of the Trainer, to which nothing is written. Raises
+    ConfigError.
+    """
     trainer, chosen_stage = Trainer(config, folder), find_stage(config, stage)
     begin = time.perf_counter()
     stream = trainer.task(chosen_stage.name).batches()
@@ -36,10 +41,10 @@ def measure(config: ConfigDict, stage: str | None, steps: int, folder) -> dict:
 
 
 def documents_in(batch: Sequence) -> int:
-    """Documents of a packed batch: each row counts its own from 1."""
+    """Documents in a packed batch; the segments of each row count them from 1."""
     return int(np.max(batch.segments, axis=1).sum())
 
 
 def tokens_in(batch: Sequence) -> int:
-    """Positions that are not padding."""
+    """Positions of a batch that are not padding."""
     return int(np.sum(np.asarray(batch.modality) != sequence.PAD))

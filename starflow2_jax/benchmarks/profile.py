@@ -1,20 +1,21 @@
-"""The most expensive operations of a compiled program, from a trace of the JAX profiler."""
+"""Finds the most expensive operations of a compiled program in a trace of the JAX profiler."""
 
 import collections
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-STEPS = 3  # that are traced
-TOP = 10
+STEPS = 3  # traced steps
+TOP = 10  # kinds of operations that are listed
 
 
 def top_operations(run: Callable[[], object], folder: Path) -> list[dict]:
-    """Trace STEPS calls of `run` into `folder` (for xprof) and sum up the operations, most time first.
+    """Trace STEPS calls of `run` into `folder` (for xprof) and sum up the operations, the most expensive first.
 
-    Operations of one kind (fusion.1, fusion.2) stand together; milliseconds are of one step, of all devices together.
+    Operations of one kind (fusion.1, fusion.2) are added up. Milliseconds are per step, summed over all devices.
     """
     with jax.profiler.trace(str(folder)):
         for _ in range(STEPS):
@@ -23,8 +24,8 @@ def top_operations(run: Callable[[], object], folder: Path) -> list[dict]:
     return summed(jax.profiler.ProfileData.from_file(str(files[-1]))) if files else []
 
 
-def summed(data: jax.profiler.ProfileData) -> list[dict]:
-    """The TOP kinds of operations of a trace of STEPS steps. A loop's own time is that of what runs in it: left out."""
+def summed(data: Any) -> list[dict]:  # of a jax.profiler.ProfileData
+    """The TOP kinds of operations in a trace of STEPS steps; loops are left out, the operations in them count."""
     total: dict[str, float] = collections.defaultdict(float)
     count: dict[str, int] = collections.defaultdict(int)
     for plane in data.planes:

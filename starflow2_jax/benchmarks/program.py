@@ -1,12 +1,12 @@
-"""A stage's training step with everything it takes, on random weights: no checkpoint is needed or written."""
+"""A stage's compiled training step with random weights and one batch. No checkpoint is read or written."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from starflow2_jax.config.schema import Config
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
@@ -16,9 +16,9 @@ from starflow2_jax.training.step import TrainState
 
 
 def fresh(trainer: Trainer, tree: str) -> dict:
-    """Random parameters of one of the two trees, "frozen" or "trainable", born on their shards.
+    """Random parameters of one of the two trees, "frozen" or "trainable", each made on its shards.
 
-    A frozen VLM that the config does not pretrain itself is bfloat16, as the published ones are.
+    A frozen VLM that the config does not pretrain is bfloat16, like the published ones.
     """
     published = tree == "frozen" and not makes_vlm(trainer.config)
     dtype = jnp.bfloat16 if published else None
@@ -27,7 +27,7 @@ def fresh(trainer: Trainer, tree: str) -> dict:
 
 @dataclass
 class Program:
-    """A compiled step and what it works on. `run` takes a step and waits for it."""
+    """A compiled step with its state, frozen parameters and batch."""
 
     trainer: Trainer
     stage: Stage
@@ -37,19 +37,23 @@ class Program:
     compiled: jax.stages.Compiled
 
     def run(self) -> dict:
+        """Take one step, wait for it and return its metrics."""
         self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
         return jax.block_until_ready(metrics)
 
 
-def build(config: ConfigDict, stage: str | None, folder: str | Path) -> Program:
-    """The step as the loop compiles it, with fresh weights and one real batch. `folder`: of the Trainer, left as it is."""
-    trainer, stage = Trainer(config, folder), find_stage(config, stage)
-    require_rows(config, stage, trainer.mesh)
-    task = trainer.task(stage.name)
+def build(config: Config, stage: str | None, folder: str | Path) -> Program:
+    """Compile a stage's step as the loop does, with random weights and one batch of the config's data.
+
+    `folder`: the Trainer's checkpoint directory, to which nothing is written. Raises ConfigError.
+    """
+    trainer, chosen = Trainer(config, folder), find_stage(config, stage)
+    require_rows(config, chosen, trainer.mesh)
+    task = trainer.task(chosen.name)
     with jax.set_mesh(trainer.mesh):
-        state = task.new_state(fresh(trainer, held(stage)))
-        rest = fresh(trainer, other_tree(held(stage)))
+        state = task.new_state(fresh(trainer, held(chosen)))
+        rest = fresh(trainer, other_tree(held(chosen)))
         reader = task.batches()
         batch = reader.place(next(reader), sharding.batch_sharding(trainer.mesh))
         compiled = task.step().lower(state, rest, batch).compile()
-    return Program(trainer, stage, state, rest, batch, compiled)
+    return Program(trainer, chosen, state, rest, batch, compiled)

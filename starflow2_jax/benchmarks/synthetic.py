@@ -1,11 +1,13 @@
-"""Made-up documents for configs whose data are not at hand: captions of common words, images of noise."""
+"""Synthetic documents for configs whose data are not here: captions of common words, images of noise."""
 
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from starflow2_jax.codecs.protocol import Options
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data.sources import codec_options
 from starflow2_jax.stages import Stage
 
@@ -13,11 +15,14 @@ DOCUMENTS = 64
 WORDS = "a the small large red blue green old new house tree river road bird dog cat boat cloud stone field under over beside"
 
 
-def write(config: ConfigDict, stage: Stage, folder: Path, words: int = 48) -> str:
-    """A JSONL file of DOCUMENTS documents with captions of `words` words, what the stage trains on marked; its path."""
+def write(config: Config, stage: Stage, folder: Path, words: int = 48) -> str:
+    """Write a JSONL file of DOCUMENTS documents with captions of `words` words into `folder`; returns its path.
+
+    The parts that the stage trains on are marked. Raises ConfigError for a config without a usable codec.
+    """
     rng = np.random.default_rng(0)
     codec, options = codec_options(config)
-    shape = options.image_shape(tuple(config.model.grid))
+    shape = cast(Options, options).image_shape(config.model.grid)
     lines = []
     for i in range(DOCUMENTS):
         pixels = rng.standard_normal(shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Step time, tokens per second, MFU and memory of a training step, on random weights and one real batch."""
+"""Measures step time, tokens per second, MFU and memory of a training step, with random weights and one real batch."""
 
 import statistics
 import time
@@ -8,22 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from starflow2_jax import sequence
 from starflow2_jax.benchmarks import profile
 from starflow2_jax.benchmarks.program import Program, build
+from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
 from starflow2_jax.training.program import batch_shape
 
-WARM_UP = 3  # steps that are not timed
+WARM_UP = 3  # steps before the timed ones
 MATRIX = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # side of the square matrices whose product gives the measured peak
 
 
-def measure(config: ConfigDict, stage: str | None, steps: int, folder: Path, trace: Path | None = None) -> dict:
-    """Numbers of one stage's step, medians over `steps` steps; see `docs/benchmarks/bench.md` for what each means.
+def measure(config: Config, stage: str | None, steps: int, folder: Path, trace: Path | None = None) -> dict:
+    """Measure one stage's step over `steps` steps; docs/benchmarks/bench.md explains each number.
 
-    `folder`: for the Trainer, empty; `trace`: where a profiler's trace goes, if any. Raises ConfigError.
+    `folder`: an empty one, for the Trainer. `trace`: the folder for a trace of the profiler; None: no trace. Raises
+    ConfigError.
     """
     program = build(config, stage, folder)
     seconds = step_seconds(program, steps)
@@ -54,7 +55,7 @@ def measure(config: ConfigDict, stage: str | None, steps: int, folder: Path, tra
 
 
 def step_seconds(program: Program, steps: int) -> dict[str, float]:
-    """Median, least and most seconds of a step, each waited for, after WARM_UP steps."""
+    """Median, least and most seconds of `steps` steps after WARM_UP others; the timer waits for each step."""
     for _ in range(WARM_UP):
         program.run()
     times = []
@@ -66,7 +67,10 @@ def step_seconds(program: Program, steps: int) -> dict[str, float]:
 
 
 def matrix_peak(devices: list, dtype: str, repeats: int = 5) -> float:
-    """FLOP/s of a device in a large matrix product, the best of `repeats`, all devices busy: they may share their cores."""
+    """FLOP/s of a device in a large matrix product, the best of `repeats`.
+
+    All devices compute at once, since devices of a CPU share its cores.
+    """
     n = MATRIX.get(devices[0].platform, 8192)
     mesh = jax.sharding.Mesh(np.array(devices), ("each",))
     place = NamedSharding(mesh, PartitionSpec("each"))
@@ -84,7 +88,7 @@ def matrix_peak(devices: list, dtype: str, repeats: int = 5) -> float:
 
 
 def memory(program: Program, devices: list) -> dict:
-    """Bytes of a device: the compiler's account of the step, and the most that was in use, where the device tells."""
+    """Bytes per device by the compiler's account, and the most in use, None if the device does not report it."""
     analysis = program.compiled.memory_analysis()
     account = {
         name: int(getattr(analysis, f"{name}_size_in_bytes", 0)) for name in ("argument", "output", "alias", "temp")

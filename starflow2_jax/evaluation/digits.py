@@ -1,7 +1,9 @@
-"""How well a model writes, reads, adds, mirrors and counts digits, judged by an independent classifier."""
+"""The benchmark digits: a model writes, reads, adds, mirrors and counts digits, judged by a classifier."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ AIMS = {
     "train_seconds": 600,
     "total_seconds": 720,
 }
-LIMIT = 300  # tasks of a kind
+LIMIT = 300  # tasks of each kind
 WRITE = SampleOptions(temperature=0, image_temperature=0.6, guidance=2.0, max_tokens=20)
 ANSWER = SampleOptions(temperature=0, image_temperature=0.3, max_tokens=28)
 MIRROR = SampleOptions(temperature=0, image_temperature=0.0, max_tokens=28)
@@ -33,14 +35,17 @@ COUNT = SampleOptions(temperature=0, image_temperature=0.5, guidance=1.0, max_to
 ABOUT = (
     "STARFlow2 is one causal model that reads and writes both text and images: a frozen vision-language model and an "
     "autoregressive normalizing flow over the same sequence, tied by two skips. "
-    "This page shows what a small one, trained from nothing in this run, makes of handwritten digits of 8 × 8 pixels."
+    "This page shows what a small model, trained from scratch in this run, does with handwritten digits of 8 × 8 pixels."
 )
-TITLES = {"read": "Reading", "sum": "Adding", "mirror": "Mirroring", "count": "Counting"}  # of the examples
-EXAMPLES = 3  # of each
+TITLES = {"read": "Reading", "sum": "Adding", "mirror": "Mirroring", "count": "Counting"}  # of the page's examples
+EXAMPLES = 3  # examples of each kind on the page
 
 
 class DigitsBenchmark(Benchmark):
-    """Five kinds of tasks, of which `key` begins with the kind; prompts are of held-out scans. Raises UserError."""
+    """Five kinds of tasks over held-out scans; a task's key is "kind/number".
+
+    Raises UserError for `data` or a small limit.
+    """
 
     aims = AIMS
 
@@ -52,17 +57,17 @@ class DigitsBenchmark(Benchmark):
             raise UserError("--limit is at least 10: one digit of each kind")
 
     def tasks(self) -> list[Task]:
-        """Targets: what is written the digit, of what is read its word, of a sum the number, of a mirrored scan the
-        pixels, of counting the first and the last digit."""
+        """The tasks, by kind. Their targets are: "write" the digit, "read" its word, "sum" the number, "mirror" the
+        mirrored pixels, "count" the first and the last digit."""
         pixels, labels = digits.split("held_out")
         n = min(self.limit, len(labels))
         found = []
 
-        def add(kind: str, i: int, document: Document, target, options: SampleOptions) -> None:
+        def add(kind: str, i: int, document: Document, target: Any, options: SampleOptions) -> None:
             found.append(Task(f"{kind}/{i}", split_answer(document)[0], target, options))
 
         for i, digit in enumerate(np.repeat(np.arange(10), self.limit // 10)):
-            add("write", i, digits.caption(digit, pixels[0], i), digit, WRITE)
+            add("write", i, digits.caption(int(digit), pixels[0], i), digit, WRITE)
         for i in range(n):
             add("read", i, digits.read(labels[i], pixels[i], i), digits.WORDS[labels[i]], ANSWER)
         for i, pair in enumerate(np.random.default_rng(0).integers(0, len(labels), (n, 2))):
@@ -76,8 +81,11 @@ class DigitsBenchmark(Benchmark):
         return found
 
     def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
+        """The numbers of AIMS without the seconds: shares of right answers, and the images' NLL."""
         found = {kind: [(a.document, a.task.target) for a in of_kind(answers, kind)] for kind in ("write", *TITLES)}
-        small = [(document, total) for document, total in found["sum"] if total < 10]  # a digit is to be drawn
+        small = [
+            (document, total) for document, total in found["sum"] if total < 10
+        ]  # the sums that are drawn as a digit
         right = {
             "digit_accuracy": [_shows(images_of(d)[:1], [digit]) for d, digit in found["write"]],
             "read_accuracy": [words_of(d) == [word] for d, word in found["read"]],
@@ -93,8 +101,9 @@ class DigitsBenchmark(Benchmark):
         return {"nll_nats_per_dim": held_out_nll(sampler, self.limit), **means}
 
     def page(self, answers: list[Answer]) -> Page:
+        """The digits that the model drew, and the first answers of the other kinds."""
         written = [images_of(answer.document) for answer in of_kind(answers, "write")]
-        black = np.full_like(digits.split("held_out")[0][0], -1)  # shown where no image was written
+        black = np.full_like(digits.split("held_out")[0][0], -1)  # shown if the answer has no image
         grid = np.stack([images[0] if images else black for images in written]).reshape(10, -1, *black.shape)
         examples = [
             (title, [*answer.task.prompt, *answer.document])
@@ -106,16 +115,18 @@ class DigitsBenchmark(Benchmark):
 
 
 def of_kind(answers: list[Answer], kind: str) -> list[Answer]:
+    """The answers to tasks of one kind."""
     return [answer for answer in answers if answer.task.key.startswith(f"{kind}/")]
 
 
 @cache
-def judge():
-    """A support vector machine on the 1,500 training scans, scaled to 0..16."""
+def judge() -> Any:
+    """The classifier: a support vector machine (sklearn.svm.SVC) of the 1,500 training scans in 0..16."""
     from sklearn.svm import SVC
 
     pixels, labels = digits.split("train")
-    return SVC(gamma=0.001).fit(_levels(pixels), labels)
+    gamma: Any = 0.001  # scikit-learn takes a number, too; type checkers read its default's type
+    return SVC(gamma=gamma).fit(_levels(pixels), labels)
 
 
 def classify(images: list[np.ndarray]) -> np.ndarray:
@@ -124,35 +135,41 @@ def classify(images: list[np.ndarray]) -> np.ndarray:
 
 
 def _levels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (n, 8, 8, 1) in [-1, 1] -> the classifier's input (n, 64) in 0..16."""
     return np.clip((pixels + 1) * 8, 0, 16).reshape(len(pixels), -1)
 
 
-def _shows(images: list[np.ndarray], wanted) -> bool:
-    """Are there as many images as `wanted`, one at least, and is each the digit it is to be?"""
+def _shows(images: list[np.ndarray], wanted: Sequence[int]) -> bool:
+    """Whether the images, at least one, show exactly the digits `wanted` in their order."""
     return len(images) == len(wanted) and bool((classify(images) == np.array(wanted)).all()) if images else False
 
 
 def images_of(document: Document) -> list[np.ndarray]:
+    """Pixels of the images of a document."""
     return [part.pixels for part in document if isinstance(part, Image)]
 
 
 def correlation(images: list[np.ndarray], wanted: np.ndarray) -> float:
-    """Of the first image's pixels with those wanted; 0 where there is none, or nothing on it."""
+    """The correlation of the first image's pixels with those wanted; 0 for no image, or one of a single colour."""
     return np.corrcoef(images[0].ravel(), wanted.ravel())[0, 1] if images and images[0].std() else 0.0
 
 
 def words_of(document: Document) -> list[str]:
+    """The words of all texts of a document."""
     return " ".join(part.text for part in document if isinstance(part, Text)).split()
 
 
 def split_answer(document: Document) -> tuple[Document, Document]:
-    """A training document -> its prompt and its answer: what comes from the first part to be predicted on."""
+    """A training document -> its prompt and its answer, which begins at the first part that counts as a prediction."""
     first = next(i for i, part in enumerate(document) if counts(part))
     return document[:first], document[first:]
 
 
 def held_out_nll(sampler: Sampler, limit: int = 297, draws: int = 10, noise: float = 0.1, seed: int = 0) -> float:
-    """Nats per pixel given the caption, without the 0.5 ln 2 pi, of the held-out scans plus noise N(0, 0.1^2)."""
+    """NLL of the first `limit` held-out scans given their captions, in nats per pixel, without 0.5 ln 2 pi.
+
+    `draws` draws of noise N(0, noise^2) are added to each scan, as in training.
+    """
     pixels, labels = digits.split("held_out")
     pixels, rng = pixels[:limit], np.random.default_rng(seed)
     documents = [

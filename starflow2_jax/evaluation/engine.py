@@ -1,4 +1,4 @@
-"""Runs any benchmark: its tasks answered in files of a folder, which several processes may share, and then scored."""
+"""Runs any benchmark: answers its tasks into a folder that processes may share, then scores the answers."""
 
 import hashlib
 from dataclasses import asdict
@@ -26,10 +26,11 @@ def evaluate(
     share: Share = Share(),  # noqa: B008 - it is frozen
     progress: bool = True,
 ) -> tuple[dict[str, float | None], Page | None] | None:
-    """The benchmark's numbers and what its report shows; None where other processes have answers yet to write.
+    """The benchmark's numbers and the contents of its report; None if other processes still have answers to write.
 
-    The answers lie in `out` (see `sampling.batch_files`); those that are there already are not drawn again. `run`: what
-    decides the answers beside the tasks. Raises UserError.
+    The answers are files in `out` (see `sampling.batch_files`); answers that are there already are not drawn again.
+    `run`: the settings besides the tasks that decide the answers. `batch`: most prompts that run at once. Raises
+    UserError.
     """
     tasks = benchmark.tasks()
     prompts = [
@@ -58,7 +59,7 @@ def evaluate(
 
 
 def digest(tasks: list[Task]) -> str:
-    """Sixteen hexadecimal digits that tell one list of tasks from another."""
+    """Sixteen hexadecimal digits of a hash of the tasks: their keys, options and prompts."""
     total = hashlib.sha256()
     for task in tasks:
         total.update(repr((task.key, asdict(task.options))).encode())
@@ -68,11 +69,12 @@ def digest(tasks: list[Task]) -> str:
 
 
 def _prompt(task: Task) -> Document:
+    """The task's prompt, as `Prompt.read` returns it."""
     return task.prompt
 
 
 def _document(parts: list[dict[str, str]], out: Path, sampler: Sampler) -> Document:
-    """An answer as it was written: all of it is the model's."""
+    """A written answer as a document; all its parts count as the model's predictions."""
     return [
         Image(read_image(out / part["image"], sampler.codec.image_channels), generate=True)
         if "image" in part

@@ -1,4 +1,4 @@
-"""What a benchmark is: tasks for a model, and what its answers are worth."""
+"""The protocol of a benchmark: it gives tasks to a model and scores the answers."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,31 +15,35 @@ from starflow2_jax.sampling.rows import SampleOptions
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    key: str  # unique in the benchmark, and the same in every run: the seeds of its answers depend on it
+    """A prompt, and the target that its answers are compared with."""
+
+    key: str  # unique in the benchmark and the same in every run, because the seeds of the answers depend on it
     prompt: Document
-    target: Any  # what the answer is compared with
+    target: Any  # for the benchmark's `score` alone
     options: SampleOptions = SampleOptions()
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
+    """One of the answers to a task."""
+
     task: Task
-    k: int  # which of the answers to the task, from 0
+    k: int  # number of the answer among those to the task, from 0
     document: Document
 
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """What the report shows beside the numbers and the training curves.
+    """The contents of the report besides the numbers and the training curves.
 
-    `grid`: generated images (rows, columns, height, width, C) in [-1, 1], row i of what `names[i]` says.
-    `examples`: titles and documents, of which the model made the parts that count as predictions.
+    `grid`: generated images (rows, columns, height, width, C) in [-1, 1]. `examples`: titles and documents; the model
+    made the parts that count as predictions.
     """
 
-    about: str
-    title: str  # of the grid
-    note: str  # below it
-    names: tuple[str, ...]
+    about: str  # a paragraph at the top
+    title: str  # heading of the grid
+    note: str  # explanation of the grid
+    names: tuple[str, ...]  # label of each row of the grid
     grid: np.ndarray
     examples: list[tuple[str, list[Text | Image]]] = field(default_factory=list)
 
@@ -47,31 +51,31 @@ class Page:
 class Benchmark(Protocol):
     """A benchmark that inherits from this class needs no `export`, `score` and `page` of its own."""
 
-    aims: Mapping[str, float] = {}  # what some of the numbers should reach
+    aims: Mapping[str, float] = {}  # the value that a number should reach, for some of the numbers
     samples: int = 1  # answers to each task
 
     def __init__(self, data: str | None, limit: int | None) -> None:
-        """`data`: a file or folder that the tasks are read from; `limit`: tasks of each kind at most (None: its own).
+        """`data`: the file or folder of the tasks; `limit`: most tasks of each kind (None: the benchmark's default).
 
-        Raises UserError.
+        Raises UserError for data that cannot be read, or for a limit that the benchmark does not allow.
         """
 
     def tasks(self) -> list[Task]:
-        """The tasks, those of equal options one after the other: they run together."""
+        """The tasks. Neighbouring tasks with equal options run together."""
         ...
 
     def export(self, answers: list[Answer], out: Path) -> None:
-        """Write into `out` what the benchmark's public scorer reads."""
+        """Write into `out` the files that the benchmark's public scorer reads."""
 
     def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
-        """The numbers that can be found here; None where nothing speaks to a number."""
+        """The numbers that can be computed here, by name; None for a number that no answer bears on."""
         return {}
 
     def page(self, answers: list[Answer]) -> Page | None:
-        """What the report shows of the answers."""
+        """The report's page about the answers; None: the report shows numbers and training curves alone."""
         return None
 
 
 def seed_of(base: int, key: str, k: int) -> int:
-    """The seed of answer k to a task, below 2^32: it depends on these three alone, not on which other tasks are run."""
+    """The seed of answer k to the task `key`, below 2^32. It does not depend on which other tasks run."""
     return int.from_bytes(hashlib.sha256(f"{base}/{k}/{key}".encode()).digest()[:4], "big")

@@ -1,4 +1,4 @@
-"""A run's report: report.json, samples.png and index.html, a page that stands alone (no network, no scripts)."""
+"""The report of an evaluation: report.json, samples.png, and index.html, a page that needs no other file."""
 
 import base64
 import io
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,9 +15,9 @@ from matplotlib.figure import Figure
 from starflow2_jax.data.documents import Image, Text, as_pillow
 from starflow2_jax.evaluation.protocol import Page
 
-ZOOM, MARGIN = 8, 4  # of samples.png: enlargement of a pixel, pixels between images
-SHOWN = 10  # images a row of the page's grid
-LOWER_IS_BETTER = ("nll", "seconds")  # where a key holds one of these; elsewhere more is better
+ZOOM, MARGIN = 8, 4  # samples.png enlarges each pixel ZOOM times and leaves MARGIN pixels between images
+SHOWN = 10  # most images in a row of the page's grid
+LOWER_IS_BETTER = ("nll", "seconds")  # for keys that hold one of these; for all others, higher is better
 UNITS = {"image_loss": "nats per latent dimension", "text_loss": "nats per token"}
 INK, LINE = "#808080", "#3b82c4"  # readable on light and on dark
 
@@ -45,10 +46,11 @@ span.made { padding: .15em .1em; background: var(--tint); color: var(--made); bo
 
 
 def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Path) -> None:
-    """Write report.json and index.html into `folder`, and samples.png where there is a page.
+    """Write report.json and index.html into `folder`, and samples.png if there is a page.
 
-    report: numbers, and under "aims" what some of them should reach, {key: value}; groups may nest, "a.b" is b of a.
-    metrics_path: the training's metrics.jsonl; the page does without curves where it is missing.
+    report: numbers by name, in groups that may nest; "aims" holds the value that a number should reach, for some of the
+    numbers, and "a.b" there names number b of group a. metrics_path: the training's metrics.jsonl; without that file
+    the page shows no curves.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Pa
 
 
 def contact_sheet(grid: np.ndarray) -> np.ndarray:
-    """Images (rows, columns, height, width, C) -> one image, each enlarged ZOOM times, MARGIN pixels of gray around."""
+    """Images (rows, columns, height, width, C) -> one image of all, enlarged ZOOM times, with gray margins."""
     large = grid.repeat(ZOOM, axis=2).repeat(ZOOM, axis=3)
     large = np.pad(large, ((0, 0), (0, 0), (MARGIN, 0), (MARGIN, 0), (0, 0)))
     rows, columns, height, width, channels = large.shape
@@ -81,14 +83,14 @@ def contact_sheet(grid: np.ndarray) -> np.ndarray:
 
 
 def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """metrics.jsonl -> (stage, loss) -> {step: value}."""
+    """The losses in metrics.jsonl as {(stage, loss): {step: value}}; empty if there is no such file."""
     curves: dict[tuple[str, str], dict[int, float]] = {}
     if not Path(path).is_file():
         return curves
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:  # cut off where the training was killed
+        except json.JSONDecodeError:  # a line that was cut off when the training was killed
             continue
         for name in UNITS:
             if name in values:
@@ -97,18 +99,20 @@ def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
 
 
 def is_met(key: str, value: float, aim: float) -> bool:
+    """Whether a number reaches its aim; the key says whether lower or higher is better."""
     return value <= aim if any(word in key for word in LOWER_IS_BETTER) else value >= aim
 
 
-def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
+def _flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested groups -> {"group.key": value}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
 def _numbers(report: Mapping) -> str:
+    """The table of numbers, their aims, and whether they reach them."""
     measured = _flat({key: value for key, value in report.items() if key != "aims"})
     aims = _flat(report.get("aims", {}))
     rows = []
@@ -128,6 +132,7 @@ def _numbers(report: Mapping) -> str:
 
 
 def _number(value: object) -> str:
+    """A number, or any other value, as the text of a cell."""
     if value is None:
         return "–"
     if isinstance(value, float | np.floating):
@@ -138,6 +143,7 @@ def _number(value: object) -> str:
 
 
 def _grid(page: Page) -> str:
+    """The table of generated images."""
     rows = []
     for name, images in zip(page.names, page.grid, strict=True):
         cells = "".join(f"<td>{_pixels(image, f'generated {name}')}</td>" for image in images[:SHOWN])
@@ -149,17 +155,20 @@ def _grid(page: Page) -> str:
 
 
 def _examples(examples: Sequence[tuple[str, Sequence[Text | Image]]]) -> str:
+    """The example documents, with the model's parts marked."""
     blocks = [
         f'<div class="example"><h3>{escape(title)}</h3>{"".join(_part(part) for part in parts)}</div>'
         for title, parts in examples
     ]
     return (
-        '<p class="soft">Documents of text and images. What the model wrote or drew itself is '
-        '<span class="made">marked like this</span>, its images by a frame of that colour.</p>\n' + "\n".join(blocks)
+        '<p class="soft">Documents of text and images. Text that the model wrote is '
+        '<span class="made">marked like this</span>; images that it drew have a frame of that colour.</p>\n'
+        + "\n".join(blocks)
     )
 
 
 def _part(part: Text | Image) -> str:
+    """A part of a document, marked if the model made it."""
     if isinstance(part, Image):
         return _pixels(part.pixels, "generated image" if part.generate else "given image", part.generate)
     text = escape(part.text)
@@ -167,6 +176,7 @@ def _part(part: Text | Image) -> str:
 
 
 def _pixels(pixels: np.ndarray, alt: str, made: bool = False) -> str:
+    """An image element that holds its PNG; `made`: with the frame of the model's images."""
     file = io.BytesIO()
     as_pillow(np.asarray(pixels)).save(file, "png")
     kind = "pixels made" if made else "pixels"
@@ -174,10 +184,12 @@ def _pixels(pixels: np.ndarray, alt: str, made: bool = False) -> str:
 
 
 def _data_url(png: io.BytesIO) -> str:
+    """A PNG as a data: address."""
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def _training(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
+    """The training curves, or a sentence if there are none."""
     if not curves:
         return '<p class="soft">No metrics of the training were found.</p>'
     file = io.BytesIO()
@@ -189,6 +201,7 @@ def _training(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
 
 
 def draw_curves(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> Figure:
+    """A figure with a panel for each curve of `read_metrics`."""
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")

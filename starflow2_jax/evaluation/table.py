@@ -1,4 +1,4 @@
-"""The benchmarks there are, by the name that `starflow2 eval --benchmark` takes."""
+"""The table of benchmarks, by the name that `starflow2 eval --benchmark` takes."""
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.digits import DigitsBenchmark
@@ -8,7 +8,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {"digits": DigitsBenchmark}
 
 
 def open_benchmark(name: str, data: str | None = None, limit: int | None = None) -> Benchmark:
-    """Arguments as `Benchmark`'s. Raises UserError."""
+    """The benchmark `name`; the other arguments are those of `Benchmark`. Raises UserError."""
     if name not in BENCHMARKS:
         raise UserError(
             f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}; if a Python file of yours adds it, name that "

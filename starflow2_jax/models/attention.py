@@ -11,13 +11,13 @@ from jax.typing import DTypeLike
 MASKED = -1e30  # finite, so that a query that sees no key does not become NaN
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of every layer of a causal stack, and how much of each row is filled.
 
-    `length` is the number of positions that a row has read. A call with S new positions writes positions length .. length +
-    S - 1. Positions from `length` on are never seen, so lowering `length` rewinds a row, or drops the padding at its end.
-    Each layer has an array of its own, written in place, with the positions of a head contiguous, as decoding reads them.
+    `length` is the number of positions that a row has read. A call with S new positions writes positions length ..
+    length + S - 1. Positions from `length` on are never seen, so lowering `length` rewinds a row, or drops the padding
+    at its end. Each layer has an array of its own, written in place, with the positions of a head contiguous, as
+    decoding reads them.
     """
 
     keys: tuple[jax.Array, ...]  # L of (B, J, C, K)

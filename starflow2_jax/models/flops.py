@@ -68,9 +68,10 @@ def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: i
 
 
 def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, capacity: int, lanes: int) -> dict[str, Flops]:
-    """FLOP of the sampler's `read` (capacity / 2 positions of each row) and of a turn of its `write`, by `SAMPLING_RULE`.
+    """FLOP of the sampler's `read` of capacity / 2 positions and of a step of `write`, by `SAMPLING_RULE`.
 
-    lanes: cache rows of each row, for guidance. The executed FLOP count attention over the whole `capacity` of the caches.
+    lanes: cache rows of each row, for guidance. The executed FLOP count attention over the whole `capacity` of the
+    caches.
     """
     length = capacity // 2
     images = rows * max(1, length // (cfg.tokens + 2))

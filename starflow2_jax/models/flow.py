@@ -5,6 +5,7 @@ Training maps data to noise (`forward`), sampling inverts (`inverse`), both thro
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -96,8 +97,7 @@ class FlowBlockConfig:
             )
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """The condition of a block: `label` (B,) int, or `prefix` (B, T, prefix_channels), or nothing."""
 
     label: jax.Array | None = None
@@ -150,7 +150,8 @@ class FlowBlock(nn.Module):
         prefix = 0 if context.prefix is None else context.prefix.shape[1]
         if prefix:
             x = jnp.concatenate([self.proj_prefix(context.prefix), x], axis=1)
-            angles = None if angles is None else self._angles(prefix)[: prefix + self.predicted]
+            angles = self._angles(prefix)
+            angles = None if angles is None else angles[: prefix + self.predicted]
         x, _ = self.stack(x, angles)
         mean, scale = self._head(x[:, prefix:])
         if self.cfg.start == "shift":
@@ -175,19 +176,27 @@ class FlowBlock(nn.Module):
         """
         z = self._order(widened(z))
         B, N, D = z.shape
-        conditions = [(context, 1.0)] + ([(unconditional, temperature)] if guide else [])
+        conditions = [(context, 1.0)] + ([(unconditional or NO_CONTEXT, temperature)] if guide else [])
         first = N - self.predicted
         begin = jnp.broadcast_to(self.start_token, (B, D)) if self.cfg.start == "token" else z[:, 0]
         block, variables = self.unbind()  # Flax modules do not mix with jax.lax loops
 
-        def predict(seen, start, caches):
+        def predict(seen: jax.Array, start: jax.Array, caches: Any) -> Any:
             return block.apply(variables, seen, start, caches, conditions, guide, method=FlowBlock._predict)
 
         h, passes = solve(predict, z[:, first:], begin, [self._prefill(c, B) for c, _ in conditions], solver)
-        self.sow("inversion", "passes", passes, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        newest: Any = lambda _, new: new  # noqa: E731 - Flax's annotation wants two arguments of one type
+        self.sow("inversion", "passes", passes, init_fn=lambda: None, reduce_fn=newest)
         return self._order(jnp.concatenate([z[:, :first], h], axis=1))
 
-    def _predict(self, seen, start, caches, conditions, guide: Guide | None):
+    def _predict(
+        self,
+        seen: jax.Array,
+        start: jax.Array,
+        caches: list[attention.KVCache],
+        conditions: list[tuple[Context, float]],
+        guide: Guide | None,
+    ) -> tuple[jax.Array, jax.Array, list[attention.KVCache]]:
         """Means and scales (B, c, D) of tokens start .. start + c - 1 from the tokens before them, `seen` (B, c, D).
 
         `caches` hold the tokens before `start`, one cache for each of `conditions`; returns them grown by c.
@@ -201,7 +210,7 @@ class FlowBlock(nn.Module):
             x, cache = self.stack(x, angles, cache=cache, temperature=temperature)
             outputs.append(self._head(x))
             grown.append(cache)
-        mean, scale = guide(*outputs, at[:, None]) if guide else outputs[0]
+        mean, scale = guide(outputs[0], outputs[1], at[:, None]) if guide else outputs[0]
         return mean, scale, grown
 
     def _order(self, x: jax.Array) -> jax.Array:
@@ -216,7 +225,7 @@ class FlowBlock(nn.Module):
         side, text = c.rotary_side or c.grid[0], prefix if c.rotary_text else None
         return grid_angles(c.grid, side, c.transformer.head, c.rotary_theta, text)
 
-    def _embed(self, seen, at, context: Context):
+    def _embed(self, seen: jax.Array, at: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         """Tokens (B, S, D), read where those at `at` (S,) are predicted -> embeddings (B, S, E), angles (S, K/2)."""
         c = self.cfg
         x = self.proj_in(seen)
@@ -239,7 +248,9 @@ class FlowBlock(nn.Module):
         cache = self.stack.empty_cache(batch, prefix + self.predicted)
         if prefix:
             x, angles = self.proj_prefix(context.prefix), self._angles(prefix)
-            _, cache = self.stack(x, None if angles is None else angles[:prefix], cache=cache)
+            _, filled = self.stack(x, None if angles is None else angles[:prefix], cache=cache)
+            assert filled is not None, "a call with a cache returns one"
+            return filled
         return cache
 
 
@@ -258,7 +269,7 @@ class Flow(nn.Module):
     def forward(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[jax.Array, jax.Array]:
         """h (B, N, D) -> z (B, N, D) and the chain's log-determinant, elementwise (B, N, D)."""
         states, logdets = self.trace(h, context)
-        return states[-1], sum(logdets)
+        return states[-1], jnp.asarray(sum(logdets))
 
     def trace(self, h: jax.Array, context: Context = NO_CONTEXT) -> tuple[list[jax.Array], list[jax.Array]]:
         """The output of each block, and each block's elementwise log-determinant, (B, N, D) each."""

@@ -1,14 +1,15 @@
 """Causal attention over whole rows of packed documents, by the kernel that the config names, on any mesh.
 
 xla                 plain matrix products, on every platform
-cudnn               cuDNN's flash attention, on NVIDIA GPUs; packed documents are kept apart by a bias (B, 1, S, S)
-cudnn_packed        the same on GPUs of compute capability 9.0 and newer, with the documents' offsets in place of the bias
+cudnn               cuDNN's flash attention, on NVIDIA GPUs; a bias (B, 1, S, S) keeps packed documents apart
+cudnn_packed        the same with the documents' offsets instead of the bias, on GPUs of compute capability 9.0 or newer
 splash              JAX's splash attention (Pallas), on TPUs
 splash_interpreted  the same, interpreted, for tests on CPU
 """
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.attention import attend
 from starflow2_jax.parallel.sharding import constrain
 
-# Kernel -> the platform that it needs, or None.
-PLATFORMS = {"xla": None, "cudnn": "gpu", "cudnn_packed": "gpu", "splash": "tpu", "splash_interpreted": None}
+GPU = ("gpu", "cuda", "rocm")  # JAX's names of the platform
+# Kernel -> the platforms that it runs on; (): all.
+PLATFORMS = {"xla": (), "cudnn": GPU, "cudnn_packed": GPU, "splash": ("tpu",), "splash_interpreted": ()}
 SAVED = "attention"  # name, for remat policies, of the values that splash attention's backward pass needs
-LANES = 128  # of a TPU; splash attention takes blocks and heads of its multiples
+LANES = 128  # lanes of a TPU; splash attention takes blocks and heads that are multiples of it
 BLOCKS = (512, 256, 128)  # positions of a splash block; the largest that divides a row is taken
 
 
@@ -52,8 +54,9 @@ def attend_packed(
         return attend(q, k, v, visible(segments, segments, 0, q.shape[1]))
     k, v, heads = _heads(q, k, v, sizes.get("tensor", 1))
     rows = _rows(q.shape[0], sizes)
-    local = _splash_kernel(q, heads and sizes["tensor"], ways, kernel) if kernel.startswith("splash") else None
-    body = partial(_on_a_device, kernel=kernel)
+    tensor = sizes["tensor"] if heads else 1  # devices that share the heads
+    local = _splash_kernel(q, tensor, ways, kernel) if kernel.startswith("splash") else None
+    body: Any = partial(_on_a_device, kernel=kernel)
     start = jnp.arange(ways) * (q.shape[1] // ways)  # of each device's queries
     if mesh.empty:
         return body(q, k, v, segments, segments, start, local)
@@ -62,8 +65,8 @@ def attend_packed(
     ids = (None, None) if segments is None else (P(rows, cut), P(rows, None))
     there = local and local.manual_sharding_spec(NamedSharding(mesh, P(None, cut)))
     specs = (queries, keys, keys, *ids, P(cut), there)
-    along = jax.shard_map(body, in_specs=specs, out_specs=queries, check_vma=False)
-    return along(q, k, v, segments, segments, start, local)
+    on_shards: Any = jax.shard_map(body, in_specs=specs, out_specs=queries, check_vma=False)
+    return on_shards(q, k, v, segments, segments, start, local)
 
 
 def visible(
@@ -74,19 +77,36 @@ def visible(
     queries (B, size) and keys (B, length) are segment ids, None if all are equal. length 0: as many keys as queries.
     """
     causal = (start + jnp.arange(size))[:, None] >= jnp.arange(length or size)
-    return causal[None] if keys is None else causal & (queries[:, :, None] == keys[:, None, :])
+    if queries is None or keys is None:
+        return causal[None]
+    return causal & (queries[:, :, None] == keys[:, None, :])
 
 
 def most_documents(length: int) -> int:
-    """How many documents a row of `length` positions may hold for the kernel "cudnn_packed", padding not counted.
+    """Most documents that a row of `length` positions may hold for the kernel "cudnn_packed", padding not counted.
 
-    Their number is a static size of cuDNN's call, and its time grows with it: 128 positions a document on average.
+    The number is a static size of cuDNN's call, whose time grows with it. It allows documents of 128 positions on
+    average, and at least 8 documents.
     """
     return max(8, length // 128)
 
 
-def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str):
-    """Attention of one device's rows, heads and queries, from position start[0] on, to all keys of their rows."""
+def _on_a_device(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    keys: jax.Array | None,
+    start: jax.Array,
+    local: splash.SplashAttentionKernel | None,
+    *,
+    kernel: str,
+) -> jax.Array:
+    """Attention of one device's rows, heads and queries to all keys of their rows.
+
+    segments (B, S) are the segment ids of the queries, which begin at position start[0]; keys (B, C) are those of the
+    keys; both are None if each row is one document.
+    """
     if kernel == "cudnn_packed" and segments is not None:
         return _cudnn_packed(q, k, v, segments)
     if local is None:
@@ -94,8 +114,13 @@ def _on_a_device(q, k, v, segments, keys, start, local, *, kernel: str):
     return _splash(local, q, k, v, segments, keys)
 
 
-def _cudnn(q, k, v, segments, keys, start):
-    """cuDNN's attention. It takes no segment ids; a mask (B, 1, S, C) separates documents and places cut queries."""
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, keys: jax.Array | None, start: jax.Array
+) -> jax.Array:
+    """cuDNN's attention.
+
+    It takes no segment ids and no start, so a mask (B, 1, S, C) says what a query sees, if needed.
+    """
     apart = keys is not None or q.shape[1] < k.shape[1]
     mask = jax.lax.stop_gradient(visible(segments, keys, start, q.shape[1], k.shape[1]))[:, None] if apart else None
     return jax.nn.dot_product_attention(
@@ -109,21 +134,23 @@ def _cudnn(q, k, v, segments, keys, start):
     )
 
 
-def _cudnn_packed(q, k, v, segments):
-    """Whole rows; segments (B, S) are runs of equal ids, padding included, at most `most_documents` + 1 of them.
+def _cudnn_packed(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """cuDNN's attention over whole rows in its packed layout, which takes the offset of each document.
 
-    A row with more becomes NaN: cuDNN would leave out what lies beyond. JAX 0.10.2 computes the offsets of grouped keys with
-    the stride of the queries, so keys and values are repeated to the queries' heads.
+    segments (B, S) are runs of equal ids, padding included, and at most `most_documents` + 1 of them. A row with more
+    runs becomes NaN, because cuDNN would leave out the runs that are too many. JAX 0.10.2 computes the offsets of
+    grouped keys with the stride of the queries, so keys and values are repeated to as many heads as the queries have.
     """
     if q.size >= 2**31:
         raise UserError(
-            f"the attention kernel 'cudnn_packed' counts in 32 bits, too few for {q.shape[0]} rows of {q.shape[1]} positions on "
-            "a device; lower rows, raise accumulate or set kernel to 'cudnn'"
+            f"the attention kernel 'cudnn_packed' counts in 32 bits, too few for {q.shape[0]} rows of {q.shape[1]} "
+            "positions on a device; lower rows, raise accumulate or set kernel to 'cudnn'"
         )
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
     offsets, lengths, too_many = _documents(segments, most_documents(q.shape[1]) + 1)
     v = jnp.where(too_many[:, None, None, None], jnp.nan, v)
-    return cudnn.dot_product_attention(
+    attention: Any = cudnn.dot_product_attention
+    return attention(
         q,
         k,
         v,
@@ -137,8 +164,11 @@ def _cudnn_packed(q, k, v, segments):
 
 
 def _documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs of equal ids in segments (B, S) -> their first positions (B, most + 1), lengths (B, most), both int32 and -1 where
-    a row has fewer, and whether a row has more than `most` (B,)."""
+    """Finds the runs of equal ids in segments (B, S).
+
+    Returns their first positions (B, most + 1), closed by S, their lengths (B, most), and whether a row has more than
+    `most` runs (B,). Positions and lengths are int32, and -1 where a row has fewer runs.
+    """
     B, S = segments.shape
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     count = jnp.sum(begins, axis=1, keepdims=True)
@@ -150,16 +180,24 @@ def _documents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, ja
     return jnp.where(jnp.arange(most + 1) < count, first, -1), lengths, count[:, 0] > most
 
 
-def _splash(local, q, k, v, segments, keys):
+def _splash(
+    local: splash.SplashAttentionKernel,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    keys: jax.Array | None,
+) -> jax.Array:
     """Splash attention, which takes (heads, positions, channels) of a row and does not scale the logits."""
     q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
-    ids = None if segments is None else splash.SegmentIds(segments, keys)
-    return jax.vmap(local)(q, k, v, ids).swapaxes(1, 2)
+    ids = None if segments is None or keys is None else splash.SegmentIds(segments, keys)
+    every_row: Any = jax.vmap(local)
+    return every_row(q, k, v, ids).swapaxes(1, 2)
 
 
-def _splash_kernel(q, tensor: int | None, ways: int, kernel: str) -> splash.SplashAttentionKernel:
-    """The kernel for the heads of one device and rows cut into `ways` parts; the tables of its mask are sharded."""
-    S, heads = q.shape[1], q.shape[2] // (tensor or 1)
+def _splash_kernel(q: jax.Array, tensor: int, ways: int, kernel: str) -> splash.SplashAttentionKernel:
+    """The kernel for one of `tensor` shares of the heads, and rows and mask tables cut into `ways` parts."""
+    S, heads = q.shape[1], q.shape[2] // tensor
     block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in (S // ways, S))
     sizes = splash.BlockSizes(
         block_q=block_q,
@@ -181,10 +219,11 @@ def _splash_kernel(q, tensor: int | None, ways: int, kernel: str) -> splash.Spla
     )
 
 
-def _heads(q, k, v, tensor: int):
-    """Keys and values whose heads can be cut like the queries', and the mesh axis that cuts them, or None.
+def _heads(q: jax.Array, k: jax.Array, v: jax.Array, tensor: int) -> tuple[jax.Array, jax.Array, str | None]:
+    """Keys and values whose heads can be cut like those of the queries, and the mesh axis that cuts all of them.
 
-    If several of the `tensor` devices share a head of keys and values, the head is repeated.
+    If several of the `tensor` devices need the same head of keys and values, the head is repeated. The axis is None if
+    the heads stay whole.
     """
     H, J = q.shape[2], k.shape[2]
     times = tensor // math.gcd(J, tensor)
@@ -202,14 +241,16 @@ def _rows(B: int, sizes: dict) -> tuple[str, ...] | None:
 
 
 def _refuse(kernel: str, q: jax.Array, ways: int, mesh: AbstractMesh) -> None:
-    """Raises UserError if the kernel does not take queries q (B, S, H, K) on the mesh's platform."""
+    """Raises UserError if the kernel does not take queries q (B, S, H, K) on this platform, cut into `ways` parts."""
     if kernel not in PLATFORMS:
         raise UserError(f"the attention kernel is one of {', '.join(PLATFORMS)}, not {kernel!r}")
     device = None if mesh.empty else mesh.abstract_device
     platform = device.platform if device else jax.default_backend()
-    S, K, wanted = q.shape[1], q.shape[3], PLATFORMS[kernel]
-    if wanted and platform not in (wanted, *({"cuda", "rocm"} if wanted == "gpu" else ())):
-        raise UserError(f"the attention kernel {kernel!r} runs on {wanted}, not on {platform}; set kernel to 'xla'")
+    S, K, platforms = q.shape[1], q.shape[3], PLATFORMS[kernel]
+    if platforms and platform not in platforms:
+        raise UserError(
+            f"the attention kernel {kernel!r} runs on {platforms[0]}, not on {platform}; set kernel to 'xla'"
+        )
     if kernel.startswith("splash") and (S % (LANES * ways) or K % LANES):
         raise UserError(
             f"splash attention takes rows of a multiple of {LANES * ways} positions and heads of a multiple of {LANES} "

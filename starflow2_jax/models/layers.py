@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -145,8 +146,10 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def _cast_on_shards(path: str, x, kernel, bias, dtype=None, inexact=True):
-    """Promote types as Flax does, then pin the kernel to its shards, so that the smaller type is what travels."""
+def _cast_on_shards(
+    path: str, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Any = None, inexact: bool = True
+) -> Any:
+    """Promote types as Flax does, then pin the kernel to its shards, so that devices exchange the smaller type."""
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype, inexact=inexact)
     return x, constrain_parameter(kernel, path), bias
 
@@ -165,7 +168,7 @@ def dense(
     `part` is the name of the module around it, by which the sharding rules know the kernel.
     """
     init = nn.initializers.variance_scaling(gain**2, "fan_in", "normal") if gain else nn.initializers.zeros
-    cast = partial(_cast_on_shards, f"{part}/{name}/kernel")
+    cast: Any = partial(_cast_on_shards, f"{part}/{name}/kernel")
     return nn.DenseGeneral(
         features, axis=axis, use_bias=bias, dtype=dtype, kernel_init=init, promote_dtype=cast, name=name
     )
@@ -204,7 +207,9 @@ class Attention(nn.Module):
             q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         q = constrain(q, "batch", "sequence", "heads", None)
         if stored is not None:
-            stored = tuple(attention.write_cache(old, new, start) for old, new in zip(stored, (k, v), strict=True))
+            assert start is not None and mask is not None and temperature is not None, "a call with a cache has these"
+            keys, values = stored
+            stored = attention.write_cache(keys, k, start), attention.write_cache(values, v, start)
             k, v = (a.astype(q.dtype) for a in stored)
             out = attention.attend_cached(q, k, v, mask, temperature)
         elif mask is None:
@@ -259,7 +264,9 @@ class Layer(nn.Module):
         x = checkpoint_name(x, LAYER_INPUT)
         if added is not None:
             x = x + added.astype(x.dtype)
-        mask = mask if which is None else mask[which]
+        if which is not None:
+            assert mask is not None, "mask_of_layer picks from a stack of masks"
+            mask = mask[which]
         y, stored = Attention(c, name="attention")(
             Norm(c.norm, c.norm_eps, name="attention_norm")(x), angles, mask, segments, stored, start, temperature
         )
@@ -317,17 +324,19 @@ class Transformer(nn.Module):
         layer = Layer if policy == "none" else nn.remat(Layer, prevent_cse=not c.scan, policy=REMAT[policy])
         x = constrain(x, "batch", "sequence", "embed")
         if c.scan and cache is None:
+            in_axes: Any = (0, 0, *[nn.broadcast] * 6)  # Flax's annotation allows integers alone
             scan = nn.scan(
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, *[nn.broadcast] * 6),
+                in_axes=in_axes,
                 length=c.layers,
                 unroll=1 if self.is_initializing() else c.unroll,  # the same parameters, compiled faster
             )
             x, _ = scan(c, name="layers")(x, mask_of_layer, layer_inputs, None, angles, mask, segments, None, None)
             return x, None
-        start, stored = None, [None] * c.layers
+        start: jax.Array | None = None
+        stored: list[Any] = [None] * c.layers
         if cache is not None:
             start, stored = cache.length, list(zip(cache.keys, cache.values, strict=True))
             mask = attention.cached_mask(start, x.shape[1], cache.capacity)
@@ -340,7 +349,8 @@ class Transformer(nn.Module):
             which, added = (None if a is None else a[i] for a in (mask_of_layer, layer_inputs))
             x, stored[i] = run(x, which, added, stored[i], angles, mask, segments, start, temperature)
         if cache is not None:
-            cache = KVCache(*zip(*stored, strict=True), cache.length + x.shape[1])
+            keys, values = zip(*stored, strict=True)
+            cache = KVCache(keys, values, cache.length + x.shape[1])
         return x, cache
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:

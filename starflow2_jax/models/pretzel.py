@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -63,8 +64,7 @@ class PretzelConfig:
         return alternating(block, self.shallow_blocks, flip_odd=self.shallow_blocks % 2 == 0)
 
 
-@struct.dataclass
-class Caches:
+class Caches(struct.PyTreeNode):
     """Keys and values of both streams, which have always read the same positions."""
 
     vlm: KVCache
@@ -85,17 +85,19 @@ class Caches:
         return Caches(self.vlm.replace(length=length), self.deep.replace(length=length))
 
 
-@struct.dataclass
-class Output:
-    """What each position predicts of the next one, and, for a Sequence, the shallow flow's images."""
+class Output(struct.PyTreeNode):
+    """What each position predicts of the next one, and, for a Sequence, the shallow flow's images.
+
+    A field is None if the call did not compute it; type checkers see Any, because they cannot know.
+    """
 
     text: jax.Array  # (B, S, E_vlm): hidden states for the text head
-    mean: jax.Array | None  # (B, S, D) fp32, of the next image token u; None if the deep flow did not run
-    scale: jax.Array | None  # (B, S, D) fp32, likewise
-    caches: Caches | None = None
-    u: jax.Array | None = None  # (B, M, N, D) fp32
-    logdet: jax.Array | None = None  # (B, M, N, D) fp32: the shallow flow's log-determinant, elementwise
-    states: list[jax.Array] | None = None  # (B, M, N, D) fp32 each: outputs of the shallow flow's blocks, u is the last
+    mean: Any  # (B, S, D) fp32: mean of the next image token u; None if the deep flow did not run
+    scale: Any  # (B, S, D) fp32: its scale, likewise
+    caches: Any = None  # Caches that hold the new positions, too; None without caches
+    u: Any = None  # (B, M, N, D) fp32; it and the next two: None for a Step
+    logdet: Any = None  # (B, M, N, D) fp32: the shallow flow's log-determinant, elementwise
+    states: Any = None  # a list of (B, M, N, D) fp32: outputs of the shallow flow's blocks, u is the last
 
 
 class Adapter(nn.Module):
@@ -158,8 +160,9 @@ class Pretzel(nn.Module):
         is_flow = (inputs.modality == sequence.FLOW)[..., None]
         slot = self._slot_in_image(inputs)
 
-        segments = inputs.segments if caches is None else None
+        segments = inputs.segments if isinstance(inputs, Sequence) and caches is None else None
         if vlm_length:
+            assert isinstance(inputs, Sequence), "vlm_length is for a Sequence"
             y_vlm, vlm_cache = self._vlm_off_images(inputs, vlm_length), None
         else:
             seen = u_here if skips else jax.lax.stop_gradient(u_here)  # closed: the flow gets no gradient from the VLM
@@ -180,7 +183,7 @@ class Pretzel(nn.Module):
         y_d = self.deep_norm(y_d)
         mean, scale = gaussian(self.head(y_d), "softplus", self.cfg.soft_clip)
         text = y_vlm + self.w_d(y_d).astype(y_vlm.dtype) if skips else y_vlm
-        grown = Caches(vlm_cache, deep_cache) if caches else None
+        grown = Caches(vlm_cache, deep_cache) if vlm_cache and deep_cache else None
         return Output(text, mean, scale, grown, u, logdet, states)
 
     def _vlm_off_images(self, inputs: Sequence, length: int) -> jax.Array:
@@ -205,7 +208,7 @@ class Pretzel(nn.Module):
         """Latents (B, M, N, D) -> outputs of the shallow flow's blocks and its log-determinant, (B, M, N, D) each."""
         B, M, N, D = latents.shape
         states, logdets = self.shallow.trace(latents.reshape(B * M, N, D))
-        return [h.reshape(latents.shape) for h in states], sum(logdets).reshape(latents.shape)
+        return [h.reshape(latents.shape) for h in states], jnp.reshape(sum(logdets), latents.shape)
 
     def decode(self, u: jax.Array, schedule: Schedule | None = None) -> jax.Array:
         """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D), solved by `schedule` (None: token by token)."""
@@ -227,6 +230,11 @@ class Pretzel(nn.Module):
         """(B, S): which of its image's N tokens a FLOW position is; its row and column count from the image's time."""
         time, row, column = jnp.moveaxis(inputs.positions, -1, 0)
         return jnp.where(inputs.modality == sequence.FLOW, (row - time) * self.cfg.grid[1] + column - time, 0)
+
+
+def apply(model: nn.Module, params: dict, *inputs: Any, **options: Any) -> Any:
+    """`model.apply` with these parameters. The type of its result depends on `method`, so type checkers see Any."""
+    return model.apply({"params": params}, *inputs, **options)
 
 
 def portable(cfg: PretzelConfig) -> PretzelConfig:
@@ -264,4 +272,4 @@ def init_params(model: Pretzel, key: jax.Array) -> dict:
     def every_part(m: Pretzel):
         m.text_logits(m(example).text)
 
-    return model.init(key, method=every_part)["params"]
+    return dict(model.init(key, method=every_part))["params"]

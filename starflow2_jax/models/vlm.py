@@ -1,4 +1,4 @@
-"""The contract of a vision-language model, and the table of those that there are.
+"""The contract of a vision-language model, and the table of the known ones.
 
 Pretzel and everything around it know a VLM through the protocols of this file alone. A new one is a config class, a
 Flax module and a row of VLMS; docs/extending.md walks through it.
@@ -6,7 +6,7 @@ Flax module and a row of VLMS; docs/extending.md walks through it.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
 import jax
@@ -24,11 +24,32 @@ from starflow2_jax.sequence import VisionInput
 class VisionConfig(Protocol):
     """A vision tower: a frozen dataclass with (at least) these fields and methods."""
 
-    out_width: int  # of the tokens that the text decoder reads; equal to the VLM's width
-    merge: int  # merge x merge patches become one token
-    channels: int  # of the pixels that it takes
-    dtype: str  # of its matrix products
-    scan: bool  # see TransformerConfig
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def out_width(self) -> int:
+        """Channels of the tokens that the text decoder reads; equal to the VLM's width."""
+        ...
+
+    @property
+    def merge(self) -> int:
+        """Side of the square of patches that become one token."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pixels that it takes."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Type of its matrix products."""
+        ...
+
+    @property
+    def scan(self) -> bool:
+        """See TransformerConfig."""
+        ...
 
     @property
     def patch_width(self) -> int:
@@ -72,16 +93,49 @@ class VisionConfig(Protocol):
 
 
 class VlmConfig(Protocol):
-    """A whole VLM: a frozen dataclass with (at least) these fields, all of them JSON values or dataclasses of such."""
+    """A whole VLM: a frozen dataclass with (at least) these fields, JSON values or dataclasses of JSON values."""
 
-    kind: str  # its key in VLMS
-    vocabulary: int  # V
-    width: int  # E
-    vision: VisionConfig | None  # None: it sees no images
-    dtype: str  # of its matrix products and caches
-    remat: str  # these three: see TransformerConfig
-    kernel: str
-    scan: bool
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def kind(self) -> str:
+        """Its key in VLMS."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens, V."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream, E."""
+        ...
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """Its vision tower; None: it sees no images."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Type of its matrix products and caches."""
+        ...
+
+    @property
+    def remat(self) -> str:
+        """See TransformerConfig, like the next two."""
+        ...
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel."""
+        ...
+
+    @property
+    def scan(self) -> bool:
+        """Whether the layers' parameters are stacked."""
+        ...
 
     @property
     def transformer(self) -> TransformerConfig:
@@ -129,7 +183,7 @@ VLMS: dict[str, VlmKind] = {"qwen2_5_vl": VlmKind(QwenConfig, Qwen)}
 DEFAULT_KIND = "qwen2_5_vl"  # of a config that names none
 
 
-def config_class(kind: object = None) -> type:
+def config_class(kind: str | None = None) -> type:
     """The config dataclass of a kind; None: of DEFAULT_KIND. Raises UserError for an unknown kind."""
     kind = DEFAULT_KIND if kind is None else kind
     require_one_of("vlm.kind", kind, VLMS)

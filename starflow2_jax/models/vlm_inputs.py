@@ -8,8 +8,7 @@ from starflow2_jax import sequence
 from starflow2_jax.sequence import VisionInput
 
 
-@struct.dataclass
-class VlmInputs:
+class VlmInputs(struct.PyTreeNode):
     """The positions that a VLM runs over, with everything that any of its layers may need.
 
     With a cache these are the positions after those in it, and `segments` is None.
@@ -28,6 +27,7 @@ class VlmInputs:
 
         Only VIT positions mean anything in the result.
         """
+        assert self.vision_index is not None, "VIT positions need vision_index"
         return gather_positions(merged, self.vision_index)
 
     def embeddings(self, words: jax.Array, merged: jax.Array | None = None) -> jax.Array:

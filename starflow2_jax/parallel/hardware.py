@@ -1,4 +1,4 @@
-"""TPUs and GPUs: peak rates by their makers' tables, and the topologies of TPUs, such as v5p:4x4x4, that they are built in."""
+"""TPUs and GPUs: peak rates by their makers' tables, and the topologies of TPUs, such as v5p:4x4x4."""
 
 import math
 import re
@@ -51,7 +51,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(configured: float = 0.0) -> float | None:
-    """FLOP/s of one device: `configured` if it is not 0, else the table's; None for a device that the table lacks, such as a CPU."""
+    """FLOP/s of one device: `configured` if it is not 0, else the table's; None for an unknown device, such as a CPU."""
     return configured or PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
 

@@ -26,25 +26,26 @@ def initialize(args: argparse.Namespace) -> None:
         if given := [f"--{name}" for name, value in flags.items() if value is not None]:
             raise UserError(f"{', '.join(given)} belongs to a distributed run; add --distributed")
         return
-    values = {name: value or os.environ.get(ENVIRONMENT[name]) for name, value in flags.items()}
-    if missing := [f"--{name}" for name, value in values.items() if value is None]:
+    values = {name: str(value or os.environ.get(ENVIRONMENT[name], "")) for name, value in flags.items()}
+    if missing := [f"--{name}" for name, value in values.items() if not value]:
         if len(missing) < len(values):
             raise UserError(
                 f"{', '.join(missing)} is missing; give all of --coordinator, --processes, --process or none"
             )
         _join()
         return
-    if not values["processes"].isdigit() or not values["process"].isdigit() or ":" not in values["coordinator"]:
+    coordinator, processes, process = (values[name] for name in ENVIRONMENT)
+    if not processes.isdigit() or not process.isdigit() or ":" not in coordinator:
         raise UserError("--coordinator is HOST:PORT, --processes and --process are numbers")
-    if int(values["process"]) >= int(values["processes"]):
-        raise UserError(f"--process={values['process']} must be below --processes={values['processes']}")
-    _join(values["coordinator"], int(values["processes"]), int(values["process"]))
+    if int(process) >= int(processes):
+        raise UserError(f"--process={process} must be below --processes={processes}")
+    _join(coordinator, int(processes), int(process))
 
 
-def _join(*found: str | int) -> None:
-    """Join by coordinator address, number of processes and own index, or as JAX finds them out. Raises UserError."""
+def _join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join the other processes; without arguments, as JAX finds them out. Raises UserError if they are not found."""
     try:
-        jax.distributed.initialize(*found)
+        jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

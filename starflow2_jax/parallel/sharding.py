@@ -142,7 +142,7 @@ def placed(tree: Any, layout: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def abstract(tree, mesh: Mesh):
+def abstract(tree: Any, mesh: Mesh) -> Any:
     """The shapes and types of a tree of parameters, with their shardings by PARAMETER_RULES."""
     return placed(tree, tree_shardings(tree, mesh))
 

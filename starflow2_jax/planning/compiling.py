@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
@@ -70,7 +70,9 @@ def tpu_devices(topology: Topology) -> list:
         ) from None
     from jax.experimental import topologies
 
-    described = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}  # two cores, one device
+    described: dict[str, Any] = {}
+    if topology.chip.name == "v4":
+        described["chip_config_name"] = "megacore"  # its two cores are one device
     if topology.chips < topology.chip.chips_a_host:
         described["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
     try:
@@ -79,11 +81,11 @@ def tpu_devices(topology: Topology) -> list:
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
 
 
-def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
+def compile_step(config: Config, stage: Stage, devices: list) -> Program:
     """Compile the training step of a stage for these devices. Raises DoesNotFit and ConfigError."""
     cfg = config.stages[stage.name]
     model = Pretzel(configs.pretzel(config))
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    mesh = _mesh(config, devices)
     program.require_rows(config, stage, mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     with jax.set_mesh(mesh):
@@ -97,7 +99,7 @@ def compile_step(config: ConfigDict, stage: Stage, devices: list) -> Program:
     return Program(compiled, mesh, held, bytes_a_chip(kinds, host=True))
 
 
-def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
+def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
     """Compile the sampler's `read` and `write` for `rows` rows whose caches have room for `capacity` positions.
 
     `read` reads capacity / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on, and
@@ -105,7 +107,7 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
     """
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))
     model = Pretzel(cfg)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    mesh = _mesh(config, devices)
     B, capacity = rows + -rows % sharding.row_shards(mesh), row.bucket(capacity)
     branches = ("bare",)
     with jax.set_mesh(mesh):
@@ -131,7 +133,14 @@ def compile_sampler(config: ConfigDict, stage: Stage, devices: list, rows: int, 
     return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
 
 
+def _mesh(config: Config, devices: list) -> jax.sharding.Mesh:
+    """The mesh of a config over these devices."""
+    sizes = config.mesh
+    return sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices, sizes.sequence)
+
+
 def _on_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes of arrays whose first axis is rows, with the shardings of rows on the mesh."""
     return sharding.placed(tree, sharding.row_shardings(tree, mesh))
 
 
@@ -160,6 +169,7 @@ def out_of_memory(message: str) -> DoesNotFit:
 
 
 def _size(number: str, unit: str) -> float:
+    """Bytes of a size in XLA's message, such as "1.5" and "G"."""
     return float(number) * 1024 ** " KMGT".index(unit or " ")
 
 
@@ -170,4 +180,5 @@ def bytes_a_chip(tree: Any, host: bool = False) -> float:
 
 
 def _width(dtype: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+    """Bytes of an element; a random key has 8."""
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize

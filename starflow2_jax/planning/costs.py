@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from starflow2_jax.parallel.hardware import Topology
-from starflow2_jax.planning.hlo import Computation, Instruction, Module
+from starflow2_jax.planning.hlo import Computation, Instruction, Module, require_match
 
 ROOFLINE = (
     "operations run one after another, each for the longer of its FLOP at the matrix units' peak and its bytes at "
@@ -89,7 +89,8 @@ class Analysis:
                     self.costs.exposed += times * (clocks[1] - clocks[0])
                     clocks[0] = clocks[1]
             elif at.opcode.endswith("-done") and (first := self._first(computation, at)) in pending:
-                clocks[0] = self._wait(clocks[0], *pending.pop(first), times)
+                end, seconds, kind = pending.pop(first)
+                clocks[0] = self._wait(clocks[0], end, seconds, kind, times)
             elif at.opcode not in FREE:
                 self._fused(computation, at, clocks, pending, times)
         return clocks[0]
@@ -115,7 +116,8 @@ class Analysis:
             else:
                 last = "AsyncCollectiveDone" in marks
             if last:
-                clocks[0] = self._wait(clocks[0], *pending.pop(name), times)
+                end, seconds, kind = pending.pop(name)
+                clocks[0] = self._wait(clocks[0], end, seconds, kind, times)
 
     def _wait(self, now: float, end: float, seconds: float, kind: Collective, times: float) -> float:
         """The time at which an operation that waits from `now` for a collective until `end` may proceed."""
@@ -146,7 +148,7 @@ class Analysis:
             return [self.module.called(at, "to_apply")]
         listed = at.attribute("branch_computations")
         names = (
-            re.findall(r"[\w.\-]+", listed) if listed else [at.attribute(f"{b}_computation") for b in ("true", "false")]
+            re.findall(r"[\w.\-]+", listed) if listed else [at.required(f"{b}_computation") for b in ("true", "false")]
         )
         branches = [self.module.computations[n] for n in names]
         return [max(branches, key=lambda c: (sum(self.module.flops(c, i) for i in c.values()), len(c)))]
@@ -279,7 +281,7 @@ def first_group(attributes: str, chips: int) -> list[int]:
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(i) for i in listed[1].split(",")]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        out, sizes, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
+        out, sizes, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         return (ids.transpose(order) if order else ids).reshape(out)[0].tolist()
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
@@ -289,7 +291,7 @@ def first_group(attributes: str, chips: int) -> list[int]:
 
 def _cycle(attributes: str, first: int) -> list[int]:
     """The chips that a permutation passes the first chip's data along, the first chip included."""
-    text = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)[1]
+    text = require_match(r"source_target_pairs=\{(\{.*?\})\}", attributes)[1]
     target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", text)}
     group = [first]
     while (following := target.get(group[-1])) is not None and following not in group:

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,14 @@ ARRAY = re.compile(r"\b(pred|token|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\](?:\{([^}]
 BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+
+
+def require_match(pattern: str, text: str) -> re.Match[str]:
+    """`re.search` for a pattern that the text must hold. Raises ValueError if it does not."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the XLA module holds no {pattern} in {text[:80]!r}")
+    return match
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Array:
     @property
     def bytes(self) -> float:
         """Its size."""
-        bits = BITS.get(self.dtype) or int(re.search(r"\d+", self.dtype)[0]) if self.dtype != "token" else 0
+        bits = BITS[self.dtype] if self.dtype in BITS else int(require_match(r"\d+", self.dtype)[0])
         return math.prod(self.dims) * bits / 8
 
     @property
@@ -66,8 +75,15 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """The value of `name=`: a computation's name, or the text between braces; None without that attribute."""
-        found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
-        return None if found is None else found[1] if found[1] is not None else found[2]
+        value = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
+        return None if value is None else value[1] if value[1] is not None else value[2]
+
+    def required(self, name: str) -> str:
+        """The value of an attribute that the instruction must have. Raises ValueError without it."""
+        value = self.attribute(name)
+        if value is None:
+            raise ValueError(f"the instruction {self.name} ({self.opcode}) has no attribute {name}")
+        return value
 
 
 class Computation(dict):
@@ -112,7 +128,7 @@ class Module:
 
     def called(self, instruction: Instruction, attribute: str = "calls") -> Computation:
         """The computation that an attribute of the instruction names."""
-        return self.computations[instruction.attribute(attribute)]
+        return self.computations[instruction.required(attribute)]
 
     def trips(self, loop: Instruction, around: Computation) -> int | None:
         """How often a while loop's body runs; None if the text does not say it."""
@@ -125,7 +141,7 @@ class Module:
         counter, bound = (self._through(condition, condition[o]) for o in test.operands)
         if counter is None or bound is None or counter.opcode != "get-tuple-element":
             return None
-        index = int(counter.attribute("index"))
+        index = int(counter.required("index"))
         last = self._constant(bound)
         first = self._constant(self._element(around, around[loop.operands[0]], index))
         step = self._step(body, index)
@@ -200,7 +216,7 @@ def _instruction(line: str) -> Instruction | None:
     if not head:
         return None
     shape, rest = _leading(line[head.end() :])
-    opcode = re.match(r"\s*([\w\-]+)\(", rest)
+    opcode = require_match(r"^\s*([\w\-]+)\(", rest)
     inside, attributes = _leading(rest[opcode.end() - 1 :])
     inside = inside[1:-1]
     operands = re.findall(r"%([\w.\-]+)", inside)
@@ -225,13 +241,13 @@ def convolution_flops(left: tuple[int, ...], right: tuple[int, ...], out: tuple[
 
     The TPU's compiler writes every matrix product as a convolution, and a batch axis as a dilated axis of it.
     """
-    spec = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    spec = require_match(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(f.split("=") for f in window[1].split()) if window else {}
     pairs = 1.0
     for axis in range(len(left) - 2):
 
-        def field(name, default, axis=axis):
+        def field(name: str, default: object, axis: int = axis) -> Any:
             return fields[name].split("x")[axis] if name in fields else default
 
         size, stride = int(field("size", 1)), int(field("stride", 1))

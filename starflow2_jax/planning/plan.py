@@ -2,12 +2,13 @@
 
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
 from starflow2_jax.parallel import sharding
 from starflow2_jax.parallel.hardware import Topology
@@ -58,7 +59,7 @@ class Plan:
         return asdict(self)
 
 
-def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: list) -> Plan:
+def plan_step(config: Config, stage: Stage, topology: Topology, devices: list) -> Plan:
     """Compile the stage's training step for the devices of a topology, and predict its costs."""
     begin = time.time()
     shape, model = batch_shape(config, stage), configs.pretzel(config)
@@ -83,7 +84,7 @@ def plan_step(config: ConfigDict, stage: Stage, topology: Topology, devices: lis
 
 
 def plan_sampler(
-    config: ConfigDict, stage: Stage, topology: Topology, devices: list, rows: int, capacity: int
+    config: Config, stage: Stage, topology: Topology, devices: list, rows: int, capacity: int
 ) -> list[Plan]:
     """Plans of the sampler's `read` and `write`, see compile_sampler; a single plan if they do not fit.
 
@@ -115,18 +116,18 @@ def plan_sampler(
     return plans
 
 
-def settings(config: ConfigDict, stage: Stage) -> dict[str, object]:
+def settings(config: Config, stage: Stage) -> dict[str, object]:
     """The settings of a config that decide about memory and speed."""
     cfg, m = config.stages[stage.name], config.model
-    found = {name: cfg[name] for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate")}
+    found = {name: getattr(cfg, name) for name in ("rows", "length", "images", "patches", "vlm_length", "accumulate")}
     for part in ("vlm", "shallow", "deep"):
-        found |= {f"{part}.{name}": m[part][name] for name in ("remat", "kernel", "dtype")}
-    return found | {f"optimizer.{k}": cfg.optimizer[k] for k in ("name", "moments", "offload")}
+        found |= {f"{part}.{name}": getattr(getattr(m, part), name) for name in ("remat", "kernel", "dtype")}
+    return found | {f"optimizer.{k}": getattr(cfg.optimizer, k) for k in ("name", "moments", "offload")}
 
 
 def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     """Fill in the plan's numbers that come from the compiled program."""
-    memory = program.compiled.memory_analysis()
+    memory: Any = program.compiled.memory_analysis()
     plan.mesh, plan.arguments, plan.host = dict(program.mesh.shape), program.arguments, program.host
     plan.temporary = memory.temp_size_in_bytes
     plan.peak = (
@@ -137,7 +138,7 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
         + memory.generated_code_size_in_bytes
     )
     plan.fits = plan.peak <= plan.memory
-    module = Module(program.compiled.as_text())
+    module = Module(program.compiled.as_text() or "")
     costs = Analysis(module, topology, plan.mesh, places(program.mesh, topology)).costs
     plan.flops_compiled, plan.bytes_moved = costs.flops, costs.bytes
     plan.seconds, plan.matrix_seconds, plan.exposed_seconds = costs.seconds, costs.matrix_seconds, costs.exposed
@@ -171,24 +172,24 @@ def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:
     return sorted(found.values(), reverse=True)[:count]
 
 
-def advice(plan: Plan, config: ConfigDict, stage: Stage) -> list[str]:
+def advice(plan: Plan, config: Config, stage: Stage) -> list[str]:
     """Changes to a config whose plan does not fit, most effective first."""
-    cfg, said = config.stages[stage.name], []
+    cfg, changes = config.stages[stage.name], []
     state = sum(v for k, v in plan.arguments.items() if k != "batch")
     if not plan.arguments or state > plan.memory / 2:
-        said.append(
+        changes.append(
             "more chips on the fsdp axis (mesh.fsdp=-1, data=1), over which parameters and optimizer are spread"
         )
-        said.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor and moments=float32")
+        changes.append("stages.*.optimizer.moments=bfloat16, or optimizer.name=adafactor and moments=float32")
         if not cfg.optimizer.offload:
-            said.append("stages.*.optimizer.offload=True: the optimizer's state moves to the host's memory")
-    streams = [part for part in ("vlm", "deep", "shallow") if config.model[part].remat != "full"]
+            changes.append("stages.*.optimizer.offload=True: the optimizer's state moves to the host's memory")
+    streams = [part for part in ("vlm", "deep", "shallow") if getattr(config.model, part).remat != "full"]
     if streams:
-        said.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
-    if any(config.model[part].kernel == "xla" for part in ("vlm", "deep")):
-        said.append("kernel=splash in model.vlm, model.deep and model.shallow: no attention matrix in memory")
-    said.append(
+        changes.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
+    if any(getattr(config.model, part).kernel == "xla" for part in ("vlm", "deep")):
+        changes.append("kernel=splash in model.vlm, model.deep and model.shallow: no attention matrix in memory")
+    changes.append(
         "mesh.tensor or mesh.sequence above 1: several chips share a row's heads or positions, and its activations"
     )
-    said.append(f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows, or shorter ones")
-    return said
+    changes.append(f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows, or shorter ones")
+    return changes

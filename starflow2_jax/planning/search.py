@@ -4,10 +4,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
-from ml_collections import ConfigDict
 
+from starflow2_jax.config.schema import Config
 from starflow2_jax.errors import UserError
 from starflow2_jax.planning.plan import Plan
 from starflow2_jax.planning.report import columns
@@ -26,15 +27,15 @@ class Candidate:
     plan: Plan | None = None
     failure: str = ""
 
-    def apply(self, config: ConfigDict, stage: Stage) -> ConfigDict:
+    def apply(self, config: Config, stage: Stage) -> Config:
         """A locked copy of the config with this choice."""
-        config = config.copy_and_resolve_references().unlock()
-        config.stages[stage.name].rows = self.rows
-        config.data.groups = math.gcd(self.rows, config.data.groups)  # must divide the rows; changes no plan
-        config.mesh.update(self.mesh)
+        changed = cast(Any, config).copy_and_resolve_references().unlock()
+        changed.stages[stage.name].rows = self.rows
+        changed.data.groups = math.gcd(self.rows, config.data.groups)  # must divide the rows; changes no plan
+        changed.mesh.update(self.mesh)
         for stream in STREAMS:
-            config.model[stream].remat = self.remat
-        return config.lock()
+            changed.model[stream].remat = self.remat
+        return changed.lock()
 
     def names(self) -> str:
         """The choice in words."""
@@ -65,10 +66,10 @@ def candidates(
 
 
 def search(
-    config: ConfigDict,
+    config: Config,
     stage: Stage,
     choices: list[Candidate],
-    make: Callable[[ConfigDict], Plan],
+    make: Callable[[Config], Plan],
     tell: Callable[[str], None],
 ) -> list[Candidate]:
     """Plan every choice; returns them with the fastest first and those that failed, with their reasons, last.
@@ -78,11 +79,13 @@ def search(
     for number, choice in enumerate(choices, 1):
         if not choice.failure:
             _plan(choice, config, stage, make)
-        tell(f"{number} of {len(choices)}: {choice.names()}: {choice.failure or f'MFU {choice.plan.mfu:.1%}'}")
+        result = choice.failure or (f"MFU {choice.plan.mfu:.1%}" if choice.plan else "")
+        tell(f"{number} of {len(choices)}: {choice.names()}: {result}")
     return sorted(choices, key=lambda c: (bool(c.failure), -c.plan.tokens_per_second if c.plan else 0))
 
 
-def _plan(choice: Candidate, config: ConfigDict, stage: Stage, make: Callable[[ConfigDict], Plan]) -> None:
+def _plan(choice: Candidate, config: Config, stage: Stage, make: Callable[[Config], Plan]) -> None:
+    """Set the plan of a choice, or the reason why there is none."""
     try:
         choice.plan = make(choice.apply(config, stage))
         if not choice.plan.fits:

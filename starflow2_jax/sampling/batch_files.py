@@ -1,9 +1,11 @@
-"""Answers to many prompts as a folder of files: written batch by batch, resumed, shared by several processes.
+"""A folder of answers to many prompts.
 
-run.json               what decides the answers; a folder holds the answers of one run
+It is written batch by batch, can be resumed, and several processes may share it.
+
+run.json               the settings that decide the answers; a folder holds the answers of one run
 samples.jsonl          a line for each answer: {"document": key, "seed": int, "parts": [{"text": str} | {"image": name}]}
-samples.I-of-N.jsonl   the same, where N processes share the work; prompt i belongs to process i mod N
-samples.json           all answers' parts in the order of the prompts, once they are complete
+samples.I-of-N.jsonl   the same from process I, if N processes share the work; process i mod N answers prompt i
+samples.json           the parts of all answers in the order of the prompts, written when all answers are there
 NNN_K.png or .npy      image K of answer NNN; a prompt's answers have consecutive numbers
 """
 
@@ -23,23 +25,23 @@ from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.noise_space import denoise
 from starflow2_jax.sampling.rows import SampleOptions
 
-Line = dict[str, Any]  # of samples.jsonl
+Line = dict[str, Any]  # a line of samples.jsonl
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What is asked, and the seeds that its answers are drawn with; all prompts of a run have equally many."""
+    """A prompt, and the seed of each of its answers. All prompts of a run have the same number of seeds."""
 
     key: int | str  # unique in the run
-    read: Callable[[], Document]  # the prompt itself, asked for when its turn comes
+    read: Callable[[], Document]  # returns the prompt's document; called only when its batch begins
     options: SampleOptions
     seeds: tuple[int, ...]
-    where: str = ""  # names the prompt in an error
+    where: str = ""  # put in front of error messages about this prompt, such as "document 3: "
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which of several processes this is. Raises UserError."""
+    """The share of the prompts that this process answers. Raises UserError for an index that is not below the count."""
 
     process: int = 0
     processes: int = 1
@@ -47,33 +49,39 @@ class Share:
     def __post_init__(self):
         if self.processes < 1 or not 0 <= self.process < self.processes:
             raise UserError(
-                f"--process is from 0 to --processes less 1, not {self.process} of {self.processes} processes"
+                f"--process={self.process} must be at least 0 and below --processes={self.processes}; change one of them"
             )
 
     @property
     def file(self) -> str:
+        """Name of the file that this process writes its answers to."""
         return "samples.jsonl" if self.processes == 1 else f"samples.{self.process}-of-{self.processes}.jsonl"
 
 
 def about(sampler: Sampler, checkpoint: str | Path, dtype: str | None, seed: int) -> dict[str, Any]:
-    """What decides the answers of any run; each adds its own."""
+    """The settings that decide the answers of every kind of run; the caller adds those of its own kind."""
     solvers = [asdict(solver) for solver in (*(sampler.schedule or ()), sampler.deep)]
     checkpoint = str(Path(checkpoint).resolve())
     return {"checkpoint": checkpoint, "step": sampler.step, "dtype": dtype, "seed": seed, "solvers": solvers}
 
 
 def begin(out: Path, run: dict[str, Any]) -> None:
-    """Make the folder of a run, or resume the one that is there. Raises UserError where it holds another run's answers."""
+    """Make the folder of a run, or resume the run in it.
+
+    Raises UserError if the folder holds the answers of another run.
+    """
     run, described = json.loads(json.dumps(run)), out / "run.json"
     if described.is_file():
-        before = json.loads(described.read_text(encoding="utf-8"))
+        before = _object(described.read_text(encoding="utf-8"), str(described))
         if wrong := [name for name in run if run[name] != before.get(name)]:
             raise UserError(
                 f"{out} holds samples of another run, whose {wrong[0]} was {before.get(wrong[0])!r} and not "
-                f"{run[wrong[0]]!r}; name another --out, or remove it"
+                f"{run[wrong[0]]!r}; name another --out, or remove the folder"
             )
     elif (out / "samples.jsonl").is_file():
-        raise UserError(f"{out} holds samples that are not of --documents; name another --out, or remove it")
+        raise UserError(
+            f"{out} holds samples of a single prompt, not of --documents; name another --out, or remove the folder"
+        )
     else:
         out.mkdir(parents=True, exist_ok=True)
         _replace(described, json.dumps(run, indent=1))
@@ -88,10 +96,12 @@ def write(
     share: Share = Share(),  # noqa: B008 - it is frozen
     progress: bool = True,
 ) -> bool:
-    """Answer the prompts of this process's share that are not answered yet. Returns whether those of all are.
+    """Answer the prompts of this process's share that have no answers yet.
 
-    Consecutive prompts with equal options run together, at most `batch` at a time. `denoised`: the training noise is
-    removed from the images. Raises DocumentError that names a prompt which does not fit.
+    Returns whether all prompts are answered now.
+
+    Consecutive prompts with equal options run together, at most `batch` at a time. With `denoised` the training noise
+    is removed from the images. Raises DocumentError, which names the prompt, if a prompt does not fit the model.
     """
     done = answered(out, prompts)
     mine = list(range(share.process, len(prompts), share.processes))
@@ -112,12 +122,13 @@ def write(
 
 
 def write_anew(sampler: Sampler, prompt: Prompt, out: Path, denoised: bool = False) -> list[Line]:
-    """The answers to one prompt, in place of those to another that `out` may hold. Returns their lines.
+    """Answer one prompt, replacing the answers to an earlier single prompt in `out`. Returns the lines of the answers.
 
-    A prompt that does not fit leaves what is there. Raises UserError where `out` holds a file's answers.
+    Raises DocumentError for a prompt that does not fit the model, and UserError if `out` holds the answers to a file of
+    prompts; both leave the folder's samples as they are.
     """
     if (out / "run.json").is_file():
-        raise UserError(f"{out} holds samples of --documents; name another --out, or remove it")
+        raise UserError(f"{out} holds samples of --documents; name another --out, or remove the folder")
     out.mkdir(parents=True, exist_ok=True)
     [documents] = _answers(sampler, [prompt], denoised, 1)
     lines = _lines(sampler, prompt, 0, documents, out)
@@ -127,7 +138,7 @@ def write_anew(sampler: Sampler, prompt: Prompt, out: Path, denoised: bool = Fal
 
 
 def answered(out: Path, prompts: Sequence[Prompt]) -> dict[int | str, list[Line]]:
-    """The lines of each prompt whose answers are all there, by its key, whichever process wrote them."""
+    """The lines of each completely answered prompt, by its key, whichever process wrote them. Raises UserError."""
     found: dict[int | str, dict[int, Line]] = {}
     for path in sorted(out.glob("samples*.jsonl")):
         for line in _whole_lines(path):
@@ -140,16 +151,16 @@ def answered(out: Path, prompts: Sequence[Prompt]) -> dict[int | str, list[Line]
 
 
 def _batches(prompts: Sequence[Prompt], todo: list[int], batch: int) -> Iterator[tuple[list[int], int]]:
-    """Indices of prompts that run together, and the rows of the largest batch with their options."""
+    """Batches as (indices of prompts that run together, rows of the largest batch with the same options)."""
     for _, group in groupby(todo, lambda i: prompts[i].options):
         several = list(group)
-        rows = min(batch, len(several))  # the last batch runs with as many as the others: it compiles nothing
+        rows = min(batch, len(several))  # a shorter last batch is padded to it, so it needs no program of its own
         for start in range(0, len(several), batch):
             yield several[start : start + batch], rows
 
 
 def _answers(sampler: Sampler, prompts: list[Prompt], denoised: bool, rows: int) -> list[list[Document]]:
-    """The answers to each prompt."""
+    """The answers to each prompt, in a list for each. Raises DocumentError, which names the prompt."""
     num, seeds = len(prompts[0].seeds), [seed for prompt in prompts for seed in prompt.seeds]
     asked = []
     for prompt in prompts:
@@ -167,11 +178,12 @@ def _answers(sampler: Sampler, prompts: list[Prompt], denoised: bool, rows: int)
 
 
 def _named(error: DocumentError, prompt: Prompt) -> DocumentError:
+    """The error with the prompt's name in front, unless it is there already."""
     return error if str(error).startswith(prompt.where) else DocumentError(f"{prompt.where}{error}")
 
 
 def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Document], out: Path) -> list[Line]:
-    """The answers' lines, their images written."""
+    """Write the images of a prompt's answers into `out`, and return a line for each answer."""
     lines = []
     for k, (seed, document) in enumerate(zip(prompt.seeds, documents, strict=True)):
         name = f"{index * len(documents) + k:03d}"
@@ -186,21 +198,35 @@ def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Documen
 
 
 def _whole_lines(path: Path) -> Iterator[Line]:
-    """All lines but a last one that was cut off."""
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    """All lines that end in a newline; a last line without one was cut off by a crash.
+
+    Raises UserError for a bad line.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         if line:
-            yield json.loads(line)
+            yield _object(line, f"{path}, line {number},")
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    """A JSON object that this module wrote. Raises UserError if it is damaged."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is damaged (it is no JSON object); remove the folder, or name another --out")
+    return value
 
 
 def _keep_complete(path: Path, done: dict[int | str, list[Line]]) -> None:
-    """Drop a line that was cut off, and answers to a prompt that has not all of them."""
+    """Drop from a file a line that was cut off, and the lines of prompts that are not completely answered."""
     if path.is_file():
         lines = [line for line in _whole_lines(path) if line in done.get(line["document"], ())]
         _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that other processes see whole or not at all."""
+    """Write a file so that other processes see either all of it or none of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)

@@ -1,4 +1,4 @@
-"""Calibration: which chunk and which guess invert each block of both flows fastest, measured (arXiv 2505.12849)."""
+"""Calibration: measures which chunk and which guess invert each block of both flows fastest (arXiv 2505.12849)."""
 
 import statistics
 import time
@@ -7,23 +7,26 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
 from starflow2_jax.data.documents import Document
 from starflow2_jax.models.flow import NO_CONTEXT, Context, Flow, Guide
 from starflow2_jax.models.jacobi import GUESSES, SEQUENTIAL, Jacobi, Schedule
+from starflow2_jax.models.pretzel import apply
 from starflow2_jax.sampling import inversion
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 
-RUNS = 3  # timed after the one that compiles; their median counts
+RUNS = 3  # timed runs after the one that compiles; their median counts
 
 
-@struct.dataclass
-class Conditions:
-    """What the flow is inverted under; as the arguments of Flow.inverse."""
+class Conditions(struct.PyTreeNode):
+    """The conditions under which the flow is inverted: the arguments of Flow.inverse."""
 
     context: Context = NO_CONTEXT
     unconditional: Context | None = None
@@ -36,18 +39,16 @@ UNCONDITIONAL = Conditions()
 
 @dataclass(frozen=True)
 class Measurement:
-    """One solver on one block."""
+    """What one solver needed on one block. A pass is a run of the network over a chunk."""
 
     solver: Jacobi
-    passes: (
-        int  # runs of the network over a chunk: of each chunk those of its slowest row, summed (deep: of all chunks)
-    )
-    seconds: float  # of the compiled inverse
-    error: float  # against token by token: mean squared difference / mean square, of the worst row
+    passes: int  # the passes of each chunk's slowest row, summed over chunks; deep flow: all passes of the slowest row
+    seconds: float  # time of the compiled inverse
+    error: float  # mean squared difference from token by token / mean square, of the worst row
 
 
 def candidates(tokens: int, tolerance: float) -> Iterator[Jacobi]:
-    """Token by token; then all tokens at once and every smaller power of two, with each guess."""
+    """Token by token first; then chunks of 2, 4, 8, ... and all tokens, each with every guess."""
     yield Jacobi(1, tolerance)
     for chunk in [c for k in range(1, tokens.bit_length()) if (c := 2**k) < tokens] + [tokens]:
         yield from (Jacobi(chunk, tolerance, guess) for guess in GUESSES if chunk > 1)
@@ -56,9 +57,10 @@ def candidates(tokens: int, tolerance: float) -> Iterator[Jacobi]:
 def calibrate(
     flow: Flow, params: dict, z: jax.Array, tolerance: float = 1e-3, conditions: Conditions = UNCONDITIONAL
 ) -> list[list[Measurement]]:
-    """Every candidate on every block of the chain, each block given what the sequential inverse gives it.
+    """Measure every candidate on every block of the chain: a list for each block, token by token first.
 
-    `params` are the flow's, z (B, N, D) is what it is to invert: B counts, for a chunk takes as long as its slowest row.
+    Each block inverts the exact output of the block before it. `params` are the flow's. z (B, N, D) is the chain's
+    input; choose B as in use, because a chunk takes as long as its slowest row.
     """
     measured = []
     for i, cfg in reversed(list(enumerate(flow.blocks))):
@@ -74,19 +76,21 @@ def calibrate(
 
 
 def fastest(measured: list[Measurement], tolerance: float) -> Measurement:
-    """Of the first, which is token by token, and those whose error is at most `tolerance`."""
+    """The fastest candidate with an error of at most `tolerance`; token by token, the first, always qualifies."""
     return min([measured[0], *(m for m in measured if m.error <= tolerance)], key=lambda m: m.seconds)
 
 
-def relative_error(h: jax.Array, exact: jax.Array) -> float:
+def relative_error(h: ArrayLike, exact: ArrayLike) -> float:
     """The worst row's mean((h - exact)^2) / mean(exact^2)."""
     h, exact = np.asarray(h), np.asarray(exact)
     error = np.mean((h - exact) ** 2, (1, 2)) / np.maximum(np.mean(exact**2, (1, 2)), np.finfo(h.dtype).tiny)
     return float(np.max(error))
 
 
-def _measure(flow: Flow, params: dict, z, conditions: Conditions, schedule: Schedule):
-    """h (B, N, D), the passes of each block, and the seconds that the compiled inverse takes."""
+def _measure(
+    flow: Flow, params: dict, z: jax.Array, conditions: Conditions, schedule: Schedule
+) -> tuple[jax.Array, list[int], float]:
+    """Invert RUNS times: h (B, N, D), the passes of each block, and the median seconds of the compiled inverse."""
     times = []
     for _ in range(RUNS + 1):
         begin = time.perf_counter()
@@ -97,24 +101,26 @@ def _measure(flow: Flow, params: dict, z, conditions: Conditions, schedule: Sche
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _invert(flow: Flow, schedule: Schedule, params: dict, z, on: Conditions):
-    h, sown = flow.apply(
-        {"params": params}, z, on.context, on.unconditional, on.guide, on.temperature, schedule,
-        method=Flow.inverse, mutable="inversion",
-    )  # fmt: skip
+def _invert(
+    flow: Flow, schedule: Schedule, params: dict, z: jax.Array, given: Conditions
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The inverse and what Flow.inverse sows, by block."""
+    arguments = (z, given.context, given.unconditional, given.guide, given.temperature, schedule)
+    h, sown = apply(flow, params, *arguments, method=Flow.inverse, mutable="inversion")
     return h, sown["inversion"]
 
 
 def calibrate_deep(
     sampler: Sampler, prompts: list[Document], guidance: float = 1.0, tolerance: float = 1e-3, batch: int = 16
 ) -> tuple[list[Measurement], np.ndarray]:
-    """The deep flow as the sampler runs it, in both streams, on `batch` images, the prompts in turn; and the exact images,
-    u (batch, N, D).
+    """Measure the deep flow while the sampler draws images: all candidates, and the exact u (batch, N, D).
 
-    Its guess is the sampler's own, the noise under the Gaussian of a chunk's first token, so chunks are all that differ.
+    The prompts are used in turn. Both streams run, as in sampling. Candidates differ in their chunk alone: the sampler
+    has a guess of its own, the noise under the Gaussian of the chunk's first token.
     """
     N = sampler.model.cfg.tokens
-    measured, exact = [], None
+    measured: list[Measurement] = []
+    exact = np.zeros(0)  # set by the first candidate, which is token by token
     for solver in (s for s in candidates(N, tolerance) if s.guess == SEQUENTIAL.guess):
         options = SampleOptions(
             guidance=guidance, max_tokens=N + 1, image_first=True, jacobi=solver.chunk, tolerance=tolerance
@@ -129,8 +135,8 @@ def calibrate_deep(
                 pass
             times.append(time.perf_counter() - begin)
         u = np.asarray(session.rows.u)[:batch, 1 : N + 1]
-        exact = u if exact is None else exact
-        passes = int(np.max((session.rows.passes - before)[:batch])) - 1  # one is of <|vision_start|>
+        exact = exact if measured else u
+        passes = int(np.max((session.rows.passes - before)[:batch])) - 1  # without the pass of <|vision_start|>
         measured.append(Measurement(solver, passes, statistics.median(times[1:]), relative_error(u, exact)))
     return measured, exact
 
@@ -143,10 +149,11 @@ def calibrate_checkpoint(
     tolerance: float = 1e-3,
     batch: int = 16,
 ) -> dict:
-    """Calibrate both flows on `batch` images that the model of `folder` draws itself, and write inversion.json there.
+    """Calibrate both flows on `batch` images that the model of `folder` draws, and write inversion.json there.
 
-    Returns what is written: each block's solver with its passes, seconds and error, all candidates, the deep flow as the last
-    block; of the whole shallow flow the seconds and error. Raises DocumentError for a prompt that does not fit the model.
+    Returns the content of the file: for each block the fastest solver with its passes, seconds and error, and all
+    candidates (the deep flow is the last block); for the whole shallow flow the seconds and the error. Raises
+    DocumentError for a prompt that does not fit the model.
     """
     with jax.set_mesh(sampler.mesh):
         report = _calibrated(sampler, prompts, guidance, tolerance, batch)
@@ -155,8 +162,10 @@ def calibrate_checkpoint(
 
 
 def _calibrated(sampler: Sampler, prompts: list[Document], guidance: float, tolerance: float, batch: int) -> dict:
+    """The content of inversion.json, measured on the mesh of `jax.set_mesh`."""
     flow, params = Flow(sampler.model.cfg.shallow_chain), sampler.params["shallow"]
     deep, u = calibrate_deep(sampler, prompts, guidance, tolerance, batch)
+    u = jnp.asarray(u)
     measured = calibrate(flow, params, u, tolerance)
     chosen = [fastest(m, tolerance) for m in measured]
     exact, _, sequential_seconds = _measure(flow, params, u, UNCONDITIONAL, (SEQUENTIAL,) * len(chosen))
@@ -179,7 +188,7 @@ def _calibrated(sampler: Sampler, prompts: list[Document], guidance: float, tole
 
 
 def table(report: dict) -> str:
-    """What `calibrate_checkpoint` returns, for the terminal."""
+    """The result of `calibrate_checkpoint` as a table for the terminal."""
     lines = ["block    chunk  guess     passes        ms  token by token  error"]
     names = [*map(str, range(len(report["blocks"]) - 1)), "deep"]
     for name, block in zip(names, report["blocks"], strict=True):

@@ -1,4 +1,4 @@
-"""One conversation, turn by turn: what was read or written stays in the caches, generated images included."""
+"""One conversation, turn by turn. The caches keep everything that was read or written, generated images included."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,11 +13,12 @@ from starflow2_jax.sampling.session import Session
 
 
 class Chat:
-    """A session of one row. With a chat template of the tokenizer's, what is said is dressed by it; else it is read as it is.
+    """A session of one row. If the tokenizer has a chat template, it formats the turns; else they are read as they are.
 
-    A turn reads only what the template adds to the conversation; an image that max_tokens cut off in the one before is not
-    part of it. Raises UserError for options with stop strings: what they cut off would stay in the caches. `state` and
-    `turns`: a row that holds a conversation, and what was said in it; None: a new one.
+    A turn reads only the text that the template adds to the conversation. An image that max_tokens cut off in the turn
+    before is not part of the conversation. `state` and `turns`: a row that holds a conversation, and the turns that it
+    has read; None: a new one. Raises UserError for options with stop strings, whose cut-off text would stay in the
+    caches.
     """
 
     def __init__(
@@ -29,24 +30,26 @@ class Chat:
         turns: Sequence[tuple[str, Document]] = (),
     ):
         if options.stop:
-            raise UserError("a conversation takes no stop strings; what they cut off would still be remembered")
+            raise UserError("a conversation takes no stop strings: the text that they cut off would stay in its memory")
         self.sampler, self.options = sampler, options
         self.session = Session(sampler, options, [seed], state=state)
         self.turns: list[tuple[str, Document]] = list(turns)
         self.intact = True  # whether the caches hold the turns and nothing else
 
     def say(self, said: Said, options: SampleOptions | None = None) -> Document:
-        """Read on, and write an answer. `options`: of this turn, with the same guidance branches as the first ones.
+        """Read a user's turn and write an answer.
 
-        Raises UserError for what does not fit the model; then the conversation stands as before. One whose answer was
-        interrupted, or streamed and not heard to its end, does not go on: UserError, too.
+        `options`: of this turn, with the guidance branches of the first ones.
+
+        Raises UserError for a turn that does not fit the model, which leaves the conversation unchanged, and after an
+        answer that was interrupted or whose stream was not read to its end: such a conversation cannot continue.
         """
         for _ in self.stream(said, options, every=None):
             pass
         return self.turns[-1][1]
 
     def stream(self, said: Said, options: SampleOptions | None = None, every: int | None = 4) -> Iterator[Event]:
-        """`say`, told as the answer comes: words, how far an image is, its pixels, the end; news every so many positions."""
+        """Like `say`, but yields events while the answer is written, every `every` positions (None: at the end)."""
         if not self.intact:
             raise UserError("the last answer was broken off, so this conversation cannot go on; begin a new one")
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
@@ -70,19 +73,22 @@ class Chat:
             yield event
 
     def added(self, turns: list[tuple[str, Document]]) -> Document:
-        """What the template's text of the conversation has behind what is in the caches."""
+        """The part of the conversation `turns`, formatted by the template, that the caches do not hold yet.
+
+        Raises DocumentError for a template that changes earlier turns.
+        """
         new = tokenizers.chat(self.sampler.tokenizer, turns)
         if not self.turns:
             return new
         *before, (_, answer) = self.turns
         text, images = tokenizers.flat(new)
-        told, known = tokenizers.flat(tokenizers.chat(self.sampler.tokenizer, before) + answer)
-        if not text.startswith(told) or any(a is not b for a, b in zip(known, images, strict=False)):
+        read, known = tokenizers.flat(tokenizers.chat(self.sampler.tokenizer, before) + answer)
+        if not text.startswith(read) or any(a is not b for a, b in zip(known, images, strict=False)):
             raise DocumentError(
                 "this tokenizer's chat template changes earlier turns when another one comes, so they cannot be kept; begin "
                 "a new conversation"
             )
-        text = text.removeprefix(told)
-        if int(self.session.rows.token[0]) == self.sampler.ids.end:  # the model has closed its answer itself
+        text = text.removeprefix(read)
+        if int(self.session.rows.token[0]) == self.sampler.ids.end:  # the model has ended its answer itself
             text = text.removeprefix("<|im_end|>")
         return tokenizers.unflat(text, images[len(known) :])

@@ -1,4 +1,7 @@
-"""Generation: documents in, documents out. What the model writes enters both streams' caches and is never run again."""
+"""The sampler: continues documents.
+
+Whatever the model writes enters the caches of both streams and is never run again.
+"""
 
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -27,14 +30,14 @@ AS_TRAINED = SampleOptions()
 
 
 class Sampler(Runtime):
-    """Documents in, documents out: prompts are continued with text and images."""
+    """Continues prompts with text and images."""
 
     @classmethod
     def restore(cls, folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> "Sampler":
-        """From a checkpoint directory alone, its latest step. Raises CheckpointError.
+        """Make a sampler from a checkpoint directory alone, at its latest step.
 
-        `mesh`: rows and parameters lie on it as in training; None: rows spread over all devices. `dtype`: of matrices and
-        caches, one of DTYPES; None: as in the config.
+        `mesh` holds rows and parameters as in training; None: all devices, which share the rows. `dtype`: type of
+        matrices and caches, one of DTYPES; None: the config's. Raises CheckpointError, and UserError for another dtype.
         """
         if dtype not in (None, *DTYPES):
             raise UserError(f"dtype is {' or '.join(DTYPES)}, not {dtype!r}")
@@ -54,17 +57,25 @@ class Sampler(Runtime):
             params |= checkpoints.steps.restore(number, {"ema": moving})["ema"]
         if dtype:
             params = weights_in_type(params, dtype)
-        for name in list(params):  # one by one: no more than one group is in memory twice
+        for name in list(params):  # one group at a time, so that only one is in memory twice
             params[name] = separate_layers(params.pop(name))
         codec, tokenizer = checkpoints.codec(), checkpoints.tokenizer()
         model = Pretzel(for_sampling(model.cfg))
-        solvers = inversion.read(checkpoints.folder, model.cfg.shallow_blocks + 1, number)
         return cls(
-            model, params, tokenizer, codec, stage.skips, config.max_positions, mesh, solvers, config.noise, number
-        )  # fmt: skip
+            model,
+            params,
+            tokenizer,
+            codec,
+            skips=stage.skips,
+            max_positions=config.max_positions,
+            mesh=mesh,
+            inversion=inversion.read(checkpoints.folder, model.cfg.shallow_blocks + 1, number),
+            noise=config.noise,
+            step=number,
+        )
 
     def session(self, options: SampleOptions | Many[SampleOptions], seeds: Many[int], rows: int = 0) -> Session:
-        """One empty conversation a seed. `rows`: run at least so many, idle ones behind them."""
+        """A batch of empty conversations, one for each seed. `rows`: least rows of the batch; idle rows fill it up."""
         return Session(self, options, seeds, rows)
 
     def generate(
@@ -75,16 +86,17 @@ class Sampler(Runtime):
         samples: int = 1,
         rows: int = 0,
     ) -> list[Document]:
-        """Continue each prompt `samples` times, until the answer ends itself or `max_tokens` are written.
+        """Continue each prompt `samples` times, until the answer ends itself or has `max_tokens` positions.
 
-        Returns what was written, prompts left out, the samples of a prompt side by side. Answer i is drawn with
-        seed + i, or with seed[i] where several are given: the same alone, in any batch, on any mesh. A prompt is read once
-        for all of its samples. `rows`: prompts of the largest of several calls, whose programs this one then shares.
-        Raises DocumentError for a prompt that does not fit the model.
+        Returns the answers without their prompts; the samples of a prompt are neighbours. Answer i is drawn with
+        seed + i, or with seed[i] if `seed` is a list; it depends on that seed and its prompt alone, not on the batch or
+        the mesh. Each prompt is read once for all of its samples. `rows`: prompts of the largest of several calls; this
+        call then reuses the programs compiled for that one. Raises DocumentError for a prompt that does not fit the
+        model.
         """
         if not prompts:
             return []
-        seeds = list(seed) if isinstance(seed, Many) else [seed + i for i in range(len(prompts) * samples)]
+        seeds = [seed + i for i in range(len(prompts) * samples)] if isinstance(seed, int) else list(seed)
         rows = max(rows, len(prompts))
         session = self.session(options, seeds[::samples], rounded(rows))
         session.read(prompts, room=session.to_write)
@@ -101,7 +113,7 @@ def in_type(cfg: PretzelConfig, dtype: str) -> PretzelConfig:
 
 
 def weights_in_type(params: dict, dtype: str) -> dict:
-    """Stacks and embeddings in `dtype`; norms and what makes the Gaussians stay as they are."""
+    """Parameters with the layers' matrices and the embeddings in `dtype`; all others keep their types."""
 
     def leaf(path, x):
         name = sharding.path_name(path)

@@ -1,9 +1,10 @@
-"""inversion.json of a checkpoint directory: how each block of both flows is inverted, as `starflow2 calibrate` measured it."""
+"""inversion.json of a checkpoint directory: the solvers of both flows' blocks, chosen by `starflow2 calibrate`."""
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from starflow2_jax.checkpoints.reading import CheckpointError, read_json
 from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi, Schedule
@@ -13,32 +14,34 @@ NAME = "inversion.json"
 
 @dataclass(frozen=True)
 class Inversion:
-    """How both flows are inverted; the default is token by token."""
+    """The solvers of both flows; the default is token by token."""
 
-    shallow: Schedule | None = None  # one solver a block; None: token by token
-    deep: Jacobi = SEQUENTIAL  # where SampleOptions.jacobi does not say
+    shallow: Schedule | None = None  # one solver for each block; None: token by token
+    deep: Jacobi = SEQUENTIAL  # used when SampleOptions.jacobi is 0
 
 
 def write(folder: Path, report: dict) -> None:
+    """Write the report of a calibration into a checkpoint directory."""
     (folder / NAME).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def read(folder: Path, blocks: int, step: int | None = None) -> Inversion:
-    """The solvers that were chosen for flows of `blocks` blocks, the deep flow last; the default without inversion.json.
+    """The solvers in the file for `blocks` blocks, of which the deep flow is the last; the default if there is no file.
 
-    Warns on stderr if they were measured at another step than `step`. Raises CheckpointError.
+    Warns on stderr if they were measured at another step than `step`. Raises CheckpointError for a damaged file, or one
+    of another number of blocks.
     """
     path = folder / NAME
     if not path.exists():
         return Inversion()
-    values = read_json(path)
+    values = cast(Any, read_json(path))
     try:
         solvers = [Jacobi(**block["solver"]) for block in values["blocks"]]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); remove it and calibrate again") from None
     if len(solvers) != blocks:
         raise CheckpointError(
-            f"{path} is of flows of {len(solvers)} blocks, not {blocks}; remove it and calibrate again"
+            f"{path} holds solvers for {len(solvers)} blocks, not {blocks}; remove it and calibrate again"
         )
     if step is not None and values.get("step") != step:
         print(

@@ -1,26 +1,32 @@
-"""What the flow's exactness gives of a finished image: the noise that it is made of, both ways, and its score.
+"""Finished images <-> the noise that the exact flow maps them to, and denoising by the score of the flow's density.
 
-Prompts are documents; an image here is an array as the codec takes it, pixels (height, width, C) in [-1, 1].
+Prompts are documents. An image here is an array in the form that the codec takes, such as pixels (height, width, C) in
+[-1, 1].
 """
 
+from collections.abc import Collection, Iterator
 from functools import partial
+from typing import TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.data.documents import Document, DocumentError, Image
+from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.models.likelihood import image_noise
-from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.models.pretzel import Pretzel, apply
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.scoring import BATCH, batches, layout
 from starflow2_jax.sequence import Sequence, Step
 
+Other = TypeVar("Other")
+
 
 def encode(sampler: Sampler, prompts: list[Document], images: list[np.ndarray], batch_size: int = BATCH) -> np.ndarray:
-    """Each image's noise under its prompt, z (B, N, D): standard normal where the image is a sample of the model's.
+    """The noise z (B, N, D) of each image under its prompt: standard normal if the model drew the image.
 
-    One pass: u by the shallow flow, z_n = (u_n - mu_n) / sigma_n by the deep one. `decode` is the inverse.
+    One pass: the shallow flow gives u, the deep flow z_n = (u_n - mu_n) / sigma_n. `decode` is the inverse. Raises
+    DocumentError.
     """
     features = [layout(sampler, _with(prompt, image), closed=False) for prompt, image in _pairs(prompts, images)]
     found = np.zeros((len(features), sampler.model.cfg.tokens, sampler.model.cfg.channels), np.float32)
@@ -32,10 +38,10 @@ def encode(sampler: Sampler, prompts: list[Document], images: list[np.ndarray], 
 
 
 def decode(sampler: Sampler, prompts: list[Document], z: np.ndarray, batch_size: int = BATCH) -> np.ndarray:
-    """The images that noise z (B, N, D) makes under the prompts, (B, height, width, C), not clipped.
+    """The images (B, height, width, C) that noise z (B, N, D) makes under the prompts, not clipped.
 
-    Token by token, u_n = mu_n + sigma_n z_n, then the inverse of shallow flow and codec. With another prompt than that of
-    `encode` it is another image of the same noise.
+    Token by token, u_n = mu_n + sigma_n z_n; then the shallow flow and the codec are inverted. With another prompt than
+    the one given to `encode`, the same noise makes another image. Raises DocumentError.
     """
     blank = np.zeros(sampler.codec.image_shape, np.float32)
     features = [layout(sampler, _with(prompt, blank), closed=False) for prompt, _ in _pairs(prompts, z)]
@@ -51,14 +57,15 @@ def decode(sampler: Sampler, prompts: list[Document], z: np.ndarray, batch_size:
 def denoise(
     sampler: Sampler, prompts: list[Document], answers: list[Document], sigma: float, batch_size: int = BATCH
 ) -> list[Document]:
-    """The answers, of each image x in them its mean without the noise: x - sigma^2 grad_x NLL(x | all before it).
+    """The answers with each image x replaced by its mean without the noise, x - sigma^2 grad_x NLL(x | all before it).
 
-    Tweedie's formula for a model of images with noise N(0, sigma^2) added (TarFlow, arXiv 2412.06329); NLL in nats, the
-    total. sigma: in the images' own units, the config's `noise` with which the model was trained; in latents it is divided
-    by the codec's deviations. The images before one stay as they were drawn, noise included, as in training.
+    This is Tweedie's formula for a model of images with added noise N(0, sigma^2) (TarFlow, arXiv 2412.06329); NLL is
+    the image's total in nats. sigma: the config's `noise`, in the images' units; it is divided by the codec's
+    deviations for latents. While one image is denoised, the images before it keep their noise, as in training. Raises
+    DocumentError.
     """
     if sigma < 0:
-        raise DocumentError("sigma is a deviation, at least 0")
+        raise DocumentError(f"sigma is a standard deviation, at least 0, not {sigma!r}")
     features = [layout(sampler, p + a, closed=False) for p, a in _pairs(prompts, answers)]
     variance = np.square(sigma / np.asarray(sampler.codec.std, np.float32))
     cleaned = list(answers)
@@ -66,12 +73,13 @@ def denoise(
         latents = np.asarray(sampler.run(_tweedie, sampler.model, sampler.skips, sampler.params, batch, variance))
         for row, i in enumerate(rows):
             own = latents[row, sum(map(_is_flow, prompts[i])) :].reshape(-1, *sampler.codec.grid, latents.shape[-1])
-            images = iter(sampler.codec.decode(own))
+            images = iter(np.asarray(sampler.codec.decode(own)))
             cleaned[i] = [Image(next(images), part.generate) if _is_flow(part) else part for part in answers[i]]
     return cleaned
 
 
-def _pairs(prompts, others):
+def _pairs(prompts: list[Document], others: Collection[Other]) -> Iterator[tuple[Document, Other]]:
+    """Each prompt with its image or answer. Raises DocumentError if the numbers differ."""
     if len(prompts) != len(others):
         raise DocumentError(
             f"{len(prompts)} prompts were given with {len(others)} images or answers; give one for each"
@@ -80,36 +88,40 @@ def _pairs(prompts, others):
 
 
 def _with(prompt: Document, image: np.ndarray) -> Document:
+    """The prompt followed by the image."""
     return [*prompt, Image(image, generate=True)]
 
 
-def _is_flow(part) -> bool:
+def _is_flow(part: Text | Image) -> TypeGuard[Image]:
+    """Whether a part is an image of flow tokens."""
     return isinstance(part, Image) and part.via == "flow"
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _noise(model: Pretzel, skips: bool, params, batch: Sequence) -> jax.Array:
-    return image_noise(model.apply({"params": params}, batch, skips=skips), batch)[0]
+def _noise(model: Pretzel, skips: bool, params: dict, batch: Sequence) -> jax.Array:
+    """z (B, M, N, D) of all images of a batch."""
+    return image_noise(apply(model, params, batch, skips=skips), batch)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _write(model: Pretzel, skips: bool, params, batch: Sequence, start: jax.Array, z: jax.Array) -> jax.Array:
-    """u (B, N, D) of the image whose <|vision_start|> stands at position `start` (B,); what the row holds of it is not read.
+def _write(model: Pretzel, skips: bool, params: dict, batch: Sequence, start: jax.Array, z: jax.Array) -> jax.Array:
+    """u (B, N, D) of the image whose <|vision_start|> is at position `start` (B,), made from its noise z (B, N, D).
 
-    The row is read into the caches and rewound to `start`; the image's tokens and positions are the row's, its u the new.
+    The whole row is read into the caches, which are then rewound to `start`. The image's token ids and positions come
+    from the row, its u from z; the u that the row holds there is ignored.
     """
     B, S = batch.tokens.shape
     at = start[:, None] + jnp.arange(z.shape[1])  # the position that predicts each token
     fed = [jnp.take_along_axis(a, at, axis=1) for a in (batch.tokens, batch.modality)]
     fed.append(jnp.take_along_axis(batch.positions, at[..., None], axis=1))
-    empty = model.apply({"params": params}, B, S, method=Pretzel.empty_caches)
-    caches = model.apply({"params": params}, batch, empty, skips=skips).caches.rewind(start)
+    empty = apply(model, params, B, S, method=Pretzel.empty_caches)
+    caches = apply(model, params, batch, empty, skips=skips).caches.rewind(start)
 
     def step(carry, now):
         caches, u = carry
-        *position, noise = now
-        feed = Step(*(a[:, None] for a in position), u[:, None])
-        output = model.apply({"params": params}, feed, caches, skips=skips)
+        token, modality, position, noise = now
+        feed = Step(token[:, None], modality[:, None], position[:, None], u[:, None])
+        output = apply(model, params, feed, caches, skips=skips)
         u = output.mean[:, 0] + output.scale[:, 0] * noise
         return (output.caches, u), u
 
@@ -119,12 +131,12 @@ def _write(model: Pretzel, skips: bool, params, batch: Sequence, start: jax.Arra
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _tweedie(model: Pretzel, skips: bool, params, batch: Sequence, variance: jax.Array) -> jax.Array:
-    """Latents (B, M, N, D) less variance (D,) times the gradient of each image's NLL by that image alone."""
+def _tweedie(model: Pretzel, skips: bool, params: dict, batch: Sequence, variance: jax.Array) -> jax.Array:
+    """Latents (B, M, N, D) minus variance (D,) times the gradient of each image's NLL with respect to that image."""
 
     def nll(latents, m):
         seen = batch.replace(latents=latents)
-        z, logdet = image_noise(model.apply({"params": params}, seen, skips=skips), seen)
+        z, logdet = image_noise(apply(model, params, seen, skips=skips), seen)
         return jnp.sum((0.5 * z**2 - logdet)[:, m])
 
     images = jnp.arange(batch.latents.shape[1])

@@ -1,9 +1,10 @@
-"""The state of a batch that is being read and written: caches, what the last position said, and each row's own options."""
+"""The state of a batch that reads and writes: caches, outputs of the last position, and each row's options."""
 
 import math
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,43 +12,47 @@ import numpy as np
 from flax import struct
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.pretzel import Caches, Pretzel
+from starflow2_jax.models.pretzel import Caches, Pretzel, apply
 from starflow2_jax.parallel.sharding import constrain_rows
 
-BUCKET = 32  # prompts and caches are as long as this times a power of two, so that few shapes are compiled
+BUCKET = 32  # lengths of prompts and caches are this times a power of two, so that few shapes are compiled
 WHOLE = ("max_tokens", "top_k", "max_images", "jacobi")  # options that are whole numbers
-LEAST = {
-    "max_tokens": 1, "temperature": 0, "image_temperature": 0, "guidance": 0, "image_guidance": 0, "top_k": 0, "top_p": 0,
-    "max_images": 0, "jacobi": 0, "tolerance": 0,
-}  # fmt: skip
+REALS = ("temperature", "image_temperature", "guidance", "image_guidance", "top_p", "tolerance")
+OPTIONAL = ("max_tokens", "image_guidance", "max_images")  # options that may be None
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How to write. All but `stop`, `jacobi`, `tolerance` and which guidance there is may differ from row to row for free.
+    """How an answer is drawn.
 
-    Raises UserError for a value that means nothing.
+    The rows of a batch may differ in all options but `stop`, `jacobi`, `tolerance` and `branches`.
+
+    Raises UserError for a value out of its range.
     """
 
-    temperature: float = 1.0  # of text; 0: the most likely token
+    temperature: float = 1.0  # of text; 0: always take the most likely token
     image_temperature: float = 1.0  # tau in u = mu + tau sigma z
-    guidance: float = 0.0  # w >= 0 of the images; 0: none
-    max_tokens: int | None = None  # positions to write, image tokens included; None: two images' worth, 128 at least
+    guidance: float = 0.0  # weight w >= 0 of the images' guidance; 0: no guidance
+    max_tokens: int | None = None  # positions to write, image tokens included; None: those of two images, at least 128
     image_first: bool = False  # begin with an image
     top_k: int = 0  # draw text from the k most likely tokens; 0: from all
-    top_p: float = 1.0  # draw text from the fewest tokens of at least this probability; 0: the most likely one
-    image_guidance: float | None = None  # given: `guidance` leaves out the text only, this one the images before, too
+    top_p: float = 1.0  # draw text from the fewest tokens whose probabilities sum to this; 0: the most likely token
+    image_guidance: float | None = (
+        None  # weight against a branch without text and images; `guidance` then drops text only
+    )
     linear: bool = False  # guidance by extrapolation (TarFlow) instead of Gaussian mixing (STARFlow)
-    annealed: bool = False  # guidance grows over the image, w (i + 1) / (N - 1)
-    max_images: int | None = None  # of a turn, one that it finishes included; 0: text only; None: as many as it likes
-    stop: tuple[str, ...] = ()  # strings that end the answer, and are left out of it
-    jacobi: int = 0  # image tokens that are solved for at once; 1: one after another; 0: as calibrated, else as 1
-    tolerance: float = 1e-3  # of a Jacobi pass: mean squared change over mean square; jacobi 0: as calibrated
+    annealed: bool = False  # the guidance weight grows over the image, w (i + 1) / (N - 1)
+    max_images: int | None = None  # most images of a turn, one begun in the turn before included; None: any number
+    stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
+    jacobi: int = (
+        0  # image tokens that are solved for at once; 1: token by token; 0: as calibrated, else token by token
+    )
+    tolerance: float = 1e-3  # Jacobi passes end at this mean squared change / mean square; not used with jacobi 0
 
     def __post_init__(self):
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in ("max_tokens", "image_guidance", "max_images"):
+        for name in (*WHOLE, *REALS):
+            value, least = getattr(self, name), int(name == "max_tokens")
+            if value is None and name in OPTIONAL:
                 continue
             kind = Integral if name in WHOLE else Real
             if not isinstance(value, kind) or not math.isfinite(value) or value < least:
@@ -57,29 +62,28 @@ class SampleOptions:
         if self.top_p > 1:
             raise UserError(f"top_p is a probability, at most 1, not {self.top_p!r}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise UserError(f"stop is a tuple of texts, none of them empty, not {self.stop!r}")
+            raise UserError(f"stop is a tuple of non-empty strings, not {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def sized(self, image: int) -> "SampleOptions":
-        """The same, its `max_tokens` a number, for a model whose images have `image` tokens."""
+        """The same options with `max_tokens` as a number, for a model whose images have `image` tokens."""
         return self if self.max_tokens else replace(self, max_tokens=max(128, 2 * (image + 2)))
 
     @property
     def calibrated(self) -> bool:
-        """Whether images are decoded as the checkpoint was calibrated for; `jacobi` 1 asks for token by token."""
+        """Whether images are decoded by the checkpoint's calibrated solvers, if it has any; not with `jacobi` 1."""
         return self.jacobi != 1
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """What guidance compares with: the same without its text ("images"), and nothing before the image ("bare")."""
+        """The branches that guidance needs: "images", a context without text, and "bare", an empty context."""
         if self.image_guidance is not None:
             return ("images", "bare")
         return ("bare",) if self.guidance else ()
 
 
-@struct.dataclass
-class Controls:
-    """SampleOptions of each row, sized; (B,) or as noted."""
+class Controls(struct.PyTreeNode):
+    """The SampleOptions of each row as arrays (B,), unless noted otherwise."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -89,71 +93,75 @@ class Controls:
     linear: jax.Array
     annealed: jax.Array
     max_tokens: jax.Array
-    images_left: jax.Array  # negative: any number
-    image_next: jax.Array  # bool: what is drawn next is <|vision_start|>
+    images_left: jax.Array  # images that the row may still begin; negative: any number
+    image_next: jax.Array  # bool: the next token is <|vision_start|>
 
     @classmethod
     def of(
         cls, options: list[SampleOptions], branches: tuple[str, ...], inside: np.ndarray | bool = False
     ) -> "Controls":
-        """`inside` (B,): rows that are within an image; it counts as the first of the turn."""
+        """The controls of a turn that begins. `inside` (B,): rows within an image, which counts as the turn's first."""
 
-        def every(name, dtype=np.float32):
+        def every(name: str, dtype: Any = np.float32) -> Any:
             return np.array([getattr(o, name) for o in options], dtype)
 
         weight = {"images": [o.guidance for o in options], "bare": [_bare_weight(o) for o in options]}
+        weights: Any = np.array([weight[b] for b in branches], np.float32).reshape(len(branches), len(options)).T
+        left: Any = np.array([-1 if o.max_images is None else o.max_images for o in options], np.int32) - inside
         return cls(
             every("temperature"),
             every("top_k", np.int32),
             every("top_p"),
             every("image_temperature"),
-            np.array([weight[b] for b in branches], np.float32).reshape(len(branches), len(options)).T,
+            weights,
             every("linear", bool),
             every("annealed", bool),
             every("max_tokens", np.int32),
-            np.array([-1 if o.max_images is None else o.max_images for o in options], np.int32) - inside,
+            left,
             every("image_first", bool) & ~np.asarray(inside),
         )
 
 
 def _bare_weight(options: SampleOptions) -> float:
+    """The guidance weight against the branch "bare"."""
     return options.guidance if options.image_guidance is None else options.image_guidance
 
 
-@struct.dataclass
-class Rows:
-    """B rows of G = 1 + branches cache rows each, side by side: row b's own is cache row b G, its branches follow."""
+class Rows(struct.PyTreeNode):
+    """B rows, each with G = 1 + branches neighbouring cache rows: cache row b G is row b's own, its branches follow."""
 
-    caches: Caches  # of (B G) rows
+    caches: Caches  # of B G cache rows
     text: jax.Array  # (B, E): hidden state of the last position read, for the text head
-    mean: jax.Array  # (B G, D): what it says of an image token that may follow
-    scale: jax.Array  # (B G, D)
+    mean: jax.Array  # (B G, D): mean of the next image token, predicted by the last position read
+    scale: jax.Array  # (B G, D): its scale
     offset: jax.Array  # (B G,) rotary offset of the next text position, or of the image being written
     token: jax.Array  # (B,) the last token read
-    in_image: jax.Array  # (B,) which image token was read last; -1: none
-    drawn: jax.Array  # (B,) draws so far: with the row's key, where its randomness stands
-    computed: jax.Array  # (B G,) positions that either stream ever ran, Jacobi's repeated passes left out
+    in_image: jax.Array  # (B,) slot of the image token that was read last; -1: the last token is of text
+    drawn: jax.Array  # (B,) draws so far; together with the key it fixes the next draw
+    computed: jax.Array  # (B G,) positions that either stream ran, without Jacobi's repeated passes
     passes: jax.Array  # (B,) runs of the model that this row took part in
     done: jax.Array  # (B,) bool
-    key: jax.Array  # (B,)
+    key: jax.Array  # (B,) random key of the row
     controls: Controls
-    tokens: jax.Array  # (B, T) the turn's record; -1 an image token, -2 nothing
-    u: jax.Array  # (B, T, D)
-    begun: jax.Array  # (B,) image tokens that it begins with: those of an image that the turn before left open
-    count: jax.Array  # (B,) positions written in this turn; they stand behind
+    tokens: jax.Array  # (B, T) the turn's record: text tokens, -1 for an image token, -2 where nothing is written
+    u: jax.Array  # (B, T, D) the image tokens of the record
+    begun: jax.Array  # (B,) image tokens at the record's start, of an image that the turn before left unfinished
+    count: jax.Array  # (B,) positions written in this turn; they follow those in the record
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> Rows:
-    """Rows that have read nothing, one a seed, with no room yet. They, as what the functions below make, lie on the mesh in
-    force."""
+    """Rows that have read nothing, one for each seed (B,), without room in their caches.
+
+    Like the rows of all functions below, they lie on the mesh of `jax.set_mesh`.
+    """
     B, G, cfg = len(seeds), 1 + len(branches), model.cfg
 
     def number(value: int) -> jax.Array:
         return jnp.full((B,), value, jnp.int32)
 
     rows = Rows(
-        caches=model.apply({}, B * G, 0, method=Pretzel.empty_caches),
+        caches=apply(model, {}, B * G, 0, method=Pretzel.empty_caches),
         text=jnp.zeros((B, cfg.vlm.width), cfg.vlm.dtype),
         mean=jnp.zeros((B * G, cfg.channels)),
         scale=jnp.ones((B * G, cfg.channels)),
@@ -175,9 +183,11 @@ def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> 
 
 
 @partial(jax.jit, static_argnums=2)
-def new_turn(rows: Rows, controls: Controls, room: int, begun: np.ndarray, idle: np.ndarray) -> dict:
-    """What a turn begins with: its options, and a record with room for `room` positions, in which nothing is written yet
-    but the last `begun` (B,) image tokens of the one before. idle (B,): rows that write none."""
+def new_turn(rows: Rows, controls: Controls, room: int, begun: np.ndarray, idle: np.ndarray) -> dict[str, Any]:
+    """The fields of Rows that change when a turn begins: its controls and an empty record of `room` positions.
+
+    The record starts with the last `begun` (B,) image tokens of the record before. idle (B,): rows that write nothing.
+    """
     B, T, D = rows.u.shape
     at = jnp.arange(room)
     head = at < begun[:, None]
@@ -193,11 +203,11 @@ def new_turn(rows: Rows, controls: Controls, room: int, begun: np.ndarray, idle:
 
 @jax.jit
 def take_back(rows: Rows, count: np.ndarray) -> Rows:
-    """Forget the last `count` (B,) positions, in all lanes: an image that is not whole, its <|vision_start|> included."""
+    """Rows without their last `count` (B,) positions, those of an unfinished image, in all branches."""
     back = jnp.repeat(count, len(rows.offset) // len(count))
     return rows.replace(
         caches=rows.caches.rewind(rows.caches.length - back),
-        offset=rows.offset - (back > 0),  # within an image it stands still
+        offset=rows.offset - (back > 0),  # <|vision_start|> advanced it by one, the image's tokens did not
         token=jnp.where(count > 0, -1, rows.token),
         in_image=jnp.where(count > 0, -1, rows.in_image),
     )
@@ -205,7 +215,7 @@ def take_back(rows: Rows, count: np.ndarray) -> Rows:
 
 @jax.jit
 def take(rows: Rows, indices: np.ndarray, seeds: np.ndarray) -> Rows:
-    """Copies of the given rows, each with a seed of its own: continuations that share what was read."""
+    """Copies of the rows `indices`, each with a seed of its own: continuations of the same context."""
     B = len(rows.done)
     inner = (indices[:, None] * (len(rows.offset) // B) + np.arange(len(rows.offset) // B)).reshape(-1)
 
@@ -217,7 +227,7 @@ def take(rows: Rows, indices: np.ndarray, seeds: np.ndarray) -> Rows:
 
 
 def put(rows: Rows, index: jax.Array, one: Rows) -> Rows:
-    """`one` (of a single row) in place of row `index`; both with the same room."""
+    """Rows with row `index` replaced by `one`, a single row whose caches and record have the same room."""
     B = len(rows.done)
 
     def write(x, y):
@@ -229,7 +239,7 @@ def put(rows: Rows, index: jax.Array, one: Rows) -> Rows:
 
 @partial(jax.jit, static_argnums=1)
 def with_room(rows: Rows, capacity: int) -> Rows:
-    """The same with caches of at least `capacity` positions; what was read is not run again."""
+    """The same rows with caches of at least `capacity` positions; their contents stay."""
 
     def grow(x):
         more = max(capacity - x.shape[2], 0) if x.ndim > 1 else 0
@@ -244,11 +254,11 @@ def bucket(length: int) -> int:
 
 
 def rounded(count: int) -> int:
-    """`count` rows, or up to a quarter more, so that few numbers of rows are compiled: at most four to a doubling."""
+    """`count` rounded up by at most a quarter, so that a doubling of rows compiles at most four programs."""
     step = max(power(count) // 8, 1)
     return -(-count // step) * step
 
 
 def power(count: int) -> int:
-    """The least power of two that is not below `count`, at least 1."""
+    """The least power of two that is at least `count` and at least 1."""
     return 1 << max(int(count) - 1, 0).bit_length()

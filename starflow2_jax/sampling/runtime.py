@@ -1,16 +1,19 @@
-"""What sampling runs on: a model with its parameters, tokenizer and codec, placed on a mesh."""
+"""The runtime of sampling: a model with its parameters, tokenizer and codec, placed on a mesh."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.jacobi import Schedule
 from starflow2_jax.models.layers import separate_layers
-from starflow2_jax.models.pretzel import Pretzel, for_sampling
+from starflow2_jax.models.pretzel import Pretzel, apply, for_sampling
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sampling.inversion import Inversion
 from starflow2_jax.sampling.rows import Rows, power
@@ -20,18 +23,19 @@ log = logging.getLogger(__name__)
 
 
 class Runtime:
-    """A model, its parameters, tokenizer and codec, and the mesh that all of it runs on.
+    """A model, its parameters, tokenizer and codec, and the mesh that they run on.
 
-    `skips`: whether the stage that made the parameters opened them. `max_positions`: of a row. `inversion`: how the flows
-    are inverted. `noise`: deviation of the noise that images had in training, in their units. `step`: of the checkpoint.
+    `skips`: whether the stage that trained the parameters had its skips open. `max_positions`: most positions of a row.
+    `mesh`: None for the first device alone. `inversion`: the solvers of both flows. `noise`: standard deviation of the
+    noise that was added to images in training, in their units. `step`: the checkpoint's step.
     """
 
     def __init__(
         self,
         model: Pretzel,
         params: dict,
-        tokenizer,
-        codec,
+        tokenizer: Any,
+        codec: Codec,
         skips: bool = True,
         max_positions: int = 4096,
         mesh: jax.sharding.Mesh | None = None,
@@ -49,28 +53,34 @@ class Runtime:
         self.noise, self.step = noise, step
         self.encoder = Encoder(tokenizer, codec, model.cfg.vlm.vision)
         self.ids = TokenIds.of(tokenizer)
-        self.programs: set[tuple] = set()  # what was compiled so far, by program and shapes
+        self.programs: set[tuple] = set()  # programs compiled so far, with their shapes
 
-    def place(self, tree):
-        """Host arrays that lead with rows, on the mesh: over its data and fsdp axes."""
+    def place(self, tree: Any) -> Any:
+        """Put host arrays whose first axis is rows onto the mesh, cut over its data and fsdp axes."""
         if self.mesh.size == 1:
-            return tree  # the compiled function that takes them is faster at it
+            return tree  # a compiled function moves its arguments faster itself
         return jax.device_put(tree, sharding.row_shardings(tree, self.mesh))
 
     def decode(self, u: jax.Array | np.ndarray, calibrated: bool = True) -> np.ndarray:
-        """u (n, N, D) -> pixels (n, height, width, C), not clipped. `calibrated`: by the schedule that the checkpoint was
-        calibrated to, if it was; else token by token."""
+        """Image tokens u (n, N, D) -> pixels (n, height, width, C), not clipped.
+
+        `calibrated`: use the checkpoint's calibrated solvers, if it has any; else decode token by token.
+        """
         u = np.asarray(u)
         count, (h, w) = len(u), self.model.cfg.grid
-        u = np.concatenate([u, np.zeros((power(count) - count, *u.shape[1:]), u.dtype)])  # few numbers are compiled
+        u = np.concatenate([u, np.zeros((power(count) - count, *u.shape[1:]), u.dtype)])  # few batch sizes are compiled
         schedule = self.schedule if calibrated else None
         self.uses(("decode", schedule, u.shape), f"the decoding of {len(u)} images")
         latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))[:count]
         return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
 
     def pictures(self, u: jax.Array, begins: list[list[int]], calibrated: bool = True) -> list[dict[int, np.ndarray]]:
-        """Pixels of the images that begin at `begins` (a list a row) in u (B, T, D), by where each begins; `calibrated` as in
-        `decode`, which takes all of them at once."""
+        """Decode all images in the records u (B, T, D) at once.
+
+        `begins` lists the positions where each row's images begin.
+
+        Returns for each row a dict from that position to the pixels. `calibrated`: see `decode`.
+        """
         found: list[dict[int, np.ndarray]] = [{} for _ in begins]
         if places := [(row, at) for row, some in enumerate(begins) for at in some]:
             row, at = np.array(places).T
@@ -79,19 +89,19 @@ class Runtime:
                 found[row][at] = pixels
         return found
 
-    def run(self, compiled, *arguments):
-        """A compiled function on the sampler's mesh, which is where its layouts hold (`sharding.constrain`)."""
+    def run(self, compiled: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a jitted function under `jax.set_mesh` of the sampler's mesh, which `sharding.constrain` needs."""
         with jax.set_mesh(self.mesh):
             return compiled(*arguments)
 
     def uses(self, program: tuple, what: str) -> None:
-        """Note a program that is about to run, and say so where it must be compiled first."""
+        """Log `what` if this program (a hashable key with its shapes) has not run before and must be compiled first."""
         if program not in self.programs:
             self.programs.add(program)
             log.info("compiling %s", what)
 
-    def run_step(self, program: Program, compiled, rows: Rows, *arguments) -> Rows:
-        """`steps.read` or `steps.write` on rows, noted if it must be compiled first."""
+    def run_step(self, program: Program, compiled: Any, rows: Rows, *arguments: Any) -> Rows:
+        """Run `steps.read` or `steps.write` on rows; logs it if it must be compiled first."""
         shapes = tuple(getattr(x, "shape", x) for x in jax.tree.leaves((rows, arguments)))
         what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.capacity} positions"
         self.uses((compiled.__name__, program, shapes), what)
@@ -99,5 +109,6 @@ class Runtime:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _decode(model: Pretzel, schedule: Schedule | None, params, u):
-    return model.apply({"params": params}, u, schedule, method=Pretzel.decode)
+def _decode(model: Pretzel, schedule: Schedule | None, params: dict, u: jax.Array) -> jax.Array:
+    """The shallow flow's inverse, u (B, N, D) -> latents (B, N, D)."""
+    return apply(model, params, u, schedule, method=Pretzel.decode)

@@ -1,4 +1,4 @@
-"""Exact log-likelihoods of the parts of documents, each given all before it, and the ranking of captions by them."""
+"""Exact log-likelihoods of the parts of documents, each given all parts before it, and rankings of captions."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,71 +12,74 @@ import numpy as np
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models.likelihood import CHUNK, image_noise, text_nll
-from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.models.pretzel import Pretzel, apply
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.prompts import require_no_image_tokens
 from starflow2_jax.sampling.rows import bucket, power
 from starflow2_jax.sequence import Sequence, Shape
 
-BATCH = 16  # documents that are read at once
-PIXEL_BITS = 7.0  # log2 of 128: what a level of 8 bits in [-1, 1] is narrower than 1
+BATCH = 16  # documents that run at once
+PIXEL_BITS = 7.0  # log2 of 128: one of 256 levels in [-1, 1] has the width 1/128
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The log-likelihood of one part of a document given all before it, in nats.
+    """The log-likelihood of one part of a document given all parts before it, in nats.
 
-    `tokens` (T,) is a text's log p of each of its tokens, <|im_end|> behind the last part of a document included, as in
-    training (nothing predicts the first token of a document: it is not in it). Of an image it is, token by token in
-    raster order, log N(z; 0, 1) and the log-determinants of the deep flow, the shallow flow and the codec, each summed
-    over the token's D dimensions. Their sum is the density of the whole image, but the shallow flow mixes the tokens: one
-    entry says how much of it falls to that token, and is a conditional density of u_n only, not of the token's pixels.
+    For a text, `tokens` (T,) holds log p of each token. As in training, the <|im_end|> after a document's last part
+    counts, and a document's first token does not, because nothing predicts it.
+
+    For an image, `tokens` (N,) holds one entry for each image token in raster order: log N(z; 0, 1) plus the
+    log-determinants of the deep flow, the shallow flow and the codec, summed over the token's D dimensions. The sum of
+    all entries is the log-density of the whole image. The shallow flow mixes the tokens, so a single entry is a
+    conditional density of u_n, not of that token's pixels.
     """
 
     part: int  # index in the document
     tokens: np.ndarray  # (T,) nats
-    dims: int = 0  # of an image: how many numbers the density is of; 0: a text
-    level_bits: float = 0.0  # log2 of how much narrower than 1 the levels of the data are
+    dims: int = 0  # dimensions of an image's density; 0 for a text
+    level_bits: float = 0.0  # -log2 of the width of one level of the data
 
     @property
     def nats(self) -> float:
-        """log p of the part. Of an image: a density of what the codec took, so pixels in [-1, 1]; it can be above 0.
+        """log p of the part. For an image it is a log-density of pixels in [-1, 1], which can be above 0.
 
-        Where the codec is no bijection (`log_volume` is None): a density of the latents that it made.
+        If the codec is no bijection (its `log_volume` is None), it is a log-density of the latents.
         """
         return float(np.sum(self.tokens, dtype=np.float64))
 
     @property
     def nats_per_dim(self) -> float:
-        """Negative log-likelihood of an image, per dimension: the training loss on it + 0.5 ln 2 pi - codec.log_volume."""
+        """Negative log-likelihood of an image per dimension: its training loss + 0.5 ln 2 pi - codec.log_volume."""
         return -self.nats / self.dims
 
     @property
     def bits_per_dim(self) -> float:
-        """(nats_per_dim + ln 128) / ln 2 for pixels: the density times the width 1/128 of one of 256 levels in [-1, 1].
+        """(nats_per_dim + ln 128) / ln 2 for pixels: from the density times the width 1/128 of one of 256 levels.
 
-        It bounds the code length of 8-bit pixels where uniform noise of one level has been added to them. Latents that no
-        pixels were encoded into have no levels: their nats_per_dim / ln 2.
+        If uniform noise of one level was added to 8-bit pixels, it bounds their code length. Images without 8-bit
+        levels, such as latents from a file, have nats_per_dim / ln 2.
         """
         return self.nats_per_dim / math.log(2) + self.level_bits
 
     @property
     def perplexity(self) -> float:
-        """Of a text: exp of the mean of -log p over its tokens."""
+        """exp of the mean of -log p over the tokens of a text."""
         return math.exp(-self.nats / len(self.tokens))
 
     def summary(self) -> dict:
-        """All of it as JSON values."""
+        """The part's index, its likelihoods in every unit, and `tokens`, as JSON values."""
         names = ("nats", "nats_per_dim", "bits_per_dim") if self.dims else ("nats", "perplexity")
         return {"part": self.part, **{n: getattr(self, n) for n in names}, "tokens": self.tokens.tolist()}
 
 
 def score(sampler: Sampler, documents: list[Document], batch_size: int = BATCH) -> list[list[Score]]:
-    """Of each document, the Score of each part that counts: Image(generate=True) and Text(predict=True), in their order.
+    """The Scores of each document, one for each Image(generate=True) and Text(predict=True) in their order.
 
-    A document's scores do not depend on the others. An image is scored as it is: what a model trained with noise was
-    fitted to is the image plus noise, which the caller adds. Raises DocumentError where nothing counts or nothing fits.
+    The scores of a document do not depend on the other documents. An image is scored as it is; a model that was trained
+    on images with noise expects noise, which the caller adds. Raises DocumentError, which names the document by its
+    index, if no part of it counts or the model has no room for it.
     """
     features = []
     for number, document in enumerate(documents):
@@ -102,12 +105,12 @@ def score(sampler: Sampler, documents: list[Document], batch_size: int = BATCH) 
 
 
 def illustrate(caption: str, image: np.ndarray) -> Document:
-    """A caption, then the image that counts."""
+    """A document in which the caption comes first and the image counts."""
     return [Text(caption), Image(image, generate=True)]
 
 
 def describe(caption: str, image: np.ndarray) -> Document:
-    """The image, then the caption that counts."""
+    """A document in which the image comes first and the caption counts."""
     return [Image(image), Text(caption, predict=True)]
 
 
@@ -119,21 +122,22 @@ def rank(
     make_document: Callable[[str, np.ndarray], Document] = illustrate,
     batch_size: int = BATCH,
 ) -> list[tuple[str, float]]:
-    """The captions and their scores in nats, best first: what counts in make_document(caption, image), summed.
+    """The captions and their scores in nats, best first. A score is the sum over the parts that count in a document.
 
-    `illustrate` asks which caption explains the image best: log p(image | caption), less log p(image | no caption) with
-    `prior`. The latter is one number for all, so the order stays (that of p(caption | image) where captions are equally
-    probable beforehand); it makes the score the evidence for a caption, above 0 where it helps. `describe` asks which
-    caption the model would write: log p(caption | image), in favour of short and common ones, without `prior`. Give a
-    template of your own for the wording that the model was trained on. Raises DocumentError.
+    make_document(caption, image) makes that document; write one with the wording that the model was trained on.
+    `illustrate` asks which caption explains the image best: it gives log p(image | caption), and with `prior` log
+    p(image | caption) - log p(image | no caption). The prior is the same for all captions, so it does not change their
+    order; a score above 0 then means that the caption makes the image more likely. `describe`, to be used without
+    `prior`, asks which caption the model would write: log p(caption | image), which favours short and common captions.
+    Raises DocumentError.
     """
     if not captions:
-        raise DocumentError("there are no captions to rank")
+        raise DocumentError("there are no captions to rank; give at least one")
     documents = [make_document(caption, image) for caption in captions]
     if prior:
         documents.append(make_document("", image))
         if any(isinstance(part, Text) and part.predict for part in documents[-1]):
-            raise DocumentError("the prior is that of an image, but here it is text that counts; rank without prior")
+            raise DocumentError("the prior is that of an image, but in this document a text counts; rank without prior")
     totals = [sum(part.nats for part in parts) for parts in score(sampler, documents, batch_size)]
     base = totals[-1] if prior else 0.0
     pairs = [(caption, total - base) for caption, total in zip(captions, totals, strict=False)]
@@ -141,7 +145,7 @@ def rank(
 
 
 def layout(sampler: Sampler, document: Document, closed: bool = True) -> dict[str, np.ndarray]:
-    """The features of one document. Raises DocumentError where the model has no room for it, or a text holds image tokens."""
+    """The encoder's features of a document. Raises DocumentError if it is too long, or if a text holds image tokens."""
     require_no_image_tokens(document)
     features = sampler.encoder(document, closed)
     if (length := len(features["tokens"])) > sampler.max_positions:
@@ -154,14 +158,14 @@ def layout(sampler: Sampler, document: Document, closed: bool = True) -> dict[st
 def batches(
     sampler: Sampler, features: list[dict], program: tuple, size: int = BATCH
 ) -> Iterator[tuple[list[int], Sequence]]:
-    """Documents of similar length together, padded, on the sampler's mesh: their indices, and one row for each.
+    """Batches of documents of similar length: their indices, and a padded Sequence on the mesh with a row for each.
 
-    Rows behind those only fill up the mesh. `program`: a name first, what they are for and what it is specialised to.
+    Further rows fill up the mesh. `program`: key of the program that takes the batches, its name for the log first.
     """
     order = sorted(range(len(features)), key=lambda i: len(features[i]["tokens"]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        count = power(len(rows))  # few shapes are compiled, as in sampling
+        count = power(len(rows))  # so that few shapes are compiled
         count += -count % sharding.row_shards(sampler.mesh)
         given = [features[i] for i in rows + rows[-1:] * (count - len(rows))]
         patches = max(len(f.get("patches", ())) for f in given)
@@ -176,21 +180,25 @@ def batches(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _measure(model: Pretzel, skips: bool, text: bool, params, batch: Sequence):
-    """z and logdet (B, M, N, D) of the images; log p (B, S) of the token after each position, 0 without `text`."""
-    output = model.apply({"params": params}, batch, skips=skips)
+def _measure(
+    model: Pretzel, skips: bool, text: bool, params: dict, batch: Sequence
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """z and logdet (B, M, N, D) of the images, and log p (B, S) of the token after each position, 0 without `text`."""
+    output = apply(model, params, batch, skips=skips)
     words = jnp.zeros(batch.tokens.shape)
     if text:
-        head = model.apply({"params": params}, method=Pretzel.text_head)
+        head = apply(model, params, method=Pretzel.text_head)
         words = -text_nll(output.text, head, batch.text_targets()[0], CHUNK)
     return *image_noise(output, batch), words
 
 
-def _parts(sampler, document: Document, owner: np.ndarray, images: np.ndarray, words: np.ndarray) -> list[Score]:
-    """owner (S,): the part of each position; images (M, N) and words (S,): log-likelihoods."""
+def _parts(
+    sampler: Sampler, document: Document, owner: np.ndarray, images: np.ndarray, words: np.ndarray
+) -> list[Score]:
+    """The scores of a document's parts. owner (S,): the part of each position; images (M, N), words (S,): log p."""
     found: list[Score] = []
     flow = iter(images)
-    levels = sampler.codec.is_pixels and sampler.codec.log_volume is not None  # the density is one of 8-bit pixels
+    levels = sampler.codec.is_pixels and sampler.codec.log_volume is not None  # the density is that of 8-bit pixels
     bits = PIXEL_BITS if levels else 0.0
     for i, part in enumerate(document):
         if isinstance(part, Text):

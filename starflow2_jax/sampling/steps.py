@@ -1,7 +1,9 @@
-"""The compiled parts of generation: read what is given, then draw and read what was drawn, until all rows are done.
+"""The two compiled functions of generation: `read` reads documents, `write` draws positions until all rows are done.
 
-Every position is read exactly once by both streams: what is drawn is read at once, so a row's caches and its last
-position's outputs are all that going on needs.
+Both streams run every position exactly once: a position is drawn and then read at once. To continue, a row needs only
+its caches and the outputs of its last position. A lane is the set of cache rows with the same place among the G cache
+rows of each row: lane 0 holds the rows themselves, the other lanes their guidance branches. A slot is the place of an
+image token in its image, from 0 to N - 1.
 """
 
 from dataclasses import dataclass
@@ -12,44 +14,51 @@ import jax.numpy as jnp
 
 from starflow2_jax import sequence
 from starflow2_jax.data.tokenizer import TokenIds
-from starflow2_jax.models.pretzel import Caches, Output, Pretzel
-from starflow2_jax.sampling.guidance import extrapolate, mix_gaussians
+from starflow2_jax.models.pretzel import Caches, Output, Pretzel, apply
+from starflow2_jax.sampling.guidance import Gaussian, extrapolate, mix_gaussians
 from starflow2_jax.sampling.rows import Rows
 from starflow2_jax.sequence import Sequence, Step
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a compiled program is specialised to."""
+    """The static arguments of `read` and `write`: each different Program is compiled anew."""
 
     model: Pretzel
     ids: TokenIds
     skips: bool
     branches: tuple[str, ...] = ()  # see SampleOptions.branches
-    jacobi: int = 1
-    tolerance: float = 1e-3
+    jacobi: int = 1  # image tokens that are solved for at once
+    tolerance: float = 1e-3  # see SampleOptions.tolerance
 
     @property
     def lanes(self) -> int:
-        """G: cache rows of a row."""
+        """Number of lanes, G."""
         return 1 + len(self.branches)
 
-    def apply(self, params, inputs: Sequence | Step, caches: Caches) -> Output:
-        return self.model.apply({"params": params}, inputs, caches, skips=self.skips)
+    def apply(self, params: dict, inputs: Sequence | Step, caches: Caches) -> Output:
+        """Run the model on the positions after those in the caches."""
+        return apply(self.model, params, inputs, caches, skips=self.skips)
 
     def first(self, x: jax.Array) -> jax.Array:
-        """(B G, ...) -> (B, ...): the rows' own."""
+        """Lane 0 of an array: (B G, ...) -> (B, ...)."""
         return x[:: self.lanes]
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """(B, ...) -> (B G, ...)."""
+        """The same values in every lane: (B, ...) -> (B G, ...)."""
         return jnp.repeat(x, self.lanes, axis=0)
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def read(program: Program, params, rows: Rows, batch: Sequence, lane: int, lengths, ends) -> Rows:
-    """Read more of a prompt in one go: batch (B, S), right padded to `lengths` (B,), which ends at rotary offset `ends`
-    (B,), into cache rows `lane` of each row (0: its own). A row of length 0 stays as it is."""
+def read(
+    program: Program, params: dict, rows: Rows, batch: Sequence, lane: int, lengths: jax.Array, ends: jax.Array
+) -> Rows:
+    """Read a batch (B, S) into one lane in a single pass.
+
+    Row b reads its first lengths[b] positions; the rest is padding.
+
+    `ends` (B,): how far the batch advances each row's rotary offset. A row of length 0 does not change.
+    """
     G = program.lanes
     caches = jax.tree.map(lambda x: x[lane::G], rows.caches)
     begin, offset = caches.length, rows.offset[lane::G]
@@ -58,7 +67,7 @@ def read(program: Program, params, rows: Rows, batch: Sequence, lane: int, lengt
     last = jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)
     some = lengths > 0
 
-    def keep(old, new):
+    def keep(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[lane::G].set(jnp.where(some.reshape(-1, *[1] * (new.ndim - 1)), new, old[lane::G]))
 
     rows = rows.replace(
@@ -79,15 +88,18 @@ def read(program: Program, params, rows: Rows, batch: Sequence, lane: int, lengt
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def write(program: Program, params, rows: Rows, steps: jax.Array) -> Rows:
-    """Go on until every row is done, `steps` times at most. A step is a position of each row, or with Jacobi a chunk of its
-    image: then those that write text go first and the others after them, so that none waits."""
+def write(program: Program, params: dict, rows: Rows, steps: jax.Array) -> Rows:
+    """Write until every row is done, for at most `steps` steps.
 
-    def unfinished(carry):
+    A step adds one position to each row; with Jacobi it adds a chunk to rows within an image and one position to rows
+    that write text, in two separate runs of the model.
+    """
+
+    def unfinished(carry: tuple[jax.Array, Rows]) -> jax.Array:
         step, rows = carry
         return (step < steps) & ~jnp.all(rows.done)
 
-    def step(carry):
+    def step(carry: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
         step, rows = carry
         if program.jacobi == 1:
             return step + 1, _one_position(program, params, rows, ~rows.done)
@@ -104,19 +116,19 @@ def write(program: Program, params, rows: Rows, steps: jax.Array) -> Rows:
 
 
 def _next_image_token(program: Program, rows: Rows) -> jax.Array:
-    """(B,): which image token comes next, -1: none."""
+    """(B,): the slot of the image token that comes next; -1 if none does."""
     opened = (rows.in_image < 0) & (rows.token == program.ids.vision_start)
     inside = (rows.in_image >= 0) & (rows.in_image < program.model.cfg.tokens - 1)
     return jnp.where(opened, 0, jnp.where(inside, rows.in_image + 1, -1))
 
 
-def _one_position(program: Program, params, rows: Rows, active) -> Rows:
+def _one_position(program: Program, params: dict, rows: Rows, active: jax.Array) -> Rows:
     """Draw the next position of the active rows and read it."""
     ids, slot = program.ids, _next_image_token(program, rows)
     token = _draw_token(program, params, rows, active & (slot < 0))
     token = jnp.where(slot >= 0, ids.image, token)
     u = _draw_u(program, rows, (rows.mean, rows.scale), slot, _noise(rows, 1)[:, 0])[:, None]
-    if program.branches:  # the bare lane, the last, begins anew with each image
+    if program.branches:  # the last lane, "bare", starts again empty at each image
         fresh = program.spread(active & (token == ids.vision_start)) & (_lane(program, rows) == program.lanes - 1)
         caches = rows.caches.rewind(jnp.where(fresh, 0, rows.caches.length))
         rows = rows.replace(caches=caches, offset=jnp.where(fresh, 0, rows.offset))
@@ -124,12 +136,13 @@ def _one_position(program: Program, params, rows: Rows, active) -> Rows:
     return _accept(program, rows, output, token, slot[:, None], u, active.astype(jnp.int32))
 
 
-def _image_chunk(program: Program, params, rows: Rows, active) -> Rows:
-    """Solve for the next image tokens of the active rows by fixed-point passes over `jacobi` of them at once.
+def _image_chunk(program: Program, params: dict, rows: Rows, active: jax.Array) -> Rows:
+    """Solve for the next `jacobi` image tokens of the active rows at once, by fixed-point passes.
 
-    u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (Gauss-Seidel-Jacobi, arXiv 2505.12849). After as many passes as tokens it is exact: token i is
-    right from pass i on. A row stops changing once a pass would move it by less than the tolerance, or after as many passes
-    as it has tokens in the chunk, so what becomes of it does not hang on the others.
+    u_i = mu_i(u_<i) + tau sigma_i(u_<i) z_i (Gauss-Seidel-Jacobi, arXiv 2505.12849). Token i is exact from pass i on,
+    so as many passes as tokens give the exact result. A row stops changing when a pass would change it by less than the
+    tolerance, or after as many passes as it has tokens in the chunk. Its result therefore does not depend on other
+    rows.
     """
     c, N = program.jacobi, program.model.cfg.tokens
     begin = _next_image_token(program, rows)
@@ -140,12 +153,12 @@ def _image_chunk(program: Program, params, rows: Rows, active) -> Rows:
     valid = (jnp.arange(c) < count[:, None])[..., None]
     length = rows.caches.length
 
-    def draw(gaussian, i):
+    def draw(gaussian: Gaussian, i: int) -> jax.Array:
         return _draw_u(program, rows, gaussian, slots[:, i], noise[:, i])
 
-    guess = jnp.stack([draw((rows.mean, rows.scale), i) for i in range(c)], axis=1)  # its first token is right
+    guess = jnp.stack([draw((rows.mean, rows.scale), i) for i in range(c)], axis=1)  # its first token is exact
 
-    def turn(carry):
+    def one_pass(carry: tuple) -> tuple:
         number, u, settled, passes, output = carry
         output = _run(program, params, rows.replace(caches=output.caches), tokens, slots, u)
         output = output.replace(caches=output.caches.rewind(length))
@@ -157,22 +170,21 @@ def _image_chunk(program: Program, params, rows: Rows, active) -> Rows:
         return number + 1, jnp.where(settled[:, None, None], u, new), settled, passes, output
 
     B, G, D = len(begin), program.lanes, program.model.cfg.channels
-    nothing = Output(
-        jnp.zeros((B * G, c, rows.text.shape[-1]), rows.text.dtype), jnp.zeros((B * G, c, D)), jnp.ones((B * G, c, D)), rows.caches
-    )  # fmt: skip
+    text = jnp.zeros((B * G, c, rows.text.shape[-1]), rows.text.dtype)
+    nothing = Output(text, jnp.zeros((B * G, c, D)), jnp.ones((B * G, c, D)), rows.caches)
     carry = jnp.zeros((), jnp.int32), guess, ~active, rows.passes, nothing
-    _, u, _, passes, output = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), turn, carry)
-    rows = rows.replace(caches=output.caches, passes=passes - (count > 0))  # `_accept` counts one
+    _, u, _, passes, output = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), one_pass, carry)
+    rows = rows.replace(caches=output.caches, passes=passes - (count > 0))  # `_accept` counts one pass itself
     return _accept(program, rows, output, tokens[:, 0], slots, u, count)
 
 
 def _lane(program: Program, rows: Rows) -> jax.Array:
-    """(B G,): 0 for a row's own cache row, 1, 2 for its branches."""
+    """(B G,): the lane of each cache row."""
     return jnp.arange(len(rows.offset)) % program.lanes
 
 
-def _run(program: Program, params, rows: Rows, tokens, slots, u) -> Output:
-    """Run positions (B, c) in every lane after what it holds: image tokens `u` (B, c, D) where `slots` >= 0, else text."""
+def _run(program: Program, params: dict, rows: Rows, tokens: jax.Array, slots: jax.Array, u: jax.Array) -> Output:
+    """Run the next positions (B, c) in every lane: image tokens u (B, c, D) where `slots` (B, c) >= 0, else text."""
     w = program.model.cfg.grid[1]
     image, slot = slots >= 0, jnp.maximum(slots, 0)
     place = jnp.stack([0 * slot, slot // w, slot % w], -1)
@@ -185,18 +197,29 @@ def _run(program: Program, params, rows: Rows, tokens, slots, u) -> Output:
     return program.apply(params, step, rows.caches)
 
 
-def _accept(program: Program, rows: Rows, output: Output, token, slots, u, count) -> Rows:
-    """Keep the first `count` (B,) of the positions that were run: image tokens at `slots` (B, c), or one text token."""
+def _accept(
+    program: Program,
+    rows: Rows,
+    output: Output,
+    token: jax.Array,
+    slots: jax.Array,
+    u: jax.Array,
+    count: jax.Array,
+) -> Rows:
+    """Keep the first `count` (B,) of the positions that were run, and update every field of the rows.
+
+    They are the image tokens u (B, c, D) of `slots` (B, c), or one text token `token` (B,) where its slot is -1.
+    """
     ids, (h, w), c = program.ids, program.model.cfg.grid, slots.shape[1]
     some, last = count > 0, jnp.maximum(count - 1, 0)
     image, slot = slots[:, 0] >= 0, jnp.take_along_axis(slots, last[:, None], 1)[:, 0]
     of_image = image | (token == ids.vision_start) | (token == ids.vision_end)
     lanes = jnp.where(
         (_lane(program, rows) == 0) | program.spread(of_image), program.spread(count), 0
-    )  # positions kept
-    ahead = jnp.where(image, jnp.where(slot == h * w - 1, max(h, w), 0), 1)  # how far the rotary offset goes
+    )  # positions kept; a branch reads no text that the row writes
+    ahead = jnp.where(image, jnp.where(slot == h * w - 1, max(h, w), 0), 1)  # how far the rotary offset advances
 
-    def pick(old, new, kept, at):
+    def pick(old: jax.Array, new: jax.Array, kept: jax.Array, at: jax.Array) -> jax.Array:
         new = jnp.take_along_axis(new, at[:, None, None], axis=1)[:, 0]
         return jnp.where((kept > 0)[:, None], new, old)
 
@@ -233,17 +256,17 @@ def _accept(program: Program, rows: Rows, output: Output, token, slots, u, count
 
 
 def _noise(rows: Rows, count: int) -> jax.Array:
-    """(B, count, D): the standard normals of each row's next draws; draw i of a row hangs on its key and i alone."""
+    """(B, count, D): standard normals for each row's next draws; draw i of a row depends on its key and i alone."""
     D = rows.u.shape[-1]
 
-    def one(key, index):
+    def one(key: jax.Array, index: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, index), (D,))
 
     return jax.vmap(jax.vmap(one, (None, 0)))(rows.key, rows.drawn[:, None] + jnp.arange(count))
 
 
-def _draw_u(program: Program, rows: Rows, gaussians: tuple, slot, noise) -> jax.Array:
-    """What a row's lanes say of its image token `slot` (B,), mean and scale (B G, D), and noise (B, D) -> u (B, D)."""
+def _draw_u(program: Program, rows: Rows, gaussians: Gaussian, slot: jax.Array, noise: jax.Array) -> jax.Array:
+    """Draw the image token `slot` (B,): the lanes' means and scales (B G, D), guided, and noise (B, D) -> u (B, D)."""
     controls, lanes = rows.controls, program.lanes
     mean, scale = program.first(gaussians[0]), program.first(gaussians[1])
     grown = (slot + 1) / max(program.model.cfg.tokens - 1, 1)
@@ -255,13 +278,13 @@ def _draw_u(program: Program, rows: Rows, gaussians: tuple, slot, noise) -> jax.
     return mean + controls.image_temperature[:, None] * scale * noise
 
 
-def _draw_token(program: Program, params, rows: Rows, needed) -> jax.Array:
-    """(B,): the next token of the rows that need one; the head is left out where none does."""
+def _draw_token(program: Program, params: dict, rows: Rows, needed: jax.Array) -> jax.Array:
+    """(B,): the next token of the rows where `needed` (B,) is True; the text head does not run if none needs it."""
     ids, controls = program.ids, rows.controls
     vocabulary = program.model.cfg.vlm.vocabulary
 
-    def drawn():
-        logits = program.model.apply({"params": params}, rows.text, method=Pretzel.text_logits)
+    def drawn() -> jax.Array:
+        logits = apply(program.model, params, rows.text, method=Pretzel.text_logits)
         logits = logits.at[:, jnp.array([ids.image, ids.vision_end, ids.pad])].set(-jnp.inf)  # never drawn as text
         no_more = jnp.where(controls.images_left == 0, -jnp.inf, logits[:, ids.vision_start])
         logits = logits.at[:, ids.vision_start].set(no_more)
@@ -280,8 +303,11 @@ def _draw_token(program: Program, params, rows: Rows, needed) -> jax.Array:
 
 
 def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """logits (B, V) with -inf outside the `top_k` (B,) likeliest tokens (0: all) and, of these, outside the fewest that
-    together have probability `top_p` (B,) (nucleus sampling, arXiv 1904.09751)."""
+    """Logits (B, V) with -inf for all but the likely tokens.
+
+    Keeps the `top_k` (B,) likeliest tokens (0: all), and of these the fewest whose probabilities sum to `top_p` (B,)
+    (nucleus sampling, arXiv 1904.09751).
+    """
     V = logits.shape[-1]
     ordered = -jnp.sort(-logits, axis=-1)
     ordered = jnp.where(jnp.arange(V) < jnp.where(top_k > 0, top_k, V)[:, None], ordered, -jnp.inf)

@@ -1,4 +1,4 @@
-"""The report's numbers of samplers whose answers are known."""
+"""The benchmark's numbers for samplers whose answers are known."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ CODEC = PatchCodec.fit(digits.split("train")[0], 2)
 
 
 class Gaussian:
-    """A model that takes every pixel for a draw of N(mean, deviation), whatever else it is shown."""
+    """A model for which every pixel is a draw of N(mean, deviation^2), in any context."""
 
     cfg = SimpleNamespace(channels=CODEC.channels)
 
@@ -39,11 +39,18 @@ class Gaussian:
 
 
 def sampler(model: Gaussian) -> SimpleNamespace:
-    """What scoring needs of a Sampler."""
+    """The parts of a Sampler that scoring uses."""
     return SimpleNamespace(
-        encoder=Encoder(tiny.tokenizer(), CODEC), codec=CODEC, model=model, skips=True, params={}, max_positions=256,
-        mesh=make_mesh(devices=jax.devices()[:1]), uses=lambda *a: None, run=lambda compiled, *a: compiled(*a),
-    )  # fmt: skip
+        encoder=Encoder(tiny.tokenizer(), CODEC),
+        codec=CODEC,
+        model=model,
+        skips=True,
+        params={},
+        max_positions=256,
+        mesh=make_mesh(devices=jax.devices()[:1]),
+        uses=lambda *a: None,
+        run=lambda compiled, *a: compiled(*a),
+    )
 
 
 def evaluate(answer):
@@ -61,7 +68,7 @@ def test_who_writes_no_image_has_none_right():
 
 
 def test_images_are_judged_one_by_one():
-    """Two are asked for of each digit: the first of them right, the second missing where the digit is odd, else a nine."""
+    """Two images for each digit: the first is right; the second is missing if the digit is odd, else it shows a nine."""
     pixels, labels = digits.split("train")
     scan = {digit: pixels[np.flatnonzero(labels == digit)[0]] for digit in range(10)}
 
@@ -116,14 +123,19 @@ def oracle(spoil=lambda kind, i: False):
 
 
 NUMBERS = {
-    None: "", "read": "read_accuracy", "sum text": "sum_text_accuracy", "sum image": "sum_image_accuracy",
-    "mirror": "mirror_correlation", "count word": "count_accuracy", "count image": "count_accuracy",
-}  # fmt: skip
+    None: "",
+    "read": "read_accuracy",
+    "sum text": "sum_text_accuracy",
+    "sum image": "sum_image_accuracy",
+    "mirror": "mirror_correlation",
+    "count word": "count_accuracy",
+    "count image": "count_accuracy",
+}
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_what_is_right_counts_and_nothing_else(kind):
-    """Every fourth answer is wrong in one respect, and one number says so."""
+    """Every fourth answer is wrong in one respect; exactly one number shows it."""
     numbers, page = evaluate(oracle(lambda which, i: which == kind and i % 4 == 0))
     assert [title for title, _ in page.examples] == np.repeat(
         ["Reading", "Adding", "Mirroring", "Counting"], 3
@@ -154,7 +166,7 @@ def test_correlation():
 
 @pytest.mark.parametrize("mean, deviation", ((0.0, 1.0), (-0.4, 0.8)))
 def test_the_nll_of_a_gaussian(mean, deviation):
-    """In pixels, whatever the codec makes of them: 0.5 E[((x + noise - mean) / deviation)^2] + log deviation."""
+    """The NLL is that of pixels for every codec: 0.5 E[((x + noise - mean) / deviation)^2] + log deviation."""
     scans = digits.split("held_out")[0].astype(np.float64)
     expected = 0.5 * (((scans - mean) ** 2).mean() + 0.1**2) / deviation**2 + np.log(deviation)
     found = held_out_nll(sampler(Gaussian(mean, deviation)))

@@ -1,4 +1,4 @@
-"""The engine that runs any benchmark: seeds by base, key and k alone; processes; answers that are there already."""
+"""The engine that runs any benchmark: seeds, several processes, and answers that are there already."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ RUN = {"checkpoint": "here"}
 
 
 class Colours(Benchmark):
-    """Answers are to be the colour that is asked for."""
+    """Tasks whose right answer is the colour in the prompt."""
 
     samples = 2
 
@@ -35,7 +35,7 @@ class Colours(Benchmark):
 
 
 class Speaker:
-    """A sampler that repeats the word it is asked to say, but for "red"; `drawn`: every seed that it drew with."""
+    """A sampler that repeats the word in its prompt unless it is "red"; `drawn`: all seeds that it was given."""
 
     model = SimpleNamespace(cfg=SimpleNamespace(tokens=4))
     codec = SimpleNamespace(is_pixels=True, image_channels=1)

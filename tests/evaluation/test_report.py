@@ -1,4 +1,4 @@
-"""The report: what stands on the page, and that it needs nothing but itself."""
+"""The report: the contents of its page, which needs no other file and no network."""
 
 import base64
 import io

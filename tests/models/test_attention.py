@@ -11,7 +11,7 @@ from starflow2_jax.models.layers import Transformer, TransformerConfig
 
 @pytest.mark.parametrize("B, S, H, J", [(1, 1, 4, 4), (3, 1, 4, 2), (2, 5, 4, 1)])
 def test_attention_to_a_cache_is_attention(B, S, H, J):
-    """What a cache holds, read as it lies, is what `attend` reads of whole rows."""
+    """Attention in a cache's layout equals `attend` over whole rows."""
     K, C = 8, 16
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, S, H, K), (B, C, J, K), (B, C, J, K)))

@@ -25,7 +25,7 @@ def test_positions_are_resized_as_pytorch_does(grid, size, antialias):
 
 
 def test_preprocessing():
-    """Against the definition on bytes; gray is repeated; NumPy and JAX alike."""
+    """Preprocessing against its definition on bytes, for gray and coloured images, NumPy and JAX arrays."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3))
     want = (pixels / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
     ours = (pixels / 127.5 - 1).astype(np.float32)

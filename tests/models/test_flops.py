@@ -23,7 +23,7 @@ SHAPE = Shape(2, 64, 8)
 
 
 def compiled_flops(cfg, stage, shape) -> float:
-    """Of the matrix products of the step's compiled program, scans by their trip count."""
+    """FLOP of the matrix products in the step's compiled program; loops count as often as they run."""
     model, optimizer = Pretzel(cfg), optax.sgd(1.0)
     frozen, trainable = split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     held, rest = (frozen, trainable) if stage.name == "pretrain" else (trainable, frozen)

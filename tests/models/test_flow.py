@@ -17,9 +17,19 @@ PLAIN = TransformerConfig(
     layers=2, width=8, heads=2, mlp_hidden=16, norm="layer", norm_eps=1e-5, qkv_bias=True, out_bias=True, mlp_bias=True
 )
 GATED = TransformerConfig(
-    layers=1, width=8, heads=4, kv_heads=2, head_dim=4, mlp_hidden=12, norm="rms_zero", activation="gelu_tanh",
-    gated_mlp=True, qk_norm="rms_zero", post_norm=True, remat="full",
-)  # fmt: skip
+    layers=1,
+    width=8,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    mlp_hidden=12,
+    norm="rms_zero",
+    activation="gelu_tanh",
+    gated_mlp=True,
+    qk_norm="rms_zero",
+    post_norm=True,
+    remat="full",
+)
 WIDE = replace(PLAIN, norm="rms", norm_eps=1e-6, heads=1, head_dim=20)  # rotary pairs for rows, columns and text
 GRID, D, B = (2, 3), 2, 2
 N = GRID[0] * GRID[1]
@@ -57,7 +67,7 @@ def random_params(module, *inputs) -> dict:
 
 @functools.cache
 def build(name: str) -> SimpleNamespace:
-    """A block, what it makes of h, and its own inverse."""
+    """A block's parameters, its output for h, and its inverse of that output."""
     cfg = CONFIGS[name]
     block, context, h = FlowBlock(cfg), context_of(cfg), 1.5 * normal(1, B, N, D)
     params = random_params(block, h, context)
@@ -70,9 +80,15 @@ def build(name: str) -> SimpleNamespace:
 
     z, logdet, back = run(h, context)
     return SimpleNamespace(
-        cfg=cfg, context=context, params=params, h=h, z=z, logdet=logdet, back=back,
+        cfg=cfg,
+        context=context,
+        params=params,
+        h=h,
+        z=z,
+        logdet=logdet,
+        back=back,
         forward=lambda h, context: run(h, context)[:2],
-    )  # fmt: skip
+    )
 
 
 def float64(tree):
@@ -82,7 +98,7 @@ def float64(tree):
 
 @functools.cache
 def exact(name: str) -> SimpleNamespace:
-    """The same in float64 throughout, with the Jacobian (B, N, D, N, D) by autodiff."""
+    """The same in float64, with the Jacobian (B, N, D, N, D) by autodiff."""
     b = build(name)
     block = FlowBlock(replace(b.cfg, transformer=replace(b.cfg.transformer, dtype="float64")))
     with jax.enable_x64(True):
@@ -113,7 +129,7 @@ def test_inverse(name):
 
 @BLOCKS
 def test_log_determinant(name):
-    """In float64; and what fp32 makes of it is that to fp32's precision."""
+    """The log-determinant in float64; the fp32 result equals it to the precision of fp32."""
     e = exact(name)
     sign, expected = np.linalg.slogdet(e.J.reshape(B, N * D, N * D))
     np.testing.assert_allclose(e.logdet.sum((1, 2)), expected, atol=1e-9)
@@ -185,7 +201,7 @@ def test_rotary_prefix_needs_its_rows():
 
 
 def test_bfloat16_keeps_the_affine_part_in_float32():
-    """A token's rounding may be amplified in those after it, so medians: they are about 0.01."""
+    """Later tokens may amplify a token's rounding, so medians are compared; they are about 0.01."""
     cfg = replace(STARFLOW, transformer=replace(GATED, head_dim=20, dtype="bfloat16"), prefix_channels=3)
     block, h, context = FlowBlock(cfg), normal(0, B, N, D), context_of(cfg)
     params = random_params(block, h, context)
@@ -251,7 +267,7 @@ def test_chain():
 
 
 def test_likelihood():
-    """The flow's density is a density: up to the constant, nll is -log N(z; 0, 1) - log|det J|, a dimension."""
+    """Up to the constant, nll is (-log N(z; 0, 1) - log|det J|) per dimension."""
     z, logdet = normal(0, B, N, D), normal(1, B, N, D)
     density = np.exp(-(z.astype(np.float64) ** 2) / 2) / np.sqrt(2 * np.pi) * np.exp(logdet)
     expected = -np.log(density).mean((1, 2)) - 0.5 * np.log(2 * np.pi)
@@ -260,7 +276,7 @@ def test_likelihood():
 
 @pytest.mark.parametrize("kind", GUIDES)
 def test_guidance(kind):
-    """Weight 0, or an unconditional pass like the conditional one, gives the conditional sample; else it does not."""
+    """Only weight 0, or an unconditional pass equal to the conditional one, gives the conditional sample."""
     c = chain()
     conditional = c.inverse(c.z, c.contexts[0])
     np.testing.assert_allclose(c.guided(kind, *c.contexts, 0.0), conditional, atol=1e-5)
@@ -270,7 +286,7 @@ def test_guidance(kind):
 
 
 def test_guidance_acts_only_where_there_is_a_condition():
-    """Of the chain only the deep block is guided (and tempered): the shallow one inverts what it gives as ever."""
+    """Only the deep block of the chain is guided and tempered; the shallow one inverts its output without guidance."""
     c = chain()
     shallow, deep = (
         functools.partial(FlowBlock(cfg).apply, {"params": c.params["params"][f"block_{i}"]}, method=FlowBlock.inverse)

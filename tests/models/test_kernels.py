@@ -30,7 +30,7 @@ def inputs(heads: str, rows: int = 2, dtype=np.float32):
 
 
 def written_out(q, k, v, segments):
-    """float64, one query after another's exponentials: sum over the keys that are visible."""
+    """Attention in float64, one query after another, by exponentials over the visible keys."""
     q, k, v = (jnp.asarray(a, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32) for a in (q, k, v))
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
     logits = jnp.einsum("bshk,bchk->bhsc", q, k) / np.sqrt(K)
@@ -124,15 +124,16 @@ def test_what_packed_cudnn_is_told(monkeypatch, cudnn_anywhere, stream):
 @pytest.mark.gpu
 @pytest.mark.parametrize("stream", STREAMS)
 def test_cudnn_on_rows_that_are_cut(stream):
-    """Each half of the queries by itself, as a device of a mesh with two on the sequence axis has them."""
+    """Each half of the queries alone, as on the devices of a mesh with two along the sequence axis."""
     arrays, segments = inputs(stream, dtype=jnp.bfloat16)
 
     def run(q, k, v):
         halves = [
-            kernels._on_a_device(q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None,
-                                 kernel="cudnn")
+            kernels._on_a_device(
+                q[:, half], k, v, segments[:, half], segments, jnp.array([half.start]), None, kernel="cudnn"
+            )
             for half in (slice(0, S // 2), slice(S // 2, S))
-        ]  # fmt: skip
+        ]
         return jnp.concatenate(halves, axis=1)
 
     compare(run, arrays, segments, 2e-2)
@@ -173,8 +174,10 @@ def cudnn_anywhere(monkeypatch):
     [(None, (4, 2, S)), (dict(data=4, tensor=2), (2, 1, S)), (dict(data=4, sequence=2), (4, 2, S // 2))],
 )
 def test_cudnn_is_told_of_documents(monkeypatch, cudnn_anywhere, mesh, local):
-    """What is handed to cuDNN, lowered for an NVIDIA GPU without one: causal, with a bias where documents are packed or where
-    a row is cut, and then the bias alone says what is visible."""
+    """The call to cuDNN, lowered for an NVIDIA GPU without having one.
+
+    It is causal for whole rows of one document. For packed documents or cut rows a bias says what is visible.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -221,7 +224,7 @@ def test_only_a_cached_call_takes_a_temperature():
 
 @pytest.mark.parametrize("mesh", (dict(data=4, tensor=2), dict(data=2, sequence=4)))
 def test_what_cudnn_is_told_is_right(monkeypatch, cudnn_anywhere, mesh):
-    """Mask and causality as they are handed to it, computed by JAX's own attention in its place."""
+    """The mask and causality given to cuDNN, computed by JAX's own attention instead."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: plain(*a, **k | {"implementation": "xla"}))
     arrays, segments = inputs("vlm", dtype=jnp.bfloat16)

@@ -31,7 +31,7 @@ def empty(rows: int, capacity: int) -> Caches:
 
 
 def said(output: Output) -> np.ndarray:
-    """All that the positions predict with: (B, S, channels)."""
+    """Text states, means and scales of all positions, side by side: (B, S, channels)."""
     return np.concatenate([output.text, output.mean, output.scale], axis=-1)
 
 
@@ -53,7 +53,7 @@ def full(batch):
 
 
 def test_no_position_sees_a_later_token_or_u():
-    """Row i of a batch has position i changed: nothing before i moves, and i itself does, in text, mean and scale."""
+    """In row i of a batch position i is changed: outputs before i stay, those at i change, in text, mean and scale."""
     batch = tiny.alone(tiny.documents()[1])
     S = int((batch.segments > 0).sum())
     read = run(batch, tiny.params())
@@ -74,7 +74,9 @@ def test_no_position_sees_a_later_token_or_u():
 
 @pytest.mark.parametrize("index", (1, 4))
 def test_nothing_before_an_image_sees_it(index):
-    """Any token of an image may move the whole of its u (the shallow flow mixes them), but nothing before the image."""
+    """A token of an image may change all of the image's u, since the shallow flow mixes tokens, but nothing before the
+    image.
+    """
     batch = tiny.alone(tiny.documents()[index])
     base = said(run(batch, tiny.params()))[0]
     images = [(sequence.FLOW, m) for m in range(int(batch.latents[0].any((1, 2)).sum()))]
@@ -108,7 +110,7 @@ def test_packed_documents_do_not_see_each_other(batch, full):
 
 
 def test_closed_skips_leave_the_vlms_own_logits_bit_for_bit(batch):
-    """Against `Qwen` alone, over the embeddings that a row of text has."""
+    """Against `Qwen` alone over the embeddings of a row of text."""
     document = [Text("draw an eight and count from one to four", predict=True)]
     words = tiny.alone(document)
     mask = np.asarray(words.segments[:, :, None] == words.segments[:, None, :]) & np.tril(np.ones((40, 40), bool))
@@ -137,18 +139,21 @@ def fresh() -> dict:
 
 
 def test_what_begins_at_zero(fresh):
-    """The skips, and the maps whose output makes Gaussians, which so begin with mean 0 and scale 1; nothing else that is a
-    kernel does."""
+    """Only the kernels of the skips and of the Gaussian heads start at 0, so Gaussians begin with mean 0 and scale 1."""
     kernels = {path: leaf for path, leaf in flatten_dict(fresh, sep="/").items() if path.endswith("kernel")}
     zero = {path for path, kernel in kernels.items() if not np.asarray(kernel).any()}
     assert zero == {
-        "w_vlm/kernel", "w_d/kernel", "head/kernel", "shallow/block_0/proj_out/kernel", "shallow/block_1/proj_out/kernel"
-    }  # fmt: skip
+        "w_vlm/kernel",
+        "w_d/kernel",
+        "head/kernel",
+        "shallow/block_0/proj_out/kernel",
+        "shallow/block_1/proj_out/kernel",
+    }
     assert set(fresh["w_vlm"]) == set(fresh["w_d"]) == {"kernel"} and not np.asarray(fresh["head"]["bias"]).any()
 
 
 def test_a_fresh_model_says_what_its_vlm_says(fresh, batch):
-    """With open skips, bit for bit; and its images are Gaussians of mean 0 and scale 1 that the shallow flow leaves alone."""
+    """A fresh Pretzel with open skips gives the VLM's states bit for bit, and its images are standard Gaussians."""
     opened, closed = run(batch, fresh), run(batch, fresh, skips=False)
     assert np.array_equal(opened.text, closed.text) and np.asarray(closed.text).std() > 0.1
     assert not np.asarray(opened.mean).any() and np.allclose(opened.scale, 1, atol=1e-6)
@@ -201,7 +206,7 @@ def test_decoding_step_by_step_equals_one_pass(stories, decoded):
 
 
 def test_caches_after_generating_are_those_after_reading(stories, decoded):
-    """Nothing that was generated is read a second time, so its keys and values must be those of reading it."""
+    """A generated position is never read again, so its keys and values must equal those of reading it."""
     _, stepped, total = decoded
     read = run(stories[0], tiny.params(), empty(2, 40)).caches
     for name in ("vlm", "deep"):
@@ -214,7 +219,7 @@ def test_caches_after_generating_are_those_after_reading(stories, decoded):
 
 
 def test_layers_with_parameters_of_their_own(stories):
-    """What a sampler runs: the scanned model's answers, from the same numbers, with its caches."""
+    """The sampler's model, with separate layers, gives the scanned model's outputs from the same numbers."""
     apart = Pretzel(for_sampling(tiny.MODEL.cfg))
     params = separate_layers(tiny.params())
     shapes = jax.tree.map(jnp.shape, init_params(apart, jax.random.key(0)))
@@ -247,7 +252,7 @@ def test_decode_inverts_encode(batch):
 
 
 def test_dropout_acts_where_a_key_is_given_only(batch, full):
-    """On both flows, never on the frozen VLM, and without bias: the mean over keys comes back to the undisturbed u."""
+    """Dropout acts on both flows, never on the frozen VLM, and the mean over keys is the u without dropout."""
     flow = replace(tiny.FLOW, dropout=0.1)
     model = Pretzel(replace(tiny.CONFIG, shallow=flow, deep=flow))
 

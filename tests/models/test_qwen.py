@@ -35,22 +35,46 @@ CASES = {
     "grouped": (
         dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2),
         [2, 3, 1],
-        dict(depth=3, hidden_size=32, intermediate_size=56, num_heads=2, patch_size=4, window_size=16, fullatt_block_indexes=[1]),
+        dict(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=56,
+            num_heads=2,
+            patch_size=4,
+            window_size=16,
+            fullatt_block_indexes=[1],
+        ),
         False,
     ),
     "tied": (
         dict(hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1),
         [4, 2, 2],
-        dict(depth=2, hidden_size=48, intermediate_size=32, num_heads=3, patch_size=2, window_size=12, fullatt_block_indexes=[0]),
+        dict(
+            depth=2,
+            hidden_size=48,
+            intermediate_size=32,
+            num_heads=3,
+            patch_size=2,
+            window_size=12,
+            fullatt_block_indexes=[0],
+        ),
         True,
     ),
     "ungrouped": (
         dict(hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2),
         [3, 3, 4],
-        dict(depth=4, hidden_size=32, intermediate_size=40, num_heads=4, patch_size=3, window_size=12, fullatt_block_indexes=[1, 3]),
+        dict(
+            depth=4,
+            hidden_size=32,
+            intermediate_size=40,
+            num_heads=4,
+            patch_size=3,
+            window_size=12,
+            fullatt_block_indexes=[1, 3],
+        ),
         False,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +87,18 @@ def exact():
 def reference(case: str):
     text, sections, vision, tied = CASES[case]
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**TEXT, **text, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}},
+        text_config={
+            **TEXT,
+            **text,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
+        },
         vision_config={**VISION, **vision, "out_hidden_size": text["hidden_size"]},
-        tie_word_embeddings=tied, image_token_id=IDS.image, vision_start_token_id=IDS.vision_start,
-        vision_end_token_id=IDS.vision_end, video_token_id=399,
-    )  # fmt: skip
+        tie_word_embeddings=tied,
+        image_token_id=IDS.image,
+        vision_start_token_id=IDS.vision_start,
+        vision_end_token_id=IDS.vision_end,
+        video_token_id=399,
+    )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval().float()
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
@@ -126,13 +157,15 @@ def documents(case: str):
 def processor(case: str):
     vision = ours(case)[0].cfg.vlm.vision
     return Qwen2VLImageProcessorPil(
-        patch_size=vision.patch, merge_size=vision.merge, temporal_patch_size=vision.temporal_patch,
+        patch_size=vision.patch,
+        merge_size=vision.merge,
+        temporal_patch_size=vision.temporal_patch,
         size={"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels},
-    )  # fmt: skip
+    )
 
 
 def reference_inputs(case: str, document, features) -> dict:
-    """What the reference reads of one document: our token ids, its own pixels, grids and types."""
+    """The reference's inputs for one document: our token ids, its own pixels, grids and types."""
     photos = [p.pixels for p in document if isinstance(p, Image)]
     tokens = torch.tensor(features["tokens"], dtype=torch.long)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -231,7 +264,7 @@ def test_whole_model_batched_and_packed(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation(case):
-    """64 tokens with the cache, prompts of unequal length in one batch, as the reference's `generate` writes each."""
+    """64 tokens with the cache, for prompts of unequal length in one batch, equal the reference's `generate` for each."""
     pretzel, params = ours(case)
     sampler = Sampler(pretzel, params, tiny.tokenizer(), tiny.CODEC, skips=True)
     prompts = [*([Text(t)] for t in TEXTS), *documents(case)]

@@ -1,4 +1,4 @@
-"""Remat policies: the same gradients from less that is kept."""
+"""Remat policies give the same gradients from fewer saved values."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What cannot run here is compiled ahead of time for TPUs, in a process of its own."""
+"""Programs that cannot run here are compiled ahead of time for TPUs, in a separate process."""
 
 import os
 import subprocess
@@ -56,11 +56,16 @@ print("gathered", *sorted({t for line in text.splitlines() if " all-gather" in l
 
 
 def compiled(policy: str) -> str:
-    """What the program prints."""
+    """The output of the program."""
     environment = os.environ | dict(
-        JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0",
-        TPU_ACCELERATOR_TYPE="v5p-8", ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS="",
-    )  # fmt: skip
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0",
+        TPU_ACCELERATOR_TYPE="v5p-8",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        XLA_FLAGS="",
+    )
     program = PROGRAM.replace("REMAT", policy)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,8 @@
-"""Another vision-language model, added from outside the package by a row of the table, and all that Pretzel does with it.
+"""Another vision-language model, added from outside the package by a row of the table, in every use that Pretzel makes
+of it.
 
-Its decoder normalises q and k by another rule than any of the package's VLMs, and every layer adds an embedding of its own
-of the token (or of what the vision tower saw) to its input.
+Its decoder normalises q and k by another rule than any of the package's VLMs, and every layer adds an embedding of its
+own of the token (or of what the vision tower saw) to its input.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -33,9 +34,17 @@ from starflow2_jax.weights.vlm import load_config, write_config
 
 LAYERS, WIDTH = 3, 24
 ADAMW = SimpleNamespace(
-    name="adamw", learning_rate=1e-2, final_fraction=1.0, warmup=0, b1=0.9, b2=0.95, weight_decay=0.0, clip=1.0,
-    moments="float32", offload=False,
-)  # fmt: skip
+    name="adamw",
+    learning_rate=1e-2,
+    final_fraction=1.0,
+    warmup=0,
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.0,
+    clip=1.0,
+    moments="float32",
+    offload=False,
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +103,18 @@ class LayeredConfig:
     @property
     def transformer(self) -> TransformerConfig:
         return TransformerConfig(
-            layers=LAYERS, width=self.width, heads=self.heads, mlp_hidden=32, norm="layer", qk_norm="layer",
-            mlp_bias=True, dtype=self.dtype, remat=self.remat, kernel=self.kernel, scan=self.scan,
-        )  # fmt: skip
+            layers=LAYERS,
+            width=self.width,
+            heads=self.heads,
+            mlp_hidden=32,
+            norm="layer",
+            qk_norm="layer",
+            mlp_bias=True,
+            dtype=self.dtype,
+            remat=self.remat,
+            kernel=self.kernel,
+            scan=self.scan,
+        )
 
 
 class Layered(nn.Module):
@@ -152,7 +170,7 @@ MODEL = Pretzel(CONFIG)
 
 @pytest.fixture(scope="module")
 def params(row):
-    """Random everywhere, so that no map that starts at zero hides anything."""
+    """Random parameters everywhere, so that maps that start at zero do not hide faults."""
     shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(0.15 * rng.standard_normal(x.shape), jnp.float32), shapes)
@@ -172,7 +190,7 @@ def said(output):
 
 
 def test_its_parameters_and_its_layers_inputs(params, encoder):
-    """Forward: finite, its own parameter tree under `vlm`, and each layer's input moves what is said."""
+    """The forward pass is finite, its parameters are under `vlm`, and each layer's input changes the output."""
     assert jax.tree.map(jnp.shape, params["vlm"]) == jax.tree.map(jnp.shape, abstract_params(CONFIG.vlm)["vlm"])
     assert set(params["vlm"]["stack"]["layers"]["attention"]["query_norm"]) == {"scale", "bias"}
     run = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))
@@ -188,7 +206,7 @@ def test_its_parameters_and_its_layers_inputs(params, encoder):
 
 
 def test_decoding_through_the_caches_is_the_whole_forward(params, encoder):
-    """In the layout of a sampler, layers apart: a prompt with a picture is read, then one position at a time."""
+    """With separate layers, as in a sampler: reads a prompt with a picture, then one position at a time."""
     document = [Image(tiny.pixels(1, (4, 8)), via="vit"), Text("draw it"), Image(tiny.pixels(2), generate=True)]
     document += [Text(" three", predict=True)]
     whole = collate([encoder(document)], Shape(1, 40, 1, 8))
@@ -233,7 +251,9 @@ def test_a_training_step(params, encoder, name):
 
 
 def test_its_config_as_values(tmp_path):
-    """What a config file and vlm.json hold; another kind is another model, an unknown one is refused with the nearest."""
+    """Configs and vlm.json name the kind; another kind is another model, and an unknown one is refused with the
+    nearest.
+    """
     values = asdict(CONFIG)
     assert values["vlm"]["kind"] == "layered" and build(PretzelConfig, values) == CONFIG
     write_config(tmp_path / "vlm.json", CONFIG.vlm)

@@ -1,4 +1,4 @@
-"""Joining the processes of a run: what is said on the command line, and what is wrong with it."""
+"""Joining the processes of a run: flags, environment and their faults."""
 
 import shutil
 import socket
@@ -38,7 +38,7 @@ def test_nothing_is_guessed(joined, monkeypatch):
 
 def test_flags_environment_and_cluster(joined, monkeypatch):
     processes.initialize(arguments())
-    assert joined == [()]  # JAX asks the cluster
+    assert joined == [(None, None, None)]  # JAX asks the cluster
     processes.initialize(arguments(True, "host:1", "4", "3"))
     assert joined[1:] == [("host:1", 4, 3)]
     for name, value in zip(processes.ENVIRONMENT.values(), ("other:2", "8", "7"), strict=True):
@@ -91,8 +91,11 @@ except UserError as error:
 
 
 def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
-    """Each has a folder of its own in place of its host's view of one. In the second view there is more: a step, an
-    average of step 2, and a run that the first does not see at all. To the first, all steps are damaged: both say so."""
+    """Each has a folder of its own in place of its host's view of one.
+
+    In the second view there is more: a step, an average of step 2, and a run that the first does not see at all. To the
+    first, all steps are damaged: both say so.
+    """
     first, second = tmp_path / "0", tmp_path / "1"
     saved = CheckpointDirectory(first / "run")
     saved.folder.mkdir(parents=True)
@@ -113,10 +116,12 @@ def test_processes_that_see_different_files_agree_with_the_first(tmp_path):
     started = [
         subprocess.Popen(
             [sys.executable, "-c", ASKING, address, str(process), view / "run", view / "unseen"],
-            stdout=subprocess.PIPE, text=True, cwd=root,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
         )
         for process, view in enumerate((first, second))
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=120)[0].splitlines() for process in started]
     finally:

@@ -1,4 +1,4 @@
-"""Meshes of TPUs and over several slices, which no test machine has: devices that only say where they are."""
+"""Meshes of TPUs and over several slices, from made-up devices that only have coordinates."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Device:
 
 
 def slices(**mesh) -> np.ndarray:
-    """In which of two slices of four devices each place of the mesh is."""
+    """For each place of the mesh, the slice that its device is in: two slices of four devices."""
     devices = [Device(i, i // 4) for i in range(8)]
     placed = sharding.placed_devices(tuple(mesh.get(axis, 1) for axis in sharding.AXES), devices)
     assert sorted(d.id for d in placed.flat) == list(range(8))
@@ -85,15 +85,19 @@ except UserError as error:
 
 @pytest.mark.tpu
 def test_axes_share_the_dimensions_of_a_torus():
-    """No axis of these is made of whole dimensions: yet what lies together in `sequence` and `tensor` is a box of neighbours.
+    """No axis of these is made of whole dimensions: yet what lies together in `sequence` and `tensor` is a box of
+    neighbours.
 
     Meshes of fsdp alone are JAX's own. Where a v4's chip is two devices, JAX makes no mesh of them.
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", DESCRIBED],
-        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     *_, made, refused = done.stdout.splitlines()
     for meshes, chips in zip(json.loads(made).values(), (256, 64, 32, 16), strict=True):

@@ -144,7 +144,9 @@ ENTRY %main (a: bf16[512,1024], b: bf16[4096,4096]) -> (bf16[4096,1024], bf16[40
 
 
 def test_what_a_collective_in_pieces_passes_through_fusions_is_neither_read_nor_written():
-    """As a TPU is told: a fusion that starts it, one that negates `b` while it runs, one that waits for it."""
+    """A collective over three fusions, as in a TPU's program: one starts it, one negates `b` meanwhile, one waits for
+    it.
+    """
     gather = "all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}"
     part, whole, other = "bf16[512,1024]{1,0}", "bf16[4096,1024]{1,0}", "bf16[64,64]{1,0}"
     text = f"""HloModule m, is_scheduled=true

@@ -1,4 +1,6 @@
-"""Counting in the text of compiled modules: against arithmetic, on small programs and on texts as TPU compilers write them."""
+"""Counting in the text of compiled modules: against arithmetic, on small programs and on texts as TPU compilers write
+them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +65,22 @@ def test_shapes_with_layouts():
         ((4, 8), (8, 16), (4, 16), "dim_labels=bf_io->bf", 4 * 8 * 16),
         # six products (4, 8) (8, 16) side by side, the batch axis written as a dilated one
         (
-            (4, 8, 6), (6, 8, 16), (4, 16, 6),
-            "window={size=6 stride=5 pad=0_0 lhs_dilate=6}, dim_labels=bf0_0io->bf0", 6 * 4 * 8 * 16,
+            (4, 8, 6),
+            (6, 8, 16),
+            (4, 16, 6),
+            "window={size=6 stride=5 pad=0_0 lhs_dilate=6}, dim_labels=bf0_0io->bf0",
+            6 * 4 * 8 * 16,
         ),
         # two of them, padded: half of the four pairs are with zeros
-        ((4, 8, 1), (8, 2, 16), (2, 4, 16), "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=bf0_i0o->0bf", 2 * 4 * 8 * 16),
+        (
+            (4, 8, 1),
+            (8, 2, 16),
+            (2, 4, 16),
+            "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=bf0_i0o->0bf",
+            2 * 4 * 8 * 16,
+        ),
     ],
-)  # fmt: skip
+)
 def test_products_written_as_convolutions(left, right, out, attributes, products):
     assert convolution_flops(left, right, out, attributes) == 2 * products
 
@@ -84,9 +95,7 @@ def test_products_of_a_scan_and_its_gradient():
     module = Module(compiled.as_text())
     loops = [i for i in module.entry.values() if i.opcode == "while"]
     assert [module.trips(i, module.entry) for i in loops] == [L, L]
-    inside = [
-        sum(module.flops(body, i) for i in body.values()) for body in (module.called(i, "body") for i in loops)
-    ]  # fmt: skip
+    inside = [sum(module.flops(body, i) for i in body.values()) for body in (module.called(i, "body") for i in loops)]
     assert np.sum(inside) == 3 * 2 * 16 * E * E
 
 

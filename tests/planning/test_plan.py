@@ -94,7 +94,7 @@ def test_search_survives_what_does_not_compile(small):
 
 
 def test_search_over_all_axes():
-    """What does not divide the chips is said, not left out."""
+    """Choices that do not divide the chips are listed with that reason."""
     found = list(search.candidates(8, [1, 2], [1, 3], ["full", "dots"], sequences=[2], datas=[1, 2, 16]))
     meshes = {
         tuple(c.mesh.get(axis) for axis in ("data", "fsdp", "sequence", "tensor")) for c in found if not c.failure

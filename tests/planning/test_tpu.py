@@ -1,4 +1,4 @@
-"""Real plans of a shrunk experiment on four TPUs that are described only, by the command, in a process of its own."""
+"""Real plans of a shrunk experiment on four described TPUs, made by the command in a separate process."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.tpu
 
 
 def planned(folder: Path, *arguments: str) -> tuple[list[dict], str]:
-    """What `starflow2 plan` on v5e:2x2 writes, and what it says."""
+    """The file that `starflow2 plan` writes for v5e:2x2, and its output."""
     (folder / "experiment.py").write_text(EXPERIMENT)
     command = [sys.executable, "-m", "starflow2_jax.cli", "plan", "--config", str(folder / "experiment.py")]
     command += ["--topology", "v5e:2x2", "--json", str(folder / "plan.json"), *arguments]
@@ -33,7 +33,7 @@ def planned(folder: Path, *arguments: str) -> tuple[list[dict], str]:
 
 
 def test_a_step_whose_optimizer_lies_in_the_hosts_memory(tmp_path):
-    """With a policy that may skip its update, as all 7B experiments have it."""
+    """With a policy that may skip an update, as in all 7B experiments."""
     [made], said = planned(tmp_path)
     assert made["fits"] and made["mesh"]["fsdp"] == 4 and not made["unknown_loops"]
     assert made["flops_compiled"] == pytest.approx(made["hardware_by_hand"], rel=0.05)
@@ -44,7 +44,7 @@ def test_a_step_whose_optimizer_lies_in_the_hosts_memory(tmp_path):
 
 
 def test_the_samplers_steps(tmp_path):
-    """Where a head of keys has one query, as in `write`'s deep flow, attention is no matrix product on a TPU."""
+    """If a head of keys has one query, as in the deep flow of `write`, attention is no matrix product on a TPU."""
     (read, write), said = planned(tmp_path, "--sampler", "--capacity", "128", "--rows", "64")
     assert [plan["what"].split(":")[0] for plan in (read, write)] == ["sampler, read", "sampler, write"]
     assert read["flops_compiled"] == pytest.approx(read["hardware_by_hand"], rel=0.05)

@@ -1,4 +1,4 @@
-"""Answers in files: what several processes write, what is left of a run that was killed, which batches there are."""
+"""Folders of answers: several processes, resuming a killed run, and the batches that run together."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,9 @@ SHORT, LONG = SampleOptions(max_tokens=3), SampleOptions(max_tokens=9)
 
 
 class Recorder:
-    """A sampler whose answer says its prompt and seed, and draws the seed as a gray level; `calls`: what it was asked."""
+    """A sampler whose answer is its prompt, its seed, and the seed as a gray level; `calls`: prompts and rows of each
+    call.
+    """
 
     step, schedule, deep = 7, None, SEQUENTIAL
 
@@ -128,5 +130,16 @@ def test_a_folder_holds_one_run(tmp_path):
         batch_files.begin(tmp_path / "out", run | {"seed": 4})
     with pytest.raises(UserError, match="--documents"):
         batch_files.write_anew(Recorder(), prompts(1)[0], tmp_path / "out")
-    with pytest.raises(UserError, match="not 3 of 3"):
+    with pytest.raises(UserError, match="--process=3 must be at least 0 and below --processes=3"):
         Share(3, 3)
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "[1]", "[" * 100_000])
+def test_a_damaged_file_of_answers_is_named(tmp_path, damage):
+    batch_files.begin(tmp_path, {"seed": 1})
+    (tmp_path / "samples.jsonl").write_text(damage + "\n")
+    with pytest.raises(UserError, match="samples.jsonl, line 1, is damaged"):
+        batch_files.write(Recorder(), prompts(1), tmp_path, 1, progress=False)
+    (tmp_path / "run.json").write_text(damage)
+    with pytest.raises(UserError, match="run.json is damaged"):
+        batch_files.begin(tmp_path, {"seed": 1})

@@ -72,7 +72,7 @@ def test_token_by_token():
 @pytest.mark.parametrize("guess", GUESSES)
 @pytest.mark.parametrize("chunk", [2, 3, TOKENS, TOKENS + 1])
 def test_exact_after_as_many_passes_as_tokens(chunk, guess):
-    """With tolerance 0, whatever the guess, a shorter last chunk included."""
+    """With tolerance 0 every guess gives the exact result, also in a shorter last chunk."""
     h, passes = solved(Jacobi(chunk, 0.0, guess))
     np.testing.assert_allclose(h, solved(SEQUENTIAL)[0], atol=1e-5)
     sizes = [min(chunk, TOKENS - i) for i in range(0, TOKENS, chunk)]
@@ -91,7 +91,7 @@ def test_stops_within_the_tolerance():
 
 @pytest.mark.parametrize("chunk", [3, TOKENS])
 def test_a_row_does_not_depend_on_the_others(chunk):
-    """Rows that stand still early are as they would be alone, and so is what later chunks see of them."""
+    """Rows that converge early equal the same rows alone, and so do their later chunks."""
     method = Jacobi(chunk, 0.05)
     h, passes = solved(method)
     assert len(set(passes[:, 0])) > 2 and np.abs(h - solved(SEQUENTIAL)[0]).max() > 1e-3
@@ -118,8 +118,10 @@ BLOCKS = {
     "shift, classes, flip": FlowBlockConfig(
         GRID, D, PLAIN, flip=True, start="shift", scale="exp", positions="learned", classes=3
     ),
-    "token, prefix": FlowBlockConfig(GRID, D, PLAIN, soft_clip=4.0, rotary_text=True, final_norm=True, prefix_channels=3),
-}  # fmt: skip
+    "token, prefix": FlowBlockConfig(
+        GRID, D, PLAIN, soft_clip=4.0, rotary_text=True, final_norm=True, prefix_channels=3
+    ),
+}
 GUIDES = {
     "none": None,
     "mixing": guidance.gaussian_mixing(1.5),
@@ -132,7 +134,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def contexts(cfg: FlowBlockConfig) -> tuple[Context, Context]:
-    """To be guided to and from."""
+    """The conditional and the unconditional context of the guided tests."""
     if cfg.classes:
         return Context(np.array([0, 2])), Context(np.array([-1, -1]))
     return tuple(Context(prefix=normal(seed, B, 4, cfg.prefix_channels)) for seed in (10, 11))
@@ -150,7 +152,7 @@ def block_params(name: str) -> dict:
 
 @functools.cache
 def inverted(name: str, guide: str, solver: Jacobi, temperature: float = 1.0):
-    """h and the passes."""
+    """The inverse h and its passes."""
     block, params = FlowBlock(BLOCKS[name]), block_params(name)
 
     @jax.jit
@@ -170,7 +172,9 @@ def forward_of(name: str):
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_exact_inverse_of_a_block(name, guide):
-    """h is what the Gaussians of whole forward passes over h, guided, make of z; a chunk of 4 leaves a shorter one."""
+    """h equals mean + scale z with the guided Gaussians of a full forward pass over h; a chunk of 4 leaves a shorter
+    one.
+    """
     block, z = FlowBlock(BLOCKS[name]), normal(1, B, N, D)
     h, passes = inverted(name, guide, Jacobi(4, 0.0))
     forward = forward_of(name)
@@ -204,7 +208,7 @@ def test_equal_to_sequential(guide, temperature):
 
 
 def chain() -> tuple[Flow, dict, jax.Array, Conditions]:
-    """A block with neither class nor prefix, and a guided one that is flipped; of two tokens."""
+    """Two blocks over two tokens: one without a condition, and a guided, flipped one."""
     deep = replace(BLOCKS["token, prefix"], grid=(1, 2), flip=True, transformer=replace(PLAIN, layers=1))
     flow = Flow((replace(deep, flip=False, prefix_channels=0), deep))
     z, (here, there) = normal(3, B, 2, D), contexts(deep)
@@ -276,7 +280,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.slow
 def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
-    """The command writes what the sampler then decodes by."""
+    """The command writes the solvers that the sampler then uses."""
     monkeypatch.setattr(calibration, "candidates", lambda _, tolerance: [Jacobi(1, tolerance), Jacobi(4, tolerance)])
     assert Sampler.restore(checkpoint).schedule is None
     command = ["calibrate", "--checkpoint", str(checkpoint), "--tolerance", "1e-4", "--batch", "3", "--tensor", "2"]
@@ -310,7 +314,7 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
 
 
 def test_what_is_measured_of_the_deep_flow():
-    """Guided, with prompts of two lengths: the error and passes of a loose solver, against images drawn apart."""
+    """With guidance and prompts of two lengths: error and passes of a loose solver, against images drawn separately."""
     sampler = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=64)
     N, prompts, tolerance = tiny.CONFIG.tokens, [[Text("draw an eight")], [Text("two")]], 0.3
     measured, exact = calibrate_deep(sampler, prompts, 1.5, tolerance, batch=3)
@@ -358,15 +362,17 @@ def test_a_damaged_inversion_json(content, saying, tmp_path):
 
 
 def test_jacobi_1_is_token_by_token_in_both_flows():
-    """However roughly the checkpoint was calibrated."""
+    """`jacobi` 1 is exact, however rough the checkpoint's calibrated solvers are."""
     solver = Jacobi(tiny.CONFIG.tokens, 1e9)
     exact, rough = (
         Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, inversion=solvers)
         for solvers in (Inversion(), Inversion((solver,) * 2, solver))
     )
     options = SampleOptions(max_tokens=tiny.CONFIG.tokens + 2, image_first=True, jacobi=1)
-    images = [s.generate([[Text("draw")]], replace(options, jacobi=j))[0][0].pixels
-              for s, j in ((exact, 1), (rough, 1), (rough, 0))]  # fmt: skip
+    images = [
+        s.generate([[Text("draw")]], replace(options, jacobi=j))[0][0].pixels
+        for s, j in ((exact, 1), (rough, 1), (rough, 0))
+    ]
     np.testing.assert_array_equal(images[0], images[1])
     assert np.abs(images[0] - images[2]).max() > 1e-2
 

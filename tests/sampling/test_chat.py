@@ -1,4 +1,4 @@
-"""A conversation that goes on from its caches against one that is read anew."""
+"""A conversation that continues from its caches against one that is read again from its beginning."""
 
 import builtins
 import copy
@@ -39,7 +39,7 @@ def state(session) -> np.ndarray:
 
 
 def test_a_turn_reads_only_what_is_new():
-    """With a template: two turns, the first one's answer with an image, against reading the whole conversation."""
+    """Two turns with a template, the first answer with an image, against reading the whole conversation."""
     model = sampler(TEMPLATE)
     options = SampleOptions(max_tokens=N + 2, image_first=True)
     chat = Chat(model, options, seed=3)
@@ -61,7 +61,7 @@ def test_a_turn_reads_only_what_is_new():
 
 @pytest.mark.parametrize("written", [1, 3, N + 1])
 def test_an_image_that_was_cut_off(written):
-    """Of an image cut off by max_tokens nothing is left in the caches; one that lacks only its end gets it."""
+    """The caches keep nothing of an image that max_tokens cut off; an image that lacks only its end token gets it."""
     model = sampler()
     chat = Chat(model, SampleOptions(max_tokens=written, image_first=True, guidance=1.0), seed=1)
     answer = chat.say([Text("draw an eight")])
@@ -76,7 +76,7 @@ def test_an_image_that_was_cut_off(written):
 
 
 def test_a_refused_turn_leaves_all_as_it_was():
-    """Also behind an image that was cut off, however often."""
+    """An empty turn is refused also after an image that was cut off, however often."""
     chat, other = (
         Chat(sampler(), SampleOptions(max_tokens=3, image_first=True, guidance=1.0), seed=1) for _ in range(2)
     )
@@ -99,7 +99,7 @@ def test_a_refused_turn_leaves_all_as_it_was():
 
 
 def test_nothing_said_draws_nothing():
-    """Behind an image that was cut off, with a template or without."""
+    """After an image that was cut off, with and without a template."""
     for template in (None, TEMPLATE):
         chat = Chat(sampler(template), SampleOptions(max_tokens=3, image_first=True))
         chat.say("draw an eight")
@@ -110,7 +110,7 @@ def test_nothing_said_draws_nothing():
 
 
 def test_an_answer_told_as_it_comes():
-    """It is the one that `say` gives, and the conversation goes on; one that is not heard to its end ends it."""
+    """A streamed answer equals that of `say`; a stream that is not read to its end ends the conversation."""
     options = SampleOptions(max_tokens=2 * N, image_first=True, guidance=1.0)
     said, told = (Chat(sampler(), options, seed=1) for _ in range(2))
     for turn in ("draw an eight", "and now?"):

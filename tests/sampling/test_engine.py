@@ -1,4 +1,4 @@
-"""The sampler, step by step through its caches, against one full pass over what it wrote."""
+"""The sampler's steps through its caches, against one full pass over the prompt and the answer."""
 
 from dataclasses import replace
 from functools import partial
@@ -182,8 +182,10 @@ def test_a_mesh_gives_the_same(sampler, axes):
 
 
 def test_jacobi_is_the_sequential_answer(sampler):
-    """Exact with tolerance 0, in no more passes than tokens, shorter last chunks included; near it with one, in fewer passes.
-    Prompts are of different lengths, and rows begin their images at different times."""
+    """With tolerance 0 exact in at most as many passes as tokens, with a larger one close to it in fewer passes.
+
+    Prompts have different lengths, rows begin their images at different times, and last chunks are shorter.
+    """
     prompts = [*PROMPTS, PROMPTS[0]]
     options = [SampleOptions(temperature=1.0, guidance=0.5, max_tokens=3 * N, image_first=i % 2 == 0) for i in range(4)]
 
@@ -206,7 +208,9 @@ def test_jacobi_is_the_sequential_answer(sampler):
 
 
 def test_every_position_is_computed_once(sampler):
-    """Text, image, edit, several turns, samples of one prompt: positions run = positions read + written, each once."""
+    """In every use each position that is read or written runs exactly once: text, image, edit, turns, samples of a
+    prompt.
+    """
     options = SampleOptions(guidance=1.0, image_guidance=0.5, max_tokens=N + 5, image_first=True)
     session = sampler.session(options, [0, 1, 2])
     session.read(PROMPTS)
@@ -228,7 +232,7 @@ def test_every_position_is_computed_once(sampler):
 
 
 def test_what_was_written_is_never_encoded_again(sampler):
-    """After an image was written, what follows from the caches is what follows from reading that image as a document."""
+    """After a written image, the answer from the caches equals the answer after reading that image as a document."""
     session = sampler.session(SampleOptions(max_tokens=N + 2, image_first=True, image_temperature=0.7), [4])
     session.read(PROMPTS[1:2])
     [[image]] = session.write()
@@ -257,7 +261,7 @@ def test_samples_of_one_prompt_share_what_was_read(sampler):
 
 
 def test_limits_of_a_row(sampler):
-    """Each row its own length, number of images and text; a stop string ends the text before it."""
+    """Each row has its own length, number of images and text; a stop string ends the text in front of it."""
     options = [
         SampleOptions(max_tokens=9, max_images=0),
         SampleOptions(max_tokens=2 * N + 6, image_first=True, max_images=1),
@@ -277,7 +281,9 @@ def test_limits_of_a_row(sampler):
 
 
 def test_each_row_has_room_for_its_own(sampler):
-    """A long prompt with a short answer beside a short one with a long answer, read in two goes: as each is alone."""
+    """A long prompt with a short answer and a short one with a long answer, each read in two parts, equal each one
+    alone.
+    """
     small = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=64)
     prompts = [[Text("draw " * 25)], [Text("draw")]]
     options = [SampleOptions(temperature=0, max_tokens=n, max_images=0) for n in (8, 60)]
@@ -304,7 +310,7 @@ def test_streaming_comes_to_the_same(sampler):
 
 
 def test_a_row_is_put_beside_others(sampler):
-    """A new conversation takes a finished one's place while another goes on: each as if alone."""
+    """A new conversation replaces a finished one while another continues; each equals itself alone."""
     options = SampleOptions(guidance=1.0, max_tokens=2 * N, image_first=True)
     both = sampler.session(options, [1, 2])
     both.read(PROMPTS[:2])
@@ -323,8 +329,7 @@ def test_a_row_is_put_beside_others(sampler):
 
 
 def test_lengths_share_programs():
-    """Prompts of many lengths, temperatures, limits and numbers of images are compiled for a few shapes only; as many as
-    are reported."""
+    """Many lengths, temperatures, limits and numbers of images need few compiled shapes, and all of them are logged."""
     fresh = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC)
     jax.clear_caches()
     for length in (1, 3, 5, 7):
@@ -351,7 +356,7 @@ def test_few_numbers_of_rows():
 
 
 def test_a_row_is_cut_for_itself_alone(sampler, monkeypatch):
-    """A neighbour's top-k does not pass over the tokens of a row that asked for none."""
+    """A row's top-k does not change the tokens of a neighbour without top-k."""
     free = SampleOptions(max_tokens=6, max_images=0)
     [alone] = sampler.generate(PROMPTS[:1], free, seed=1)
     only = sampler.tokenizer.encode("nine")[0]

@@ -1,4 +1,4 @@
-"""Guidance against what it says in terms of densities, brute force on a grid."""
+"""Guidance against its definition by densities, computed by brute force on a grid."""
 
 import jax.numpy as jnp
 import numpy as np

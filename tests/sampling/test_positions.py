@@ -1,4 +1,4 @@
-"""What either stream really runs, seen from within it, against Rows.computed and against prompt + generated."""
+"""The positions that each stream really runs, counted inside the model, against Rows.computed and prompt + answer."""
 
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ STREAMS = ("vlm", "deep")
 
 @dataclass
 class Watched:
-    """Of each stream, the number of positions in every cache row at the beginning of each of its calls."""
+    """For each stream, the filled lengths of all cache rows at the beginning of each call."""
 
     starts: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in STREAMS})
 
@@ -27,7 +27,9 @@ class Watched:
         self.starts[stream].append(np.array(length))
 
     def own(self, stream: str, lanes: int) -> list[int]:
-        """Where each call begins in the row's own cache: a step runs all lanes, a reading its own first, then others alone."""
+        """The position in the row's own cache at which each call begins: a step runs all lanes at once, `read` one lane
+        per call.
+        """
         jax.effects_barrier()
         lengths = [0, *map(len, self.starts[stream])]
         return [s[0] for s, before in zip(self.starts[stream], lengths, strict=False) if len(s) == lanes or before != 1]
@@ -74,8 +76,9 @@ USES = {
 def test_each_stream_runs_each_position_once(watched, use):
     """Prompt + generated positions in the own caches of both streams.
 
-    Padding, and passes that were tried again, are rewound before the next call begins: what it begins behind the beginning
-    of the one before was kept, and what is run twice counts twice. `passes` says how many calls there are: none is hidden.
+    Padding, and passes that were tried again, are rewound before the next call begins: what it begins behind the
+    beginning of the one before was kept, and what is run twice counts twice. `passes` says how many calls there are:
+    none is hidden.
     """
     said, options = USES[use]
     model = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)

@@ -1,4 +1,4 @@
-"""A sampler from a checkpoint directory: in the type that was asked for, on the mesh that was asked for."""
+"""A sampler restored from a checkpoint directory in a given type and on a given mesh."""
 
 import shutil
 from pathlib import Path
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def said_and_seen(sampler: Sampler):
-    """What it writes, what it makes of an image, and the session that wrote."""
+    """The answers of a sampler, the scores that it gives, and the session that wrote the answers."""
     session = sampler.session(OPTIONS, [1])
     session.read([[Image(PICTURE), Text("mirror it")]])
     session.write()
@@ -58,7 +58,7 @@ def said_and_seen(sampler: Sampler):
 
 
 def test_the_moving_average_is_what_is_sampled(checkpoint, tmp_path):
-    """Of the groups that the stage moves, where a step in its midst is the newest."""
+    """The average holds only the groups that the stage trains, when the newest step is in the middle of a stage."""
     folder = shutil.copytree(checkpoint, tmp_path / "run")
     params = Sampler.restore(folder).params
     saved = CheckpointDirectory(folder)
@@ -97,8 +97,7 @@ def test_bfloat16_is_near_what_float32_is(checkpoint):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_mesh_gives_the_same(checkpoint, dtype, monkeypatch):
-    """The rows and the heads cut over it, what is written and what is scored stay; whatever runs the model runs it on the
-    mesh that its layouts are of."""
+    """A mesh cuts rows and heads without changing answers and scores; every program runs on the sampler's mesh."""
     on_meshes = []
 
     def constrain(x, *names):

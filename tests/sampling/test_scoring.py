@@ -1,4 +1,6 @@
-"""Scores against Jacobians, log softmax by hand and a flow whose density is known; inversion and denoising by what they must be."""
+"""Scores against Jacobians, log softmax by hand and a flow of known density; inversion and denoising against their
+definitions.
+"""
 
 import json
 import math
@@ -37,7 +39,7 @@ DOCUMENTS[2][0] = Text(" seven plus two", predict=True)  # its first token is th
 
 @cache
 def scores():
-    """Of DOCUMENTS in one batch, by (document, part)."""
+    """The scores of DOCUMENTS in one batch, by (document, part)."""
     found = score(Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC), DOCUMENTS)
     return {(i, s.part): s for i, parts in enumerate(found) for s in parts}
 
@@ -195,7 +197,7 @@ def test_the_samplers_noise_is_found_again(sampler):
 
 
 def test_denoising_follows_the_score(sampler):
-    """Each pixel moves by sigma^2 d log p / d pixel: by finite differences of `score`, in pixels, codec and all."""
+    """Each pixel moves by sigma^2 d log p / d pixel, found by finite differences of `score` through the codec."""
     sigma, prompt = 0.2, [Image(tiny.pixels(1)), Text("read the digit")]
     answer = [Text(" nine"), Image(tiny.pixels(2), generate=True), Text(" two"), Image(tiny.pixels(3), generate=True)]
     answers = [answer, answer[:2], answer[:1]]
@@ -219,7 +221,9 @@ def test_denoising_follows_the_score(sampler):
 
 
 def test_denoising_a_gaussian_is_shrinkage():
-    """Pixels N(mean, std^2), noise included: the mean of the image given its noisy self is x - sigma^2 (x - mean) / std^2."""
+    """If noisy pixels are N(mean, std^2), the mean of the clean image given the noisy x is x - sigma^2 (x - mean) /
+    std^2.
+    """
     params = init_params(tiny.MODEL, jax.random.key(0))
     blank = Sampler(tiny.MODEL, params, tiny.tokenizer(), tiny.CODEC)
     noisy = tiny.pixels(4)

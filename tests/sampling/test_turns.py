@@ -1,4 +1,6 @@
-"""Turns that end and begin in unlike places: within an image, between rows of two kinds, at stop strings and special tokens."""
+"""Turns that begin or end in special places: within an image, in rows of different kinds, at stop strings and special
+tokens.
+"""
 
 from dataclasses import replace
 
@@ -30,10 +32,10 @@ def begun(sampler: Sampler, options, seeds=(1, 2), prompts=PROMPTS):
 
 @pytest.mark.parametrize("jacobi", [1, 4])
 def test_an_image_that_was_cut_off_goes_on(sampler, jacobi):
-    """Written in one turn, or in four that end within it: the same image, whole in the answer that finishes it."""
-    options = SampleOptions(
-        guidance=1.0, max_tokens=N + 5, image_first=True, max_images=1, jacobi=jacobi, tolerance=0
-    )  # fmt: skip
+    """One turn, and four turns that end within the image, write the same image; the answer that finishes it holds all
+    of it.
+    """
+    options = SampleOptions(guidance=1.0, max_tokens=N + 5, image_first=True, max_images=1, jacobi=jacobi, tolerance=0)
     uncut = begun(sampler, options).write()
     session = begun(sampler, options)
     for most in (1, 3, 1):  # <|vision_start|>; some of it; one more
@@ -47,7 +49,9 @@ def test_an_image_that_was_cut_off_goes_on(sampler, jacobi):
 
 
 def test_an_image_that_is_whole_but_for_its_end(sampler):
-    """It belongs to the turn before; the next one ends it, and begins with a new one if that is asked for."""
+    """A finished image without its end token belongs to the turn before; the next turn ends it, and may begin a new
+    image.
+    """
     options = SampleOptions(max_tokens=N + 1, image_first=True)
     session = begun(sampler, options)
     first = session.write()
@@ -59,7 +63,7 @@ def test_an_image_that_is_whole_but_for_its_end(sampler):
 
 
 def test_reading_within_an_image_takes_it_back(sampler):
-    """Of the row that reads on, not of the one that does not; where the text is refused, of none."""
+    """Reading removes the unfinished image of the row that reads, not of others, and of no row if the text is refused."""
     options = SampleOptions(guidance=1.0, image_guidance=0.5, max_tokens=4, image_first=True)
     session = begun(sampler, options)
     session.write()
@@ -80,7 +84,7 @@ def test_reading_within_an_image_takes_it_back(sampler):
 
 
 def test_the_end_of_an_image_is_read_by_the_lane_of_images(sampler):
-    """An image that lacks only its end, and a text after it: as if read as a document, for what guidance compares with too."""
+    """Text after an image without its end token: all rows and branches are as if they had read both as a document."""
     options = SampleOptions(guidance=1.0, image_guidance=0.5, max_tokens=N + 1, image_first=True)
     session = begun(sampler, options)
     answers = session.write()
@@ -96,7 +100,7 @@ def test_the_end_of_an_image_is_read_by_the_lane_of_images(sampler):
 
 
 def test_no_row_waits_for_another_kind(sampler):
-    """With Jacobi, text and images both go on in every step."""
+    """With Jacobi, each step advances rows that write text and rows within an image."""
     options = [
         SampleOptions(max_tokens=40, max_images=0, jacobi=2),
         SampleOptions(max_tokens=40, image_first=True, jacobi=2),
@@ -134,10 +138,23 @@ def test_special_tokens_are_no_words(sampler):
 
 
 BAD = [
-    dict(temperature=-0.1), dict(image_temperature=float("nan")), dict(guidance=-1), dict(image_guidance=-1),
-    dict(guidance=float("inf")), dict(max_tokens=0), dict(max_tokens=2.5), dict(top_k=-1), dict(top_p=1.1), dict(top_p=-1),
-    dict(max_images=-1), dict(jacobi=-1), dict(tolerance=-1), dict(stop="end"), dict(stop=("",)), dict(temperature="hot"),
-]  # fmt: skip
+    dict(temperature=-0.1),
+    dict(image_temperature=float("nan")),
+    dict(guidance=-1),
+    dict(image_guidance=-1),
+    dict(guidance=float("inf")),
+    dict(max_tokens=0),
+    dict(max_tokens=2.5),
+    dict(top_k=-1),
+    dict(top_p=1.1),
+    dict(top_p=-1),
+    dict(max_images=-1),
+    dict(jacobi=-1),
+    dict(tolerance=-1),
+    dict(stop="end"),
+    dict(stop=("",)),
+    dict(temperature="hot"),
+]
 
 
 def test_seeds_and_numbers_of_any_kind(sampler):
@@ -153,7 +170,7 @@ def test_options_that_mean_nothing(wrong):
 
 
 def record(sampler, *parts) -> np.ndarray:
-    """Texts, and images by how many of their tokens are written, as a row's record."""
+    """A row's record made of texts, and of images given by the number of their written tokens."""
     ids = sampler.ids
     tokens = []
     for part in parts:
@@ -165,7 +182,7 @@ def record(sampler, *parts) -> np.ndarray:
 
 
 def test_a_stop_string_does_not_span_an_image(sampler):
-    """Nor does one that a single run of text holds escape."""
+    """A stop string within a single run of text is found."""
     session = begun(sampler, SampleOptions(stop=("nine",)))
     tokens = [record(sampler, "ni", N, "ne"), record(sampler, "two", N, "nine")]
     longest = max(map(len, tokens))
@@ -177,7 +194,7 @@ def test_a_stop_string_does_not_span_an_image(sampler):
 
 
 def test_words_are_told_before_the_image_that_follows(sampler):
-    """In one chunk with the image's beginning; what might have become a stop string is told, for the text has ended."""
+    """Text in one chunk with an image's beginning: the start of a stop string is sent, because the text has ended."""
     answer = Answer(0, sampler.tokenizer, N, sampler.ids.end, ("two x",))
     events = list(answer.read(record(sampler, "a two", 2), False, {}))
     assert "".join(e.text for e in events[:-1]) == "a two" and events[-1] == Progress(0, 0, 2 / N)
