@@ -3,6 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
 
 from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.data.sources import find
@@ -136,3 +139,9 @@ class ExperimentConfig:
     peak_flops: float = option(
         "FLOP/s of one device, for the utilisation; 0: what this kind of device is known for", 0.0, least=0
     )
+
+
+if TYPE_CHECKING:
+    Config = ExperimentConfig  # type checkers read a ConfigDict's keys and types from the schema
+else:
+    Config = ConfigDict
