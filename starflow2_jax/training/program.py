@@ -48,7 +48,7 @@ def jitted_step(
         vlm_length=cfg.vlm_length,
     )
     update = make_step(model, stage, optimizer, objective, accumulate=cfg.accumulate, ema_decay=cfg.ema)
-    step = guarded(counted(update), config.faults)
+    step = guarded(counted(update, stage), config.faults)
     if cfg.optimizer.offload:
         step = offloaded(step)
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, stage, optimizer, mesh))

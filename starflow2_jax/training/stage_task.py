@@ -17,8 +17,9 @@ from starflow2_jax.models.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import sharding
 from starflow2_jax.random_streams import stream_key
+from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import STAGES, Stage
-from starflow2_jax.training import program
+from starflow2_jax.training import losses, program
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.step import TrainState, finish, new_state, require_host
 from starflow2_jax.training.task import Step
@@ -78,6 +79,19 @@ class StageTask:
 
     def step(self) -> Step:
         return program.jitted_step(self.config, self.model, self.stage, self.optimizer, self.codec.std, self.mesh)
+
+    def check_batch(self, batch: Sequence) -> None:
+        """Raises ConfigError if no part of the batch counts in the stage's losses."""
+        if not float(jax.jit(partial(losses.targets, stage=self.stage))(batch)):
+            wanted = [
+                *(['images with "generate": true'] if self.stage.image_loss else []),
+                *(['texts with "predict": true'] if self.stage.text_loss else []),
+            ]
+            raise ConfigError(
+                f"nothing is predicted in the first batch of stage {self.name}, so it would learn nothing; the documents of "
+                f'{self.config.data.source} need {" or ".join(wanted)} (each part of a document is marked by "predict" or '
+                '"generate")'
+            )
 
     def batches(self) -> GroupedBatches:
         shape, data = program.batch_shape(self.config, self.stage), self.config.data

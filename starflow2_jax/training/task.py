@@ -25,6 +25,8 @@ class State(Protocol):
 class Batches(Protocol):
     """Endless batches with a position that is saved and restored."""
 
+    documents: int  # of one pass over the source
+
     def __next__(self) -> Any:
         """The rows of the next batch that this process reads."""
 
@@ -39,8 +41,9 @@ class Batches(Protocol):
 
 
 # (state, frozen, batch, limit) -> (state, metrics). It advances state.step by one. Metrics are scalars: "loss" and
-# "grad_norm", by which bad steps are judged, "tokens", which the speed counts, and any others. `limit` () is the loss
-# above which a step is a spike (see faults.py). The state is donated.
+# "grad_norm", by which bad steps are judged, "tokens", from which the speed is computed, and any others; where there is
+# "targets", a step with 0 of them is counted and warned about. `limit` () is the loss above which a step is a spike (see
+# faults.py). The state is donated.
 Step = Callable[[State, Any, Any, Any], tuple[State, dict[str, jax.Array]]]
 
 
@@ -68,6 +71,9 @@ class Task(Protocol):
 
     def step(self) -> Step:
         """The compiled step; it is compiled when it is first called."""
+
+    def check_batch(self, batch: Any) -> None:
+        """Raises UserError if the task's first batch, as global arrays, shows that the data cannot teach anything."""
 
     def batches(self) -> Batches:
         """From the beginning of the data; a process reads the rows that its devices need."""
