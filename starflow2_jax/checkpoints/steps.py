@@ -104,7 +104,7 @@ class Steps:
 
     def _require_room(self, size: int) -> None:
         with self._storage_errors():
-            require_room(self.folder / "steps", size)
+            require_room(self.manager.directory, size)
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:

@@ -107,7 +107,7 @@ def test_a_bad_batch_is_skipped_and_counted(trainer, monkeypatch, bad_loss, kind
     t = trainer(faults=dict(nonfinite="skip", spike="skip", **FAULTS))
     summary = t.run(progress=False)
     [bad] = [line for line in lines(t) if not math.isfinite(line["loss"]) or line["loss"] > 2]
-    assert 4 < bad["step"] < 12 and summary["faults"] == {"nonfinite": 0, "spikes": 0, "rollbacks": 0} | {
+    assert 4 < bad["step"] < 12 and summary["faults"] == {"nonfinite": 0, "spikes": 0, "rollbacks": 0, "without_targets": 0} | {
         kind: 1, "skipped": 1
     }  # fmt: skip
     assert applied(t) == sum(line["tokens"] for line in lines(t)[:12] if line["step"] != bad["step"])
@@ -120,7 +120,7 @@ def test_a_bad_batch_is_passed_over_from_the_last_checkpoint(trainer, monkeypatc
     monkeypatch.setattr(Documents, "bad_loss", math.nan)
     t = trainer(faults=dict(nonfinite="rollback", spike="ignore", **FAULTS))
     summary = t.run(progress=False)
-    assert summary["faults"] == {"nonfinite": 1, "spikes": 0, "skipped": 0, "rollbacks": 1}
+    assert summary["faults"] == {"nonfinite": 1, "spikes": 0, "skipped": 0, "rollbacks": 1, "without_targets": 0}
     assert [line["step"] for line in lines(t)] == list(range(1, 17))
     assert all(math.isfinite(line["loss"]) for line in lines(t))
     assert applied(t) == sum(line["tokens"] for line in lines(t)[:12])
