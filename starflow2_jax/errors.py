@@ -44,23 +44,32 @@ def storage_errors(folder: str | Path, standing: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, StorageError) or (cause := refused_write(error)) is None:
+        for earlier in _chain(error):
+            if isinstance(earlier, StorageError):
+                raise earlier from None
+        if (cause := refused_write(error)) is None:
             raise
         path = getattr(error, "filename", None) or folder
         left = f" ({standing})" if standing else ""
         raise StorageError(f"{path} cannot be written: {cause}{left}; {OUT_OF_ROOM}") from None
 
 
-def refused_write(error: BaseException | None) -> str | None:
+def refused_write(error: BaseException) -> str | None:
     """Why the file system refused a write, as the system words it; None if `error` and its causes are about something else.
 
     Libraries written in C++ and Rust report such errors as text, so their messages are searched.
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            if error.errno in REFUSED_WRITES:
-                return os.strerror(error.errno)
-        elif found := next((os.strerror(n) for n in REFUSED_WRITES if os.strerror(n) in str(error)), None):
+    for one in _chain(error):
+        if isinstance(one, OSError) and one.errno is not None:
+            if one.errno in REFUSED_WRITES:
+                return os.strerror(one.errno)
+        elif found := next((os.strerror(n) for n in REFUSED_WRITES if os.strerror(n) in str(one)), None):
             return found
-        error = error.__cause__ or error.__context__
     return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and the errors that it followed."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -46,10 +46,12 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         raise
 
 
-def require_room(folder: Path, size: int) -> None:
-    """Raises StorageError if the disk of `folder` has less than `size` bytes of free space."""
+def require_room(folder: Path, size: int, standing: str = "") -> None:
+    """Raises StorageError if the disk of `folder` has less than `size` bytes of free space. `standing`: a sentence part
+    that says what is left."""
     total, _, free = shutil.disk_usage(folder)
-    if total and free < size:  # some mounted buckets say 0 of 0
+    if total and free < size:  # some mounted buckets report 0 of 0
+        left = f" ({standing})" if standing else ""
         raise StorageError(
-            f"{folder} has {free / 1e9:.3g} GB of free space, and {size / 1e9:.3g} GB are needed; {OUT_OF_ROOM}"
+            f"{folder} has {free / 1e9:.3g} GB of free space, and {size / 1e9:.3g} GB are needed{left}; {OUT_OF_ROOM}"
         )

@@ -5,7 +5,6 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ class Steps:
     def manager(self) -> ocp.CheckpointManager:
         """Orbax's manager; the first use creates the folder."""
         if self._manager is None:
-            logging.getLogger("absl").addFilter(_is_no_report)
+            report_once()
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self.keep.policy(),
                 single_host_load_and_broadcast=True,  # process 0 decides which steps exist
@@ -77,7 +76,7 @@ class Steps:
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
         self.wait()  # for the step before; orbax would wait for it now, too
         size = sum(x.nbytes for x in jax.tree.leaves(list(trees.values())))
-        processes.on_primary(partial(self._require_room, size))
+        processes.on_primary(lambda: require_room(self.folder, size, self._standing()))
         with self._storage_errors():
             saved = self.manager.save(number, args=composite, metrics=metrics)
         if not saved:
@@ -102,17 +101,15 @@ class Steps:
                 self._lister.join()
                 self._lister = None
 
-    def _require_room(self, size: int) -> None:
-        with self._storage_errors():
-            require_room(self.manager.directory, size)
-
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        """Raises StorageError, which names the last good step, where a write was refused."""
-        whole = self.on_disk()
-        standing = f"the last good checkpoint is step {whole[-1]}" if whole else "there is no checkpoint yet"
-        with storage_errors(self.folder, standing):
+        """Raises StorageError, which names the last good step, if a write is refused."""
+        with storage_errors(self.folder, self._standing()):
             yield
+
+    def _standing(self) -> str:
+        whole = self.on_disk()
+        return f"the last good checkpoint is step {whole[-1]}" if whole else "there is no checkpoint yet"
 
     def close(self) -> None:
         """Wait for the files, and close the directory."""
@@ -161,6 +158,18 @@ class Steps:
         return {name: found[name] if name in items else tree for name, tree in abstract.items()}
 
 
+def report_once() -> None:
+    """Keep orbax's background threads from printing the errors, pages of them, that `Steps.wait` raises as well. From
+    here on, for some of these reports come when the process ends."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_report)
+    sys.unraisablehook = _without_closed_loops
+
+
 def _is_no_report(record: logging.LogRecord) -> bool:
-    """False for orbax's own reports, pages of them, of errors that it raises as well."""
-    return "run() raised an exception" not in record.getMessage()
+    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
+
+
+def _without_closed_loops(found: "sys.UnraisableHookArgs") -> None:
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
