@@ -15,7 +15,7 @@ from starflow2_jax.checkpoints import file_list
 from starflow2_jax.checkpoints.atomic_folder import require_room
 from starflow2_jax.checkpoints.reading import CheckpointError, restored
 from starflow2_jax.checkpoints.retention import Keep
-from starflow2_jax.errors import storage_errors
+from starflow2_jax.errors import refused_write, storage_errors
 from starflow2_jax.parallel import processes
 
 
@@ -159,7 +159,7 @@ class Steps:
 
 
 def report_once() -> None:
-    """Keep orbax's background threads from printing the errors, pages of them, that `Steps.wait` raises as well. From
+    """Keep orbax's background threads from printing pages about refused writes, which `Steps.wait` raises as well. From
     here on, for some of these reports come when the process ends."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_no_report)
@@ -167,7 +167,8 @@ def report_once() -> None:
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or refused_write(error) is None
 
 
 def _without_closed_loops(found: "sys.UnraisableHookArgs") -> None:

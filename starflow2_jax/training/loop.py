@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
@@ -13,6 +12,7 @@ from starflow2_jax.checkpoints.damage import pass_over_damaged, pass_over_unread
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.errors import ConfigError, UserError, storage_errors
 from starflow2_jax.fields import differences
@@ -90,7 +90,7 @@ def train(
 class Trainer:
     """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet."""
 
-    def __init__(self, config: ConfigDict, folder: str | Path):
+    def __init__(self, config: Config, folder: str | Path):
         self.config = config = configs.complete(config)
         keep = Keep(config.keep, config.keep_every, config.keep_best)
         self.checkpoints = CheckpointDirectory(folder, keep)
@@ -178,7 +178,7 @@ class Trainer:
 
     @classmethod
     def begin(
-        cls, config: ConfigDict, folder: str | Path, vlm: str | Path, read_config: Callable[[Path], VlmConfig]
+        cls, config: Config, folder: str | Path, vlm: str | Path, read_config: Callable[[Path], VlmConfig]
     ) -> None:
         """Make a directory `folder` for a run on the converted VLM in `vlm`, with untrained flows saved as step 0.
 

@@ -4,11 +4,11 @@ from functools import cached_property, partial
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.codecs.protocol import Codec
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder
@@ -30,7 +30,7 @@ REMEMBERED = 100_000  # texts whose tokens a reader keeps: captions and question
 class StageTask:
     """See task.Task. The state holds the tree that the stage moves, "frozen" or "trainable"; the other is an argument."""
 
-    def __init__(self, config: ConfigDict, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh: Mesh):
+    def __init__(self, config: Config, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh: Mesh):
         self.config, self.stage, self.model, self.mesh = config, stage, model, mesh
         self.codec, self.tokenizer = codec, tokenizer
         self.name, self.cfg = stage.name, config.stages[stage.name]
