@@ -6,7 +6,7 @@ import sys
 
 from starflow2_jax import __version__
 from starflow2_jax.commands import bench, chat, config, evaluation, plan, sampling, serve, sweep, training, weights
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import UserError, storage_errors
 from starflow2_jax.extensions import import_file
 
 ABOUT = (
@@ -16,7 +16,8 @@ EXIT_CODES = """exit codes:
   0    done
   1    an error in the program or a failure of the machine; the traceback or the last line says what
   2    wrong input: a sentence on stderr says what is wrong and what to do
-  75   told to end (SIGTERM): training saved its state, and the same command resumes
+  74   a file could not be written: the disk is full or read-only, or a quota is used up; the last checkpoint stays
+  75   try again: training was told to end (SIGTERM) and saved its state, or another run may still write there
   130  interrupted (Ctrl-C)"""
 
 
@@ -48,10 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for file in args.imports:
             import_file(file)
-        args.run(args, overrides)
+        with storage_errors(getattr(args, "out", None) or "the output"):
+            args.run(args, overrides)
     except UserError as error:
         print(f"starflow2: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"starflow2: {reason}; name another path or make way there", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there."""
+"""Files and folders that are either whole or absent."""
 
 import contextlib
 import os
@@ -6,25 +6,36 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import OUT_OF_ROOM, StorageError, UserError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file (UTF-8). If that fails, for example on a full disk, the old file stays as it was."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def require_new(target: Path) -> None:
-    """Raises UserError where `target` exists."""
+    """Raises UserError if `target` exists."""
     if target.exists():
         raise UserError(f"{target} exists already; name a new folder or remove it")
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder for `size` bytes that becomes `target` when all went well, and vanishes otherwise.
+    """A temporary folder for `size` bytes. It becomes `target` if the block succeeds, and is removed if it fails.
 
-    Raises UserError where `target` exists or the disk is too full.
+    Raises UserError if `target` exists or the disk has too little free space.
     """
     require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target.parent).free) < size:
-        raise UserError(f"{target.parent} has {free / 1e9:.1f} GB of free space; {size / 1e9:.1f} GB are needed")
+    require_room(target.parent, size)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()
@@ -33,3 +44,14 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def require_room(folder: Path, size: int, standing: str = "") -> None:
+    """Raises StorageError if the disk of `folder` has less than `size` bytes of free space. `standing`: a sentence part
+    that says what is left."""
+    total, _, free = shutil.disk_usage(folder)
+    if total and free < size:  # some mounted buckets report 0 of 0
+        left = f" ({standing})" if standing else ""
+        raise StorageError(
+            f"{folder} has {free / 1e9:.3g} GB of free space, and {size / 1e9:.3g} GB are needed{left}; {OUT_OF_ROOM}"
+        )

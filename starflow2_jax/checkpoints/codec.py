@@ -1,6 +1,6 @@
 """A checkpoint's codec: codec.json, and codec.safetensors where it has weights, whose content hash is checked.
 
-Plain files that one process can write, for the processes of a run are not all there when the directory is made.
+These are plain files, because one process alone writes them when it makes the directory.
 """
 
 import json
@@ -13,6 +13,7 @@ import safetensors
 import safetensors.flax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from starflow2_jax.checkpoints.atomic_folder import write_whole
 from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.codecs.table import CODECS
@@ -27,11 +28,13 @@ def write_codec(folder: Path, codec: Codec) -> None:
         flat = {name: jax.numpy.asarray(x) for name, x in flatten_dict(dict(codec.weights), sep="/").items()}
         safetensors.flax.save_file(flat, folder / WEIGHTS)
         values["content_hash"] = content_hash(flat)
-    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    write_whole(folder / DESCRIPTION, json.dumps(values, indent=1))
 
 
 def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:
-    """`description`: codec.json's values, lists as tuples. Raises UserError that says what is wrong."""
+    """The codec of a checkpoint directory. `description`: the values of codec.json, with tuples in place of lists.
+
+    Raises UserError."""
     kind, wanted = description.pop("kind", None), description.pop("content_hash", None)
     path = folder / DESCRIPTION
     if kind not in CODECS:

@@ -3,63 +3,83 @@
 config.json     the experiment's config, and the number of this format
 codec.json      the codec; codec.safetensors: its weights, where it has any
 tokenizer/      as `transformers` saves it
-frozen/         the frozen weights (orbax), frozen.json: their content hash; vlm.json, reference_config.json: of a converted VLM
-steps/<n>/      params, ema, optimizer (orbax), meta (JSON): stage, step, RNG, data position; files.json (file_list.py)
+frozen/         the frozen weights (orbax); frozen.json: their content hash
+vlm.json        only on a converted VLM: its config; reference_config.json: the config of the published model
+steps/<n>/      params, ema, optimizer (orbax); meta (JSON): stage, step, random key, data position; files.json (file_list.py)
 damaged/        steps that a run found damaged and passed over
-inversion.json  where `starflow2 calibrate` was run: how both flows are inverted fastest
+lock.json       while a run trains here: which process does (lock.py)
+inversion.json  after `starflow2 calibrate`: the fastest way to invert both flows
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
 
 from starflow2_jax.checkpoints import damage
+from starflow2_jax.checkpoints.atomic_folder import write_whole
 from starflow2_jax.checkpoints.codec import restore_codec, write_codec
 from starflow2_jax.checkpoints.frozen import FrozenWeights
+from starflow2_jax.checkpoints.lock import Lock
 from starflow2_jax.checkpoints.reading import CheckpointError, read_json, with_tuples
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.checkpoints.steps import Steps
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data import tokenizer as tokenizers
-from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.errors import ConfigError, UserError, storage_errors
+from starflow2_jax.parallel import processes
 
-FORMAT = 2  # 2: rotary pairs are halves of a head in the flows, too; what is saved by 1 means something else here
+FORMAT = 2  # 2: rotary pairs are halves of a head in the flows, too; weights of format 1 mean something else here
 
 
 class CheckpointDirectory:
-    """What does not change during a run; `steps` and `frozen` are its weights."""
+    """Its files. `steps` and `frozen` hold the weights; the other files do not change during a run."""
 
     def __init__(self, folder: str | Path, keep: Keep = Keep()):  # noqa: B008 - it is frozen
         self.folder = Path(folder).resolve()
         self.steps = Steps(self.folder, keep)
         self.frozen = FrozenWeights(self.folder)
+        self.lock = Lock(self.folder)
 
     def exists(self) -> bool:
         return (self.folder / "config.json").is_file()
 
-    def create(self, config: ConfigDict, codec: Codec, tokenizer) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(self.folder / "tokenizer"))
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other runs from writing here. All processes of a run call it together. Raises LockedError."""
+        with contextlib.ExitStack() as stack:
+            processes.on_primary(lambda: stack.enter_context(self.lock.held()))
+            yield
+
+    def create(self, config: Config, codec: Codec, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises StorageError."""
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save_pretrained(str(self.folder / "tokenizer"))
         self._create(config, codec)
 
-    def create_on(self, vlm: Path, config: ConfigDict, codec: Codec) -> None:
-        """A run on a converted VLM: its weights, tokenizer and processor files are copied as they are."""
-        shutil.copytree(vlm, self.folder, dirs_exist_ok=True)
+    def create_on(self, vlm: Path, config: Config, codec: Codec) -> None:
+        """Make the directory of a run on a converted VLM: copy its weights, tokenizer and processor files as they are."""
+        with storage_errors(self.folder):
+            shutil.copytree(vlm, self.folder, dirs_exist_ok=True)
         self._create(config, codec)
 
-    def _create(self, config: ConfigDict, codec: Codec) -> None:
-        write_codec(self.folder, codec)
+    def _create(self, config: Config, codec: Codec) -> None:
+        with storage_errors(self.folder):
+            write_codec(self.folder, codec)
         self.write_config(config)
 
-    def write_config(self, config: ConfigDict) -> None:
-        (self.folder / "config.json").write_text(
-            json.dumps({"format": FORMAT, **config.to_dict()}, indent=1), encoding="utf-8"
-        )
+    def write_config(self, config: Config) -> None:
+        """Raises StorageError; then the old config stays."""
+        with storage_errors(self.folder):
+            write_whole(self.folder / "config.json", json.dumps({"format": FORMAT, **config.to_dict()}, indent=1))
 
-    def config(self) -> ConfigDict:
+    def config(self) -> Config:
         """The experiment's config, locked. Raises CheckpointError."""
         values = read_json(self.folder / "config.json")
         if not isinstance(values, dict) or not {"model", "stages"} <= set(values):
@@ -72,7 +92,7 @@ class CheckpointDirectory:
         try:
             return configs.complete(with_tuples(values))
         except ConfigError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'} is no config of this version: {error}") from None
+            raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this version: {error}") from None
 
     def codec(self) -> Codec:
         """Raises CheckpointError."""
@@ -84,8 +104,8 @@ class CheckpointDirectory:
         except UserError as error:
             raise CheckpointError(str(error)) from None
 
-    def tokenizer(self):
-        """A `transformers` tokenizer. Raises CheckpointError."""
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises CheckpointError."""
         path = self.folder / "tokenizer"
         try:
             return tokenizers.load(path)
@@ -94,9 +114,9 @@ class CheckpointDirectory:
             raise CheckpointError(f"{path} holds no readable tokenizer ({reason})") from None
 
     def require_latest(self) -> int:
-        """The newest step that is whole, to sample from; newer damaged steps are named on stderr.
+        """The newest whole step, to sample from. Damaged steps after it are named on stderr.
 
-        The optimizer's files, which are most of a step, are not checked. Raises CheckpointError.
+        The optimizer's files, which take most of a step's bytes, are not checked. Raises CheckpointError.
         """
         read_json(self.folder / "config.json")
         number, _ = damage.newest_whole(self.steps, unread=("optimizer",))

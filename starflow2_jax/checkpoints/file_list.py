@@ -1,4 +1,4 @@
-"""Which files a saved step has: written when it is whole, compared before it is used."""
+"""The list of a saved step's files. It is written when the step is whole, and compared before the step is used."""
 
 import json
 import zlib
@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from starflow2_jax.checkpoints.atomic_folder import write_whole
+
 NAME = "files.json"
-READERS, PIECE = 8, 2**24  # files read at a time; bytes of one that are in memory
+READERS, PIECE = 8, 2**24  # files that are read at the same time; bytes of each that are in memory
 
 
 def write(step: Path) -> None:
-    """List the files of a step folder, with sizes and checksums."""
-    paths = [path for path in step.rglob("*") if path.is_file() and path.name not in (NAME, f".{NAME}")]
+    """Write the list of the files of a step folder, with sizes and checksums."""
+    paths = [path for path in step.rglob("*") if path.is_file() and not path.name.startswith((NAME, f".{NAME}"))]
     found = zip(paths, _checksums(paths), strict=True)
-    partial = step / f".{NAME}"
-    partial.write_text(
-        json.dumps({str(p.relative_to(step)): [p.stat().st_size, sum_] for p, sum_ in found}), encoding="utf-8"
-    )
-    partial.rename(step / NAME)
+    listed = {str(path.relative_to(step)): [path.stat().st_size, checksum] for path, checksum in found}
+    write_whole(step / NAME, json.dumps(listed))
 
 
 def has(step: Path) -> bool:
@@ -26,15 +25,18 @@ def has(step: Path) -> bool:
 
 
 def fault(step: Path, unread: tuple[str, ...] = ()) -> str | None:
-    """What is wrong with a step folder: a file that is missing, cut off or changed; None where all is as it was written.
+    """What is wrong with a step folder: a file that is missing, cut off or changed. None if all files are as written.
 
-    `unread`: subfolders that are not looked at. A step without a list (killed before it was written) is whole as far as can be seen here: a step folder gets its name only when all of it is there.
+    `unread`: subfolders that are not checked. A step without a list, whose run was killed before it wrote one, counts as
+    whole here: a step folder gets its name only when it is complete.
     """
     if not has(step):
         return None
     try:
         listed = json.loads((step / NAME).read_text(encoding="utf-8")).items()
-        wanted = {step / name: (size, sum_) for name, (size, sum_) in listed if Path(name).parts[0] not in unread}
+        wanted = {
+            step / name: (size, checksum) for name, (size, checksum) in listed if Path(name).parts[0] not in unread
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return f"{NAME} is damaged"
     for path, (size, _) in wanted.items():
@@ -42,8 +44,8 @@ def fault(step: Path, unread: tuple[str, ...] = ()) -> str | None:
             return f"{path.relative_to(step)} is missing"
         if path.stat().st_size != size:
             return f"{path.relative_to(step)} is cut off or changed"
-    for (path, (_, sum_)), found in zip(wanted.items(), _checksums(list(wanted)), strict=True):
-        if found != sum_:
+    for (path, (_, checksum)), found in zip(wanted.items(), _checksums(list(wanted)), strict=True):
+        if found != checksum:
             return f"{path.relative_to(step)} is changed"
     return None
 

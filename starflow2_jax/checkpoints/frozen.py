@@ -2,18 +2,22 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from starflow2_jax.checkpoints.atomic_folder import require_room, write_whole
 from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.reading import CheckpointError, read_json, restored
+from starflow2_jax.errors import storage_errors
 from starflow2_jax.parallel import processes
 
 
 class FrozenWeights:
-    """Saves and restores them; `folder` is the checkpoint directory. All processes call the methods together."""
+    """Saves and restores the frozen weights of the checkpoint directory `folder`. All processes call the methods together."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -21,14 +25,17 @@ class FrozenWeights:
     def exists(self) -> bool:
         return processes.on_primary((self.folder / "frozen").is_dir)
 
-    def save(self, frozen: dict) -> None:
-        with ocp.StandardCheckpointer() as checkpointer:
+    def save(self, frozen: dict[str, Any]) -> None:
+        """Raises StorageError."""
+        processes.on_primary(partial(require_room, self.folder, sum(x.nbytes for x in jax.tree.leaves(frozen))))
+        with storage_errors(self.folder), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.folder / "frozen", frozen, force=True)
         content = json.dumps({"content_hash": content_hash(frozen)})
-        processes.on_primary(lambda: (self.folder / "frozen.json").write_text(content, encoding="utf-8"))
+        with storage_errors(self.folder):
+            processes.on_primary(partial(write_whole, self.folder / "frozen.json", content))
 
-    def restore(self, abstract: dict) -> dict:
-        """The weights, with the shapes and shardings of `abstract` and the types that they were saved in.
+    def restore(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The weights, with the shapes and shardings of `abstract` and the types that they were saved with.
 
         Raises CheckpointError if they are damaged, or if their content hash differs from the saved one.
         """
@@ -51,7 +58,7 @@ class FrozenWeights:
         return frozen
 
 
-def _concurrent_gb(tree: dict) -> int:
-    """GB that orbax may read at a time: room for the largest shard. Without a limit it buffers nearly a second model."""
+def _concurrent_gb(tree: Any) -> int:
+    """GB that orbax may read at a time: enough for the largest shard. Without a limit it buffers almost a second model."""
     shards = (x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in jax.tree.leaves(tree))
     return 1 + int(2 * max((4 * math.prod(shape) for shape in shards), default=0) / 1e9)

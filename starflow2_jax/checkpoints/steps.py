@@ -1,19 +1,26 @@
-"""The saved steps of a run, steps/<n>/: saved by orbax beside the training, restored onto any mesh."""
+"""The saved steps of a run, steps/<n>/. Orbax saves them while training goes on, and restores them onto any mesh."""
 
+import contextlib
+import logging
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from starflow2_jax.checkpoints import file_list
+from starflow2_jax.checkpoints.atomic_folder import require_room
 from starflow2_jax.checkpoints.reading import CheckpointError, restored
 from starflow2_jax.checkpoints.retention import Keep
+from starflow2_jax.errors import refused_write, storage_errors
 from starflow2_jax.parallel import processes
 
 
 class Steps:
-    """Saves and restores steps; `folder` is the checkpoint directory.
+    """Saves and restores the steps of the checkpoint directory `folder`.
 
     A step holds named trees of arrays ("params", "ema", ...) and `meta`, a JSON value. All processes of a run call the
     methods together.
@@ -23,51 +30,59 @@ class Steps:
         self.folder, self.keep = folder, keep
         self._manager: ocp.CheckpointManager | None = None
         self._lister: threading.Thread | None = None
-        self._written = threading.Event()  # set once orbax has written the last step
+        self._written = threading.Event()  # set when orbax has written the last step, or has failed to
 
     @property
     def manager(self) -> ocp.CheckpointManager:
         """Orbax's manager; the first use creates the folder."""
         if self._manager is None:
+            report_once()
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self.keep.policy(),
-                single_host_load_and_broadcast=True,  # process 0 says which steps there are
+                single_host_load_and_broadcast=True,  # process 0 decides which steps exist
             )
             self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
         return self._manager
 
     def open(self) -> None:
-        """Create the folder if there is none. From here on the processes need not agree on whether there is one."""
-        self.manager  # noqa: B018 - it is made here
+        """Create the folder if it does not exist, so that the processes cannot disagree on whether it does."""
+        with storage_errors(self.folder):
+            self.manager  # noqa: B018 - the property creates it
 
     def path(self, number: int) -> Path:
         return self.folder / "steps" / str(number)
 
     def on_disk(self) -> list[int]:
-        """The whole steps that this process sees, in ascending order. A step gets its name when all of it is written."""
+        """The whole steps that this process sees, in ascending order. A folder gets a step's name when it is complete."""
         folder = self.folder / "steps"
         return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit()) if folder.is_dir() else []
 
     def latest(self) -> int | None:
-        """The newest step that process 0 saw when the manager was made, or that was saved since; None without one."""
+        """The newest step that process 0 saw when the manager was made, or that was saved since; None if there is no step."""
         if self._manager is None and not processes.on_primary((self.folder / "steps").is_dir):
             return None
         return self.manager.latest_step()
 
-    def save(self, number: int, trees: dict[str, dict], meta: dict, metrics: dict[str, float] | None = None) -> None:
-        """Save `trees` by name and `meta` as step `number`; `metrics`, "stage" (its place in the order) and "loss",
-        are for Keep.best.
+    def save(
+        self, number: int, trees: dict[str, Any], meta: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> None:
+        """Save `trees` by name and `meta` as step `number`. `metrics`, for Keep.best: "stage" (its place in the order) and
+        "loss".
 
         Returns before the files are written; `wait` for them. Raises CheckpointError if the directory holds this step or
-        a later one.
+        a later one, and StorageError if this step has no room, or the step before could not be written.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
         self.wait()  # for the step before; orbax would wait for it now, too
-        if not self.manager.save(number, args=composite, metrics=metrics):
+        size = sum(x.nbytes for x in jax.tree.leaves(list(trees.values())))
+        processes.on_primary(lambda: require_room(self.folder, size, self._standing()))
+        with self._storage_errors():
+            saved = self.manager.save(number, args=composite, metrics=metrics)
+        if not saved:
             raise CheckpointError(
                 f"step {number} cannot be saved in {self.folder}, which holds step {self.manager.latest_step()} already; move "
-                "that and all from this number on away, or save to another directory"
+                "that step and all later ones away, or save to another directory"
             )
         if processes.primary():
             self._written = threading.Event()
@@ -75,38 +90,53 @@ class Steps:
             self._lister.start()
 
     def wait(self) -> None:
-        """Wait until the last saved step and its list of files are written."""
+        """Wait until the last saved step and its list of files are written. Raises StorageError if they could not be."""
         try:
             if self._manager is not None:
-                self._manager.wait_until_finished()
+                with self._storage_errors():
+                    self._manager.wait_until_finished()
         finally:
             if self._lister is not None:
                 self._written.set()
                 self._lister.join()
                 self._lister = None
 
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Raises StorageError, which names the last good step, if a write is refused."""
+        with storage_errors(self.folder, self._standing()):
+            yield
+
+    def _standing(self) -> str:
+        whole = self.on_disk()
+        return f"the last good checkpoint is step {whole[-1]}" if whole else "there is no checkpoint yet"
+
     def close(self) -> None:
-        """Wait for the files, and let go of the directory."""
+        """Wait for the files, and close the directory."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
             self._manager = None
 
     def reload(self) -> None:
-        """Read again which steps there are, after some were moved away."""
+        """Read again which steps exist, after some were moved away."""
         if self._manager is not None:
             self._manager.reload()
 
     def _list_files(self, number: int, written: threading.Event) -> None:
-        """Beside the training: once step `number` is whole, list its files, and those of older steps without a list."""
+        """Runs in a thread: when step `number` is whole, list its files, and those of older steps without a list."""
         while not (self.path(number).is_dir() or written.wait(1)):
             pass
-        for step in self.manager.all_steps():  # orbax drops a step from these before it deletes its files
-            if self.path(step).is_dir() and not file_list.has(self.path(step)):
-                file_list.write(self.path(step))
+        for step in self.manager.all_steps():  # orbax removes a step from these before it deletes its files
+            try:
+                if self.path(step).is_dir() and not file_list.has(self.path(step)):
+                    file_list.write(self.path(step))
+            except OSError as error:
+                reason = f"{self.path(step) / file_list.NAME} cannot be written ({error.strerror})"
+                print(f"WARNING: {reason}; it is written with the next saved step", file=sys.stderr)
 
-    def meta(self, number: int) -> dict:
-        """What `save` was given as `meta`. Raises CheckpointError."""
+    def meta(self, number: int) -> dict[str, Any]:
+        """The `meta` that `save` was given. Raises CheckpointError."""
 
         def read():
             return self.manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
@@ -117,7 +147,7 @@ class Steps:
         """Whether a step holds the tree `name`; empty trees are not saved."""
         return processes.on_primary((self.path(number) / name).is_dir)
 
-    def restore(self, number: int, abstract: dict[str, dict]) -> dict[str, dict]:
+    def restore(self, number: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """The named trees, with the shapes, types and shardings of `abstract`. Raises CheckpointError."""
         items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items() if jax.tree.leaves(tree)}
 
@@ -126,3 +156,21 @@ class Steps:
 
         found = restored(read, f"step {number}", self.folder)
         return {name: found[name] if name in items else tree for name, tree in abstract.items()}
+
+
+def report_once() -> None:
+    """Keep orbax's background threads from printing pages about refused writes, which `Steps.wait` raises as well. From
+    here on, for some of these reports come when the process ends."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_report)
+    sys.unraisablehook = _without_closed_loops
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or refused_write(error) is None
+
+
+def _without_closed_loops(found: "sys.UnraisableHookArgs") -> None:
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)

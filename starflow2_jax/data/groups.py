@@ -37,6 +37,7 @@ class GroupedBatches:
         rows: Iterable[int] | None = None,
     ):
         self.rows, self.per_group, self.groups = shape.rows, rows_of_a_group(shape.rows, groups), groups
+        self.documents = len(source)
         block = replace(shape, rows=self.per_group)
         mine = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})
         threads = max(1, threads // len(mine)) if threads else 0

@@ -32,9 +32,11 @@ class Watch:
 
     def __init__(self, cfg, state: dict | None = None):
         """`state`: what `state()` gave when the checkpoint that the run goes on from was saved."""
-        self.cfg, state = build(FaultsConfig, dict(cfg), "faults"), state or {}
+        self.cfg, state = build(FaultsConfig, dict(cfg or {}), "faults"), state or {}
         self.losses: list[tuple[int, float]] = [tuple(pair) for pair in state.get("losses", ())]
-        self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks"), 0) | state.get("counts", {})
+        self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks", "without_targets"), 0) | state.get(
+            "counts", {}
+        )
         self.since_save = 0
 
     def saved(self) -> None:
@@ -60,6 +62,7 @@ class Watch:
         `standing`: says where the step was and which checkpoint is left. Raises NonFiniteLoss, LossSpike.
         """
         loss, limit = values["loss"], self.limit(step)
+        self.counts["without_targets"] += values.get("targets") == 0
         bad = not (math.isfinite(loss) and math.isfinite(values["grad_norm"]))
         if not bad and loss <= limit:
             self._accept(step, loss)
@@ -88,7 +91,7 @@ class Watch:
 def guarded(step: Callable, cfg) -> Callable:
     """(state, frozen, batch, limit) -> (state, metrics): a training step whose update is not applied where the policy says
     "skip" and its loss is above `limit` or not finite. All of the state but `step` then stays as it was."""
-    cfg = build(FaultsConfig, dict(cfg), "faults")
+    cfg = build(FaultsConfig, dict(cfg or {}), "faults")
 
     def run(state, frozen, batch, limit=math.inf):
         new, metrics = step(state, frozen, batch)

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
@@ -13,8 +12,9 @@ from starflow2_jax.checkpoints.damage import pass_over_damaged, pass_over_unread
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
-from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.errors import ConfigError, UserError, storage_errors
 from starflow2_jax.fields import differences
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.models.vlm import VlmConfig
@@ -40,12 +40,14 @@ def train(
     stop_at: int | None = None,
     profile: int = 0,
 ) -> dict:
-    """Train what is not done yet of `tasks`, in their order. Returns where the time went (see Ledger.summary), with faults
-    counted; metrics/summary.json has the same.
+    """Train the tasks that are not done yet, in their order. Returns where the time went (see Ledger.summary) and the
+    counts of faults (see Watch); metrics/summary.json holds the same.
 
-    `stop_at`: save and return after that many steps of the whole run; `profile`: trace so many steps into profile/.
-    Raises Preempted when all is saved after a SIGTERM.
+    `stop_at`: save and return after that many steps of the whole run. `profile`: number of steps to trace into profile/.
+    Raises Preempted after a SIGTERM, when everything is saved.
     """
+    if profile < 0:
+        raise UserError(f"the number of steps to trace is at least 0, not {profile}; leave out --profile for none")
     checkpoints.steps.open()
     done = checkpoints.steps.latest() or 0
     ledger = Ledger(checkpoints.steps.meta(done).get("time") if done else None)
@@ -88,10 +90,11 @@ def train(
 class Trainer:
     """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet."""
 
-    def __init__(self, config: ConfigDict, folder: str | Path):
+    def __init__(self, config: Config, folder: str | Path):
         self.config = config = configs.complete(config)
         keep = Keep(config.keep, config.keep_every, config.keep_best)
         self.checkpoints = CheckpointDirectory(folder, keep)
+        processes.on_primary(self.checkpoints.lock.require_free)
         self.model = Pretzel(configs.pretzel(config))
         self.mesh = sharding.make_mesh(**config.mesh)
         self.begun = processes.on_primary(self.checkpoints.exists)
@@ -113,15 +116,22 @@ class Trainer:
         return StageTask(self.config, STAGES[name], self.model, self.codec, self.tokenizer, self.mesh)
 
     def run(self, progress: bool = True, stop_at: int | None = None, profile: int = 0) -> dict:
-        """Train all stages; arguments and result as of `train`."""
-        self._prepare()
+        """Train all stages; arguments and result as for `train`.
+
+        Raises LockedError if another run trains in the directory, and StorageError if a file cannot be written; then the
+        last good checkpoint stays, and the same call resumes from it.
+        """
         c = self.config
         settings = Settings(c.log_every, c.save_every, c.faults, peak_flops(c.peak_flops))
         tasks = [self.task(name) for name in c.order]
-        return train(tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile)
+        with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
+            self._prepare()
+            return train(tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile)
 
     def _prepare(self) -> None:
-        """The directory, made or gone on with; the processes of a run do it together."""
+        """Make the directory, or prepare to resume from it. The processes of a run do it together."""
+        if not self.begun and processes.on_primary(self.checkpoints.exists):
+            raise UserError(f"another run has just begun in {self.checkpoints.folder}; start the same command again")
         if self.begun:
             pass_over_damaged(self.checkpoints.steps)
             pass_over_unreadable(self.checkpoints.steps, self.mesh)
@@ -168,7 +178,7 @@ class Trainer:
 
     @classmethod
     def begin(
-        cls, config: ConfigDict, folder: str | Path, vlm: str | Path, read_config: Callable[[Path], VlmConfig]
+        cls, config: Config, folder: str | Path, vlm: str | Path, read_config: Callable[[Path], VlmConfig]
     ) -> None:
         """Make a directory `folder` for a run on the converted VLM in `vlm`, with untrained flows saved as step 0.
 

@@ -1,4 +1,4 @@
-"""The two losses, as sums over what counts and the counts, so that any split of a batch adds up to the same."""
+"""The two losses as sums, and the counts that they are divided by, so that any split of a batch adds up to the same."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from starflow2_jax.models.likelihood import image_noise, text_nll
 from starflow2_jax.models.pretzel import Output
 from starflow2_jax.sequence import Sequence
+from starflow2_jax.stages import Stage
 
 
 def image_nll(output: Output, sequence: Sequence) -> jax.Array:
@@ -15,7 +16,7 @@ def image_nll(output: Output, sequence: Sequence) -> jax.Array:
 
 
 def latent_squares(output: Output) -> jax.Array:
-    """Squares of each image's intermediate latents (B, M), summed over its dimensions and the shallow flow's blocks."""
+    """Squares of each image's intermediate latents (B, M), summed over its dimensions and the blocks of the shallow flow."""
     return sum(jnp.sum(h**2, axis=(2, 3)) for h in output.states)
 
 
@@ -27,8 +28,14 @@ def text_cross_entropy(
 
 
 def counts(sequence: Sequence) -> dict[str, jax.Array]:
-    """What the step's sums are divided by: latent dimensions and text tokens that count as predictions."""
+    """The numbers that a step's sums are divided by: latent dimensions and text tokens that count as predictions."""
     _, _, N, D = sequence.latents.shape
     _, weights = sequence.text_targets()
     dimensions = jnp.sum(sequence.image_weight) * N * D
     return {"image": dimensions, "penalty": dimensions, "text": jnp.sum(weights)}
+
+
+def targets(sequence: Sequence, stage: Stage) -> jax.Array:
+    """(): latent dimensions and text tokens that the stage's losses are computed from; 0: the batch teaches nothing."""
+    found = counts(sequence)
+    return stage.image_loss * found["image"] + stage.text_loss * found["text"]

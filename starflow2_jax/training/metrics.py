@@ -1,15 +1,22 @@
-"""Metrics go to a JSONL file and to TensorBoard, what concerns time to TensorBoard alone."""
+"""Metrics of a run: a JSONL file, and TensorBoard event files, which hold timings, too."""
 
 import json
+import os
+import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from starflow2_jax.checkpoints.atomic_folder import write_whole
 
 
 class Metrics:
-    """`done`: the step that the run goes on from; what a killed run wrote of later steps is dropped.
+    """Writes the metrics of a run into `folder`, in process 0 alone (`writes`).
 
-    `writes`: whether this process is the one that does; in the others nothing happens.
+    `done`: the step that the run resumes from. Lines about later steps, which a killed run wrote, are dropped.
+    Everything is written in the calling thread, so a full disk raises OSError there.
     """
 
     def __init__(self, folder: str | Path, done: int = 0, writes: bool = True):
@@ -20,44 +27,48 @@ class Metrics:
 
     def _open(self, done: int) -> None:
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step(line) <= done]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        old = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        if (kept := [line for line in old if _step(line) <= done]) != old:
+            write_whole(path, "".join(kept))
         self._lines = path.open("a", buffering=1, encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder), flush_secs=30, purge_step=done + 1)
+        self._board = EventsWriter(str(self.folder / "events"), f".{os.getpid()}.{done}")
+        # TensorBoard hides what older files say about this step and later ones.
+        self._board.write_event(Event(step=done + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, stage: str, values: dict[str, float], timings: dict[str, float] | None = None) -> None:
-        """`values` are the same whenever the run is repeated, `timings` are not and stay out of the JSONL file."""
+        """Log a step. `values` are the same whenever the run is repeated. `timings` are not, so the JSONL file does not
+        have them."""
         if not self.writes:
             return
         self._lines.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
         for name, value in {**values, **(timings or {})}.items():
-            self._board.add_scalar(f"{stage}/{name}", value, step)
+            self._board.write_event(Event(step=step, summary=scalar(f"{stage}/{name}", value), wall_time=time.time()))
+        self._board.flush()
 
     def rewind(self, step: int) -> None:
-        """The run goes back to the end of `step`: what was written of later ones is dropped."""
+        """The run goes back to the end of `step`: drop the lines about later steps."""
         if self.writes:
             self.close()
             self._open(step)
 
     def write_summary(self, summary: dict) -> None:
         if self.writes:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
 
     def close(self) -> None:
         if self.writes:
             self._lines.close()
             self._board.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
 
 def _step(line: str) -> float:
-    """The step that a line tells of; of one that was cut off, none."""
+    """The step that a line is about; infinity for a line that was cut off."""
     try:
         return json.loads(line)["step"]
     except ValueError:

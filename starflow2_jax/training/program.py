@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from optax import GradientTransformation
 
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.kernels import most_documents
@@ -32,7 +32,7 @@ PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
 def jitted_step(
-    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations, mesh: Mesh
+    config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations, mesh: Mesh
 ) -> Step:
     """(state, frozen, batch, limit) -> (state, metrics), compiled when it is first called; the state is donated.
 
@@ -48,14 +48,14 @@ def jitted_step(
         vlm_length=cfg.vlm_length,
     )
     update = make_step(model, stage, optimizer, objective, accumulate=cfg.accumulate, ema_decay=cfg.ema)
-    step = guarded(counted(update), config.faults)
+    step = guarded(counted(update, stage), config.faults)
     if cfg.optimizer.offload:
         step = offloaded(step)
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, stage, optimizer, mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 
-def find_stage(config: ConfigDict, text: str | None) -> Stage:
+def find_stage(config: Config, text: str | None) -> Stage:
     """A stage of the config by name, or by number in the paper's order (1, 2, 3); None: the last one that it runs.
 
     Raises ConfigError.
@@ -67,7 +67,7 @@ def find_stage(config: ConfigDict, text: str | None) -> Stage:
     return STAGES[name]
 
 
-def require_rows(config: ConfigDict, stage: Stage, mesh: Mesh) -> None:
+def require_rows(config: Config, stage: Stage, mesh: Mesh) -> None:
     """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
     cfg = config.stages[stage.name]
     spread = sharding.row_shards(mesh) * cfg.accumulate
@@ -85,7 +85,7 @@ def other_tree(tree: str) -> str:
     return "trainable" if tree == "frozen" else "frozen"
 
 
-def makes_vlm(config: ConfigDict) -> bool:
+def makes_vlm(config: Config) -> bool:
     """Whether one of the config's stages trains the VLM itself, so that no pretrained one is needed."""
     return any(held(STAGES[name]) == "frozen" for name in config.order)
 
@@ -94,9 +94,9 @@ def in_tree(group: str, tree: str) -> bool:
     return (group in FROZEN) == (tree == "frozen")
 
 
-def batch_shape(config: ConfigDict, stage: Stage) -> Shape:
+def batch_shape(config: Config, stage: Stage) -> Shape:
     cfg = config.stages[stage.name]
-    packed = any(config.model[stream].kernel == "cudnn_packed" for stream in ("vlm", "deep"))
+    packed = any(getattr(config.model, stream).kernel == "cudnn_packed" for stream in ("vlm", "deep"))
     documents = most_documents(cfg.length) if packed else 0
     return Shape(cfg.rows, cfg.length, cfg.images, cfg.patches, cfg.vlm_length, documents)
 
@@ -119,7 +119,7 @@ def _initial(model: Pretzel, seed: int, tree: str, dtype=None) -> dict:
 
 
 def abstract_state(
-    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
+    config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, types and shardings of a stage's state; no memory, no devices."""
     params = abstract_params(model, held(stage))
@@ -130,7 +130,7 @@ def abstract_state(
 
 
 def abstract_arguments(
-    config: ConfigDict, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
+    config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
 ) -> tuple:
     """Shapes, types and shardings of the step's state, frozen parameters and batch.
 

@@ -68,6 +68,7 @@ class Run:
             self.frozen = task.frozen(checkpoints)
             self.reader, self.layout = task.batches(), sharding.batch_sharding(mesh)
             if position is not None:
+                self._compare_documents(meta, latest)
                 self.reader.set_state(position)
             self.step = task.step()
         self.mesh, self.flops = mesh, task.flops
@@ -119,11 +120,13 @@ class Run:
     def save(self, state: State, position: object, ended: bool) -> None:
         """Save a step. `position`: of the data; `ended`: the time until the next start does not count as lost."""
         finite = [loss for loss in self.recent if np.isfinite(loss)]
+        self.checkpoints.lock.require_held()
         meta = {
             "stage": self.task.name,
             "stage_step": int(state.step),
             "key": np.asarray(jax.random.key_data(state.key)).tolist(),
             "data": position,
+            "documents": self.reader.documents,
             "watch": self.watch.state(),
             "time": self.tools.ledger.state(ended),
         }
@@ -138,6 +141,8 @@ class Run:
         self.tools.profiler.step(running)
         with ledger.waiting(running):
             batch = self.reader.place(next(self.reader), self.layout)
+        if self.number == self.first:
+            self.task.check_batch(batch)
         self.number += 1
         limit = np.float32(self.watch.limit(self.number))
         with jax.profiler.StepTraceAnnotation("train", step_num=self.number):
@@ -161,10 +166,32 @@ class Run:
             if self.watch.judge(number, values, standing) == "rollback":
                 self._go_back(number)
                 return False
+            if values.get("targets") == 0:
+                self._warn_of_no_targets(number)
             self.seen = values
             self.recent.append(values["loss"])
             self.tools.ledger.count_tokens(values["tokens"])
         return True
+
+    def _compare_documents(self, meta: Mapping, step: int) -> None:
+        """Warns if the source has another number of documents than when the step was saved."""
+        then, now = meta.get("documents"), self.reader.documents
+        if then is not None and then != now and self.tools.metrics.writes:
+            print(
+                f"WARNING: the data source has {now} documents, and had {then} when step {step} was saved; the run resumes at "
+                "the same position, but from here on it may read other documents than it would have",
+                file=sys.stderr,
+            )
+
+    def _warn_of_no_targets(self, number: int) -> None:
+        """Warns at the 1st, 2nd, 4th, 8th, ... step of the run whose batch taught nothing."""
+        count = self.watch.counts["without_targets"]
+        if count & (count - 1) == 0 and self.tools.metrics.writes:
+            print(
+                f'WARNING: nothing is predicted in the batch of step {number} (no "predict" or "generate" that this task '
+                f"counts); {count} such steps so far",
+                file=sys.stderr,
+            )
 
     def _go_back(self, bad: int) -> None:
         """Restore the last checkpoint's state; the data goes on after what was read."""

@@ -4,11 +4,11 @@ from functools import cached_property, partial
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.codecs.protocol import Codec
+from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder
@@ -17,8 +17,9 @@ from starflow2_jax.models.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import sharding
 from starflow2_jax.random_streams import stream_key
+from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import STAGES, Stage
-from starflow2_jax.training import program
+from starflow2_jax.training import losses, program
 from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.step import TrainState, finish, new_state, require_host
 from starflow2_jax.training.task import Step
@@ -29,7 +30,7 @@ REMEMBERED = 100_000  # texts whose tokens a reader keeps: captions and question
 class StageTask:
     """See task.Task. The state holds the tree that the stage moves, "frozen" or "trainable"; the other is an argument."""
 
-    def __init__(self, config: ConfigDict, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh: Mesh):
+    def __init__(self, config: Config, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh: Mesh):
         self.config, self.stage, self.model, self.mesh = config, stage, model, mesh
         self.codec, self.tokenizer = codec, tokenizer
         self.name, self.cfg = stage.name, config.stages[stage.name]
@@ -78,6 +79,19 @@ class StageTask:
 
     def step(self) -> Step:
         return program.jitted_step(self.config, self.model, self.stage, self.optimizer, self.codec.std, self.mesh)
+
+    def check_batch(self, batch: Sequence) -> None:
+        """Raises ConfigError if no part of the batch counts in the stage's losses."""
+        if not float(jax.jit(partial(losses.targets, stage=self.stage))(batch)):
+            wanted = [
+                *(['images with "generate": true'] if self.stage.image_loss else []),
+                *(['texts with "predict": true'] if self.stage.text_loss else []),
+            ]
+            raise ConfigError(
+                f"nothing is predicted in the first batch of stage {self.name}, so it would learn nothing; the documents of "
+                f'{self.config.data.source} need {" or ".join(wanted)} (each part of a document is marked by "predict" or '
+                '"generate")'
+            )
 
     def batches(self) -> GroupedBatches:
         shape, data = program.batch_shape(self.config, self.stage), self.config.data

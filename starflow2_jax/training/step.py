@@ -68,12 +68,12 @@ def offloaded(step: Callable) -> Callable:
     return run
 
 
-def counted(step: Callable) -> Callable:
-    """`step` with "tokens" among its metrics: the batch's positions, padding left out."""
+def counted(step: Callable, stage: Stage) -> Callable:
+    """`step` with two more metrics: "tokens", the batch's positions without padding, and "targets", see `losses.targets`."""
 
     def run(state: TrainState, frozen: dict, batch: Sequence):
         state, metrics = step(state, frozen, batch)
-        return state, metrics | {"tokens": jnp.sum(batch.segments > 0)}
+        return state, metrics | {"tokens": jnp.sum(batch.segments > 0), "targets": losses.targets(batch, stage)}
 
     return run
 

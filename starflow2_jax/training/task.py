@@ -25,22 +25,28 @@ class State(Protocol):
 class Batches(Protocol):
     """Endless batches with a position that is saved and restored."""
 
+    documents: int  # of one pass over the source
+
     def __next__(self) -> Any:
         """The rows of the next batch that this process reads."""
+        ...
 
     def place(self, rows: Any, sharding: jax.sharding.NamedSharding) -> Any:
         """Those rows -> the whole batch as global arrays."""
+        ...
 
     def get_state(self) -> Any:
         """The position, a JSON value; all processes call it together."""
+        ...
 
     def set_state(self, state: Any) -> None:
         """Go on from a position."""
 
 
 # (state, frozen, batch, limit) -> (state, metrics). It advances state.step by one. Metrics are scalars: "loss" and
-# "grad_norm", by which bad steps are judged, "tokens", which the speed counts, and any others. `limit` () is the loss
-# above which a step is a spike (see faults.py). The state is donated.
+# "grad_norm", by which bad steps are judged, "tokens", from which the speed is computed, and any others; where there is
+# "targets", a step with 0 of them is counted and warned about. `limit` () is the loss above which a step is a spike (see
+# faults.py). The state is donated.
 Step = Callable[[State, Any, Any, Any], tuple[State, dict[str, jax.Array]]]
 
 
@@ -59,21 +65,30 @@ class Task(Protocol):
 
     def abstract_state(self) -> State:
         """Shapes, types and shardings of the state."""
+        ...
 
     def new_state(self, params: Any | None) -> State:
         """The state before the first step, with these parameters (on their shards) or fresh ones."""
+        ...
 
     def frozen(self, checkpoints: CheckpointDirectory) -> Any:
         """The arrays that the step reads and never changes; no step checkpoint holds them."""
+        ...
 
     def step(self) -> Step:
         """The compiled step; it is compiled when it is first called."""
+        ...
+
+    def check_batch(self, batch: Any) -> None:
+        """Raises UserError if the task's first batch, as global arrays, shows that the data cannot teach anything."""
 
     def batches(self) -> Batches:
         """From the beginning of the data; a process reads the rows that its devices need."""
+        ...
 
     def finish(self, state: State, checkpoints: CheckpointDirectory) -> State:
         """The state that is saved after the last step. Groups that nobody needs any more are empty in it."""
+        ...
 
 
 def groups(state: State) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def test_a_spike_is_so_many_deviations_above_the_median():
     assert w.judge(51, values(-1.6), "here") is None
     assert w.judge(52, values(-5.0), "here") is None  # far below is none
     assert w.judge(53, values(0.0), "here") == "skip"
-    assert w.counts == {"nonfinite": 0, "spikes": 1, "skipped": 1, "rollbacks": 0}
+    assert w.counts == {"nonfinite": 0, "spikes": 1, "skipped": 1, "rollbacks": 0, "without_targets": 0}
     assert 0.0 not in [loss for _, loss in w.losses]  # the next limit does not know it
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from stand_in import BAD, Documents, applied, lines, with_stand_ins
 from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
@@ -22,51 +23,12 @@ from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.data.documents import Text
 from starflow2_jax.models.flops import training_flops
-from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training import program, stage_task
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss
 from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.preemption import Preempted
-
-BAD = "~"  # in a document: its batch makes the loss bad
-
-
-def stand_in(model, stage, optimizer, objective, **_):
-    """A step that adds the batch's number of tokens to a parameter; its loss is good but for batches with BAD in them."""
-    bad = tiny.tokenizer().encode(BAD, add_special_tokens=False)[0]
-
-    def step(state, frozen, batch):
-        def add(path, x):
-            return x + jnp.sum(batch.segments > 0) if path[0].key == "vlm" and x.ndim == 1 else x
-
-        params = jax.tree_util.tree_map_with_path(add, state.params)
-        good = 1.0 + 0.1 * jnp.cos(state.step * 1.7)
-        loss = jnp.where(jnp.any(batch.tokens == bad), Documents.bad_loss, good)
-        return state.replace(step=state.step + 1, params=params), {"loss": loss, "grad_norm": jnp.float32(1)}
-
-    return step
-
-
-class Documents:
-    """Endless; document `bad` is the one with BAD in it. A batch of 8 rows holds about 40 of them."""
-
-    bad, bad_loss = -1, math.nan
-
-    def __len__(self) -> int:
-        return 2**40
-
-    def __getitem__(self, i: int):
-        return [Text(f"document number {i} " + (BAD if i == self.bad else ""), predict=True)]
-
-
-def with_stand_ins(monkeypatch, folder: Path, **changes) -> Trainer:
-    monkeypatch.setattr(program, "make_step", stand_in)
-    monkeypatch.setattr(stage_task.sources, "documents", lambda *_: Documents())
-    c = tiny_config(order=("pretrain",), save_every=4, keep=3, **changes)
-    c.stages.pretrain.update(steps=16, ema=0.5)
-    return Trainer(c, folder)
 
 
 @pytest.fixture
@@ -84,19 +46,6 @@ def undisturbed(tmp_path_factory) -> tuple[list[dict], float]:
         return lines(t), applied(t)
 
 
-def lines(t: Trainer) -> list[dict]:
-    return [json.loads(line) for line in (t.checkpoints.folder / "metrics" / "metrics.jsonl").read_text().splitlines()]
-
-
-def applied(t: Trainer, number: int = 12) -> float:
-    """How many tokens the applied steps up to a saved one had, as a parameter has counted them."""
-    shapes = abstract(program.abstract_params(t.model, "frozen"), t.mesh)
-    params = t.checkpoints.steps.restore(number, {"params": shapes})["params"]
-    fresh = t.task("pretrain").fresh("frozen")
-    counted = jax.tree.map(lambda a, b: float(jnp.max(a - b)) if a.ndim == 1 else 0.0, params["vlm"], fresh["vlm"])
-    return max(jax.tree.leaves(counted))
-
-
 FAULTS = dict(deviations=50.0, window=5, most=3)
 
 
@@ -107,7 +56,7 @@ def test_a_bad_batch_is_skipped_and_counted(trainer, monkeypatch, bad_loss, kind
     t = trainer(faults=dict(nonfinite="skip", spike="skip", **FAULTS))
     summary = t.run(progress=False)
     [bad] = [line for line in lines(t) if not math.isfinite(line["loss"]) or line["loss"] > 2]
-    assert 4 < bad["step"] < 12 and summary["faults"] == {"nonfinite": 0, "spikes": 0, "rollbacks": 0} | {
+    assert 4 < bad["step"] < 12 and summary["faults"] == {"nonfinite": 0, "spikes": 0, "rollbacks": 0, "without_targets": 0} | {
         kind: 1, "skipped": 1
     }  # fmt: skip
     assert applied(t) == sum(line["tokens"] for line in lines(t)[:12] if line["step"] != bad["step"])
@@ -120,7 +69,7 @@ def test_a_bad_batch_is_passed_over_from_the_last_checkpoint(trainer, monkeypatc
     monkeypatch.setattr(Documents, "bad_loss", math.nan)
     t = trainer(faults=dict(nonfinite="rollback", spike="ignore", **FAULTS))
     summary = t.run(progress=False)
-    assert summary["faults"] == {"nonfinite": 1, "spikes": 0, "skipped": 0, "rollbacks": 1}
+    assert summary["faults"] == {"nonfinite": 1, "spikes": 0, "skipped": 0, "rollbacks": 1, "without_targets": 0}
     assert [line["step"] for line in lines(t)] == list(range(1, 17))
     assert all(math.isfinite(line["loss"]) for line in lines(t))
     assert applied(t) == sum(line["tokens"] for line in lines(t)[:12])

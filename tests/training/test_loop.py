@@ -169,7 +169,7 @@ def own_documents(folder: Path, save, size: tuple[int, ...]) -> Path:
 def test_ones_own_pictures_train_every_stage(tmp_path):
     """Color, not square: codec and tokenizer are fitted to them, and what is sampled has their size."""
     config = tiny_config()
-    config.data.source = str(own_documents(tmp_path, write_image, (8, 12, 3)))
+    config.data = dict(source=str(own_documents(tmp_path, write_image, (8, 12, 3))))
     config.codec.image_channels, config.model.grid, config.model.channels = 3, (2, 3), 48
     config.order = ("pretrain", "text_to_image", "image_to_text", "joint")
     config.stages.pretrain.update(patches=160, length=96)
@@ -188,7 +188,7 @@ def test_ones_own_latents(tmp_path):
         np.save(path, array)
 
     config = tiny_config()
-    config.data.source = str(own_documents(tmp_path, save, (2, 2, 16)))
+    config.data = dict(source=str(own_documents(tmp_path, save, (2, 2, 16))))
     config.codec = dict(kind="latents", grid=(2, 2), channels=16, shift=0.25, scale=2.0)
     config.order = ("pretrain", "text_to_image")
     config.stages.pretrain.steps, config.stages.text_to_image.steps = 0, 1
@@ -205,7 +205,7 @@ def test_ones_own_latents(tmp_path):
 @pytest.mark.parametrize("change, saying", (("size", "one size"), ("patch", "does not divide"), ("kind", "'patches'")))
 def test_a_codec_that_does_not_fit_ones_own_pictures(tmp_path, change, saying):
     config = tiny_config()
-    config.data.source = str(own_documents(tmp_path, write_image, (8, 12, 3)))
+    config.data = dict(source=str(own_documents(tmp_path, write_image, (8, 12, 3))))
     config.codec.image_channels = 3
     if change == "size":
         write_image(tmp_path / "3", np.zeros((4, 4, 3)))

@@ -39,6 +39,8 @@ class Pair:
 class Numbers:
     """Batches of eight numbers that count on; `place` hands out global arrays."""
 
+    documents = 8
+
     def __init__(self, bad: int | None = None):
         self.at, self.bad = 0, bad
 
@@ -65,6 +67,9 @@ class Duel:
 
     def check(self) -> None:
         pass
+
+    def check_batch(self, batch: jax.Array) -> None:
+        assert isinstance(batch, jax.Array) and batch.shape == (8,)
 
     def continues(self, name: str) -> bool:
         return name == "first"
