@@ -12,6 +12,10 @@ class ConfigError(UserError):
     """A config that cannot be used; the message is one sentence for its author."""
 
 
+class Terminated(BaseException):
+    """The process was told to end (SIGTERM). The message says what is kept, where it is known."""
+
+
 def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Raises UserError, with the nearest allowed value, where `value` is none of them."""
     if value not in allowed:

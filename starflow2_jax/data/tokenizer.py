@@ -3,9 +3,10 @@
 A converter of a VLM whose tokenizer names these tokens otherwise renames them in the tokenizer's files.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,20 +61,56 @@ def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
 def chat(tokenizer, turns: list[tuple[str, Document]]) -> Document:
     """A conversation -> the document that the assistant's next answer continues, by the tokenizer's own chat template.
 
-    turns: role ("system", "user", "assistant") and what it said. Raises DocumentError where there is no such template, or
-    it refuses them.
+    turns: role ("system", "user", "assistant") and what it said. Raises DocumentError where the tokenizer has no template,
+    or the template fails on the conversation.
     """
     if not tokenizer.chat_template:
         raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
     images = [part for _, said in turns for part in said if isinstance(part, Image)]
-    messages = [{"role": role, "content": [_content(part) for part in said]} for role, said in turns]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise DocumentError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+    text = _rendered(tokenizer, turns, _content_form(tokenizer, bool(images)))
     if text.count(IMAGE_MARK) != len(images):
         raise DocumentError(f"the chat template must place each image once, as {IMAGE_MARK}, and no text may hold that")
     return unflat(text, images)
+
+
+def _rendered(tokenizer, turns: list[tuple[str, Document]], content: Callable[[Document], object]) -> str:
+    """The template's text of a conversation. Raises DocumentError for any error in the template."""
+    messages = [{"role": role, "content": content(said)} for role, said in turns]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, which can fail in any way
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DocumentError(f"the tokenizer's chat template refuses this conversation: {reason}") from None
+
+
+def _content_form(tokenizer, with_images: bool) -> Callable[[Document], object]:
+    """The form of a message's content that the template was written for: `_as_list`, or `_as_string` with image marks.
+
+    Each form is tried on one short message. A template that takes strings prints a list as Python does, without marks.
+    """
+    word = "sevenfold"
+    probe = [Image(np.zeros((1, 1, 1), np.float32)), Text(word)] if with_images else [Text(word)]
+    for form in (_as_list, _as_string):
+        try:
+            text = _rendered(tokenizer, [("user", probe)], form)
+        except DocumentError:
+            continue
+        if (
+            word in text
+            and text.count(IMAGE_MARK) == with_images
+            and repr(word) not in text
+            and f'"{word}"' not in text
+        ):
+            return form
+    return _as_list
+
+
+def _as_list(document: Document) -> list[dict[str, str]]:
+    return [{"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in document]
+
+
+def _as_string(document: Document) -> str:
+    return flat(document)[0]
 
 
 def flat(document: Document) -> tuple[str, list[Image]]:
@@ -89,7 +126,3 @@ def unflat(text: str, images: list[Image]) -> Document:
     for image, after in zip(images, texts, strict=True):
         parts += [image, Text(after)]
     return [part for part in [Text(first), *parts] if isinstance(part, Image) or part.text]
-
-
-def _content(part: Text | Image) -> dict[str, str]:
-    return {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}

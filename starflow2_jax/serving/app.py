@@ -25,7 +25,7 @@ from starflow2_jax.serving.errors import ApiError, bad, told
 from starflow2_jax.serving.guards import AtMost, KnownHosts, refusal
 from starflow2_jax.serving.jobs import Fault, Job, Started, Task
 from starflow2_jax.serving.ranking import ranking
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.requests import chat_request, check_model, rank_request
 from starflow2_jax.serving.worker import Worker
 
@@ -45,7 +45,7 @@ class Service:
 
     worker: Worker
     name: str  # of the model
-    intake: Intake
+    limits: RequestLimits
     key: str | None
     max_body: int  # bytes
     host: str  # that it listens on
@@ -103,8 +103,8 @@ def make_app(service: Service) -> Starlette:
             "object": "model",
             "created": 0,
             "owned_by": "starflow2",
-            "drawing": service.intake.draws,
-            "editing": service.intake.editing,
+            "drawing": service.limits.draws,
+            "editing": service.limits.editing,
         }
         return JSONResponse({"object": "list", "data": [model]})
 
@@ -156,7 +156,7 @@ async def _chat(service: Service, request: Request) -> Response:
 
 
 def _job(service: Service, body: object, tell: Callable[[Event], None]) -> Job:
-    return service.worker.job(chat_request(body, service.intake), tell)
+    return service.worker.job(chat_request(body, service.limits), tell)
 
 
 async def _disconnected(request: Request) -> None:
@@ -205,7 +205,7 @@ async def _rank(service: Service, request: Request) -> Response:
 
 
 def _task(service: Service, body: object) -> tuple[Task, str]:
-    image, captions, by_image = rank_request(body, service.intake)
+    image, captions, by_image = rank_request(body, service.limits)
     try:
         pieces = ranking(service.worker.sampler, image, captions, by_image)
     except DocumentError as error:

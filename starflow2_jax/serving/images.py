@@ -11,7 +11,7 @@ from PIL import ImageOps
 
 from starflow2_jax.data.documents import as_pillow, from_pillow, upright
 from starflow2_jax.serving.errors import ApiError, bad
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG"}
 
@@ -20,17 +20,17 @@ class Budget:
     """Pixels and positions that the images of a request may still take. They are counted from the files' headers, before
     anything is decoded: of each image what is larger, the file or what the model is shown of it."""
 
-    def __init__(self, intake: Intake):
-        self.intake, self.pixels, self.positions = intake, intake.max_pixels, intake.positions
+    def __init__(self, limits: RequestLimits):
+        self.limits, self.pixels, self.positions = limits, limits.max_pixels, limits.positions
 
     def take(self, size: tuple[int, int], via: str, param: str) -> None:
         """size: (width, height) of the file. Raises ApiError."""
         if via == "flow":
-            shown, positions = self.intake.size, self.intake.tokens
+            shown, positions = self.limits.size, self.limits.tokens
         else:
             try:
-                shown = self.intake.vision.resized(size[::-1])
-                positions = math.prod(self.intake.vision.merged_grid(size[::-1]))
+                shown = self.limits.vision.resized(size[::-1])
+                positions = math.prod(self.limits.vision.merged_grid(size[::-1]))
             except ValueError as error:
                 raise bad(str(error), param) from None
         self.pixels -= max(math.prod(size), math.prod(shown))
@@ -39,12 +39,12 @@ class Budget:
             raise self.refusal(param)
         if self.positions < 0:
             message = (
-                f"the images of a request take more than the {self.intake.positions} positions of a row; send fewer"
+                f"the images of a request take more than the {self.limits.positions} positions of a row; send fewer"
             )
             raise ApiError(400, message, "context_length_exceeded", param)
 
     def refusal(self, param: str) -> ApiError:
-        message = f"the images of a request may have {self.intake.max_pixels} pixels together; send smaller ones"
+        message = f"the images of a request may have {self.limits.max_pixels} pixels together; send smaller ones"
         return ApiError(413, message, "too_large", param)
 
 
@@ -53,7 +53,7 @@ def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
 
     For `via` "flow" it is scaled to the model's size, its middle being kept where the proportions differ.
     """
-    channels, size = budget.intake.channels, budget.intake.size if via == "flow" else None
+    channels, size = budget.limits.channels, budget.limits.size if via == "flow" else None
     if not isinstance(url, str) or not url.startswith("data:"):
         raise bad('an image is given as "data:image/png;base64,..."; this server fetches no addresses', param)
     head, _, body = url.removeprefix("data:").partition(",")

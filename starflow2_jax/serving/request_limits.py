@@ -10,7 +10,7 @@ from starflow2_jax.serving.errors import ApiError, bad
 
 
 @dataclass(frozen=True)
-class Intake:
+class RequestLimits:
     """What the model takes, and how much of it."""
 
     channels: int
@@ -26,7 +26,7 @@ class Intake:
     editing: bool = False  # whether there is `image_guidance`
 
     @classmethod
-    def of(cls, sampler: Sampler, **limits) -> "Intake":
+    def of(cls, sampler: Sampler, **limits) -> "RequestLimits":
         """What this sampler takes; `limits`: the fields from max_pixels on."""
         tokenizer, codec, cfg = sampler.tokenizer, sampler.codec, sampler.model.cfg
         size = codec.image_shape[:2] if codec.is_pixels else None

@@ -11,7 +11,7 @@ from starflow2_jax.sampling.prompts import texts
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.images import Budget, from_url
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 
 ROLES = ("system", "developer", "user", "assistant")
 IGNORED = (
@@ -49,18 +49,18 @@ class ChatRequest:
     include_usage: bool
 
 
-def chat_request(body: object, intake: Intake) -> ChatRequest:
+def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
     body = _fields(body, {*NUMBERS, *INTEGERS, *FLAGS, *OTHERS})
     given = {name: _number(body, name, *NUMBERS[name], (int, float)) for name in NUMBERS}
     whole = {name: _number(body, name, *INTEGERS[name], (int,)) for name in INTEGERS}
     flags = {name: _typed(body, name, bool) or False for name in FLAGS}
     n = whole["n"] or 1
-    if n > intake.max_choices:
-        raise bad(f"n may be {intake.max_choices} at most on this server", "n")
+    if n > limits.max_choices:
+        raise bad(f"n may be {limits.max_choices} at most on this server", "n")
     seed = secrets.randbits(32) if whole["seed"] is None else whole["seed"]
-    if given["image_guidance"] is not None and not intake.editing:
+    if given["image_guidance"] is not None and not limits.editing:
         raise bad("image_guidance needs a server that was started with --editing", "image_guidance")
-    if flags["image_first"] and not intake.draws:
+    if flags["image_first"] and not limits.draws:
         raise bad(f"{LATENTS}; leave image_first out", "image_first")
     if flags["image_first"] and whole["max_images"] == 0:
         raise bad("image_first asks for an image, but max_images is 0", "max_images")
@@ -68,21 +68,21 @@ def chat_request(body: object, intake: Intake) -> ChatRequest:
         options = SampleOptions(
             **{name: value for name, value in given.items() if value is not None},
             **{name: flags[name] for name in ("image_first", "linear", "annealed")},
-            top_k=whole["top_k"] or 0, max_images=whole["max_images"] if intake.draws else 0, stop=_stop(body),
+            top_k=whole["top_k"] or 0, max_images=whole["max_images"] if limits.draws else 0, stop=_stop(body),
         )  # fmt: skip
     except ValueError as error:
         raise bad(str(error)) from None
     extras = _typed(body, "stream_options", dict) or {}
     return ChatRequest(
-        _turns(body.get("messages"), intake), options, whole["max_completion_tokens"] or whole["max_tokens"],
+        _turns(body.get("messages"), limits), options, whole["max_completion_tokens"] or whole["max_tokens"],
         [(seed + i) % 2**32 for i in range(n)],
         flags["stream"], _typed(extras, "include_usage", bool) or False,
     )  # fmt: skip
 
 
-def rank_request(body: object, intake: Intake) -> tuple[np.ndarray, list[str], bool]:
+def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[str], bool]:
     """The image, the captions, and whether it is the image that counts."""
-    if not intake.draws:
+    if not limits.draws:
         raise bad(f"{LATENTS}, so it ranks no captions of one")
     body = _fields(body, {"model", "image", "captions", "by"})
     captions = _typed(body, "captions", list)
@@ -90,11 +90,11 @@ def rank_request(body: object, intake: Intake) -> tuple[np.ndarray, list[str], b
         raise bad("captions is a list of 1 to 64 texts, none of them empty", "captions")
     if (by := body.get("by", "image")) not in ("image", "text"):
         raise bad('by is "image" or "text"', "by")
-    room = intake.max_text
+    room = limits.max_text
     for i, caption in enumerate(captions):
-        intake.check_text(caption, room, f"captions[{i}]")
+        limits.check_text(caption, room, f"captions[{i}]")
         room -= len(caption)
-    return from_url(body.get("image"), "flow", Budget(intake), "image"), captions, by == "image"
+    return from_url(body.get("image"), "flow", Budget(limits), "image"), captions, by == "image"
 
 
 def _fields(body: object, known: set[str]) -> dict:
@@ -138,23 +138,23 @@ def _stop(body: dict) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _turns(messages: object, intake: Intake) -> list[tuple[str, Document]]:
+def _turns(messages: object, limits: RequestLimits) -> list[tuple[str, Document]]:
     if not isinstance(messages, list) or not messages:
         raise bad("messages is a list of at least one message", "messages")
-    budget, turns, room = Budget(intake), [], intake.max_text
+    budget, turns, room = Budget(limits), [], limits.max_text
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise bad(f"a message has a role of {', '.join(ROLES)}", f"{where}.role")
         role = "system" if message["role"] == "developer" else message["role"]
-        drawn = role == "assistant" and intake.draws  # what the model drew is flow tokens
-        default = "flow" if drawn else intake.images
+        drawn = role == "assistant" and limits.draws  # what the model drew is flow tokens
+        default = "flow" if drawn else limits.images
         document = [
-            _part(part, intake, budget, default, f"{where}.content[{k}]")
+            _part(part, limits, budget, default, f"{where}.content[{k}]")
             for k, part in enumerate(_content(message, where))
         ]
         for text in texts(document):
-            intake.check_text(text, room, where)
+            limits.check_text(text, room, where)
             room -= len(text)
         turns.append((role, document))
     if turns[-1][0] == "assistant":
@@ -176,18 +176,18 @@ def _content(message: dict, where: str) -> list:
     return parts
 
 
-def _part(part: object, intake: Intake, budget: Budget, via: str, where: str) -> Text | Image:
+def _part(part: object, limits: RequestLimits, budget: Budget, via: str, where: str) -> Text | Image:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind != "image_url" or not isinstance(part.get("image_url"), dict):
         raise bad('a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}', where)
-    if not intake.draws and not intake.vision:
+    if not limits.draws and not limits.vision:
         raise bad(f"{LATENTS}, and it has no vision tower to see yours; send text alone", where)
     via = part["image_url"].get("via", via)
-    if via == "flow" and not intake.draws:
+    if via == "flow" and not limits.draws:
         raise bad(f"{LATENTS}; leave via out, and its vision tower sees yours", f"{where}.image_url.via")
-    if via not in ("flow", "vit") or (via == "vit" and not intake.vision):
+    if via not in ("flow", "vit") or (via == "vit" and not limits.vision):
         raise bad('via is "flow", or "vit" where the model has a vision tower', f"{where}.image_url.via")
     return Image(from_url(part["image_url"].get("url"), via, budget, where), via=via)
 
