@@ -3,28 +3,33 @@
 import argparse
 import errno
 import os
-import re
 import signal
 import sys
 from types import FrameType
 
-from starflow2_jax.errors import Terminated, UserError
+from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
 
 ABOUT = (
     "STARFlow2: one causal model that reads and writes text and images. `starflow2 COMMAND --help` explains a command."
 )
 EXIT_CODES = """exit codes:
   0    done
-  1    an error in the program or a failure of the machine, such as a full disk; the traceback or the last line says what
-  2    wrong input, or a path that cannot be written; a sentence on stderr says what is wrong and what to do
+  1    an error in the program or a failure of the machine; the traceback or the last line says what
+  2    wrong input, or a path that cannot be used; a sentence on stderr says what is wrong and what to do
+  74   a file could not be written, because the disk or a quota is full or the disk is read-only
   75   told to end (SIGTERM): finished work is kept, and the same command resumes
   130  interrupted (Ctrl-C)
   141  the program that read the output ended first, as in `starflow2 config ... | head`"""
 RESTART, INTERRUPTED, UNREAD = 75, 130, 141
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-UNWRITABLE = (
-    errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
+UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +64,7 @@ def _run(argv: list[str]) -> int:
             import_file(file)
         args.run(args, overrides)
     except UserError as error:
-        return _said(str(error), 2)
+        return _said(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _said(f"interrupted; {getattr(args, 'kept', 'nothing was written')}", INTERRUPTED)
     except Terminated as error:
@@ -68,8 +73,12 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if sentence := _storage_fault(error, command, args):
-            return _said(*sentence)
+        if cause := refused_write(error):
+            path = getattr(error, "filename", None) or _written(command, args)
+            return _said(f"{path} cannot be written: {cause}; {OUT_OF_ROOM}", StorageError.exit_code)
+        if isinstance(error, OSError) and error.errno in UNUSABLE:
+            path = error.filename or _written(command, args)
+            return _said(f"{path}: {error.strerror}; name another path, or make this one usable", UserError.exit_code)
         if sentence := _memory_fault(error):
             return _said(sentence, 1)
         raise
@@ -108,38 +117,15 @@ def _parser():
 
 
 def _said(sentence: str, code: int) -> int:
-    print(f"starflow2: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    print(f"starflow2: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
-def _storage_fault(error: BaseException, command, args: argparse.Namespace) -> tuple[str, int] | None:
-    """A sentence with path and cause, and the exit code, where a file could not be written; else None.
-
-    Libraries wrap the system's error in their own: it is looked for among an error's causes, and in messages.
-    """
+def _written(command: argparse.ArgumentParser | None, args: argparse.Namespace) -> str:
+    """The paths that the command was asked to write."""
     from starflow2_jax.commands.arguments import outputs
 
-    for cause in _causes(error):
-        number = cause.errno if isinstance(cause, OSError) else None
-        if number is None and (found := re.search(r"OS error (\d+)|\[Errno (\d+)\]", str(cause))):
-            number = int(found[1] or found[2])
-        if number not in (*FULL, *UNWRITABLE):
-            continue
-        named = outputs(command, args) if command else []
-        path = getattr(cause, "filename", None) or " and ".join(named) or "a temporary file"
-        if number in FULL:
-            kept = f" ({args.kept})" if hasattr(args, "kept") else ""
-            return f"{path}: {os.strerror(number)}; make room and run the same command again{kept}", 1
-        return f"{path}: {os.strerror(number)}; name another path, or make this one usable", 2
-    return None
-
-
-def _causes(error: BaseException | None, depth: int = 0):
-    while error is not None and depth < 20:
-        yield error
-        for inner in getattr(error, "exceptions", ()):
-            yield from _causes(inner, depth + 1)
-        error, depth = error.__cause__ or error.__context__, depth + 1
+    return " or ".join(outputs(command, args) if command else []) or "a temporary file"
 
 
 def _memory_fault(error: Exception) -> str | None:

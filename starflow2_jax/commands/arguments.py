@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import LONGEST, UserError, shown
 
-LONGEST = 80  # characters of a value that a message repeats
 MOST = 10**9  # largest count of anything
 
 
@@ -175,11 +174,6 @@ def require_writable(option: str, folder: str) -> None:
         raise UserError(f"{option}: {error}") from None
 
 
-def shown(text: str) -> str:
-    """A value as messages repeat it: quoted, on one line, and cut where it is long."""
-    return repr(text if len(text) <= LONGEST else text[: LONGEST - 3] + "...")
-
-
 def outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
     """The files and folders that the command line names to be written."""
     actions = [action for action in parser._actions if isinstance(action.type, OUTPUTS)]
@@ -212,7 +206,7 @@ def _asked(text: str, question: Callable[[], bool]) -> bool:
 
 def _try_to_write(text: str, folder: Path) -> None:
     """Write a nameless file into the nearest folder that exists."""
-    while not _asked(text, folder.exists) and folder != folder.parent:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
