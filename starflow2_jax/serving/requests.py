@@ -1,4 +1,4 @@
-"""What a chat or ranking request says, checked: JSON -> what the worker does. Everything here raises ApiError."""
+"""Chat and ranking requests: JSON -> checked values. All functions here raise ApiError."""
 
 import math
 import secrets
@@ -21,7 +21,7 @@ IGNORED = (
 NEUTRAL = {
     "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "tools": [],
     "functions": [], "parallel_tool_calls": True, "response_format": {"type": "text"},
-    # what clients of other OpenAI-compatible servers send
+    # sent by clients of other OpenAI-compatible servers
     "repetition_penalty": 1, "length_penalty": 1, "min_p": 0, "best_of": 1, "num_beams": 1, "use_beam_search": False,
     "ignore_eos": False, "skip_special_tokens": True, "stop_token_ids": [],
 }  # fmt: skip
@@ -44,7 +44,7 @@ class ChatRequest:
     turns: list[tuple[str, Document]]
     options: SampleOptions
     max_tokens: int | None
-    seeds: list[int]  # one a choice
+    seeds: list[int]  # one for each choice
     stream: bool
     include_usage: bool
 
@@ -56,7 +56,7 @@ def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
     flags = {name: _typed(body, name, bool) or False for name in FLAGS}
     n = whole["n"] or 1
     if n > limits.max_choices:
-        raise bad(f"n may be {limits.max_choices} at most on this server", "n")
+        raise bad(f"n may be at most {limits.max_choices} on this server", "n")
     seed = secrets.randbits(32) if whole["seed"] is None else whole["seed"]
     if given["image_guidance"] is not None and not limits.editing:
         raise bad("image_guidance needs a server that was started with --editing", "image_guidance")
@@ -83,13 +83,13 @@ def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
 def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[str], bool]:
     """The image, the captions, and whether it is the image that counts."""
     if not limits.draws:
-        raise bad(f"{LATENTS}, so it ranks no captions of one")
+        raise bad(f"{LATENTS}, so it cannot rank captions of a picture")
     body = _fields(body, {"model", "image", "captions", "by"})
     captions = _typed(body, "captions", list)
     if not captions or len(captions) > 64 or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise bad("captions is a list of 1 to 64 texts, none of them empty", "captions")
+        raise bad("captions must be a list of 1 to 64 texts, none of them empty", "captions")
     if (by := body.get("by", "image")) not in ("image", "text"):
-        raise bad('by is "image" or "text"', "by")
+        raise bad('by must be "image" or "text"', "by")
     room = limits.max_text
     for i, caption in enumerate(captions):
         limits.check_text(caption, room, f"captions[{i}]")
@@ -99,7 +99,7 @@ def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[
 
 def _fields(body: object, known: set[str]) -> dict:
     if not isinstance(body, dict):
-        raise bad("the body is a JSON object")
+        raise bad("the body must be a JSON object")
     for name, value in body.items():
         if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
@@ -111,7 +111,7 @@ def _fields(body: object, known: set[str]) -> dict:
 def _typed(body: dict, name: str, kind: type):
     value = body.get(name)
     if value is not None and not isinstance(value, kind):
-        raise bad(f"{name} has the wrong type; it is a {kind.__name__}", name, "invalid_type")
+        raise bad(f"{name} has the wrong type; it must be a {kind.__name__}", name, "invalid_type")
     return value
 
 
@@ -124,9 +124,9 @@ def _number(body: dict, name: str, least, most, kinds: tuple):
         or not isinstance(value, kinds)
         or (isinstance(value, float) and not math.isfinite(value))
     ):
-        raise bad(f"{name} is a number" + (" without fraction" if kinds == (int,) else ""), name, "invalid_type")
+        raise bad(f"{name} must be a {'whole ' if kinds == (int,) else ''}number", name, "invalid_type")
     if not least <= value <= most:
-        raise bad(f"{name} is from {least} to {most}", name)
+        raise bad(f"{name} must be from {least} to {most}", name)
     return value
 
 
@@ -134,20 +134,20 @@ def _stop(body: dict) -> tuple[str, ...]:
     stop = body.get("stop")
     strings = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(s, str) and s for s in strings):
-        raise bad("stop is a text or a list of up to 4 texts", "stop")
+        raise bad("stop must be a text or a list of up to 4 texts", "stop")
     return tuple(strings)
 
 
 def _turns(messages: object, limits: RequestLimits) -> list[tuple[str, Document]]:
     if not isinstance(messages, list) or not messages:
-        raise bad("messages is a list of at least one message", "messages")
+        raise bad("messages must be a list of at least one message", "messages")
     budget, turns, room = Budget(limits), [], limits.max_text
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise bad(f"a message has a role of {', '.join(ROLES)}", f"{where}.role")
+            raise bad(f"the role of a message must be one of {', '.join(ROLES)}", f"{where}.role")
         role = "system" if message["role"] == "developer" else message["role"]
-        drawn = role == "assistant" and limits.draws  # what the model drew is flow tokens
+        drawn = role == "assistant" and limits.draws  # images that the model drew are flow tokens
         default = "flow" if drawn else limits.images
         document = [
             _part(part, limits, budget, default, f"{where}.content[{k}]")
@@ -158,20 +158,20 @@ def _turns(messages: object, limits: RequestLimits) -> list[tuple[str, Document]
             room -= len(text)
         turns.append((role, document))
     if turns[-1][0] == "assistant":
-        raise bad("the last message is the one to answer, so it is not the assistant's", "messages")
+        raise bad("the last message must not be the assistant's; end with the message to answer", "messages")
     return turns
 
 
 def _content(message: dict, where: str) -> list:
-    """A message's parts. What a message of ours gave as `parts` or `images` may be sent back as it came."""
+    """A message's parts. Clients may send back the `parts` or `images` of an earlier answer unchanged."""
     content = message.get("parts") or message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(parts, list):
-        raise bad("content is a text or a list of parts", f"{where}.content")
+        raise bad("content must be a text or a list of parts", f"{where}.content")
     if "parts" not in message:
         images = message.get("images") or []
         if not isinstance(images, list):
-            raise bad("images is a list of image_url parts", f"{where}.images")
+            raise bad("images must be a list of image_url parts", f"{where}.images")
         parts = parts + images
     return parts
 
@@ -194,4 +194,4 @@ def _part(part: object, limits: RequestLimits, budget: Budget, via: str, where: 
 
 def check_model(body: object, name: str) -> None:
     if isinstance(body, dict) and (asked := body.get("model") or name) != name:
-        raise ApiError(404, f"there is no model {asked!r} here; this is {name!r}", "model_not_found", "model")
+        raise ApiError(404, f"this server has no model {asked!r}; its model is {name!r}", "model_not_found", "model")
