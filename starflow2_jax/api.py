@@ -1,6 +1,6 @@
 """A model in a few words: load a checkpoint; generate, stream, chat, edit, denoise, score, rank, invert.
 
-Keyword arguments are fields of `SampleOptions`. Everything here raises UserError for what does not fit the model.
+Keyword arguments are fields of `SampleOptions`. All methods raise UserError for input that does not fit the model.
 """
 
 from collections.abc import Iterator
@@ -22,46 +22,53 @@ USUAL = dict(temperature=0.0, image_temperature=0.9, guidance=1.0)  # as on the 
 
 
 class Model:
+    """A trained model and everything that it can do."""
+
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
 
     @classmethod
     def load(cls, folder: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> "Model":
-        """From a checkpoint directory alone; arguments as Sampler.restore's."""
+        """Load a checkpoint directory. The arguments are those of `Sampler.restore`."""
         return cls(Sampler.restore(folder, mesh, dtype))
 
     def generate(self, prompt: Said, num: int = 1, seed: int = 0, **options) -> list[Document]:
-        """`num` continuations; the prompt is read once for all."""
+        """`num` continuations of the prompt, which is read once for all."""
         if num < 1:
-            raise UserError(f"num is at least 1, not {num}")
+            raise UserError(f"num must be at least 1, not {num}")
         return self.sampler.generate([self._prompt(prompt)], self._options(options), seed, num)
 
     def stream(self, prompt: Said, seed: int = 0, every: int = 4, **options) -> Iterator[Event]:
-        """The continuation as it comes: words, how far an image is, its pixels, the end; news every so many positions."""
+        """Yields the continuation while the model writes it: words, the progress of an image, its pixels, the end.
+
+        `every`: positions between two looks at the progress.
+        """
         session = self.sampler.session(self._options(options), [seed])
         session.read([self._prompt(prompt)], room=session.to_write)
         return session.stream(every=every)
 
     def chat(self, seed: int = 0, **options) -> Chat:
-        """A conversation: `say` something, get its answer; or `stream` it."""
+        """A conversation. Its method `say` returns an answer, and `stream` yields one."""
         return Chat(self.sampler, self._options(options), seed)
 
     def edit(self, image: np.ndarray, instruction: str, seed: int = 0, **options) -> np.ndarray:
-        """The image as the instruction wants it: (height, width, C), not clipped.
+        """The image, edited by the instruction: (height, width, C), not clipped.
 
-        `guidance` weighs what the instruction changes; `image_guidance`, where given, what the image does.
+        `guidance` strengthens the effect of the instruction, `image_guidance` that of the image.
         """
         whole = dict(max_tokens=self.sampler.model.cfg.tokens + 1, image_first=True)
         [answer] = self.sampler.generate([self._prompt([image, instruction])], self._options(whole | options), seed)
         edited = next((part for part in answer if isinstance(part, Image)), None)
         if edited is None:
-            raise UserError(f"no image was written; it takes max_tokens={whole['max_tokens']}, and image_first")
+            raise UserError(
+                f"the model wrote no image; set max_tokens to at least {whole['max_tokens']}, and image_first"
+            )
         return edited.pixels
 
     def denoise(self, prompt: Said, answer: Said, sigma: float | None = None) -> Document:
-        """What `generate` wrote after a prompt, the training noise removed from its images by the score.
+        """An answer of `generate`, with the training noise removed from its images by one step along the score.
 
-        sigma: the noise's deviation in the images' units; None: as in training.
+        sigma: standard deviation of the noise in the images' units; None: as in training.
         """
         sigma = self.sampler.noise if sigma is None else sigma
         return noise_space.denoise(self.sampler, [self._prompt(prompt)], [compose(answer)], sigma)[0]
@@ -73,12 +80,13 @@ class Model:
     def rank(self, image: np.ndarray, captions: list[str], by: str = "image") -> list[tuple[str, float]]:
         """Captions and nats, best first: by "image", log p(image | caption) - log p(image); by "text", log p(caption | image)."""
         if by not in ("image", "text"):
-            raise UserError(f'by is "image" or "text", not {by!r}')
+            raise UserError(f'by must be "image" or "text", not {by!r}')
         template = scoring.illustrate if by == "image" else scoring.describe
         return scoring.rank(self.sampler, image, captions, by == "image", template)
 
     def invert(self, image: np.ndarray, prompt: Said, as_prompt: Said) -> np.ndarray:
-        """The image's noise under one prompt, as an image under another: (height, width, C), not clipped."""
+        """Turn an image into noise under `prompt`, and that noise into an image under `as_prompt`: (height, width, C), not
+        clipped."""
         z = noise_space.encode(self.sampler, [self._prompt(prompt)], [image])
         return noise_space.decode(self.sampler, [self._prompt(as_prompt)], z)[0]
 
@@ -88,5 +96,5 @@ class Model:
     def _options(self, given: dict) -> SampleOptions:
         known = [field.name for field in fields(SampleOptions)]
         if unknown := [name for name in given if name not in known]:
-            raise UserError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")
+            raise UserError(f"there is no option {unknown[0]!r}; the options are {', '.join(known)}")
         return SampleOptions(**USUAL | given)

@@ -1,13 +1,13 @@
-"""`starflow2`: the command line. It parses arguments and calls the library."""
+"""`starflow2`: the command line. It parses arguments, calls the library, and turns what goes wrong into one line."""
 
 import argparse
+import errno
 import os
+import signal
 import sys
+from types import FrameType
 
-from starflow2_jax import __version__
-from starflow2_jax.commands import bench, chat, config, evaluation, plan, sampling, serve, sweep, training, weights
-from starflow2_jax.errors import UserError, storage_errors
-from starflow2_jax.extensions import import_file
+from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
 
 ABOUT = (
     "STARFlow2: one causal model that reads and writes text and images. `starflow2 COMMAND --help` explains a command."
@@ -15,53 +15,147 @@ ABOUT = (
 EXIT_CODES = """exit codes:
   0    done
   1    an error in the program or a failure of the machine; the traceback or the last line says what
-  2    wrong input: a sentence on stderr says what is wrong and what to do
-  74   a file could not be written: the disk is full or read-only, or a quota is used up; the last checkpoint stays
-  75   try again: training was told to end (SIGTERM) and saved its state, or another run may still write there
-  130  interrupted (Ctrl-C)"""
+  2    wrong input, or a path that cannot be used; a sentence on stderr says what is wrong and what to do
+  74   a file could not be written, because the disk or a quota is full or the disk is read-only
+  75   try again: told to end (SIGTERM), finished work is kept; or another run may still write there
+  130  interrupted (Ctrl-C)
+  141  the program that read the output ended first, as in `starflow2 config ... | head`"""
+RESTART, INTERRUPTED, UNREAD = 75, 130, 141
+UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    if argv is None and not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+    """Run a command; returns its exit code. `argv`: the arguments; None: those of this process."""
+    if argv is not None:
+        return _run(argv)
+    if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
         _restart_in_utf8_mode()
+    _raise_signals()
+    try:
+        code = _run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        code = UNREAD
+    for number in (signal.SIGINT, signal.SIGTERM):  # the command has ended; a signal now ends the process at once
+        signal.signal(number, lambda *_: os._exit(code))
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    command, args = None, argparse.Namespace()
+    try:
+        commands, parser = _parser()
+        args, rest = parser.parse_known_args(argv)
+        command = commands.choices[args.command]
+        overridden = [r for r in rest if r.startswith("--config.")]
+        overrides = [r.removeprefix("--config.") for r in overridden]
+        if unknown := [r for r in rest if r not in overridden or not hasattr(args, "config")]:
+            command.error(f"unknown argument {unknown[0][:80]!r}")
+        from starflow2_jax.extensions import import_file
+
+        for file in args.imports:
+            import_file(file)
+        args.run(args, overrides)
+    except UserError as error:
+        return _said(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _said(f"interrupted; {getattr(args, 'kept', 'nothing was written')}", INTERRUPTED)
+    except Terminated as error:
+        kept = str(error) or getattr(args, "kept", "nothing was written")
+        return _said(f"told to end (SIGTERM); {kept}", RESTART)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if cause := refused_write(error):
+            path = getattr(error, "filename", None) or _written(command, args)
+            return _said(f"{path} cannot be written: {cause}; {OUT_OF_ROOM}", StorageError.exit_code)
+        if isinstance(error, OSError) and error.errno in UNUSABLE:
+            path = error.filename or _written(command, args)
+            return _said(f"{path}: {error.strerror}; name another path, or make this one usable", UserError.exit_code)
+        if sentence := _memory_fault(error):
+            return _said(sentence, 1)
+        raise
+    return 0
+
+
+def _parser():
+    """The parser, and the commands by name."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that PyTorch is missing
-    parser = argparse.ArgumentParser(
+    from starflow2_jax import __version__
+    from starflow2_jax.commands import bench, chat, config, evaluation, plan, sampling, serve, sweep, training, weights
+    from starflow2_jax.commands.arguments import InputFile, Parser
+
+    parser = Parser(
         prog="starflow2",
         description=ABOUT,
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"starflow2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (training, evaluation, config, sweep, plan, bench, sampling, chat, serve, weights):
         module.add(commands)
-    for command in set(commands.choices.values()):
-        command.add_argument("--import", dest="imports", metavar="FILE", action="append", default=[], help=(
-            "Python file to run first, which adds codecs, sources, stages or benchmarks of your own; may be given several times"
-        ))  # fmt: skip
-    args, rest = parser.parse_known_args(argv)
-    overridden = [r for r in rest if r.startswith("--config.")]
-    overrides = [r.removeprefix("--config.") for r in overridden]
-    if unknown := [r for r in rest if r not in overridden or not hasattr(args, "config")]:
-        parser.error(f"unknown argument {unknown[0]!r}")
-    try:
-        for file in args.imports:
-            import_file(file)
-        with storage_errors(getattr(args, "out", None) or "the output"):
-            args.run(args, overrides)
-    except UserError as error:
-        print(f"starflow2: {error}", file=sys.stderr)
-        return error.exit_code
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"starflow2: {reason}; name another path or make way there", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"starflow2: interrupted; {getattr(args, 'kept', 'nothing was written')}", file=sys.stderr)
-        return 130
-    return 0
+    for command in commands.choices.values():
+        command.add_argument(
+            "--import",
+            dest="imports",
+            type=InputFile(),
+            metavar="FILE",
+            action="append",
+            default=[],
+            help="Python file to run first, which adds codecs, sources, stages or benchmarks of your own; may be repeated",
+        )
+    return commands, parser
+
+
+def _said(sentence: str, code: int) -> int:
+    print(f"starflow2: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def _written(command: argparse.ArgumentParser | None, args: argparse.Namespace) -> str:
+    """The paths that the command was asked to write."""
+    from starflow2_jax.commands.arguments import outputs
+
+    return " or ".join(outputs(command, args) if command else []) or "a temporary file"
+
+
+def _memory_fault(error: Exception) -> str | None:
+    """A sentence where a GPU or TPU has no memory left; else None."""
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    from starflow2_jax.parallel.devices import holders
+
+    reason = str(error).splitlines()[0][:200]
+    others = [*holders("GPU"), *holders("TPU")]
+    whose = f"; it is also in use by process {', '.join(others)}" if others else ""
+    return f"the device has no memory left ({reason}){whose}; free some, or use smaller batches or more devices"
+
+
+def _raise_signals() -> None:
+    """Let SIGTERM raise Terminated, as SIGINT raises KeyboardInterrupt."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    def again(unraisable) -> None:
+        if unraisable.exc_type in (KeyboardInterrupt, Terminated):  # raised in a destructor or callback, which drops it
+            signal.raise_signal(signal.SIGINT if unraisable.exc_type is KeyboardInterrupt else signal.SIGTERM)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = again
 
 
 def _restart_in_utf8_mode() -> None:

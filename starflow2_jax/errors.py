@@ -24,6 +24,11 @@ class StorageError(UserError):
     exit_code = 74  # EX_IOERR
 
 
+class Terminated(BaseException):
+    """The process was told to end (SIGTERM). The message says what is kept, where it is known."""
+
+
+LONGEST = 90  # characters of a value that a message repeats
 REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 OUT_OF_ROOM = "make room there, and start the same command again"
 
@@ -32,7 +37,13 @@ def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Raises UserError, with the nearest allowed value, where `value` is not among the allowed ones."""
     if value not in allowed:
         [near] = difflib.get_close_matches(str(value), allowed, 1, 0.0)
-        raise UserError(f"{name} is one of {', '.join(allowed)}, not {value!r}; did you mean {near!r}?")
+        raise UserError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}; did you mean {near!r}?")
+
+
+def shown(value: object) -> str:
+    """A value as messages repeat it: quoted, on one line, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]}...{text[0]}"
 
 
 @contextlib.contextmanager
@@ -54,7 +65,7 @@ def storage_errors(folder: str | Path, standing: str = "") -> Iterator[None]:
         raise StorageError(f"{path} cannot be written: {cause}{left}; {OUT_OF_ROOM}") from None
 
 
-def refused_write(error: BaseException) -> str | None:
+def refused_write(error: BaseException | None) -> str | None:
     """Why the file system refused a write, as the system words it; None if `error` and its causes are about something else.
 
     Libraries written in C++ and Rust report such errors as text, so their messages are searched.

@@ -1,17 +1,31 @@
-"""A user's own Python files, which add rows to the tables of codecs, sources, stages and benchmarks (docs/extending.md)."""
+"""Python files of a user's own: experiments, sweeps, and extensions, which add rows to the tables of codecs, sources, stages
+and benchmarks (docs/extending.md)."""
 
 import importlib.util
+import traceback
 from pathlib import Path
 from types import ModuleType
 
 from starflow2_jax.errors import UserError
 
 
-def import_file(path: str | Path, name: str = "extension") -> ModuleType:
-    """Run a Python file that the user named, as a module. Raises UserError where there is none."""
+def import_file(path: str | Path, name: str = "extension", error: type[UserError] = UserError) -> ModuleType:
+    """Run a Python file as a module. Raises `error`, one sentence with the line, where there is no such file or it fails."""
+    if not Path(path).is_file():
+        raise error(f"there is no Python file {path} to import")
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise UserError(f"there is no Python file {path} to import")
+    if spec is None or spec.loader is None:
+        raise error(f"{path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except SyntaxError as fault:
+        raise error(f"{path} is not valid Python (line {fault.lineno}: {fault.msg})") from None
+    except Exception as fault:
+        lines = [frame.lineno for frame in traceback.extract_tb(fault.__traceback__) if frame.filename == str(path)]
+        where = f" (line {lines[-1]})" if lines else ""
+        reason = " ".join(str(fault).split())[:300]
+        raise error(f"{path} fails{where}: {type(fault).__name__}: {reason}") from None
     return module

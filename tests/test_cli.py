@@ -192,7 +192,7 @@ def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
     page = Page("", "Digits", "", tuple(digits.digits.WORDS[:10]), np.zeros((10, 1, 8, 8, 1)))
     limits = []
     monkeypatch.setattr(configs, "load", lambda path, runlocal: config)
-    monkeypatch.setattr(training, "_devices", lambda count: None)
+    monkeypatch.setattr(training, "start_devices", lambda count, *_: None)
     monkeypatch.setattr(
         engine, "evaluate", lambda sampler, benchmark, *a: (limits.append(benchmark.limit), (dict(numbers), page))[1]
     )
@@ -217,9 +217,8 @@ def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
         raise Preempted
 
     monkeypatch.setattr(Trainer, "run", told_to_end)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["quickstart", "--out", str(tmp_path / "q")])
-    assert ended.value.code == 75 and "the same command goes on" in capsys.readouterr().err
+    assert cli.main(["quickstart", "--out", str(tmp_path / "q")]) == RESTART == cli.RESTART
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys):
@@ -282,7 +281,7 @@ def test_a_path_that_cannot_be_written_is_one_sentence(command, out, said, check
         "train": ["--config", str(ROOT / "starflow2_jax/experiments/digits_quick.py"), "--runlocal", *SHRINK],
         "sample": ["--checkpoint", str(checkpoint), "--prompt", "draw a seven", "--max-tokens", "1"],
     }[command]
-    monkeypatch.setattr(training, "_devices", lambda count: None)  # this process has its own
+    monkeypatch.setattr(training, "start_devices", lambda count, *_: None)  # this process has its own
     if command == "train":
         arguments += [f"--config.stages.{s}.rows=8" for s in ("pretrain", "joint")]
     assert cli.main([command, *arguments, "--out", out]) == 2

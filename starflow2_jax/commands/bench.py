@@ -4,60 +4,66 @@ import json
 import tempfile
 from pathlib import Path
 
+from starflow2_jax.commands.arguments import OutputFile, OutputFolder, Whole, Words
 from starflow2_jax.commands.experiment import add_config
 
 STEPS = {"train": 20, "data": 50, "checkpoint": 3}
 
 
 def add(commands) -> None:
-    p = commands.add_parser(
-        "bench", help="measure the speed of training, data or checkpoints on this machine", allow_abbrev=False
-    )
+    p = commands.add_parser("bench", help="measure the speed of training, data or checkpoints on this machine")
     p.add_argument("what", choices=STEPS, help="what to measure")
     add_config(p)
-    p.add_argument("--stage", help="stage to measure: a name, or 1, 2, 3 (default: the experiment's last stage)")
     p.add_argument(
-        "--steps", type=int, help="how many steps, batches or saves to time (default: 20 steps, 50 batches or 3 saves)"
+        "--stage", type=Words(), help="stage to measure: a name, or 1, 2, 3 (default: the experiment's last stage)"
+    )
+    p.add_argument(
+        "--steps",
+        type=Whole(1),
+        metavar="N",
+        help="number of steps, batches or saves to time (default: 20 steps, 50 batches or 3 saves)",
     )
     p.add_argument("--synthetic", action="store_true", help="use generated documents instead of data.source")
     p.add_argument(
         "--folder",
-        help="of `checkpoint`: write below this folder, to measure its file system (default: the temporary folder)",
+        type=OutputFolder(),
+        metavar="DIR",
+        help="with `checkpoint`: write below this folder, to measure its file system (default: the temporary folder)",
     )
     p.add_argument(
-        "--profile", help="of `train`: write a trace into this folder, and report the ten operations that take longest"
+        "--profile",
+        type=OutputFolder(),
+        metavar="DIR",
+        help="with `train`: write a trace into this folder, and report the ten operations that take longest",
     )
-    p.add_argument("--json", help="also write the numbers to this file")
+    p.add_argument("--json", type=OutputFile(), metavar="FILE", help="also write the numbers to this file")
     p.add_argument("--runlocal", action="store_true", help="shrink the model")
     p.set_defaults(run=_bench)
 
 
 def _bench(args, overrides) -> None:
-    import jax
-
+    from starflow2_jax.commands.training import start_devices
     from starflow2_jax.config import loading as configs
-    from starflow2_jax.errors import UserError
+    from starflow2_jax.training.program import find_stage
 
-    steps = STEPS[args.what] if args.steps is None else args.steps
-    if steps < 1:
-        raise UserError(f"--steps must be at least 1, not {steps}")
     config = configs.load(args.config, overrides, args.runlocal, args.chip)
-    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    stage = find_stage(config, args.stage)
+    start_devices(config.cpu_devices)
     if args.folder:
         Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        found = _measure(args, config, steps, Path(scratch))
+        found = _measure(args, config, stage, Path(scratch))
     found = {"bench": args.what, "config": Path(args.config).name, "overrides": overrides, **found}
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
-def _measure(args, config, steps: int, folder: Path) -> dict:
+def _measure(args, config, stage, folder: Path) -> dict:
     from starflow2_jax.benchmarks import checkpoint, data, synthetic, train
-    from starflow2_jax.training.program import find_stage
 
-    stage = find_stage(config, args.stage)
+    steps = args.steps or STEPS[args.what]
     if args.synthetic:
         with config.unlocked():
             config.data.source = synthetic.write(config, stage, folder)

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from starflow2_jax.commands.model import add_model, restore
+from starflow2_jax.commands.arguments import Number, OutputFolder, Whole
+from starflow2_jax.commands.model import SEED, add_model, restore
 from starflow2_jax.data.documents import Document, Image, Text, read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.events import Event, Picture, Words
@@ -13,19 +14,36 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
 
 
 def add(commands) -> None:
-    p = commands.add_parser("chat", help="chat with a model in the terminal", allow_abbrev=False)
+    p = commands.add_parser("chat", help="chat with a model in the terminal")
     add_model(p)
-    p.add_argument("--out", default="chat", help="folder for the images that the model draws (default: chat)")
     p.add_argument(
-        "--temperature", type=float, default=0.0, help="temperature of text; 0 takes the most likely token (default: 0)"
+        "--out",
+        type=OutputFolder(),
+        default="chat",
+        metavar="DIR",
+        help="folder for the images that the model draws (default: chat)",
     )
-    p.add_argument("--image-temperature", type=float, default=0.9, help="temperature of images (default: 0.9)")
     p.add_argument(
-        "--guidance", type=float, default=1.0, help="guidance weight of images; 0 turns guidance off (default: 1)"
+        "--temperature",
+        type=Number(0),
+        default=0.0,
+        metavar="T",
+        help="temperature of text; 0 takes the most likely token (default: 0)",
+    )
+    p.add_argument(
+        "--image-temperature", type=Number(0), default=0.9, metavar="T", help="temperature of images (default: 0.9)"
+    )
+    p.add_argument(
+        "--guidance",
+        type=Number(0),
+        default=1.0,
+        metavar="W",
+        help="guidance weight of images; 0 turns guidance off (default: 1)",
     )
     p.add_argument(
         "--max-tokens",
-        type=int,
+        type=Whole(1),
+        metavar="N",
         help="length of an answer in tokens, image tokens included (default: enough for two images, at least 128)",
     )
     p.add_argument(
@@ -34,7 +52,7 @@ def add(commands) -> None:
         default="flow",
         help="how the model sees your images: as flow tokens (default), or through its vision tower, to understand only",
     )
-    p.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    p.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed (default: 0)")
     p.set_defaults(run=run)
 
 
@@ -47,7 +65,7 @@ def run(args, _) -> None:
 
 
 def converse(chat, out: Path, via: str = "flow") -> None:
-    """Line by line until /quit, the end of the input, or Ctrl-C. `via`: how the user's images are seen."""
+    """Read lines and print answers until /quit, the end of the input, or Ctrl-C. `via`: how the model sees the user's images."""
     print("Say something; an image is /image PATH or a path to one, in quotes where it has spaces; /quit ends it.")
     number = 1 + max((int(file.stem) for file in out.glob("*") if file.stem.isdigit()), default=-1)
     while True:
@@ -71,8 +89,11 @@ def converse(chat, out: Path, via: str = "flow") -> None:
 
 
 def show(answer: Iterator[Event], out: Path, number: int, is_pixels: bool = True) -> int:
-    """Print an answer as it comes, its images as files of `out` that are numbered from `number` on; returns how many."""
-    images, begun = 0, False  # begun: whether the line has words
+    """Print an answer while the model writes it, and save its images in `out`, numbered from `number` on.
+
+    Returns the number of images.
+    """
+    images, begun = 0, False  # begun: whether the current line has words
     for event in answer:
         if isinstance(event, Words) and (text := event.text if begun else event.text.lstrip()):
             print(text, end="", flush=True)
@@ -88,8 +109,10 @@ def show(answer: Iterator[Event], out: Path, number: int, is_pixels: bool = True
 
 
 def parse(line: str, channels: int, via: str = "flow") -> Document:
-    """A line -> a document: words, and images as /image PATH or as words that are paths of images, with spaces in double
-    quotes. Raises DocumentError."""
+    """A line -> a document. "/image PATH", or a word that is the path of an image, becomes an image; other words are text.
+
+    A path with spaces stands in double quotes. `channels`: of the model's images. Raises DocumentError.
+    """
     parts: Document = []
     words: list[str] = []
     given = iter(re.split(r' (?=(?:[^"]*"[^"]*")*[^"]*$)', line))  # at spaces outside of quotes

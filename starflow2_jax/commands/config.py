@@ -1,4 +1,4 @@
-"""config."""
+"""`starflow2 config`."""
 
 import shutil
 import textwrap
@@ -11,9 +11,9 @@ LEFT = 50  # columns of a key and its value, before its help
 
 
 def add(commands) -> None:
-    p = commands.add_parser("config", help="print every key of an experiment's config", allow_abbrev=False)
+    p = commands.add_parser("config", help="print every key of an experiment's config")
     add_config(p)
-    p.add_argument("--runlocal", action="store_true", help="of the experiment shrunk to a few steps")
+    p.add_argument("--runlocal", action="store_true", help="show the experiment as --runlocal shrinks it")
     p.set_defaults(run=_config)
 
 
@@ -25,7 +25,7 @@ def _config(args, overrides) -> None:
 
 
 def page(keys: list[Key], columns: int) -> str:
-    """One line or more a key: its value as one types it, its help, and a star where it differs from the default."""
+    """One or more lines for each key: its value as users type it, its help, and a star where it differs from the default."""
     count = sum(_differs(key) for key in keys)
     lines = [f"{count} of {sum(not key.group for key in keys)} keys, marked *, differ from the defaults or have none."]
     lines += ["Set a key with --config.KEY=VALUE, in all stages with --config.stages.*.KEY=VALUE.", ""]

@@ -1,42 +1,68 @@
-"""eval."""
+"""`starflow2 eval`."""
 
 import json
 import tempfile
 import time
 from pathlib import Path
 
-from starflow2_jax.commands.model import add_model, restore
+from starflow2_jax.commands.arguments import InputPath, OutputFolder, Whole, Words
+from starflow2_jax.commands.model import SEED, add_model, restore
 from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
-    p = commands.add_parser("eval", help="a benchmark's numbers of a checkpoint, and a page", allow_abbrev=False)
+    p = commands.add_parser("eval", help="run a benchmark on a checkpoint: numbers, and a page that shows the answers")
     add_model(p)
-    p.add_argument("--benchmark", required=True, help="its name, such as digits")
-    p.add_argument("--data", help="file or folder that the benchmark reads its tasks from, where it does")
-    p.add_argument("--limit", type=int, help="tasks of each kind at most (default: the benchmark's own)")
-    p.add_argument("--batch", type=int, default=64, help="tasks answered at a time")
-    p.add_argument("--seed", type=int, default=0, help="with a task's key it decides the draws of the task's answers")
-    p.add_argument("--process", type=int, default=0, metavar="I", help="which of --processes this is, from 0")
-    p.add_argument("--processes", type=int, default=1, metavar="N", help="how many share the tasks, through --out")
+    p.add_argument("--benchmark", type=Words(), required=True, metavar="NAME", help="benchmark to run, such as digits")
     p.add_argument(
-        "--out", help="folder for report.json, index.html and the answers; what is answered there is not done again"
+        "--data",
+        type=InputPath(),
+        metavar="PATH",
+        help="file or folder with the benchmark's tasks; leave it out for a benchmark that brings its own",
     )
-    p.set_defaults(run=_eval, kept="the answers that are finished stand in --out")
+    p.add_argument(
+        "--limit",
+        type=Whole(1),
+        metavar="N",
+        help="largest number of tasks of each kind (default: the benchmark's own)",
+    )
+    p.add_argument("--batch", type=Whole(1), default=64, metavar="N", help="tasks to answer at a time (default: 64)")
+    p.add_argument(
+        "--seed",
+        type=SEED,
+        default=0,
+        metavar="N",
+        help="random seed; a task's draws depend on it and on the task (default: 0)",
+    )
+    p.add_argument(
+        "--process", type=Whole(0), default=0, metavar="I", help="number of this process, counted from 0 (default: 0)"
+    )
+    p.add_argument(
+        "--processes",
+        type=Whole(1),
+        default=1,
+        metavar="N",
+        help="number of processes that share the tasks through --out (default: 1)",
+    )
+    p.add_argument(
+        "--out",
+        type=OutputFolder(),
+        metavar="DIR",
+        help="folder for report.json, index.html and the answers; the same command again answers only the remaining tasks",
+    )
+    p.set_defaults(run=_eval, kept="finished answers are kept in --out")
 
 
 def _eval(args, _) -> None:
-    if args.batch < 1:
-        raise UserError(f"--batch is at least 1, not {args.batch}")
     if args.out is None and args.processes > 1:
         raise UserError("several processes share the tasks through a folder; name it with --out")
     report(args)
 
 
 def report(args, trained: float | None = None, **more) -> None:
-    """Evaluate, print the numbers and `more`, and where `args.out` says so write the page.
+    """Evaluate, print the numbers and `more`, and write the page into `args.out` if it is set.
 
-    `args`: what the command takes; `trained`: seconds of the training, if they are among the numbers.
+    `args`: the command's options. `trained`: seconds of the training, to report them among the numbers.
     """
     from starflow2_jax.evaluation import engine
     from starflow2_jax.evaluation.report import write_report
@@ -51,7 +77,7 @@ def report(args, trained: float | None = None, **more) -> None:
         answers = Path(args.out or scratch) / "answers"
         found = engine.evaluate(sampler, benchmark, answers, run, args.seed, args.batch, share)
     if found is None:
-        print(f"this process's tasks are answered in {answers}; the last process to finish writes the report")
+        print(f"the answers of this process are in {answers}; the last process to finish writes the report")
         return
     numbers, page = found
     if trained is not None:

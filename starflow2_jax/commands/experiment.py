@@ -1,12 +1,15 @@
-"""The options of the commands that take an experiment."""
+"""Options of all commands that take an experiment."""
+
+from starflow2_jax.commands.arguments import Shipped, Words
 
 
 def add_config(parser) -> None:
     parser.add_argument(
         "--config",
+        type=Shipped(),
         required=True,
         metavar="FILE",
-        help="experiment file, or the name of one of this package, such as digits_quick; --config.KEY=VALUE overrides a key "
+        help="experiment file, or the name of one that ships, such as digits_quick; --config.KEY=VALUE overrides a key "
         "(`starflow2 config` lists them)",
     )
     add_chip(parser)
@@ -14,5 +17,8 @@ def add_config(parser) -> None:
 
 def add_chip(parser) -> None:
     parser.add_argument(
-        "--chip", help="TPU generation, such as v5p: the settings that the experiment keeps for its slices"
+        "--chip",
+        type=Words(),
+        metavar="NAME",
+        help="TPU generation, such as v5p: use the settings that the experiment has for it",
     )

@@ -1,36 +1,67 @@
 """Options of all commands that load a model: its checkpoint, its number type, and how it is split over devices."""
 
-from starflow2_jax.errors import UserError
+import argparse
+from typing import TYPE_CHECKING
+
+from starflow2_jax.commands.arguments import InputFolder, Whole
+
+if TYPE_CHECKING:
+    from starflow2_jax.sampling.engine import Sampler
+
+SEED = Whole(0, 2**32 - 1)
 
 
-def add_model(parser, fsdp: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser, fsdp: bool = True) -> None:
     """`fsdp`: whether the command takes --fsdp. A server does not, because its rows come one by one."""
-    parser.add_argument("--checkpoint", required=True, help="checkpoint directory")
+    parser.add_argument(
+        "--checkpoint",
+        type=InputFolder("checkpoint directory"),
+        required=True,
+        metavar="DIR",
+        help="checkpoint directory of a training run",
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="number type of matrices and caches (default: as in training)"
     )
     if fsdp:
         parser.add_argument(
-            "--fsdp", type=int, default=1, help="number of devices to split parameters and rows over (default: 1)"
+            "--fsdp",
+            type=Whole(1),
+            default=1,
+            metavar="N",
+            help="number of devices to split parameters and rows over (default: 1)",
         )
     else:
         parser.set_defaults(fsdp=1)
     parser.add_argument(
         "--tensor",
-        type=int,
+        type=Whole(1),
         default=1,
+        metavar="N",
         help="number of devices to split heads, hidden channels and the vocabulary over (default: 1)",
     )
 
 
-def restore(args, data: int = -1):
-    """The Sampler, with `data` copies of the model (-1: as many as there are devices for). Raises UserError."""
-    import jax
+def image_channels(args: argparse.Namespace) -> int:
+    """The number of channels of the checkpoint's images. Needs no device, so that images can be read before the model.
 
+    Raises CheckpointError.
+    """
+    from starflow2_jax.checkpoints.directory import CheckpointDirectory
+
+    checkpoint = CheckpointDirectory(args.checkpoint)
+    checkpoint.config()
+    return checkpoint.codec().image_channels
+
+
+def restore(args: argparse.Namespace, data: int = -1) -> "Sampler":
+    """The Sampler, with `data` copies of the model (-1: as many as there are devices for). Raises UserError."""
+    from starflow2_jax.checkpoints.directory import CheckpointDirectory
+    from starflow2_jax.parallel import devices
     from starflow2_jax.parallel.sharding import make_mesh
     from starflow2_jax.sampling.engine import Sampler
 
-    if wrong := [name for name in ("fsdp", "tensor") if getattr(args, name) < 1]:
-        raise UserError(f"--{wrong[0]} is at least 1")
-    devices = jax.devices() if data < 0 else jax.devices()[: data * args.fsdp * args.tensor]
-    return Sampler.restore(args.checkpoint, make_mesh(data, args.fsdp, args.tensor, devices), args.dtype)
+    CheckpointDirectory(args.checkpoint).config()  # a wrong folder is refused before the devices start
+    found = devices.start()
+    used = found if data < 0 else found[: data * args.fsdp * args.tensor]
+    return Sampler.restore(args.checkpoint, make_mesh(data, args.fsdp, args.tensor, used), args.dtype)

@@ -1,43 +1,58 @@
 """`starflow2 plan`."""
 
 import json
+import os
 from pathlib import Path
 
+from starflow2_jax.commands.arguments import OutputFile, Whole, WholeNumbers, Words
 from starflow2_jax.commands.experiment import add_config
-from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
-    p = commands.add_parser(
-        "plan", help="predict memory and time of a training step on TPUs, without TPUs", allow_abbrev=False
-    )
+    p = commands.add_parser("plan", help="predict memory and time of a training step on TPUs, without TPUs")
     add_config(p)
-    p.add_argument("--topology", required=True, help="TPU slice, such as v5p:4x4x4, v5e:16x16, v6e:16x16 or v4:4x4x4")
-    p.add_argument("--stage", help="stage to plan: a name, or 1, 2, 3 (default: the experiment's last stage)")
-    p.add_argument("--json", help="also write the plan to this file")
-    p.add_argument("--sampler", action="store_true", help="plan steps of the sampler instead of a training step")
-    p.add_argument("--rows", type=int, default=0, help="rows of the sampler's batch (default: one per chip)")
     p.add_argument(
-        "--capacity", type=int, default=2048, help="positions in each of the sampler's caches (default: 2048)"
+        "--topology",
+        type=Words(),
+        required=True,
+        metavar="SLICE",
+        help="TPU slice, such as v5p:4x4x4, v5e:16x16, v6e:16x16 or v4:4x4x4",
+    )
+    p.add_argument(
+        "--stage", type=Words(), help="stage to plan: a name, or 1, 2, 3 (default: the experiment's last stage)"
+    )
+    p.add_argument("--json", type=OutputFile(), metavar="FILE", help="also write the plan to this file")
+    p.add_argument("--sampler", action="store_true", help="plan steps of the sampler instead of a training step")
+    p.add_argument(
+        "--rows", type=Whole(1), metavar="N", help="with --sampler: rows of the batch (default: one per chip)"
+    )
+    p.add_argument(
+        "--capacity",
+        type=Whole(1, 10**7),
+        default=2048,
+        metavar="N",
+        help="with --sampler: positions in each of the caches (default: 2048)",
     )
     p.add_argument(
         "--search", action="store_true", help="try many numbers of rows, meshes and remat policies, and rank them"
     )
-    p.add_argument("--rows-per-chip", default="1,2,4", help="rows per chip that --search tries (default: 1,2,4)")
-    p.add_argument("--tensor", default="1,4", help="sizes of the mesh's tensor axis that --search tries (default: 1,4)")
-    p.add_argument("--sequence", default="1", help="sizes of the sequence axis that --search tries (default: 1)")
+    numbers = dict(type=WholeNumbers(), metavar="N,N")
+    p.add_argument("--rows-per-chip", **numbers, default="1,2,4", help="with --search: rows per chip (default: 1,2,4)")
+    p.add_argument("--tensor", **numbers, default="1,4", help="with --search: sizes of the tensor axis (default: 1,4)")
+    p.add_argument("--sequence", **numbers, default="1", help="with --search: sizes of the sequence axis (default: 1)")
     p.add_argument(
         "--data",
+        **numbers,
         default="1",
-        help="sizes of the data axis that --search tries (default: 1); the fsdp axis gets the remaining chips",
+        help="with --search: sizes of the data axis (default: 1); the fsdp axis gets the remaining chips",
     )
-    p.add_argument("--remat", default="full,dots", help="remat policies that --search tries (default: full,dots)")
+    p.add_argument(
+        "--remat", type=Words(), default="full,dots", help="with --search: remat policies (default: full,dots)"
+    )
     p.set_defaults(run=_plan)
 
 
 def _plan(args, overrides) -> None:
-    import os
-
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; the TPU is only described
     from starflow2_jax.config import loading as configs
     from starflow2_jax.parallel import hardware
@@ -61,24 +76,14 @@ def _plan(args, overrides) -> None:
 def _search(args, config, stage, topology, devices) -> None:
     from starflow2_jax.planning import plan, search
 
-    rows, tensors, sequences, datas = (_numbers(args, name) for name in ("rows_per_chip", "tensor", "sequence", "data"))
-    choices = list(search.candidates(topology.chips, rows, tensors, args.remat.split(","), sequences, datas))
+    axes = (args.tensor, args.remat.split(","), args.sequence, args.data)
+    choices = list(search.candidates(topology.chips, args.rows_per_chip, *axes))
     ranked = search.search(config, stage, choices, lambda c: plan.plan_step(c, stage, topology, devices), print)
     print(search.table(ranked))
     _write(args.json, [{"choice": c.names(), "failure": c.failure, "plan": c.plan and c.plan.json()} for c in ranked])
 
 
-def _numbers(args, name: str) -> list[int]:
-    text = getattr(args, name)
-    try:
-        numbers = [int(n) for n in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"--{name.replace('_', '-')} takes whole numbers such as 1,2,4, not {text!r}")
-    return numbers
-
-
 def _write(file: str | None, values: list[dict]) -> None:
     if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

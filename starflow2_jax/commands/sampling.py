@@ -1,4 +1,4 @@
-"""`starflow2` sample, score, rank, invert and calibrate."""
+"""`starflow2 sample`, `score`, `rank`, `invert` and `calibrate`."""
 
 import hashlib
 import json
@@ -7,7 +7,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from starflow2_jax.commands.model import add_model, restore
+from starflow2_jax.commands.arguments import InputFile, Number, OutputFile, OutputFolder, Whole, Words, require_writable
+from starflow2_jax.commands.model import SEED, add_model, image_channels, restore
 from starflow2_jax.errors import UserError
 
 
@@ -17,73 +18,109 @@ def add(commands) -> None:
 
 
 def _add_sample(commands) -> None:
-    p = commands.add_parser("sample", help="let a model answer prompts with text and images", allow_abbrev=False)
+    p = commands.add_parser("sample", help="let a model answer prompts with text and images")
     add_model(p)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="prompt of text alone")
-    what.add_argument("--document", help='JSON file with one prompt: a list of {"text": ...} and {"image": PATH} parts')
+    what.add_argument("--prompt", type=Words(), metavar="TEXT", help="prompt of text alone")
+    what.add_argument(
+        "--document",
+        type=InputFile(),
+        metavar="FILE",
+        help='JSON file with one prompt: a list of {"text": ...} and {"image": PATH} parts',
+    )
     what.add_argument(
         "--documents",
+        type=InputFile(),
+        metavar="FILE",
         help="JSONL file with one such prompt per line; if --out holds answers to some of them, only the rest are run",
     )
     p.add_argument(
         "--chat", action="store_true", help="put the prompt into the tokenizer's chat template, as a user's message"
     )
-    p.add_argument("--num", type=int, default=1, help="answers per prompt (default: 1)")
-    p.add_argument("--batch", type=int, default=16, help="prompts of --documents to run at a time (default: 16)")
+    p.add_argument("--num", type=Whole(1, 10**6), default=1, metavar="N", help="answers per prompt (default: 1)")
     p.add_argument(
-        "--guidance", type=float, default=1.0, help="guidance weight of images; 0 turns guidance off (default: 1)"
+        "--batch", type=Whole(1), default=16, metavar="N", help="prompts of --documents to run at a time (default: 16)"
+    )
+    p.add_argument(
+        "--guidance",
+        type=Number(0),
+        default=1.0,
+        metavar="W",
+        help="guidance weight of images; 0 turns guidance off (default: 1)",
     )
     p.add_argument(
         "--image-guidance",
-        type=float,
+        type=Number(0),
+        metavar="W",
         help="guidance weight of the images in the prompt; --guidance then weighs the text alone",
     )
     p.add_argument(
         "--linear", action="store_true", help="extrapolate linearly for guidance, instead of mixing Gaussians"
     )
     p.add_argument("--annealed", action="store_true", help="let guidance grow from an image's first token to its last")
-    p.add_argument("--temperature", type=float, default=0.9, help="temperature of images (default: 0.9)")
+    p.add_argument(
+        "--temperature", type=Number(0), default=0.9, metavar="T", help="temperature of images (default: 0.9)"
+    )
     p.add_argument(
         "--text-temperature",
-        type=float,
+        type=Number(0),
         default=0.0,
+        metavar="T",
         help="temperature of text; 0 takes the most likely token (default: 0)",
     )
     p.add_argument(
-        "--top-k", type=int, default=0, help="draw text from the K most likely tokens; 0 draws from all (default: 0)"
+        "--top-k",
+        type=Whole(0),
+        default=0,
+        metavar="K",
+        help="draw text from the K most likely tokens; 0 draws from all (default: 0)",
     )
     p.add_argument(
         "--top-p",
-        type=float,
+        type=Number(0, 1),
         default=1.0,
+        metavar="P",
         help="draw text from the fewest tokens whose probability adds up to P (default: 1)",
     )
     p.add_argument(
         "--max-tokens",
-        type=int,
+        type=Whole(1),
+        metavar="N",
         help="length of an answer in tokens, image tokens included (default: enough for two images, at least 128)",
     )
-    p.add_argument("--max-images", type=int, help="most images in an answer; 0: text only (default: no limit)")
+    p.add_argument(
+        "--max-images", type=Whole(0), metavar="N", help="most images in an answer; 0: text only (default: no limit)"
+    )
     p.add_argument("--image-first", action="store_true", help="begin the answer with an image")
-    p.add_argument("--stop", action="append", default=[], help="end the answer at this text; may be repeated")
+    p.add_argument(
+        "--stop",
+        type=Words(),
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer at this text; may be repeated",
+    )
     p.add_argument(
         "--jacobi",
-        type=int,
+        type=Whole(0, 10**6),
         default=0,
+        metavar="N",
         help="image tokens to solve for at once (default: as `starflow2 calibrate` measured, or else 1)",
     )
     p.add_argument(
         "--tolerance",
-        type=float,
+        type=Number(0),
         default=1e-3,
+        metavar="E",
         help="with --jacobi above 1: stop when the mean squared change over the mean square is below this (default: 0.001)",
     )
     p.add_argument(
         "--denoise", action="store_true", help="remove the training noise from the images by one step along the score"
     )
-    p.add_argument("--seed", type=int, default=0, help="random seed of the first answer (default: 0)")
-    p.add_argument("--out", default="samples", help="folder for the answers (default: samples)")
+    p.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed of the first answer (default: 0)")
+    p.add_argument(
+        "--out", type=OutputFolder(), default="samples", metavar="DIR", help="folder for the answers (default: samples)"
+    )
     p.set_defaults(run=_sample, kept="finished answers are kept in --out")
 
 
@@ -93,11 +130,16 @@ def _sample(args, _) -> None:
     from starflow2_jax.sampling import batch_files
 
     options = _options(args)
-    sampler, out = restore(args), Path(args.out)
-    options = options.sized(sampler.model.cfg.tokens)
-    channels = sampler.codec.image_channels
+    channels, out = image_channels(args), Path(args.out)
+    documents = document = None
     if args.documents:
         documents = JsonlDocuments(args.documents, channels)
+        documents[0]  # a file of another kind is refused before the model is loaded
+    else:
+        document = read_document(args.document, channels) if args.document else [Text(args.prompt)]
+    sampler = restore(args)
+    options = options.sized(sampler.model.cfg.tokens)
+    if documents is not None:
         prompts = [
             _prompt(args, sampler, options, partial(documents.__getitem__, i), i, f"{args.documents}, document {i}: ")
             for i in range(len(documents))
@@ -105,7 +147,6 @@ def _sample(args, _) -> None:
         batch_files.begin(out, _run(args, options, sampler))
         batch_files.write(sampler, prompts, out, args.batch, args.denoise)
     else:
-        document = [Text(args.prompt)] if args.prompt is not None else read_document(args.document, channels)
         lines = batch_files.write_anew(sampler, _prompt(args, sampler, options, lambda: document), out, args.denoise)
         for i, line in enumerate(lines):
             print(f"{i:03d}", *(part.get("text") or f"[{out / part['image']}]" for part in line["parts"]))
@@ -126,39 +167,56 @@ def _prompt(args, sampler, options, read, index: int = 0, where: str = ""):
 
 
 def _run(args, options, sampler) -> dict:
-    """What makes the answers to a file of documents."""
+    """Everything that determines the answers to a file of documents."""
     from starflow2_jax.sampling import batch_files
 
-    return asdict(options) | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed) | {
+    own = {
         "documents": hashlib.sha256(Path(args.documents).read_bytes()).hexdigest()[:16],
-        "num": args.num, "chat": args.chat, "denoise": args.denoise,
-    }  # fmt: skip
+        "num": args.num,
+        "chat": args.chat,
+        "denoise": args.denoise,
+    }
+    return asdict(options) | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed) | own
 
 
 def _options(args):
-    """The command line as SampleOptions. Raises UserError for numbers that mean nothing."""
+    """The command line as SampleOptions."""
     from starflow2_jax.sampling.rows import SampleOptions
 
-    least = dict(num=1, batch=1, max_tokens=1, jacobi=0, guidance=0, image_guidance=0, temperature=0, text_temperature=0,
-                 top_k=0, top_p=0, max_images=0, tolerance=0)  # fmt: skip
-    if wrong := [n for n, low in least.items() if getattr(args, n) is not None and not getattr(args, n) >= low]:
-        raise UserError(f"--{wrong[0].replace('_', '-')} is at least {least[wrong[0]]}")
     return SampleOptions(
-        args.text_temperature, args.temperature, args.guidance, args.max_tokens, args.image_first, args.top_k,
-        args.top_p, args.image_guidance, args.linear, args.annealed, args.max_images, tuple(args.stop), args.jacobi,
-        args.tolerance,
-    )  # fmt: skip
+        temperature=args.text_temperature,
+        image_temperature=args.temperature,
+        guidance=args.guidance,
+        max_tokens=args.max_tokens,
+        image_first=args.image_first,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        image_guidance=args.image_guidance,
+        linear=args.linear,
+        annealed=args.annealed,
+        max_images=args.max_images,
+        stop=tuple(args.stop),
+        jacobi=args.jacobi,
+        tolerance=args.tolerance,
+    )
 
 
 def _add_score(commands) -> None:
-    p = commands.add_parser("score", help="exact log-likelihood of the marked parts of documents", allow_abbrev=False)
+    p = commands.add_parser("score", help="compute the exact log-likelihood of the marked parts of documents")
     add_model(p)
     p.add_argument(
         "--document",
+        type=InputFile(),
         required=True,
+        metavar="FILE",
         help='JSON file with one document, or JSONL file with one per line; parts marked "predict" or "generate" are scored',
     )
-    p.add_argument("--out", help="write to this JSONL file, one part per line (default: print)")
+    p.add_argument(
+        "--out",
+        type=OutputFile(),
+        metavar="FILE",
+        help="write to this JSONL file, one part per line (default: print)",
+    )
     p.set_defaults(run=_score)
 
 
@@ -167,9 +225,12 @@ def _score(args, _) -> None:
     from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling.scoring import score
 
-    sampler = restore(args)
-    read = JsonlDocuments if args.document.endswith(".jsonl") else lambda *a: [read_document(*a)]
-    scores = score(sampler, list(read(args.document, sampler.codec.image_channels)))
+    channels = image_channels(args)
+    if args.document.endswith(".jsonl"):
+        documents = list(JsonlDocuments(args.document, channels))
+    else:
+        documents = [read_document(args.document, channels)]
+    scores = score(restore(args), documents)
     lines = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -180,10 +241,12 @@ def _score(args, _) -> None:
 
 
 def _add_rank(commands) -> None:
-    p = commands.add_parser("rank", help="rank captions by how well they fit an image", allow_abbrev=False)
+    p = commands.add_parser("rank", help="rank captions by how well they fit an image")
     add_model(p)
-    p.add_argument("--image", required=True, help="image file")
-    p.add_argument("--captions", required=True, help="text file with one caption per line")
+    p.add_argument("--image", type=InputFile(), required=True, metavar="FILE", help="image file")
+    p.add_argument(
+        "--captions", type=InputFile(), required=True, metavar="FILE", help="text file with one caption per line"
+    )
     p.add_argument(
         "--by",
         choices=("image", "text"),
@@ -199,10 +262,11 @@ def _rank(args, _) -> None:
     from starflow2_jax.text_files import read_lines
 
     captions = read_lines(args.captions)
-    sampler = restore(args)
-    image = read_image(args.image, sampler.codec.image_channels)
+    if not captions:
+        raise UserError(f"{args.captions} has no captions; write one per line")
+    image = read_image(args.image, image_channels(args))
     by_image = args.by == "image"
-    for caption, nats in rank(sampler, image, captions, by_image, illustrate if by_image else describe):
+    for caption, nats in rank(restore(args), image, captions, by_image, illustrate if by_image else describe):
         print(json.dumps({"caption": caption, "nats": nats}))
 
 
@@ -210,13 +274,20 @@ def _add_invert(commands) -> None:
     p = commands.add_parser(
         "invert",
         help="turn an image into noise under one prompt, and that noise into an image under another",
-        allow_abbrev=False,
     )
     add_model(p)
-    p.add_argument("--prompt", required=True, help="prompt that describes the image")
-    p.add_argument("--image", required=True, help="image file")
-    p.add_argument("--as-prompt", required=True, help="prompt that describes the new image")
-    p.add_argument("--out", required=True, help="file for the new image; the suffix becomes .png, or .npy for latents")
+    p.add_argument("--prompt", type=Words(), required=True, metavar="TEXT", help="prompt that describes the image")
+    p.add_argument("--image", type=InputFile(), required=True, metavar="FILE", help="image file")
+    p.add_argument(
+        "--as-prompt", type=Words(), required=True, metavar="TEXT", help="prompt that describes the new image"
+    )
+    p.add_argument(
+        "--out",
+        type=OutputFile(),
+        required=True,
+        metavar="FILE",
+        help="file for the new image; the suffix becomes .png, or .npy for latents",
+    )
     p.set_defaults(run=_invert)
 
 
@@ -225,9 +296,10 @@ def _invert(args, _) -> None:
     from starflow2_jax.sampling.noise_space import decode, encode
     from starflow2_jax.sampling.prompts import spoken
 
+    pixels = read_image(args.image, image_channels(args))
     sampler = restore(args)
     here, there = (spoken(sampler.tokenizer, prompt) for prompt in (args.prompt, args.as_prompt))
-    z = encode(sampler, [here], [read_image(args.image, sampler.codec.image_channels)])
+    z = encode(sampler, [here], [pixels])
     [image] = decode(sampler, [there], z)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     print(f"written: {write_image(Path(args.out), image, sampler.codec.is_pixels)}")
@@ -235,22 +307,31 @@ def _invert(args, _) -> None:
 
 def _add_calibrate(commands) -> None:
     about = "find the fastest way to sample on this machine, and store it in the checkpoint"
-    p = commands.add_parser("calibrate", help=about, allow_abbrev=False)
+    p = commands.add_parser("calibrate", help=about)
     add_model(p, fsdp=False)
-    p.add_argument("--prompt", action="append", default=[], help="prompt that asks for an image; may be repeated")
+    p.add_argument(
+        "--prompt",
+        type=Words(),
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="prompt that asks for an image; may be repeated",
+    )
     p.add_argument(
         "--guidance",
-        type=float,
+        type=Number(0),
         default=1.0,
+        metavar="W",
         help="guidance weight of images; has no effect without --prompt (default: 1)",
     )
     p.add_argument(
         "--tolerance",
-        type=float,
+        type=Number(0),
         default=1e-3,
+        metavar="E",
         help="largest relative squared error of a block's output (default: 0.001)",
     )
-    p.add_argument("--batch", type=int, default=16, help="images to draw at a time (default: 16)")
+    p.add_argument("--batch", type=Whole(1), default=16, metavar="N", help="images to draw at a time (default: 16)")
     p.set_defaults(run=_calibrate)
 
 
@@ -258,8 +339,7 @@ def _calibrate(args, _) -> None:
     from starflow2_jax.sampling.calibration import calibrate_checkpoint, table
     from starflow2_jax.sampling.prompts import spoken
 
-    if args.batch < 1 or not args.tolerance >= 0 or not args.guidance >= 0:
-        raise UserError("--batch is at least 1, --tolerance and --guidance at least 0")
+    require_writable("--checkpoint", args.checkpoint)
     sampler = restore(args, data=1)
     prompts = [spoken(sampler.tokenizer, prompt) for prompt in args.prompt or [""]]
     print(table(calibrate_checkpoint(sampler, args.checkpoint, prompts, args.guidance, args.tolerance, args.batch)))

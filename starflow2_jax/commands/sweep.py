@@ -1,18 +1,29 @@
 """`starflow2 sweep`."""
 
-import signal
 from functools import partial
 from pathlib import Path
 
+from starflow2_jax.commands.arguments import OutputFolder, Shipped, Words
 from starflow2_jax.commands.experiment import add_chip
+from starflow2_jax.errors import UserError
 
 
 def add(commands) -> None:
-    p = commands.add_parser("sweep", help="train one experiment with many settings", allow_abbrev=False)
-    p.add_argument("--sweep", required=True, help="sweep: a file, or the name of one that ships, such as digits_lr")
-    p.add_argument("--out", required=True, help="folder for the runs, the table and the plot")
+    p = commands.add_parser("sweep", help="train one experiment with many settings")
+    p.add_argument(
+        "--sweep",
+        type=Shipped(),
+        required=True,
+        metavar="FILE",
+        help="sweep file, or the name of one that ships, such as digits_lr",
+    )
+    p.add_argument(
+        "--out", type=OutputFolder(), required=True, metavar="DIR", help="folder for the runs, the table and the plot"
+    )
     p.add_argument(
         "--launcher",
+        type=Words(),
+        metavar="COMMAND",
         help='submit each point with this command instead of training it here, for example "env CONFIG={config} OUT={out} '
         'launch/slurm.sh submit {overrides}"; {name} stands for a job name. Run the same sweep again later to collect results',
     )
@@ -31,7 +42,6 @@ def add(commands) -> None:
 
 
 def _sweep(args, _) -> None:
-    from starflow2_jax.errors import UserError
     from starflow2_jax.sweeps import points, report
 
     if args.launcher and args.runlocal:
@@ -40,7 +50,6 @@ def _sweep(args, _) -> None:
         raise UserError("--again is for points that a --launcher was given")
     sweep = points.load(args.sweep, args.out, args.runlocal, args.chip)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped is interrupted: the running point saves
     try:
         if args.launcher:
             points.submit(sweep, args.launcher, args.again)

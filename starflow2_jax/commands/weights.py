@@ -2,24 +2,41 @@
 
 import os
 
+from starflow2_jax.commands.arguments import InputFolder, Number, OutputFolder, Words
+
 
 def add(commands) -> None:
-    p = commands.add_parser("convert", help="convert published weights to a checkpoint, or back", allow_abbrev=False)
-    p.add_argument("kind", help="kind of vision-language model; an unknown name is answered with the list")
+    p = commands.add_parser("convert", help="convert published weights to a checkpoint, or back")
     p.add_argument(
-        "--from", dest="source", required=True, help="folder with the published weights; with --to-hf, a checkpoint"
+        "kind",
+        type=Words(),
+        help="kind of vision-language model, such as qwen2_5_vl; a wrong one is answered with the list",
+    )
+    p.add_argument(
+        "--from",
+        dest="source",
+        type=InputFolder(),
+        required=True,
+        metavar="DIR",
+        help="folder with the published weights; with --to-hf, a checkpoint that this command wrote",
     )
     to = p.add_mutually_exclusive_group(required=True)
-    to.add_argument("--to", help="new checkpoint directory for the frozen VLM")
-    to.add_argument("--to-hf", help="new folder for safetensors files in the published layout")
+    to.add_argument("--to", type=OutputFolder(), metavar="DIR", help="new checkpoint directory for the frozen VLM")
+    to.add_argument(
+        "--to-hf", type=OutputFolder(), metavar="DIR", help="new folder for safetensors files in the published layout"
+    )
     p.add_argument(
-        "--shard-gb", type=float, default=4.0, help="with --to-hf: largest safetensors file, in GB (default: 4)"
+        "--shard-gb",
+        type=Number(0.001),
+        default=4.0,
+        metavar="GB",
+        help="with --to-hf: size of the largest safetensors file, in GB (default: 4)",
     )
     p.set_defaults(run=_convert)
 
 
 def _convert(args, _) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it is all reading and writing
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting only reads and writes files
     from starflow2_jax.weights import convert
 
     if args.to:

@@ -2,7 +2,6 @@
 loaded, overridden, filled in and checked."""
 
 import dataclasses
-import importlib.util
 import inspect
 import typing
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from starflow2_jax.config.checks import require_consistent
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.extensions import import_file
 from starflow2_jax.fields import Key, assign, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
 
@@ -28,11 +28,7 @@ def load(
     experiments whose `get_config` takes it. Raises ConfigError, before any device is touched.
     """
     path = find(path)
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python file; name an experiment file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = import_file(path, "experiment", ConfigError)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no get_config(runlocal); see {EXPERIMENTS} for experiments")
     arguments = {}

@@ -14,7 +14,7 @@ from starflow2_jax.data.digits import Digits
 from starflow2_jax.data.documents import CaptionsDropped, Documents, Shown
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.protocol import Source
-from starflow2_jax.errors import ConfigError
+from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.fields import build
 from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
@@ -29,7 +29,7 @@ def find(where: str) -> type[Source]:
     for key in (where, scheme + mark, Path(where).suffix):
         if key in SOURCES:
             return SOURCES[key]
-    raise ConfigError(f"data.source={where!r} names no source; there are {', '.join(SOURCES)}")
+    raise ConfigError(f"data.source={shown(where)} names no source; there are {', '.join(SOURCES)}")
 
 
 def open_source(config: Any, channels: int) -> Source:

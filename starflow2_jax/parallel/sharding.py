@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from starflow2_jax.errors import UserError
+from starflow2_jax.parallel.devices import start
 
 # data: copies of the model, between slices; fsdp: rows and parameters; sequence: positions of a row; tensor: heads,
 # hidden channels and words. Devices along a later axis are nearer to each other.
@@ -48,7 +49,7 @@ def make_mesh(
     the other axes stay within a slice. Within a slice, axes may share a dimension of the torus. Raises UserError for
     sizes that do not fit the devices.
     """
-    devices = devices or jax.devices()
+    devices = devices or start()
     sizes, count = [data, fsdp, sequence, tensor], len(devices)
     fixed = int(np.prod([s for s in sizes if s > 0]))
     if sizes.count(-1) > 1 or count % fixed or (-1 not in sizes and fixed != count):

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's chat completions with pictures in and out, ranking, and the page."""
+"""The HTTP endpoints: OpenAI's chat completions with images in prompts and answers, ranking, and the web page."""
 
 import asyncio
 import functools
@@ -25,12 +25,12 @@ from starflow2_jax.serving.errors import ApiError, bad, told
 from starflow2_jax.serving.guards import AtMost, KnownHosts, refusal
 from starflow2_jax.serving.jobs import Fault, Job, Started, Task
 from starflow2_jax.serving.ranking import ranking
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.requests import chat_request, check_model, rank_request
 from starflow2_jax.serving.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
-BODY_SECONDS = 60  # in which a request must have come in
+BODY_SECONDS = 60  # limit for receiving a whole request
 SAFETY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -41,28 +41,34 @@ SAFETY = {
 
 @dataclass(frozen=True)
 class Service:
-    """What the endpoints share."""
+    """State that all endpoints share."""
 
     worker: Worker
     name: str  # of the model
-    intake: Intake
+    limits: RequestLimits
     key: str | None
     max_body: int  # bytes
-    host: str  # that it listens on
+    host: str  # that the server listens on
 
     async def body(self, request: Request) -> object:
         """The JSON of a request. Raises ApiError."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise bad("the body is JSON; send it with Content-Type: application/json")
+            raise bad("the body must be JSON; send it with Content-Type: application/json")
         data = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for piece in request.stream():
                     data += piece
                     if len(data) > self.max_body:
-                        raise ApiError(413, f"a request may have {self.max_body} bytes", "too_large")
+                        raise ApiError(
+                            413,
+                            f"a request may have at most {self.max_body} bytes; send smaller or fewer images",
+                            "too_large",
+                        )
         except TimeoutError:
-            raise ApiError(408, f"the request did not come in within {BODY_SECONDS} seconds", "timeout") from None
+            raise ApiError(
+                408, f"the request did not arrive within {BODY_SECONDS} seconds; send it again", "timeout"
+            ) from None
         body = await run_in_threadpool(_parsed, data)
         check_model(body, self.name)
         return body
@@ -70,7 +76,9 @@ class Service:
     def check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key is not None and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
-            raise ApiError(401, "this server wants its API key: Authorization: Bearer KEY", "invalid_api_key")
+            raise ApiError(
+                401, "this server needs its API key; send the header Authorization: Bearer KEY", "invalid_api_key"
+            )
 
 
 def _parsed(data: bytearray) -> object:
@@ -103,8 +111,8 @@ def make_app(service: Service) -> Starlette:
             "object": "model",
             "created": 0,
             "owned_by": "starflow2",
-            "drawing": service.intake.draws,
-            "editing": service.intake.editing,
+            "drawing": service.limits.draws,
+            "editing": service.limits.editing,
         }
         return JSONResponse({"object": "list", "data": [model]})
 
@@ -148,7 +156,7 @@ async def _chat(service: Service, request: Request) -> Response:
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     gone = asyncio.ensure_future(_disconnected(request))
     story = _events(service.worker, job, events, gone)
-    first = await anext(story)  # an error of the prompt has its own status, streamed or not
+    first = await anext(story)  # an error in the prompt sets the status of the response, streamed or not
     if wanted.stream:
         lines = completions.stream(story, first, frame, wanted.include_usage)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -156,7 +164,7 @@ async def _chat(service: Service, request: Request) -> Response:
 
 
 def _job(service: Service, body: object, tell: Callable[[Event], None]) -> Job:
-    return service.worker.job(chat_request(body, service.intake), tell)
+    return service.worker.job(chat_request(body, service.limits), tell)
 
 
 async def _disconnected(request: Request) -> None:
@@ -167,7 +175,8 @@ async def _disconnected(request: Request) -> None:
 async def _events(
     worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future
 ) -> AsyncIterator[Started | Event]:
-    """What becomes of a job until all of its choices have ended. A client that goes away frees its rows."""
+    """The events of a job until all its choices have ended. If the client disconnects, the job is cancelled and its rows are
+    freed."""
     open_choices, coming = len(job.request.seeds), gone
     try:
         while open_choices:
@@ -205,7 +214,7 @@ async def _rank(service: Service, request: Request) -> Response:
 
 
 def _task(service: Service, body: object) -> tuple[Task, str]:
-    image, captions, by_image = rank_request(body, service.intake)
+    image, captions, by_image = rank_request(body, service.limits)
     try:
         pieces = ranking(service.worker.sampler, image, captions, by_image)
     except DocumentError as error:
@@ -223,7 +232,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=499)  # the client has gone
 
 
 async def _fault(request: Request, error: Exception) -> Response:

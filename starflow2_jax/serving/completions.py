@@ -1,8 +1,8 @@
 """Events of an answer -> OpenAI's chat completion objects, whole or as server-sent events.
 
-Text is the message's `content`. Pictures are its `images`, a list of image_url parts with data URLs, and `parts` is the
-answer in its order, text and images. In a stream they come as `delta.content`, `delta.images`, and, while an image is
-written, `delta.image_progress` {"index", "fraction"}.
+The message's `content` holds the text, `images` the pictures (image_url parts with data URLs), and `parts` both, in the
+order of the answer. A stream sends `delta.content`, `delta.images` and, while the model writes an image,
+`delta.image_progress` {"index", "fraction"}.
 """
 
 import json
@@ -55,7 +55,7 @@ def _usage(first: Started, ends: list[End]) -> dict:
 
 
 async def stream(story: AsyncIterator[Event], first: Started, frame: dict, include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. A fault on the way is an event {"error": ...}, and the last one."""
+    """Server-sent events. If the answer fails on the way, the last event is {"error": ...}."""
     frame, ends, greeted = {**frame, "object": "chat.completion.chunk"}, [], set()
     try:
         async for event in story:

@@ -1,4 +1,4 @@
-"""Conversations whose rows outlive their answers, so that the next turn reads only what is new."""
+"""Caches of finished conversations, so that the next turn of one reads only its new part."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from starflow2_jax.serving.prompts import Turns, identity, prompt
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A conversation whose last answer is finished, and the row that has read and written all of it."""
+    """A conversation whose last answer is finished, and the row whose caches hold all of it."""
 
     turns: Turns
     rows: Rows
 
 
 class Conversations:
-    """The `most` that were used last. What one was before its last turn goes first."""
+    """The `most` conversations that were used last. Earlier states of a kept conversation are dropped first."""
 
     def __init__(self, sampler: Sampler, options: SampleOptions, most: int):
         self.sampler, self.options, self.most = sampler, options, most
-        self.kept: OrderedDict[tuple, Kept] = OrderedDict()  # by `identity`, the one used last at the end
+        self.kept: OrderedDict[tuple, Kept] = OrderedDict()  # by `identity`; the one used last is at the end
 
     def keep(self, turns: Turns, batch: Rows, index: int) -> None:
-        """Keep a copy of a row of the batch, and let one go where there are too many."""
+        """Keep a copy of a row of the batch, and drop a conversation if there are too many."""
         if not self.most:
             return
         rows = self._copy(batch, index)
@@ -43,12 +43,12 @@ class Conversations:
             del self.kept[next(earlier, next(iter(self.kept)))]
 
     def forget(self) -> None:
-        """Keep nothing of what was said so far."""
+        """Drop all conversations."""
         self.kept.clear()
 
     def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, list[dict]] | None:
-        """For `turns`, of identity `asked`, that continue a kept conversation: they with its own images, a copy of its row,
-        and what its lanes are to read behind it. None: nothing that is kept helps."""
+        """If `turns`, of identity `asked`, continue a kept conversation: the turns with the kept images, a copy of the kept row,
+        and the features that its lanes have yet to read. None if no kept conversation fits."""
         known = max((k for k in self.kept if asked[: len(k)] == k), key=len, default=None)
         if known is None:
             return None
@@ -63,11 +63,11 @@ class Conversations:
                 ended = int(kept.rows.token[0]) == self.sampler.ids.end
                 added = [] if ended else [Text("<|im_end|>")]
                 added += prompt(self.sampler, turns[len(known) :])
-        except DocumentError:  # the template writes earlier turns in another way
+        except DocumentError:  # the template writes earlier turns differently now
             return None
         lanes = talk.session.encode(added)
         talk.session.settle()
-        # Draws count from 0, as in a row that reads all of it: a seed means the same with and without the caches.
+        # Draws count from 0, as in a row that reads the whole prompt, so a seed gives the same answer with and without the caches.
         rows = talk.session.rows.replace(drawn=jnp.zeros(1, jnp.int32))
         return (turns, rows, lanes) if len(lanes[0]["tokens"]) else None
 
@@ -77,6 +77,6 @@ class Conversations:
 
 @partial(jax.jit, static_argnums=1)
 def _cut(rows: Rows, capacity: int) -> Rows:
-    """With caches of `capacity` positions at most, and without the record of what was written."""
+    """The rows with caches of at most `capacity` positions, and without the record of written tokens."""
     caches = jax.tree.map(lambda x: x[:, :, :capacity] if x.ndim > 1 else x, rows.caches)
     return rows.replace(caches=caches, tokens=rows.tokens[:, :0], u=rows.u[:, :0])

@@ -1,4 +1,4 @@
-"""What the server answers when it cannot do what was asked, in OpenAI's JSON form."""
+"""Errors of requests, in OpenAI's JSON form."""
 
 import logging
 
@@ -9,7 +9,10 @@ log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """`status` is HTTP's; `code` is a word for programs, the message one sentence for people, `param` the field it is of."""
+    """An error response. `status`: HTTP status; `code`: a word for programs; `param`: the field that is wrong.
+
+    The message is one sentence for people.
+    """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
@@ -25,7 +28,7 @@ def bad(message: str, param: str | None = None, code: str = "invalid_value") -> 
 
 
 def told(error: Exception) -> ApiError:
-    """What the client hears of it."""
+    """The error that the client receives for an exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, DocumentError):

@@ -1,4 +1,4 @@
-"""What stands before the endpoints: who may name this server, and how many requests are in it at once."""
+"""Middleware in front of the endpoints: allowed host names, and the number of requests at the same time."""
 
 import ipaddress
 
@@ -10,8 +10,10 @@ from starflow2_jax.serving.errors import ApiError, bad
 
 
 class KnownHosts:
-    """Only requests to `names`, localhost or an IP address: a page of another site that has its own name lead here (DNS
-    rebinding) reaches nothing."""
+    """Allows only requests to `names`, localhost or an IP address.
+
+    This stops web pages of other sites that let their own name resolve to this server (DNS rebinding).
+    """
 
     def __init__(self, app: ASGIApp, names: tuple[str, ...]):
         self.app, self.names = app, {"localhost", *(name.lower() for name in names)}
@@ -19,7 +21,8 @@ class KnownHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._known(Request(scope).headers.get("host", "")):
             error = bad(
-                "this server goes by another name; without an API key it answers to --host, localhost and addresses"
+                "this server does not accept the host name of this request; use localhost, an IP address or the name given as --host, or "
+                "start the server with an API key"
             )
             await refusal(error)(scope, receive, send)
         else:
@@ -34,7 +37,7 @@ class KnownHosts:
 
 
 class AtMost:
-    """`count` requests that bring something at once; the others are refused before their bodies are read."""
+    """Allows `count` POST requests at the same time. The others are refused before their bodies are read."""
 
     def __init__(self, app: ASGIApp, count: int):
         self.app, self.count, self.inside = app, count, 0
@@ -43,7 +46,9 @@ class AtMost:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
         elif self.inside >= self.count:
-            error = ApiError(429, f"{self.count} requests are here already; try again later", "queue_full")
+            error = ApiError(
+                429, f"the server is already handling {self.count} requests; try again later", "queue_full"
+            )
             await refusal(error)(scope, receive, send)
         else:
             self.inside += 1

@@ -1,4 +1,4 @@
-"""What is in the worker's hands: chat requests and other work for the device, and what they are told."""
+"""Work for the worker's thread: chat requests and other tasks for the device, and the events that they receive."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -13,7 +13,7 @@ from starflow2_jax.serving.requests import ChatRequest
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt has been read, its first `cached` positions in an earlier request."""
+    """The prompt has been read; its first `cached` positions were in the caches of an earlier request."""
 
     prompt_tokens: int
     cached: int
@@ -21,15 +21,17 @@ class Started:
 
 @dataclass(frozen=True)
 class Fault:
-    """Nothing more comes of this request."""
+    """The request has failed; no more events follow."""
 
     error: ApiError
 
 
 @dataclass(eq=False)
 class Job:
-    """A chat request, its conversation's `identity` and its prompt encoded for each lane of a row. `tell` is called from the
-    worker's thread."""
+    """A chat request, its conversation's `identity`, and its prompt encoded for each lane of a row.
+
+    The worker's thread calls `tell` with each event.
+    """
 
     request: ChatRequest
     identity: tuple
@@ -41,11 +43,11 @@ class Job:
         try:
             if not self.cancelled:
                 self.tell(event)
-        except RuntimeError:  # its event loop is closed: nobody listens any more
+        except RuntimeError:  # the client's event loop is closed
             self.cancelled = True
 
     def cancel(self) -> None:
-        """Nobody waits for it any more."""
+        """Drop the job: nobody waits for it any more."""
         self.cancelled = True
 
     def fail(self, error: ApiError) -> None:
@@ -55,17 +57,17 @@ class Job:
 
 @dataclass(eq=False)
 class Task:
-    """Something else that needs the device. Rows go on between its pieces; what it returns is the result."""
+    """Other work for the device, as a generator. Rows go on between its pieces; its return value is the result."""
 
     pieces: Generator[None, None, object]
     result: Future = field(default_factory=Future)
     cancelled: bool = False
 
     def __post_init__(self):
-        self.result.set_running_or_notify_cancel()  # from here on it takes a result, whoever has stopped waiting
+        self.result.set_running_or_notify_cancel()  # the future then accepts a result even if nobody waits
 
     def cancel(self) -> None:
-        """Nobody waits for its result any more."""
+        """Drop the task: nobody waits for its result any more."""
         self.cancelled = True
 
     def fail(self, error: ApiError) -> None:

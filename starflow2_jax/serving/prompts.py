@@ -1,4 +1,4 @@
-"""A request's prompt: turns -> document -> the features that every lane of a row reads -> pieces of them."""
+"""The prompt of a request: turns -> document -> features -> pieces that are read one after the other."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ Turns = list[tuple[str, Document]]
 
 
 def prompt(sampler: Sampler, turns: Turns) -> Document:
-    """The document that the answer continues: by the chat template, or, without one, what was said as it is, <|im_end|>
-    behind what the model said."""
+    """The document that the answer continues, by the chat template.
+
+    Without a template, the turns are joined as they are, with <|im_end|> after each answer of the model.
+    """
     if sampler.tokenizer.chat_template:
         return chat(sampler.tokenizer, turns)
     parts = [[*said, Text("<|im_end|>")] if role == "assistant" else said for role, said in turns]
@@ -23,10 +25,14 @@ def prompt(sampler: Sampler, turns: Turns) -> Document:
 
 
 def pieces(features: dict[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
-    """Features of a document in runs of `most` positions, more where an image would be cut: read one behind the other
-    they are the document. Rotary positions of each begin at 0."""
+    """Features of a document, cut into pieces of `most` positions, or more where a cut would split an image.
+
+    Reading them one after the other reads the document. The rotary positions of each piece begin at 0.
+    """
     modality, begin = features["modality"], 0
-    inside = (modality[1:] == modality[:-1]) & (modality[1:] != sequence.TEXT)  # whether a cut behind t cuts an image
+    inside = (modality[1:] == modality[:-1]) & (
+        modality[1:] != sequence.TEXT
+    )  # whether a cut after position t would split an image
     while begin < len(modality):
         end = min(begin + most, len(modality))
         while end < len(modality) and inside[end - 1]:
@@ -55,7 +61,7 @@ def _piece(features: dict[str, np.ndarray], begin: int, end: int) -> dict[str, n
 
 
 def identity(turns: Turns) -> tuple:
-    """Equal for conversations that say the same: roles, text, and images by their 8-bit pixels, as a PNG file has them."""
+    """A key that is equal for conversations with the same roles, texts and images. Images count by their 8-bit pixels."""
     return tuple((role, _said(document)) for role, document in turns)
 
 

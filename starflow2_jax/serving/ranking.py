@@ -1,4 +1,4 @@
-"""Ranking captions as work for the worker: a few at a time, so that the rows go on in between."""
+"""Ranking captions as a task of the worker, a few captions at a time, so that rows go on in between."""
 
 from collections.abc import Generator
 
@@ -13,7 +13,7 @@ Pairs = list[tuple[str, float]]
 
 
 def ranking(sampler: Sampler, image: np.ndarray, captions: list[str], by_image: bool) -> Generator[None, None, Pairs]:
-    """What `rank` gives. Raises DocumentError at once for what does not fit the model."""
+    """`sampling.scoring.rank` as a generator. Raises DocumentError at once if the image or a caption does not fit the model."""
     template = illustrate if by_image else describe
     longest = max(len(layout(sampler, template(caption, image))["tokens"]) for caption in captions)
     rows = max(1, min(BATCH, POSITIONS // bucket(longest)))
@@ -22,7 +22,7 @@ def ranking(sampler: Sampler, image: np.ndarray, captions: list[str], by_image: 
 
 def _pieces(sampler, image, captions, by_image, template, rows) -> Generator[None, None, Pairs]:
     pairs: Pairs = []
-    size = max(1, rows - by_image)  # the image without a caption is scored beside them
+    size = max(1, rows - by_image)  # the image without a caption takes one of the rows
     for start in range(0, len(captions), size):
         pairs += rank(sampler, image, captions[start : start + size], by_image, template, rows)
         yield

@@ -1,4 +1,4 @@
-"""What a server takes of a request."""
+"""What a request may contain: the model's sizes, and the server's limits."""
 
 import re
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from starflow2_jax.serving.errors import ApiError, bad
 
 
 @dataclass(frozen=True)
-class Intake:
-    """What the model takes, and how much of it."""
+class RequestLimits:
+    """The sizes of the model, and the limits of the server."""
 
     channels: int
-    size: tuple[int, int] | None  # (height, width) of a flow image; None: it is latents, which nobody can look at
+    size: tuple[int, int] | None  # (height, width) of a flow image; None if flow images are latents
     tokens: int  # of a flow image
     vision: VisionConfig | None
     positions: int  # of a row
-    max_text: int  # characters of a request's texts together
+    max_text: int  # characters in all texts of a request
     special: re.Pattern  # tokens that no text may hold
     max_pixels: int
     max_choices: int
-    images: str = "flow"  # how an image is seen whose `via` is not given
-    editing: bool = False  # whether there is `image_guidance`
+    images: str = "flow"  # how the model sees images that set no `via`
+    editing: bool = False  # whether requests may use `image_guidance`
 
     @classmethod
-    def of(cls, sampler: Sampler, **limits) -> "Intake":
-        """What this sampler takes; `limits`: the fields from max_pixels on."""
+    def of(cls, sampler: Sampler, **limits) -> "RequestLimits":
+        """The limits for a sampler. `limits`: the fields from max_pixels on."""
         tokenizer, codec, cfg = sampler.tokenizer, sampler.codec, sampler.model.cfg
         size = codec.image_shape[:2] if codec.is_pixels else None
         if size is None:
             limits["images"] = "vit"
-        max_text = sampler.max_positions * max(map(len, tokenizer.get_vocab()))  # what has more cannot fit a row
+        max_text = sampler.max_positions * max(map(len, tokenizer.get_vocab()))  # a longer text cannot fit in a row
         return cls(
             codec.image_channels, size, cfg.tokens, cfg.vlm.vision, sampler.max_positions, max_text,
             special_tokens(tokenizer), **limits,
@@ -43,11 +43,13 @@ class Intake:
         return self.size is not None
 
     def check_text(self, text: str, most: int, param: str) -> None:
-        """Before the tokenizer sees it, whose time grows with the text. Raises ApiError."""
+        """Refuse a text before it is tokenized, because that takes time for a long text. Raises ApiError."""
         if len(text) > most:
             raise ApiError(
-                400, f"a request's text may have {self.max_text} characters, more than a row could hold; shorten the prompt",
+                400, f"the texts of a request may have at most {self.max_text} characters, which is more than a row can hold; shorten the prompt",
                 "context_length_exceeded", param,
             )  # fmt: skip
         if found := self.special.search(text):
-            raise bad(f"a text may not hold {found.group()!r}, which is a token of the model's own", param)
+            raise bad(
+                f"a text may not hold {found.group()!r}, which is a special token of the model; leave it out", param
+            )

@@ -1,4 +1,4 @@
-"""What a chat or ranking request says, checked: JSON -> what the worker does. Everything here raises ApiError."""
+"""Chat and ranking requests: JSON -> checked values. All functions here raise ApiError."""
 
 import math
 import secrets
@@ -11,7 +11,7 @@ from starflow2_jax.sampling.prompts import texts
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.images import Budget, from_url
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 
 ROLES = ("system", "developer", "user", "assistant")
 IGNORED = (
@@ -21,7 +21,7 @@ IGNORED = (
 NEUTRAL = {
     "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "tools": [],
     "functions": [], "parallel_tool_calls": True, "response_format": {"type": "text"},
-    # what clients of other OpenAI-compatible servers send
+    # sent by clients of other OpenAI-compatible servers
     "repetition_penalty": 1, "length_penalty": 1, "min_p": 0, "best_of": 1, "num_beams": 1, "use_beam_search": False,
     "ignore_eos": False, "skip_special_tokens": True, "stop_token_ids": [],
 }  # fmt: skip
@@ -44,23 +44,23 @@ class ChatRequest:
     turns: list[tuple[str, Document]]
     options: SampleOptions
     max_tokens: int | None
-    seeds: list[int]  # one a choice
+    seeds: list[int]  # one for each choice
     stream: bool
     include_usage: bool
 
 
-def chat_request(body: object, intake: Intake) -> ChatRequest:
+def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
     body = _fields(body, {*NUMBERS, *INTEGERS, *FLAGS, *OTHERS})
     given = {name: _number(body, name, *NUMBERS[name], (int, float)) for name in NUMBERS}
     whole = {name: _number(body, name, *INTEGERS[name], (int,)) for name in INTEGERS}
     flags = {name: _typed(body, name, bool) or False for name in FLAGS}
     n = whole["n"] or 1
-    if n > intake.max_choices:
-        raise bad(f"n may be {intake.max_choices} at most on this server", "n")
+    if n > limits.max_choices:
+        raise bad(f"n may be at most {limits.max_choices} on this server", "n")
     seed = secrets.randbits(32) if whole["seed"] is None else whole["seed"]
-    if given["image_guidance"] is not None and not intake.editing:
+    if given["image_guidance"] is not None and not limits.editing:
         raise bad("image_guidance needs a server that was started with --editing", "image_guidance")
-    if flags["image_first"] and not intake.draws:
+    if flags["image_first"] and not limits.draws:
         raise bad(f"{LATENTS}; leave image_first out", "image_first")
     if flags["image_first"] and whole["max_images"] == 0:
         raise bad("image_first asks for an image, but max_images is 0", "max_images")
@@ -68,38 +68,38 @@ def chat_request(body: object, intake: Intake) -> ChatRequest:
         options = SampleOptions(
             **{name: value for name, value in given.items() if value is not None},
             **{name: flags[name] for name in ("image_first", "linear", "annealed")},
-            top_k=whole["top_k"] or 0, max_images=whole["max_images"] if intake.draws else 0, stop=_stop(body),
+            top_k=whole["top_k"] or 0, max_images=whole["max_images"] if limits.draws else 0, stop=_stop(body),
         )  # fmt: skip
     except ValueError as error:
         raise bad(str(error)) from None
     extras = _typed(body, "stream_options", dict) or {}
     return ChatRequest(
-        _turns(body.get("messages"), intake), options, whole["max_completion_tokens"] or whole["max_tokens"],
+        _turns(body.get("messages"), limits), options, whole["max_completion_tokens"] or whole["max_tokens"],
         [(seed + i) % 2**32 for i in range(n)],
         flags["stream"], _typed(extras, "include_usage", bool) or False,
     )  # fmt: skip
 
 
-def rank_request(body: object, intake: Intake) -> tuple[np.ndarray, list[str], bool]:
+def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[str], bool]:
     """The image, the captions, and whether it is the image that counts."""
-    if not intake.draws:
-        raise bad(f"{LATENTS}, so it ranks no captions of one")
+    if not limits.draws:
+        raise bad(f"{LATENTS}, so it cannot rank captions of a picture")
     body = _fields(body, {"model", "image", "captions", "by"})
     captions = _typed(body, "captions", list)
     if not captions or len(captions) > 64 or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise bad("captions is a list of 1 to 64 texts, none of them empty", "captions")
+        raise bad("captions must be a list of 1 to 64 texts, none of them empty", "captions")
     if (by := body.get("by", "image")) not in ("image", "text"):
-        raise bad('by is "image" or "text"', "by")
-    room = intake.max_text
+        raise bad('by must be "image" or "text"', "by")
+    room = limits.max_text
     for i, caption in enumerate(captions):
-        intake.check_text(caption, room, f"captions[{i}]")
+        limits.check_text(caption, room, f"captions[{i}]")
         room -= len(caption)
-    return from_url(body.get("image"), "flow", Budget(intake), "image"), captions, by == "image"
+    return from_url(body.get("image"), "flow", Budget(limits), "image"), captions, by == "image"
 
 
 def _fields(body: object, known: set[str]) -> dict:
     if not isinstance(body, dict):
-        raise bad("the body is a JSON object")
+        raise bad("the body must be a JSON object")
     for name, value in body.items():
         if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
@@ -111,7 +111,7 @@ def _fields(body: object, known: set[str]) -> dict:
 def _typed(body: dict, name: str, kind: type):
     value = body.get(name)
     if value is not None and not isinstance(value, kind):
-        raise bad(f"{name} has the wrong type; it is a {kind.__name__}", name, "invalid_type")
+        raise bad(f"{name} has the wrong type; it must be a {kind.__name__}", name, "invalid_type")
     return value
 
 
@@ -124,9 +124,9 @@ def _number(body: dict, name: str, least, most, kinds: tuple):
         or not isinstance(value, kinds)
         or (isinstance(value, float) and not math.isfinite(value))
     ):
-        raise bad(f"{name} is a number" + (" without fraction" if kinds == (int,) else ""), name, "invalid_type")
+        raise bad(f"{name} must be a {'whole ' if kinds == (int,) else ''}number", name, "invalid_type")
     if not least <= value <= most:
-        raise bad(f"{name} is from {least} to {most}", name)
+        raise bad(f"{name} must be from {least} to {most}", name)
     return value
 
 
@@ -134,64 +134,64 @@ def _stop(body: dict) -> tuple[str, ...]:
     stop = body.get("stop")
     strings = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(s, str) and s for s in strings):
-        raise bad("stop is a text or a list of up to 4 texts", "stop")
+        raise bad("stop must be a text or a list of up to 4 texts", "stop")
     return tuple(strings)
 
 
-def _turns(messages: object, intake: Intake) -> list[tuple[str, Document]]:
+def _turns(messages: object, limits: RequestLimits) -> list[tuple[str, Document]]:
     if not isinstance(messages, list) or not messages:
-        raise bad("messages is a list of at least one message", "messages")
-    budget, turns, room = Budget(intake), [], intake.max_text
+        raise bad("messages must be a list of at least one message", "messages")
+    budget, turns, room = Budget(limits), [], limits.max_text
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise bad(f"a message has a role of {', '.join(ROLES)}", f"{where}.role")
+            raise bad(f"the role of a message must be one of {', '.join(ROLES)}", f"{where}.role")
         role = "system" if message["role"] == "developer" else message["role"]
-        drawn = role == "assistant" and intake.draws  # what the model drew is flow tokens
-        default = "flow" if drawn else intake.images
+        drawn = role == "assistant" and limits.draws  # images that the model drew are flow tokens
+        default = "flow" if drawn else limits.images
         document = [
-            _part(part, intake, budget, default, f"{where}.content[{k}]")
+            _part(part, limits, budget, default, f"{where}.content[{k}]")
             for k, part in enumerate(_content(message, where))
         ]
         for text in texts(document):
-            intake.check_text(text, room, where)
+            limits.check_text(text, room, where)
             room -= len(text)
         turns.append((role, document))
     if turns[-1][0] == "assistant":
-        raise bad("the last message is the one to answer, so it is not the assistant's", "messages")
+        raise bad("the last message must not be the assistant's; end with the message to answer", "messages")
     return turns
 
 
 def _content(message: dict, where: str) -> list:
-    """A message's parts. What a message of ours gave as `parts` or `images` may be sent back as it came."""
+    """A message's parts. Clients may send back the `parts` or `images` of an earlier answer unchanged."""
     content = message.get("parts") or message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(parts, list):
-        raise bad("content is a text or a list of parts", f"{where}.content")
+        raise bad("content must be a text or a list of parts", f"{where}.content")
     if "parts" not in message:
         images = message.get("images") or []
         if not isinstance(images, list):
-            raise bad("images is a list of image_url parts", f"{where}.images")
+            raise bad("images must be a list of image_url parts", f"{where}.images")
         parts = parts + images
     return parts
 
 
-def _part(part: object, intake: Intake, budget: Budget, via: str, where: str) -> Text | Image:
+def _part(part: object, limits: RequestLimits, budget: Budget, via: str, where: str) -> Text | Image:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return Text(part["text"])
     if kind != "image_url" or not isinstance(part.get("image_url"), dict):
         raise bad('a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}', where)
-    if not intake.draws and not intake.vision:
+    if not limits.draws and not limits.vision:
         raise bad(f"{LATENTS}, and it has no vision tower to see yours; send text alone", where)
     via = part["image_url"].get("via", via)
-    if via == "flow" and not intake.draws:
+    if via == "flow" and not limits.draws:
         raise bad(f"{LATENTS}; leave via out, and its vision tower sees yours", f"{where}.image_url.via")
-    if via not in ("flow", "vit") or (via == "vit" and not intake.vision):
+    if via not in ("flow", "vit") or (via == "vit" and not limits.vision):
         raise bad('via is "flow", or "vit" where the model has a vision tower', f"{where}.image_url.via")
     return Image(from_url(part["image_url"].get("url"), via, budget, where), via=via)
 
 
 def check_model(body: object, name: str) -> None:
     if isinstance(body, dict) and (asked := body.get("model") or name) != name:
-        raise ApiError(404, f"there is no model {asked!r} here; this is {name!r}", "model_not_found", "model")
+        raise ApiError(404, f"this server has no model {asked!r}; its model is {name!r}", "model_not_found", "model")

@@ -1,83 +1,156 @@
-"""A sampler, its worker and uvicorn together; SIGTERM and SIGINT end them in order."""
+"""The HTTP server: a sampler, its worker thread and uvicorn. SIGTERM and SIGINT end it in order."""
 
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.app import Service, make_app
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.worker import Worker
+
+BACKLOG = 2048  # connections that the system holds until the server accepts them
 
 
 @dataclass(frozen=True)
 class Limits:
-    rows: int = 8  # answers that are written at once
+    """Options of a server."""
+
+    rows: int = 8  # answers that are written at the same time
     max_queue: int = 32  # requests that may wait
     max_tokens: int = 512  # positions of an answer, image tokens included
-    max_pixels: int = 16_000_000  # of the images of a request together
+    max_pixels: int = 16_000_000  # in all images of a request
     max_body: int = 32_000_000  # bytes of a request
-    grace: float = 20.0  # seconds that running requests have when the server is told to end
-    jacobi: int = 0  # image tokens solved for at once; 0: as calibrated, else 1
+    grace: float = 20.0  # seconds that running requests get when the server is stopped
+    jacobi: int = 0  # image tokens to solve for at once; 0: as calibrated, or else 1
     keep: int = 4  # conversations whose caches are kept
-    images: str = "flow"  # how images are seen whose `via` is not given
-    editing: bool = False  # rows have the lane for `image_guidance`
+    images: str = "flow"  # how the model sees images that set no `via`
+    editing: bool = False  # whether requests may use `image_guidance`
+
+
+def bind(host: str, port: int) -> tuple[socket.socket, ...]:
+    """Sockets bound to all addresses of `host`. They do not listen yet: clients are refused until the server runs.
+
+    port 0 takes a free one. Raises UserError where an address cannot be used.
+    """
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {host!r} is no address of this machine ({_reason(error)})") from None
+    bound: list[socket.socket] = []
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        listener = socket.socket(family, kind, protocol)
+        bound.append(listener)
+        listener.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # or a restart waits until old connections expire
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            listener.bind((address[0], port or bound[0].getsockname()[1], *address[2:]))
+        except OSError as error:
+            for one in bound:
+                one.close()
+            raise _taken(host, port, error) from None
+    return tuple(bound)
+
+
+def _taken(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"cannot listen on {host} port {port} ({_reason(error)}); set another --port or --host")
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 class Server(uvicorn.Server):
-    """`run()` serves until it is told to end: running requests finish within the grace time, the others get 503. It ends
-    itself where the device has failed for good, `worker.lost`. `ready` is called with the address once it listens."""
+    """`run` serves until the process is told to end: running requests may finish within the grace time, others get 503.
+
+    It also ends when the device has failed and did not recover (`worker.lost`). `listeners`: sockets from `bind`. `host`:
+    the name that the user gave for their address. `ready` is called with the address once the server accepts requests.
+    """
 
     def __init__(
-        self, sampler: Sampler, name: str, limits: Limits, host: str, port: int, key: str | None = None,
+        self,
+        sampler: Sampler,
+        name: str,
+        limits: Limits,
+        host: str,
+        listeners: tuple[socket.socket, ...],
+        key: str | None = None,
         ready: Callable[[str], None] = lambda address: None,
-    ):  # fmt: skip
-        self.limits, self.ready = limits, ready
+    ):
+        self.limits, self.listeners, self.ready = limits, listeners, ready
         if limits.images == "vit" and sampler.model.cfg.vlm.vision is None:
             raise UserError("--images vit needs a vision tower, which this model does not have")
-        intake = Intake.of(
-            sampler, max_pixels=limits.max_pixels, max_choices=limits.rows, images=limits.images, editing=limits.editing
+        request_limits = RequestLimits.of(
+            sampler,
+            max_pixels=limits.max_pixels,
+            max_choices=limits.rows,
+            images=limits.images,
+            editing=limits.editing,
         )
-        if limits.editing and not intake.draws:
+        if limits.editing and not request_limits.draws:
             raise UserError("--editing needs a model that draws pixels; the images of this one are latents")
         self.worker = Worker(
-            sampler, limits.rows, limits.max_tokens, limits.max_queue, jacobi=limits.jacobi, keep=limits.keep,
-            editing=limits.editing, draws=intake.draws,
-        )  # fmt: skip
-        app = make_app(Service(self.worker, name, intake, key, limits.max_body, host))
-        config = uvicorn.Config(
-            app, host, port, log_level="warning", server_header=False, lifespan="off", ws="none",
-            timeout_graceful_shutdown=int(limits.grace) + 5,
-        )  # fmt: skip
-        super().__init__(config)
+            sampler,
+            limits.rows,
+            limits.max_tokens,
+            limits.max_queue,
+            jacobi=limits.jacobi,
+            keep=limits.keep,
+            editing=limits.editing,
+            draws=request_limits.draws,
+        )
+        app = make_app(Service(self.worker, name, request_limits, key, limits.max_body, host))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host,
+                log_level="warning",
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=int(limits.grace) + 5,
+            )
+        )
 
-    def handle_exit(self, sig, frame) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.worker.close(self.limits.grace)
         super().handle_exit(sig, frame)
 
-    async def startup(self, sockets=None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            host, port = self.config.host, self.servers[0].sockets[0].getsockname()[1]
+            host, port = self.config.host, self.listeners[0].getsockname()[1]
             self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
-        """Ends the server when the worker has ended, too."""
+        """Whether the server ends: it also does when the worker has ended."""
         return await super().on_tick(counter) or not self.worker.is_alive()
 
-    def run(self, sockets=None) -> None:
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve. Raises UserError where another server has begun to listen on the address since `bind`."""
+        for listener in self.listeners:
+            try:
+                listener.listen(BACKLOG)
+            except OSError as error:
+                raise _taken(self.config.host, listener.getsockname()[1], error) from None
         self.worker.start()
         try:
-            super().run(sockets)
+            super().run(list(self.listeners))
         finally:
             self.worker.close(0)
             self.worker.join()
 
 
 def end_quietly() -> None:
-    """uvicorn raises the signal that ended it once more; here that is the end of a normal run. Main thread only."""
+    """Ignore the signal that uvicorn raises again after it has ended in order. Call it in the main thread."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

@@ -1,4 +1,6 @@
-"""Continuous batching: one thread owns the device; requests come into rows of one batch that goes on in small chunks."""
+"""Continuous batching: one thread owns the device and writes the answers of all requests as rows of one batch.
+
+The batch runs in chunks of a few positions. Between two chunks, new requests enter free rows and finished ones leave."""
 
 import logging
 import threading
@@ -25,30 +27,32 @@ from starflow2_jax.serving.jobs import Fault, Job, Started, Task
 from starflow2_jax.serving.prompts import Turns, identity, pieces, prompt
 from starflow2_jax.serving.requests import ChatRequest
 
-# Every row has the guidance branch, so that one program serves all requests: without guidance its weight is 0.
+# Every row has the guidance branch, so that one program serves all requests. A request without guidance has weight 0.
 WIDEST = SampleOptions(guidance=1.0, max_tokens=1)
-PIECE = 256  # positions of a prompt that are read before the running rows go on
+PIECE = 256  # positions of a prompt to read between two chunks of the running rows
 log = logging.getLogger(__name__)
 _put = jax.jit(row.put, donate_argnums=0)
 
 
 @dataclass(eq=False)
 class Writing:
-    """A choice of a job in its row."""
+    """One choice of a job, while a row writes it."""
 
     job: Job
     options: SampleOptions
     answer: Answer
-    turns: Turns  # of the conversation that it answers
+    turns: Turns  # the conversation that it answers
     heard: list[Event] = field(default_factory=list)
 
 
 class Worker(threading.Thread):
-    """`rows` requests at once, the others wait, `max_queue` at most; a row holds `positions`, of which `max_tokens` written.
+    """The thread that owns the device.
 
-    The rows of the last `keep` answers are kept: a request that continues such a conversation reads only what is new.
-    `editing`: rows have the guidance branch that leaves out the text alone, too. Without `draws` they have no guidance, for
-    there are no images to guide.
+    `rows`: number of answers to write at the same time. `max_queue`: number of requests that may wait. `max_tokens`: longest
+    answer in positions. `chunk`: positions to write between two looks at the queue. `jacobi`: image tokens to solve for at
+    once. `keep`: number of conversations whose caches are kept, so that a request that continues one reads only its new
+    part. `editing`: rows also have the guidance branch that leaves out the text alone. `draws`: whether the model writes
+    images; without them rows have no guidance.
     """
 
     def __init__(
@@ -70,30 +74,32 @@ class Worker(threading.Thread):
         self.draws = draws
         guidance, image_guidance = float(draws), 1.0 if editing else None
         self.widest = replace(WIDEST, jacobi=jacobi, guidance=guidance, image_guidance=image_guidance)
-        self.fresh = self._session(1)  # nothing said yet
-        # A step writes up to `jacobi` positions behind the last one, a piece of a prompt fills up to BUCKET.
+        self.fresh = self._session(1)  # an empty conversation
+        # A step writes up to `jacobi` positions after the last one; a piece of a prompt is padded to a multiple of BUCKET.
         beyond = max(self.fresh.program.jacobi, BUCKET - 1)
         self.capacity, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
-        self.entering: tuple[Job | Task, Iterator[None]] | None = None  # what is being read, or solved piece by piece
+        self.entering: tuple[Job | Task, Iterator[None]] | None = (
+            None  # the work whose prompt is being read, or that runs piece by piece
+        )
         self.conversations = Conversations(sampler, self.widest, keep)
         self.news = threading.Condition()
-        self.closing: float | None = None  # when the running requests are given up
-        self.lost = False  # whether the device has failed for good
+        self.closing: float | None = None  # the time at which running requests are given up
+        self.lost = False  # whether the device failed and did not recover
         self.batch = self._empty()
         self.writing: list[Writing | None] = [None] * rows
 
     def job(self, request: ChatRequest, tell: Callable[[Started | Event | Fault], None]) -> Job:
-        """The request with its prompt encoded; this needs no device. Raises ApiError and DocumentError."""
+        """The request with its encoded prompt. Needs no device. Raises ApiError and DocumentError."""
         lanes = self.fresh.encode(prompt(self.sampler, request.turns))
         length = len(lanes[0]["tokens"])
         if not length and not request.options.image_first:
-            raise DocumentError("a prompt is empty; give some text or an image")
+            raise DocumentError("the prompt is empty; give some text or an image")
         self._left(length)
         return Job(request, identity(request.turns), lanes, tell)
 
     def _left(self, length: int) -> int:
-        """Positions that may be written behind a prompt."""
+        """Number of positions that may be written after a prompt. Raises ApiError if there is none."""
         if length >= self.positions:
             raise ApiError(
                 400, f"a prompt of {length} positions leaves none of the {self.positions} of a row for an answer; shorten "
@@ -102,7 +108,7 @@ class Worker(threading.Thread):
         return min(self.max_tokens, self.positions - length)
 
     def warm(self) -> None:
-        """Before the thread starts: compile what every request needs, by answering one, with an image where it draws."""
+        """Compile the programs that every request needs, by answering one. Call it before the thread starts."""
         options = SampleOptions(image_first=self.draws, max_images=int(self.draws))
         most = min(self.max_tokens, self.sampler.model.cfg.tokens + 2) if self.draws else 1
         request = ChatRequest([("user", [Text("image")])], options, most, [0], stream=False, include_usage=False)
@@ -111,22 +117,24 @@ class Worker(threading.Thread):
             self._turn()
         self.conversations.forget()
         if self.draws:
-            for count in {power(n + 1) for n in range(self.size)}:  # images that may be whole at once
+            for count in {
+                power(n + 1) for n in range(self.size)
+            }:  # numbers of images that may be complete at the same time
                 cfg = self.sampler.model.cfg
                 self.sampler.decode(np.zeros((count, cfg.tokens, cfg.channels)), self.widest.calibrated)
 
     def submit(self, work: Job | Task) -> None:
-        """Raises ApiError 429 where too many wait, 503 where the server is closing."""
+        """Queue work. Raises ApiError: 429 if too many requests wait, 503 if the server is closing."""
         with self.news:
             if self.closing is not None:
                 raise _closing()
             if len(self.waiting) >= self.max_queue:
-                raise ApiError(429, f"{self.max_queue} requests are waiting already; try again later", "queue_full")
+                raise ApiError(429, f"{self.max_queue} requests are already waiting; try again later", "queue_full")
             self.waiting.append(work)
             self.news.notify()
 
     def cancel(self, work: Job | Task) -> None:
-        """It leaves the queue at once, or its row before the next chunk."""
+        """Remove work from the queue at once, or from its row before the next chunk."""
         with self.news:
             work.cancel()
             if work in self.waiting:
@@ -134,7 +142,7 @@ class Worker(threading.Thread):
             self.news.notify()
 
     def close(self, seconds: float) -> None:
-        """Take nothing more; what waits gets 503 now, what runs gets it after `seconds`. The thread then ends."""
+        """Accept no more work. Waiting requests get 503 now, running ones after `seconds`; then the thread ends."""
         with self.news:
             self.closing = time.monotonic() + seconds
             self.news.notify()
@@ -149,21 +157,23 @@ class Worker(threading.Thread):
                 try:
                     self._turn()
                 except Exception:
-                    log.exception("a step of the batch failed; its requests are given up")
-                    self._give_up(ApiError(500, "the model failed while this was written; try again", "model_failed"))
+                    log.exception("a step of the batch failed; its requests get an error")
+                    self._give_up(
+                        ApiError(500, "the model failed while it wrote this answer; try again", "model_failed")
+                    )
                     self.batch = self._empty()
         except Exception:
-            log.exception("the device has failed for good")
+            log.exception("the device failed and did not recover")
             self.lost = True
         finally:
-            self.close(0)  # whatever ended the thread, nobody waits for it in vain
+            self.close(0)  # no request waits for a thread that has ended
             self._refuse_waiting()
             if self.entering:
                 self.entering[0].fail(_closing())
             self._give_up(_closing())
 
     def _wait(self) -> bool:
-        """Until there is something to do; False: the end."""
+        """Wait until there is work. Returns False when the thread must end."""
         with self.news:
             while not self.waiting and not self._busy and self.closing is None:
                 self.news.wait()
@@ -183,7 +193,7 @@ class Worker(threading.Thread):
             self._report()
 
     def _advance(self) -> None:
-        """Go on with what enters, by one piece."""
+        """Do one piece of the work that enters."""
         if self.entering is None and not self._next():
             return
         work, coming = self.entering
@@ -194,10 +204,10 @@ class Worker(threading.Thread):
             self.entering = None
             work.fail(told(error))
             if any(x.is_deleted() for x in jax.tree.leaves(self.batch)):
-                raise  # it took the batch with it
+                raise  # the batch's buffers were donated and are lost
 
     def _next(self) -> bool:
-        """Let the first that waits enter, if there is room for it."""
+        """Take the first work from the queue, if there is room for it. Returns whether there was any."""
         with self.news:
             if not self.waiting or (isinstance(self.waiting[0], Job) and None not in self.writing):
                 return False
@@ -206,7 +216,7 @@ class Worker(threading.Thread):
         return True
 
     def _enter(self, job: Job) -> Iterator[None]:
-        """Read its prompt piece by piece, then give each choice a row as rows become free."""
+        """Read the job's prompt piece by piece, then give each choice a row as rows become free."""
         turns, rows, lanes = self._beginning(job)
         cached = int(rows.caches.length[0])
         length = cached + len(lanes[0]["tokens"])
@@ -232,14 +242,14 @@ class Worker(threading.Thread):
             self.writing[index] = Writing(job, options, answer, turns)
 
     def _beginning(self, job: Job) -> tuple[Turns, Rows, list[dict]]:
-        """The conversation, a row that holds what has been read of it, and the features to be read."""
+        """The conversation, a row that holds the part already read, and the features of the rest, for each lane."""
         if found := self.conversations.go_on(job.request.turns, job.identity):
             turns, rows, lanes = found
             return turns, self._with_room(rows), lanes
         return job.request.turns, self._with_room(self._session(1).rows), job.lanes
 
     def _read(self, rows: Rows, lane: int, piece: dict[str, np.ndarray], used: int) -> Rows:
-        """Read a piece of a prompt into a lane that has read `used` positions."""
+        """Read a piece of a prompt into a lane that already holds `used` positions."""
         length, patches = len(piece["tokens"]), len(piece.get("patches", ()))
         room = bucket(length) if used + bucket(length) <= self.capacity else _rounded(length)
         shape = Shape(1, room, power(len(piece["latents"])), bucket(patches) if patches else 0)
@@ -268,9 +278,11 @@ class Worker(threading.Thread):
     def _heard(self, index: int, event: Event) -> None:
         writing = self.writing[index]
         if isinstance(event, Picture) and not np.isfinite(event.pixels).all():
-            raise ApiError(500, "the model wrote an image that is no image; try another seed", "model_failed")
+            raise ApiError(
+                500, "the model wrote an image with values that are not finite; try another seed", "model_failed"
+            )
         writing.heard.append(event)
-        if isinstance(event, End) and not writing.answer.cut:  # what a stop string cut off has been read, too
+        if isinstance(event, End) and not writing.answer.cut:  # text that a stop string cut off is still in the caches
             self.conversations.keep([*writing.turns, ("assistant", as_document(writing.heard))], self.batch, index)
 
     def _free(self, indices: list[int]) -> None:
@@ -287,7 +299,7 @@ class Worker(threading.Thread):
             work.fail(_closing())
 
     def _give_up(self, error: ApiError) -> None:
-        """Whoever has a row."""
+        """Send an error to every request that has a row, and free the rows."""
         for job in {w.job for w in self.writing if w}:
             job.fail(error)
         self.writing = [None] * self.size
@@ -311,7 +323,7 @@ class Worker(threading.Thread):
 
 
 def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOptions:
-    """The same guidance in rows that have both branches: without `image_guidance` all of it compares with nothing."""
+    """The options for rows with these branches. With both, plain guidance is taken against the unconditional branch."""
     if len(branches) < 2 or options.image_guidance is not None:
         return options
     return replace(options, guidance=0.0, image_guidance=options.guidance)

@@ -12,7 +12,6 @@ interruption, and a file to which points were added runs only those.
 """
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -29,6 +28,7 @@ import numpy as np
 
 from starflow2_jax.config import loading as configs
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.extensions import import_file
 
 AVERAGED = 3  # logged values at the end of a stage that are averaged: single batches are noisy
 
@@ -138,9 +138,7 @@ def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str
     path, folder = configs.shipped(path, configs.EXPERIMENTS / "sweeps"), Path(folder)
     if not path.is_file():
         raise ConfigError(f"there is no sweep file {path}")
-    spec = importlib.util.spec_from_file_location("sweep", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = import_file(path, "sweep", ConfigError)
     if missing := [name for name in ("CONFIG", "METRIC", "points") if not hasattr(module, name)]:
         raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps/points.py for what a sweep file holds")
     beside = path.parent / module.CONFIG

@@ -173,3 +173,58 @@ def test_terminal(tmp_path, monkeypatch, capsys):
     converse(Chat(sampler(), SampleOptions(max_tokens=N + 2, image_first=True), seed=1), tmp_path / "out")
     assert f"[{tmp_path / 'out' / '001.png'}]" in capsys.readouterr().out  # another conversation's images stay
     assert (tmp_path / "out" / "000.png").read_bytes() == before
+
+
+STRINGS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PRINTS = STRINGS.replace("m.role + '\\n' + m.content +", "m.role ~ '\\n' ~ m.content ~")
+BOTH = TEMPLATE.replace(
+    "{% for c in m.content %}", "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+).replace("{% endif %}{% endfor %}<|im_end|>", "{% endif %}{% endfor %}{% endif %}<|im_end|>")
+TEXT_ONLY = "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{{ c.text }}{% endfor %}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, STRINGS, PRINTS, BOTH])
+def test_a_template_gets_the_content_that_it_was_written_for(template):
+    """Templates for strings, which fail on lists or print them as Python does, and templates for lists."""
+    tokenizer = sampler(template).tokenizer
+    image = Image(tiny.pixels(1))
+    said = [("system", [Text("be brief")]), ("user", [Text("mirror "), image, Text("'it'")])]
+    document = tokenizers.chat(tokenizer, said)
+    text, images = tokenizers.flat(document)
+    assert images == [image]
+    assert text == (
+        f"<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nmirror {tokenizers.IMAGE_MARK}'it'<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    [alone] = tokenizers.chat(tokenizer, [("user", [Text("hello")])])
+    assert alone.text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_for_lists_of_text_alone():
+    tokenizer = sampler(TEXT_ONLY).tokenizer
+    assert tokenizers.chat(tokenizer, [("user", [Text("hello")])]) == [Text("user: hello")]
+    with pytest.raises(DocumentError, match="must place each image once"):
+        tokenizers.chat(tokenizer, [("user", [Image(tiny.pixels(1)), Text("hello")])])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no\nsystem message') }}",
+        "{% for m in messages %}{{ m.content.text.more }}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+        "{% for",
+        "{{ messages[99].content }}",
+        "{% include 'other' %}",
+        {"tool_use": "{{ 1 }}"},
+    ],
+)
+def test_any_error_of_a_template_is_one_sentence(template):
+    tokenizer = sampler(template).tokenizer
+    with pytest.raises(DocumentError, match="chat template refuses this conversation") as caught:
+        tokenizers.chat(tokenizer, [("user", [Text("hello")])])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

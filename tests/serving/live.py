@@ -19,7 +19,7 @@ from starflow2_jax.data.documents import Text
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.jobs import Task
-from starflow2_jax.serving.server import Limits, Server
+from starflow2_jax.serving.server import Limits, Server, bind
 
 LIMITS = Limits(rows=3, max_queue=6, max_tokens=200, max_pixels=10_000, max_body=200_000, grace=30.0)
 KEY = "open-sesame"
@@ -36,7 +36,7 @@ def served(
     sampler: Sampler, limits: Limits = LIMITS, key: str | None = None, warm: bool = False
 ) -> Iterator[tuple[Server, str]]:
     """The server and its address."""
-    server = Server(sampler, "tiny", limits, "127.0.0.1", 0, key)
+    server = Server(sampler, "tiny", limits, "127.0.0.1", bind("127.0.0.1", 0), key)
     if warm:
         server.worker.warm()
     thread = threading.Thread(target=server.run)

@@ -16,7 +16,7 @@ from starflow2_jax.data.documents import Image, Text, as_pillow, from_pillow
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.requests import chat_request
 from starflow2_jax.serving.server import Server
 
@@ -179,10 +179,10 @@ def test_a_model_of_latents_draws_nothing(latents):
             ask(client, [{"role": "user", "content": content}], **wanted)
     answer = httpx.post(f"{address}/v1/rank", json={"image": scan, "captions": ["an eight"]}, trust_env=False)
     assert answer.status_code == 400 and "it ranks no captions" in answer.json()["error"]["message"]
-    intake = Intake.of(server.worker.sampler, max_pixels=10, max_choices=1)
+    request_limits = RequestLimits.of(server.worker.sampler, max_pixels=10, max_choices=1)
     for given in (None, 3):
         body = {"messages": [{"role": "user", "content": "!"}], "max_images": given}
-        assert chat_request(body, intake).options.max_images == 0
+        assert chat_request(body, request_limits).options.max_images == 0
     told = {"role": "assistant", "content": [image_part(scan)]}  # somebody else's answer
     assert ask(client, [told, {"role": "user", "content": "!"}], max_tokens=1).usage
     with pytest.raises(UserError, match="--editing needs a model that draws"):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from live import ask, openai_client, wait_until
 from tiny_experiment import tiny_config
 
 from starflow2_jax import cli
+from starflow2_jax.commands import serve
+from starflow2_jax.serving.server import bind
 from starflow2_jax.training.loop import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -68,9 +71,39 @@ def test_sigterm_ends_it_in_order(checkpoint, options, finished):
 
 @pytest.mark.parametrize(
     "options, message",
-    [(["--rows", "0"], "--rows is at least 1"), (["--keep", "-1"], "--keep is at least 0"), (["--port", "70000"], "--port from 0"),
-     (["--api-key", "sésame"], "visible ASCII"), (["--api-key", ""], "visible ASCII")],
-)  # fmt: skip
+    [
+        (["--rows", "0"], "--rows: takes a whole number from 1 to"),
+        (["--keep", "-1"], "--keep: takes a whole number of at least 0, not '-1'"),
+        (["--port", "70000"], "--port: takes a whole number from 0 to 65535"),
+        (["--api-key", "sésame"], "visible ASCII"),
+        (["--api-key", ""], "visible ASCII"),
+        (["--host", "no such host"], "--host 'no such host' is no address"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
+    ],
+)
 def test_options_that_cannot_be(checkpoint, options, message, capsys):
     assert cli.main(["serve", "--checkpoint", str(checkpoint), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_noticed_before_the_model_is_loaded(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "restore", lambda *a, **k: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert cli.main(["serve", "--checkpoint", str(checkpoint), "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1 port {port} (address already in use)" in error and error.count("\n") == 1
+
+
+def test_clients_are_refused_until_the_server_runs():
+    [first] = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_a_name_with_several_addresses_gets_one_port():
+    found = bind("localhost", 0)
+    assert len({listener.getsockname()[1] for listener in found}) == 1
+    for listener in found:
+        listener.close()

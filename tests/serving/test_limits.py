@@ -20,7 +20,7 @@ from starflow2_jax.serving import ranking
 from starflow2_jax.serving import worker as worker_module
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.images import Budget
-from starflow2_jax.serving.request_limits import Intake
+from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.requests import chat_request
 
 NEVER = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
@@ -99,14 +99,14 @@ def closed(address: str) -> bool:
 def test_a_listener_whose_loop_is_closed_is_no_fault(client, running):
     worker = running[0].worker
     body = {"messages": NEVER, "max_tokens": 4}
-    intake = Intake.of(worker.sampler, max_pixels=10, max_choices=1)
+    request_limits = RequestLimits.of(worker.sampler, max_pixels=10, max_choices=1)
     told = []
 
     def tell(event):
         told.append(event)
         raise RuntimeError("Event loop is closed")
 
-    job = worker.job(chat_request(body, intake), tell)
+    job = worker.job(chat_request(body, request_limits), tell)
     worker.submit(job)
     wait_until(lambda: job.cancelled and not worker.running and not worker.entering)
     assert len(told) == 1 and ask(client, max_tokens=2).choices
@@ -124,16 +124,16 @@ def test_pixels_are_counted_as_the_model_has_them(client):
 
 
 def test_pixels_of_small_files_against_the_limit(sampler):
-    intake = Intake.of(sampler, max_pixels=3 * 24, max_choices=1)
-    budget = Budget(intake)
+    request_limits = RequestLimits.of(sampler, max_pixels=3 * 24, max_choices=1)
+    budget = Budget(request_limits)
     for _ in range(3):
         budget.take((1, 1), "flow", "where")
     with pytest.raises(ApiError, match="72 pixels together"):
         budget.take((1, 1), "flow", "where")
     with pytest.raises(ApiError, match="72 pixels together"):  # the vision tower sees a dot as a square of its own
-        [Budget(intake).take((1, 1), "vit", "where"), Budget(intake).take((8, 10), "vit", "where")]
+        [Budget(request_limits).take((1, 1), "vit", "where"), Budget(request_limits).take((8, 10), "vit", "where")]
     with pytest.raises(ApiError, match="200 times as long"):
-        Budget(intake).take((1, 300), "vit", "where")
+        Budget(request_limits).take((1, 300), "vit", "where")
 
 
 def test_bodies_are_read_for_as_many_as_may_be_here(sampler):

@@ -1,0 +1,215 @@
+"""What the value of each option may be. Values are checked while the command line is parsed, before anything is loaded.
+
+Every option that takes a value has one of these kinds as its `type`, or has `choices`. tests/test_arguments.py makes its
+cases from them.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from starflow2_jax.errors import LONGEST, UserError, shown
+
+MOST = 10**9  # largest count of anything
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UserError, one sentence, where argparse prints its usage and exits."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.removeprefix("argument ").split())
+        raise UserError(f"{message}; `{self.prog} --help` lists the options")
+
+
+@dataclass(frozen=True)
+class Words:
+    """Any text that UTF-8 can hold."""
+
+    def __call__(self, text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise argparse.ArgumentTypeError("the text is not valid UTF-8; check the terminal's encoding") from None
+        return text
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from `least` to `most`."""
+
+    least: int
+    most: int = MOST
+
+    def __call__(self, text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not self.least <= number <= self.most:
+            raise argparse.ArgumentTypeError(f"takes a whole number {_range(self)}, not {shown(text)}")
+        return number
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from `least` to `most`."""
+
+    least: float
+    most: float = MOST
+
+    def __call__(self, text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not self.least <= number <= self.most:  # NaN is in no range
+            raise argparse.ArgumentTypeError(f"takes a number {_range(self)}, not {shown(text)}")
+        return number
+
+
+@dataclass(frozen=True)
+class WholeNumbers:
+    """Whole numbers of at least 1, with commas between them."""
+
+    def __call__(self, text: str) -> list[int]:
+        try:
+            return [Whole(1)(number) for number in text.split(",")]
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(f"takes whole numbers such as 1,2,4, not {shown(text)}") from None
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that can be read and is not empty."""
+
+    def __call__(self, text: str) -> str:
+        path = _there(text)
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file")
+        try:
+            with path.open("rb") as file:
+                if not file.read(1):
+                    raise argparse.ArgumentTypeError(f"the file {shown(text)} is empty")
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"the file {shown(text)} cannot be read ({error.strerror})") from None
+        return text
+
+
+@dataclass(frozen=True)
+class InputFolder:
+    """A folder whose entries can be listed. `what`: the word for it in messages."""
+
+    what: str = "folder"
+
+    def __call__(self, text: str) -> str:
+        path = _there(text, self.what)
+        if not path.is_dir():
+            raise argparse.ArgumentTypeError(f"{shown(text)} is a file; name a {self.what}")
+        try:
+            empty = not os.listdir(path)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(
+                f"the {self.what} {shown(text)} cannot be read ({error.strerror})"
+            ) from None
+        if empty:
+            raise argparse.ArgumentTypeError(f"the {self.what} {shown(text)} is empty")
+        return text
+
+
+@dataclass(frozen=True)
+class InputPath:
+    """A file or a folder that can be read and is not empty."""
+
+    def __call__(self, text: str) -> str:
+        return InputFolder()(text) if _there(text).is_dir() else InputFile()(text)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A Python file, or the name of one in this package. `config.loading` and `sweeps.points` find and check it."""
+
+    def __call__(self, text: str) -> str:
+        return text
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that can be written. Folders above it need not exist yet."""
+
+    def __call__(self, text: str) -> str:
+        if _exists(text) and Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file")
+        _try_to_write(text, Path(text).parent)
+        return text
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that can be written to, or made."""
+
+    def __call__(self, text: str) -> str:
+        if _exists(text) and not Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"{text[:LONGEST]}: File exists; name a folder")
+        _try_to_write(text, Path(text))
+        return text
+
+
+OUTPUTS = (OutputFile, OutputFolder)
+KINDS = (Words, Whole, Number, WholeNumbers, InputFile, InputFolder, InputPath, Shipped, *OUTPUTS)
+
+
+def require_writable(option: str, folder: str) -> None:
+    """Raises UserError where nothing can be written into a folder that an option names for another purpose."""
+    try:
+        OutputFolder()(folder)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The files and folders that the command line names to be written."""
+    actions = [action for action in parser._actions if isinstance(action.type, OUTPUTS)]
+    return [value for action in actions if (value := getattr(args, action.dest, None))]
+
+
+def _range(kind: Whole | Number) -> str:
+    return f"of at least {kind.least}" if kind.most == MOST else f"from {kind.least} to {kind.most}"
+
+
+def _exists(text: str) -> bool:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return _asked(text, Path(text).exists)
+
+
+def _there(text: str, what: str = "file or folder") -> Path:
+    if not _exists(text):
+        raise argparse.ArgumentTypeError(f"there is no {what} {shown(text)}")
+    return Path(text)
+
+
+def _asked(text: str, question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except (OSError, ValueError) as error:  # too long, not to be reached, or with a NUL character
+        reason = getattr(error, "strerror", None) or str(error)
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no path that can be used ({reason})") from None
+
+
+def _try_to_write(text: str, folder: Path) -> None:
+    """Write a nameless file into the nearest folder that exists."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:LONGEST]}: {error.strerror}; name another path") from None

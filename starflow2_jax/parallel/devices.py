@@ -1,0 +1,70 @@
+"""Starting JAX's devices, and one sentence where they do not start."""
+
+import os
+import re
+from pathlib import Path
+
+import jax
+
+from starflow2_jax.errors import UserError
+
+# JAX's name of a platform -> what users call its devices, and the extra of this package that supports it.
+EXTRAS = {"cuda": ("GPU", "cuda"), "gpu": ("GPU", "cuda"), "tpu": ("TPU", "tpu")}
+DEVICE_FILES = {"GPU": re.compile(r"/dev/nvidia\d+"), "TPU": re.compile(r"/dev/(accel|vfio/)\d+")}
+IN_USE = re.compile(r"already in use|is in use|resource busy|lockfile|CUDA_ERROR_DEVICE_UNAVAILABLE", re.IGNORECASE)
+
+
+def start() -> list[jax.Device]:
+    """All devices of all processes. Raises UserError where JAX cannot start them."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(explanation(str(error), jax.config.jax_platforms or "")) from None
+
+
+def explanation(error: str, platforms: str) -> str:
+    """One sentence for JAX's error. `platforms`: the value of $JAX_PLATFORMS."""
+    reason = " ".join(re.sub(r"\((set|you may need).*?\)$", "", error.strip(), flags=re.DOTALL).split())[:300]
+    named = next((name for name in platforms.split(",") if name in EXTRAS), None)
+    if IN_USE.search(error):
+        device = EXTRAS[named][0] if named else "GPU" if "CUDA" in error else "TPU"
+        pid = re.search(r"\bpid:? *(\d+)", error)
+        others = [f"{pid[1]} ({_program(int(pid[1]))})"] if pid else holders(device)
+        whose = f"process {', '.join(others)}" if others else "another process"
+        return (
+            f"the {device} is in use by {whose}; end that process, or set JAX_PLATFORMS=cpu to run without the {device}"
+        )
+    if named:
+        device, extra = EXTRAS[named]
+        cause = f" ({reason})" if reason else ""
+        return (
+            f"JAX_PLATFORMS={platforms} asks for a {device}, but JAX finds none{cause}; check that this machine has one, install "
+            f"its support with pip install 'starflow2_jax[{extra}]', or unset JAX_PLATFORMS"
+        )
+    if platforms:
+        return f"JAX_PLATFORMS={platforms} does not work on this machine ({reason}); set it to cpu, cuda or tpu, or unset it"
+    return f"JAX cannot start the devices of this machine ({reason}); set JAX_PLATFORMS=cpu to run without them"
+
+
+def holders(device: str) -> list[str]:
+    """Other processes that have the machine's GPUs or TPUs open, as "1234 (python)". Only those that /proc shows are known."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
+        if pid != os.getpid() and _opens(folder / "fd", DEVICE_FILES[device]):
+            found.append(f"{pid} ({_program(pid)})")
+    return found
+
+
+def _opens(folder: Path, wanted: re.Pattern) -> bool:
+    try:
+        return any(wanted.fullmatch(os.readlink(link)) for link in folder.iterdir())
+    except OSError:  # another user's process, or one that has just ended
+        return False
+
+
+def _program(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "name unknown"
