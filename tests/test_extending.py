@@ -54,7 +54,7 @@ def test_they_train(trained):
     lines = [json.loads(line) for line in (trained / "metrics/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["stage"] == "deep_alone" and np.isfinite(lines[-1]["image_loss"])
     import_file(OUTSIDE)
-    assert CheckpointDirectory(trained).meta(4)["stage"] == "deep_alone"
+    assert CheckpointDirectory(trained).steps.meta(4)["stage"] == "deep_alone"
     source = SOURCES["squares"]("squares", 1, SOURCES["squares"].Options(side=3))
     codec = CheckpointDirectory(trained).codec()
     assert codec.kind == "pca" and (codec.grid, codec.channels) == ((2, 2), 6)

@@ -20,6 +20,7 @@ from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.sources import SOURCES
 from starflow2_jax.evaluation.protocol import Benchmark, Task
 from starflow2_jax.evaluation.table import BENCHMARKS
+from starflow2_jax.fields import option
 from starflow2_jax.models.patches import patchify, unpatchify
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.stages import STAGES, Stage
@@ -27,9 +28,9 @@ from starflow2_jax.stages import STAGES, Stage
 
 @dataclass(frozen=True)
 class PcaOptions:
-    patch: int = 4
-    channels: int = 6  # principal components that are kept of a patch
-    image_channels: int = 1
+    patch: int = option("side of a patch, in pixels", 4, least=1)
+    channels: int = option("principal components that are kept of a patch", 6, least=1)
+    image_channels: int = option("channels of an image: 1 gray, 3 red, green and blue", 1, least=1, most=3)
 
     def image_shape(self, grid):
         return grid[0] * self.patch, grid[1] * self.patch, self.image_channels
@@ -87,7 +88,7 @@ def _decode(weights, patch, channels, latents):
 
 @dataclass(frozen=True)
 class SquaresOptions:
-    side: int = 4  # of the largest square, in pixels
+    side: int = option("side of the largest square, in pixels", 4, least=1, most=8)
 
 
 class Squares(Source):
