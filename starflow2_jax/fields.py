@@ -22,7 +22,14 @@ class Variant:
     """A group whose class depends on one of its own keys, such as the codec's options on `kind`."""
 
     selector: str  # that key
-    choose: Callable[[str | None], type]  # its value (None: not given) -> the dataclass; raises ConfigError
+    choose: Callable[[str | None], type]  # its value (None: not given) -> the dataclass; raises UserError
+    all: Callable[[], Collection[type]]  # the dataclasses of all its values
+
+    def own(self, values: Mapping) -> dict:
+        """`values` without the keys that only another variant has: they are left over when the selector changes."""
+        chosen = {field.name for field in dataclasses.fields(self.choose(values.get(self.selector)))}
+        others = {field.name for each in self.all() for field in dataclasses.fields(each)} - chosen
+        return {name: value for name, value in values.items() if name not in others}
 
 
 def option(
@@ -125,7 +132,8 @@ def _built(path: str, hint, field: dataclasses.Field, value):
         return None
     group, table = _group(hint, field, value), _table(hint)
     if group:
-        return build(group, value, path)
+        variant = field.metadata.get("variant")
+        return build(group, variant.own(value) if variant and isinstance(value, Mapping) else value, path)
     named = table and isinstance(value, Mapping)
     value = value if named else _fitted(value, hint)
     if not named and not _fits(value, hint):
@@ -383,7 +391,10 @@ def _group(hint, field: dataclasses.Field, value) -> type | None:
         chosen = value.get(variant.selector) if isinstance(value, Mapping) else None
         if not isinstance(chosen, str | None):
             raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {_short(chosen)}")
-        return variant.choose(chosen)
+        try:
+            return variant.choose(chosen)
+        except UserError as error:
+            raise ConfigError(str(error)) from None
     return _plain(hint) if dataclasses.is_dataclass(_plain(hint)) else None
 
 

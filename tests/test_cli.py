@@ -17,7 +17,8 @@ from starflow2_jax.commands import sampling, training
 from starflow2_jax.config import loading as configs
 from starflow2_jax.evaluation import digits, engine
 from starflow2_jax.evaluation.protocol import Page
-from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi
+from starflow2_jax.models.jacobi import Jacobi
+from starflow2_jax.sampling import inversion
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.preemption import RESTART, Preempted
@@ -111,10 +112,11 @@ def test_samples_of_two_runs_are_not_mixed(checkpoint, tmp_path, monkeypatch, ca
         ([], "solvers"),
     ):  # fmt: skip
         if named == "solvers":  # calibrated in between
-            monkeypatch.setattr(Sampler, "deep", Jacobi(4))
+            monkeypatch.setattr(inversion, "read", lambda *_: inversion.Inversion(deep=Jacobi(4)))
         assert cli.main([*command, *change]) == 2
         assert "another run" in (said := capsys.readouterr().err) and named in said
-    monkeypatch.setattr(Sampler, "deep", SEQUENTIAL)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     assert cli.main([*options, "--prompt", "draw"]) == 2
     assert cli.main(command) == 0 and (tmp_path / "out/samples.jsonl").read_text() == before
     usual = [word for word in command if word not in ("--max-tokens", "2")]

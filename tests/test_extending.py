@@ -90,7 +90,7 @@ def test_a_codec_that_is_no_bijection_scores_its_latents(trained, tmp_path, caps
     assert score["nats_per_dim"] * 2 * 2 * 6 == pytest.approx(-score["nats"])
 
 
-def test_a_checkpoint_runs_no_code_that_the_user_has_not_named(trained, tmp_path, capsys):
+def test_a_checkpoint_runs_no_code_that_the_user_has_not_named(trained, tmp_path, capsys, monkeypatch):
     command = [
         "sample",
         "--checkpoint",
@@ -103,11 +103,11 @@ def test_a_checkpoint_runs_no_code_that_the_user_has_not_named(trained, tmp_path
         "6",
     ]
     assert cli.main(command) == 2
-    assert "'deep_alone'" in (said := capsys.readouterr().err) and "--import" in said
+    assert "config.json" in (said := capsys.readouterr().err) and "'pca'" in said and "--import" in said
     import_file(OUTSIDE)
-    del CODECS["pca"]
+    monkeypatch.delitem(STAGES, "deep_alone")
     assert cli.main(command) == 2
-    assert "codec.json" in (said := capsys.readouterr().err) and "'pca'" in said and "--import" in said
+    assert "deep_alone" in (said := capsys.readouterr().err) and "--import" in said
     assert cli.main([*command, "--import", OUTSIDE]) == 0
 
 

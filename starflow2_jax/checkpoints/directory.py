@@ -92,7 +92,9 @@ class CheckpointDirectory:
         try:
             return configs.complete(with_tuples(values))
         except ConfigError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this version: {error}") from None
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} is not a config of this version: {error}; if a Python file of yours adds what it names, name that file with --import"
+            ) from None
 
     def codec(self) -> Codec:
         """Raises CheckpointError."""

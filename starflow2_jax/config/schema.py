@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from starflow2_jax.codecs.table import CODECS
-from starflow2_jax.data.sources import find
+from starflow2_jax.data.sources import SOURCES, find
 from starflow2_jax.errors import UserError, require_one_of
 from starflow2_jax.fields import Variant, check, option
 from starflow2_jax.models.pretzel import PretzelConfig
@@ -114,6 +114,14 @@ def data_class(source: str | None) -> type:
     return _joined(DataConfig, find(source).Options) if source else DataConfig
 
 
+def _codec_options() -> list[type]:
+    return [codec.Options for codec in CODECS.values()]
+
+
+def _source_options() -> list[type]:
+    return [source.Options for source in SOURCES.values()]
+
+
 def _joined(common: type, own: type) -> type:
     return dataclasses.make_dataclass(own.__name__, [], bases=(own, common), frozen=True, kw_only=True)
 
@@ -125,8 +133,10 @@ class ExperimentConfig:
     mesh: MeshConfig = option("how devices share the work", MeshConfig())
     noise: float = option("standard deviation of the noise added to images, before the codec's scaling", 0.0, least=0)
     max_positions: int = option("positions of a prompt and its answer, when sampling", 8192, least=1)
-    data: DataConfig = option("what is read", DataConfig(), variant=Variant("source", data_class))
-    codec: CodecConfig = option("how images become the tokens of the flow", variant=Variant("kind", codec_class))
+    data: DataConfig = option("what is read", DataConfig(), variant=Variant("source", data_class, _source_options))
+    codec: CodecConfig = option(
+        "how images become the tokens of the flow", variant=Variant("kind", codec_class, _codec_options)
+    )
     model: PretzelConfig = option("the networks")
     order: tuple[str, ...] = option("the stages to run, one after the other", tuple(STAGES), choices=STAGES)
     stages: dict[str, StageConfig] = option("how each stage is trained", choices=STAGES)

@@ -17,7 +17,7 @@ from starflow2_jax.models.attention import KVCache
 from starflow2_jax.models.flow import Flow, FlowBlockConfig, alternating, gaussian
 from starflow2_jax.models.jacobi import Schedule
 from starflow2_jax.models.layers import ACTIVATIONS, Norm, Transformer, TransformerConfig, dense, require_sections
-from starflow2_jax.models.vlm import VlmConfig, config_class, example_vision, make_vlm
+from starflow2_jax.models.vlm import VlmConfig, config_class, config_classes, example_vision, make_vlm
 from starflow2_jax.models.vlm_inputs import VlmInputs, gather_positions
 from starflow2_jax.sequence import Sequence, Step
 
@@ -29,7 +29,7 @@ class PretzelConfig:
     """Sizes of both streams and of what ties them. Raises UserError for streams that do not fit each other."""
 
     vlm: VlmConfig = option(
-        "the vision-language model, frozen once it is pretrained", variant=Variant("kind", config_class)
+        "the vision-language model, frozen once it is pretrained", variant=Variant("kind", config_class, config_classes)
     )
     grid: tuple[int, int] = option("rows and columns of an image's tokens (N = h w)", least=1)
     channels: int = option("channels of an image token (D)", least=1)

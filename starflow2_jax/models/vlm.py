@@ -183,10 +183,15 @@ VLMS: dict[str, VlmKind] = {"qwen2_5_vl": VlmKind(QwenConfig, Qwen)}
 DEFAULT_KIND = "qwen2_5_vl"  # of a config that names none
 
 
+def config_classes() -> list[type]:
+    """The config dataclasses of all kinds."""
+    return [row.config for row in VLMS.values()]
+
+
 def config_class(kind: str | None = None) -> type:
     """The config dataclass of a kind; None: of DEFAULT_KIND. Raises UserError for an unknown kind."""
     kind = DEFAULT_KIND if kind is None else kind
-    require_one_of("vlm.kind", kind, VLMS)
+    require_one_of("model.vlm.kind", kind, VLMS)
     return VLMS[kind].config
 
 

@@ -10,7 +10,7 @@ def test_zero_means_off(tmp_path):
     config = tiny_config(order=("pretrain",), log_every=0, save_every=0)
     config.stages.pretrain.steps = 3
     Trainer(config, tmp_path / "run").run(progress=False)
-    assert CheckpointDirectory(tmp_path / "run").latest() == 3
+    assert CheckpointDirectory(tmp_path / "run").steps.latest() == 3
     assert [path.name for path in (tmp_path / "run/steps").iterdir()] == ["3"]
     lines = tmp_path / "run/metrics/metrics.jsonl"
     assert not lines.exists() or not lines.read_text()

@@ -252,7 +252,7 @@ def checkout(tmp_path):
     """checkout(script, variables) -> (process, recorded lines): run in a copy of the repository that has no environment."""
     tools = {"a_python": PYTHON, "flock": FLOCK % shutil.which("flock"), "sbatch": SBATCH_STAND_IN}
     shutil.copytree(LAUNCH, tmp_path / "repository/launch")
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("setup.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / "repository")
     (tmp_path / "bin").mkdir()
     for name, text in tools.items():
