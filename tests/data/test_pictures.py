@@ -1,8 +1,10 @@
 """Image files become opaque pictures: transparency is laid on white, and damaged metadata do not matter."""
 
+import base64
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image as Pillow
 
 from starflow2_jax.data.documents import read_image
 from starflow2_jax.data.pictures import PNG_SIGNATURE
+from starflow2_jax.serving.images import from_url
 
 RNG = np.random.default_rng(0)
 RGBA = RNG.integers(0, 256, (6, 8, 4), np.uint8)
@@ -148,3 +151,16 @@ def test_a_whole_png_with_damaged_or_large_metadata(tmp_path, metadata):
     if metadata[4:8] != b"eXIf":
         (tmp_path / "a.png").write_bytes(png(GRAY, 8, metadata, TURNED))
         agrees(tmp_path / "a.png", np.rot90(GRAY, -1)[..., None])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_server_reads_images_alike(tmp_path, damaged):
+    """Transparency, and damaged metadata after the pixels. The image is counted once against the request's budget."""
+    save_rgba(tmp_path / "a.png")
+    if damaged:
+        (tmp_path / "a.png").write_bytes(png(GRAY, 8, TURNED, after=chunk(b"tEXt", b"Comment\0fine")[:-1] + b"x"))
+    counted = []
+    budget = SimpleNamespace(intake=SimpleNamespace(channels=3, size=None), take=lambda *given: counted.append(given))
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    np.testing.assert_array_equal(from_url(url, "vit", budget, "here"), read_image(tmp_path / "a.png", 3))
+    assert counted == [((6, 4) if damaged else (8, 6), "vit", "here")]
