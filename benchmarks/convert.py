@@ -24,7 +24,7 @@ GB = 1e9
 
 def peak() -> float:
     """The most resident memory that this process has had so far, in GB."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GB
 
 
@@ -69,7 +69,7 @@ def make(folder: Path, size: str, layers: int) -> None:
         rope_scaling=dict(type="mrope", mrope_section=cfg.rotary_sections),
         vision_config=vision,
     )
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def command(*arguments: str) -> None:

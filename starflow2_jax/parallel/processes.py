@@ -26,7 +26,9 @@ def initialize(args: argparse.Namespace) -> None:
         if given := [f"--{name}" for name, value in flags.items() if value is not None]:
             raise UserError(f"{', '.join(given)} belongs to a distributed run; add --distributed")
         return
-    values = {name: str(value or os.environ.get(ENVIRONMENT[name], "")) for name, value in flags.items()}
+    values = {
+        name: os.environ.get(ENVIRONMENT[name], "") if flag is None else str(flag) for name, flag in flags.items()
+    }
     if missing := [f"--{name}" for name, value in values.items() if not value]:
         if len(missing) < len(values):
             raise UserError(
