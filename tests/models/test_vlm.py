@@ -29,7 +29,7 @@ from starflow2_jax.models.vlm_inputs import VlmInputs
 from starflow2_jax.sequence import Shape, Step
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.step import make_step, new_state
+from starflow2_jax.training.step import Objective, make_step, new_state
 from starflow2_jax.weights.vlm import load_config, write_config
 
 LAYERS, WIDTH = 3, 24
@@ -237,7 +237,7 @@ def test_a_training_step(params, encoder, name):
     frozen, trainable = split(params)
     if name == "pretrain":
         frozen, trainable = trainable, frozen
-    step = jax.jit(make_step(MODEL, stage, optimizer, noise=0.1, text_weight=0.5))
+    step = jax.jit(make_step(MODEL, stage, optimizer, Objective(noise=0.1, text_weight=0.5)))
     state = new_state(trainable, stage, optimizer, jax.random.key(0))
     after, metrics = step(state, frozen, packed(encoder))
     assert np.isfinite(float(metrics["loss"]))
