@@ -20,7 +20,8 @@ from starflow2_jax.models.flow import NO_CONTEXT, Context, Flow, Guide
 from starflow2_jax.models.jacobi import GUESSES, SEQUENTIAL, Jacobi, Schedule
 from starflow2_jax.models.pretzel import apply
 from starflow2_jax.sampling import inversion
-from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.rows import SampleOptions
 
 RUNS = 3  # timed runs after the one that compiles; their median counts
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, DocumentError, Said
 from starflow2_jax.errors import UserError
-from starflow2_jax.sampling.engine import AS_TRAINED, SampleOptions, Sampler
+from starflow2_jax.sampling.engine import AS_TRAINED, Sampler
 from starflow2_jax.sampling.events import End, Event, as_document
 from starflow2_jax.sampling.prompts import is_empty, spoken
-from starflow2_jax.sampling.rows import Rows
+from starflow2_jax.sampling.rows import Rows, SampleOptions
 from starflow2_jax.sampling.session import Session
 
 
