@@ -191,7 +191,7 @@ class Trainer:
         if makes_vlm(config):
             raise ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
         if other := differences(read_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
-            raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
+            raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: its {', '.join(other)}")
         codec = sources.make_codec(config)
         with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:
             CheckpointDirectory(partial).create_on(vlm, config, codec)
