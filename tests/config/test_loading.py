@@ -72,7 +72,7 @@ def test_the_options_of_another_kind_go_with_it(tmp_path):
 @pytest.mark.parametrize(
     "name, overrides, saying",
     [
-        ("starflow2_7b_t2i", ["codec.kind=patch"], ("'patch'", "4 channels", "model.channels is 32", "model.channels=4")),
+        ("starflow2_7b_t2i", ["codec.kind=patch"], ("'patch'", "12 channels", "model.channels is 32", "model.channels=12")),
         ("starflow2_7b_t2i", ["codec.kind=vae"], ("codec.kind", "'vae'", "patch", "latents")),
         ("starflow2_7b_t2i", ["codec.channels=16"], ("16 channels", "model.channels is 32")),
         ("starflow2_7b_t2i", ["codec.grid=8,8"], ("codec.grid is (8, 8)", "model.grid is (16, 16)")),
@@ -141,4 +141,4 @@ def test_no_device_is_touched():
     done = starflow2("config", "--config", "starflow2_7b_t2i", "--chip", "v5p")
     assert done.returncode == 0 and "* model.deep.kernel = splash" in done.stdout, done.stderr
     done = starflow2("train", "--config", "starflow2_7b_t2i", "--config.codec.kind=patch")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.channels=4" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.channels=12" in done.stderr
