@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import errno
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 
@@ -47,10 +47,11 @@ def shown(value: object) -> str:
 
 
 @contextlib.contextmanager
-def storage_errors(folder: str | Path, standing: str = "") -> Iterator[None]:
+def storage_errors(folder: str | Path, standing: Callable[[], str] | None = None) -> Iterator[None]:
     """Raises StorageError in place of any error that means that the file system refused a write.
 
-    `folder`: named where the error names no path. `standing`: a sentence part that says what is left, if anything.
+    `folder`: named where the error names no path. `standing`: makes a part of the sentence, about the
+    checkpoints that are left.
     """
     try:
         yield
@@ -61,7 +62,7 @@ def storage_errors(folder: str | Path, standing: str = "") -> Iterator[None]:
         if (cause := refused_write(error)) is None:
             raise
         path = getattr(error, "filename", None) or folder
-        left = f" ({standing})" if standing else ""
+        left = f" ({standing()})" if standing else ""
         raise StorageError(f"{path} cannot be written: {cause}{left}; {OUT_OF_ROOM}") from None
 
 

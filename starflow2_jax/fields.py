@@ -1,4 +1,4 @@
-"""Fields of configs: each declares a default, a line of help and the values it allows; plain values and text become such configs."""
+"""Fields of configs: each declares a default, a line of help and the allowed values. Configs are built from values and text."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from starflow2_jax.errors import ConfigError, UserError, require_one_of
 
 LARGEST_INT = 2**31 - 1  # of JAX's integers
 LARGEST_FLOAT = 3.4028234e38  # of float32
-# Fields that say how a model is computed, initialised and fed, not which parameters it has.
+# Fields that change how a model is computed, initialised or fed, but not its parameters.
 COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
 SHOWN = 60  # characters of a wrong value that a message shows
 
@@ -54,7 +54,7 @@ def option(
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a page: its place, type, declaration, value and default (MISSING: not given, none)."""
+    """A key of a config: its path, type, declaration, value (MISSING: not given) and default (MISSING: it has none)."""
 
     path: str
     type: typing.Any  # a dataclass where the key is a group of others
@@ -72,14 +72,14 @@ class Key:
 
 
 def check(config) -> None:
-    """Raises UserError for the first field of a dataclass whose value is none that the field allows."""
+    """Raises UserError for the first field of a dataclass whose value is not allowed."""
     for field in dataclasses.fields(config):
         if field.metadata:
             require_allowed(field.name, getattr(config, field.name), field)
 
 
 def require_allowed(name: str, value, field: dataclasses.Field) -> None:
-    """Raises UserError where a value lies outside the field's bounds or choices, or is no number of 32 bits."""
+    """Raises UserError if a value is outside the field's bounds or choices, or does not fit into 32 bits."""
     if isinstance(value, tuple):
         for part in value:
             require_allowed(f"each entry of {name}", part, field)
@@ -106,8 +106,8 @@ def _require_within(name: str, value: float, least, most, above, below) -> None:
 
 
 def build(cls: type, values: Mapping, path: str = ""):
-    """A dataclass from the values of its fields, nested ones included; lists become tuples, and integers become floats where
-    the field takes them. `path`: its place in the page. Raises ConfigError that names the key and what it takes."""
+    """A dataclass from the values of its fields, nested dataclasses included. Lists become tuples, and integers become floats
+    if the field takes floats. `path`: key of the group. Raises ConfigError that names the key and the type."""
     place = f"{path} ({cls.__name__})" if path else cls.__name__
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is a group of keys, not {_short(values)}")
@@ -127,7 +127,7 @@ def build(cls: type, values: Mapping, path: str = ""):
 
 
 def _built(path: str, hint, field: dataclasses.Field, value):
-    """`value` as the field takes it, built where it is a group."""
+    """`value` in the field's type; a group is built."""
     if value is None and _optional(hint):
         return None
     group, table = _group(hint, field, value), _table(hint)
@@ -149,7 +149,7 @@ def _built(path: str, hint, field: dataclasses.Field, value):
 
 
 def differences(there: object, here: object, prefix: str = "") -> list[str]:
-    """The fields in which two configs describe other parameters, as "deep.layers is 6, not 8"."""
+    """The differences between two configs that change the parameters, such as "deep.layers is 6, not 8"."""
     if type(there) is not type(here):
         kinds = (getattr(cfg, "kind", type(cfg).__name__) for cfg in (there, here))
         return ["{}kind is {}, not {}".format(prefix, *kinds)]
@@ -164,9 +164,9 @@ def differences(there: object, here: object, prefix: str = "") -> list[str]:
 
 
 def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
-    """All keys of a page as declared: those of a group that are no groups first, each group before what it holds.
+    """All keys of a config in the order of their declaration. In each group, plain keys come before nested groups.
 
-    `values`: what is given of the page.
+    `values`: the values that are given, as nested dicts.
     """
     hints, groups = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
@@ -190,7 +190,7 @@ def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
 
 
 def keys(cls: type, values: Mapping) -> list[Key]:
-    """Those that are no groups."""
+    """All keys of a config that are not groups."""
     return [key for key in walk(cls, values) if not key.group]
 
 
@@ -202,10 +202,10 @@ def spelled(value) -> str:
 
 
 def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
-    """Set keys of a page's plain `values` as "a.b.c=TEXT" says; "*" stands for all that a table holds (`stages.*.rows`).
+    """Apply overrides of the form "a.b.c=TEXT" to nested dicts; "*" stands for all entries of a table (`stages.*.rows`).
 
-    What chooses a variant is set first. Raises ConfigError for a key that there is not, with the nearest one, and for text
-    that is not of the key's type.
+    Keys that choose a variant are set first. Raises ConfigError for an unknown key, with the nearest known one, and for
+    text that does not fit the key's type.
     """
     choosing = set(_selectors(cls))
     pairs = [override.partition("=") for override in overrides]
@@ -224,7 +224,7 @@ def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
 
 
 def _selectors(cls: type, path: str = "") -> Iterator[str]:
-    """The keys that choose a variant, in all groups that are not variants themselves."""
+    """The keys that choose a variant."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         place = _below(path, field.name)
@@ -254,7 +254,7 @@ def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> N
         _assign(group, inner, rest, key, text)
         if (variant := field.metadata["variant"]) and rest == [variant.selector]:
             allowed = {f.name for f in dataclasses.fields(variant.choose(inner[rest[0]]))}
-            for other in set(inner) - allowed:  # what the experiment's author set of another variant
+            for other in set(inner) - allowed:  # the experiment's values for another variant
                 del inner[other]
     elif table and rest and dataclasses.is_dataclass(table):
         entries, (entry, *rest) = _entry(values, name), rest
@@ -277,7 +277,7 @@ def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> N
 
 
 def _entry(values: dict, name: str) -> dict:
-    """The group `name` within plain values, made where there is none."""
+    """The group `name` of nested dicts; it is created if it does not exist."""
     if values.get(name) is None:
         values[name] = {}
     if not isinstance(values[name], dict):
@@ -286,7 +286,7 @@ def _entry(values: dict, name: str) -> dict:
 
 
 def _parsed(key: str, hint, field: dataclasses.Field, text: str, present):
-    """The value of a key's type that `text` spells, as a user types it. Raises ConfigError."""
+    """The value that a user typed as `text`, in the key's type. Raises ConfigError."""
     try:
         value = _read(text.strip(), hint)
     except ValueError:
@@ -321,13 +321,13 @@ def _no(text: str) -> typing.NoReturn:
 
 
 def _entries(hint, count: int) -> tuple:
-    """The type of each of a tuple's `count` entries. Raises ValueError where it takes another number of them."""
+    """The types of a tuple's `count` entries. Raises ValueError if the tuple takes another number of entries."""
     inner = typing.get_args(hint)
     return (inner[0],) * count if inner[-1] is Ellipsis else inner if len(inner) == count else _no(str(hint))
 
 
 def _fitted(value, hint):
-    """`value` with lists as tuples, and integers as floats where the type has them."""
+    """`value` with tuples for lists, and floats for integers if the type has them."""
     hint = _plain(hint)
     if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
         return tuple(_fitted(part, typing.get_args(hint)[0]) for part in value)

@@ -76,7 +76,7 @@ def test_a_config_that_describes_nothing(tmp_path):
         (dict(codec=dict(patch=4)), ("codec", "16 channels", "model.channels is 4", "model.channels=16")),
         (dict(codec=dict(patch=4), model=dict(channels=16)), ("model.grid", "(2, 2)")),
         (dict(model=dict(vlm=dict(vocabulary=10))), ("model.vlm.vocabulary",)),
-        (dict(order=()), ("order", "one at least")),
+        (dict(order=()), ("order", "at least one stage")),
         (dict(order=("joint", "joint")), ("order", "once")),
         (dict(codec=dict(patch=3), model=dict(channels=9)), ("codec.patch=3", "8 pixels")),
         (dict(codec=dict(patch=0)), ("codec.patch", "at least 1")),

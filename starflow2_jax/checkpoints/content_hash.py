@@ -1,4 +1,4 @@
-"""A hash of a tree's content that needs no array in one place: on devices, on shards, or piece by piece."""
+"""A hash of a tree's content. No array needs to be in one place: it works on devices, on shards, or piece by piece."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -15,10 +15,10 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def content_hash(tree: dict) -> str:
     """Hash of all arrays' names, types, shapes and bits, whatever their layout on devices.
 
-    Every number's bits are mixed with its position (integer maps that are one to one, so one changed number always shows;
-    two or more escape with a chance of about 2^-64) and summed modulo 2^32, twice. A sum knows no order, so each device
-    adds what it holds and no array is gathered or copied. The SHA-256 over names, types, shapes and sums is the hash.
-    It notices damage and mix-ups; it is no defence against someone who forges weights.
+    Every number's bits are mixed with its position and summed modulo 2^32, twice. The mixing maps integers one to one, so
+    one changed number always changes the hash; two or more changes escape with a chance of about 2^-64. Sums do not depend
+    on the order, so each device sums its own part, and no array is gathered or copied. The hash is the SHA-256 of names,
+    types, shapes and sums. It detects damage and mix-ups; it does not protect against forged weights.
     """
     leaves = ((sharding.path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
     return combine((path, x.dtype, x.shape, np.asarray(sums(x, (0,) * x.ndim))) for path, x in leaves)
@@ -26,10 +26,12 @@ def content_hash(tree: dict) -> str:
 
 @jax.jit
 def sums(piece: jax.Array, start: Sequence[int]) -> jax.Array:
-    """(2,) uint32: an array's sums, or what its piece at position `start` adds to them (modulo 2^32)."""
+    """(2,) uint32: an array's sums, or the share of its piece at position `start` in them (modulo 2^32)."""
     if piece.dtype.itemsize not in UNSIGNED:
         raise ValueError(f"an array of {piece.dtype} has no content hash")
-    key = jnp.zeros((1,) * piece.ndim, jnp.uint32)  # grows an axis at a time, so that most mixing is of small arrays
+    key = jnp.zeros(
+        (1,) * piece.ndim, jnp.uint32
+    )  # grows one axis at a time, so that most of the mixing works on small arrays
     for axis, first in enumerate(start):
         index = jnp.arange(piece.shape[axis], dtype=jnp.uint32) + jnp.asarray(first, jnp.uint32)
         key = _mix(key + jnp.expand_dims(index, [i for i in range(piece.ndim) if i != axis]))
@@ -38,7 +40,9 @@ def sums(piece: jax.Array, start: Sequence[int]) -> jax.Array:
     first = _mix(bits ^ key)
     second = _mix(first + np.uint32(0x85EBCA77))
     zero = np.uint32(0)
-    both = jax.lax.reduce((first, second), (zero, zero), _add, range(piece.ndim))  # in one pass, nothing stored
+    both = jax.lax.reduce(
+        (first, second), (zero, zero), _add, range(piece.ndim)
+    )  # in one pass, without storing the mixed bits
     return jnp.stack(both)
 
 
@@ -47,7 +51,7 @@ def _add(a: tuple, b: tuple) -> tuple:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A one-to-one map of uint32 that spreads every bit: xor-shifts and odd factors."""
+    """A one-to-one map of uint32 that spreads every bit, by xor-shifts and odd factors."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * np.uint32(factor)
     return x ^ (x >> 16)

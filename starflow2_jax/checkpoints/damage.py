@@ -1,4 +1,4 @@
-"""Damaged steps: found before a run goes on or a model is sampled from, named on stderr, and put aside in damaged/."""
+"""Damaged steps. They are found before a run resumes or a model is sampled from, named on stderr, and moved to damaged/."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ NO_ARRAYS = ("meta", "metrics")  # folders of a step that hold JSON
 
 
 def newest_whole(steps: Steps, unread: tuple[str, ...] = ()) -> tuple[int | None, list[int]]:
-    """The newest step that is whole, and the damaged steps after it, which are named on stderr.
+    """The newest whole step, and the damaged steps after it, which are named on stderr.
 
     `unread`: names of trees whose files are not checked. Raises CheckpointError if there are steps and none is whole.
     """
@@ -27,7 +27,7 @@ def newest_whole(steps: Steps, unread: tuple[str, ...] = ()) -> tuple[int | None
             return number, damaged
         damaged.append(number)
         print(
-            f"WARNING: step {number} in {steps.folder} is damaged ({fault}); looking at the one before",
+            f"WARNING: step {number} in {steps.folder} is damaged ({fault}); trying the one before",
             file=sys.stderr,
         )
     if damaged:
@@ -38,7 +38,7 @@ def newest_whole(steps: Steps, unread: tuple[str, ...] = ()) -> tuple[int | None
 
 
 def pass_over_damaged(steps: Steps) -> None:
-    """Before a run goes on: move the steps after the newest whole one to damaged/.
+    """Before a run resumes: move the steps after the newest whole one to damaged/.
 
     All processes call it together. Raises CheckpointError if there are steps and none is whole.
     """
@@ -49,9 +49,9 @@ def pass_over_damaged(steps: Steps) -> None:
 def pass_over_unreadable(steps: Steps, mesh: jax.sharding.Mesh) -> None:
     """After `pass_over_damaged`: make sure that the newest step can be read.
 
-    A step without a list of files (its run was killed first) may be damaged. It is read; if that fails, it is moved to
-    damaged/, and the step before is looked at. All processes call it together, each reads its own shards. Raises
-    CheckpointError if no other step is left.
+    A step without a list of files, whose run was killed before it wrote one, may be damaged. This function reads it. If
+    that fails, it moves the step to damaged/ and tries the step before. All processes call it together, and each reads its
+    own shards. Raises CheckpointError if no other step is left.
     """
     while (number := steps.latest()) is not None:
         if processes.on_primary(partial(file_list.has, steps.path(number))):
@@ -61,16 +61,16 @@ def pass_over_unreadable(steps: Steps, mesh: jax.sharding.Mesh) -> None:
             return
         if len(steps.manager.all_steps()) == 1:
             raise CheckpointError(f"{faults[0]}, and there is no other step; restore it from a copy")
-        print(f"WARNING: {faults[0]}; looking at the step before", file=sys.stderr)
+        print(f"WARNING: {faults[0]}; trying the step before", file=sys.stderr)
         processes.on_primary(partial(_put_away, steps, number))
         steps.reload()
 
 
 def _fault(step: Path, unread: tuple[str, ...]) -> str | None:
-    """What is wrong with the files of a step; None if nothing is."""
+    """What is wrong with the files of a step; None if they are whole."""
     if fault := file_list.fault(step, unread):
         return fault
-    path = step / "meta" / "metadata"  # a step without a list of files must have this one, too
+    path = step / "meta" / "metadata"  # a step without a list of files must have this file, too
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -79,7 +79,7 @@ def _fault(step: Path, unread: tuple[str, ...]) -> str | None:
 
 
 def _unreadable(steps: Steps, number: int, mesh: jax.sharding.Mesh) -> str | None:
-    """The error that reading all trees of a step ends in, None if they can be read."""
+    """The error of reading all trees of a step; None if they can be read."""
     names = processes.on_primary(lambda: _trees(steps.path(number)))
     with ocp.StandardCheckpointer() as checkpointer:
         for name in names:
@@ -96,7 +96,7 @@ def _trees(step: Path) -> list[str]:
 
 
 def _read_tree(checkpointer: ocp.StandardCheckpointer, item: Path, mesh: jax.sharding.Mesh):
-    """Whatever tree `item` holds, spread over the mesh."""
+    """Read the tree in `item`, with its own shapes and types, onto the mesh."""
     return checkpointer.restore(item, sharding.abstract(checkpointer.metadata(item).item_metadata.tree, mesh))
 
 

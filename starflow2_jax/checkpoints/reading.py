@@ -1,4 +1,4 @@
-"""Reading files that may be missing, damaged or another program's."""
+"""Reading files that may be missing, damaged or written by another program."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def read_json(path: Path) -> object:
 
 
 def restored(read: Callable[[], T], what: str, folder: Path) -> T:
-    """What `read` returns. Raises CheckpointError, which names `what` and `folder`, if `read` fails for any reason."""
+    """The result of `read`. Raises CheckpointError, which names `what` and `folder`, if `read` fails for any reason."""
     try:
         return read()
     except Exception as error:  # orbax raises many types for damaged files, bare Exception included

@@ -1,4 +1,4 @@
-"""Which saved steps stay."""
+"""The rule by which saved steps are kept or deleted."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ policies = checkpoint_managers.preservation_policy
 
 @dataclass(frozen=True)
 class Keep:
-    """The newest steps, every so many, and those of the lowest loss; a step stays for any of the three reasons."""
+    """Keep the newest steps, a step at regular intervals, and the steps of the lowest loss. One of these reasons is enough."""
 
-    latest: int | None = None  # None: all
-    every: int = 0  # steps; 0: none for that reason
-    best: int = 0
+    latest: int | None = None  # number of newest steps; None: all
+    every: int = 0  # steps between two that are kept; 0: none
+    best: int = 0  # number of steps of the lowest loss
 
     def policy(self) -> policies.PreservationPolicy:
         rules = [policies.LatestN(self.latest)]
@@ -25,5 +25,5 @@ class Keep:
 
 
 def _goodness(metrics: dict[str, float]) -> float:
-    """Losses of different stages cannot be compared: the later stage is the better one, then the lower loss."""
+    """Orders steps by stage, then by loss: the losses of different stages cannot be compared, so a later stage is better."""
     return 1e9 * metrics["stage"] - metrics["loss"]

@@ -104,7 +104,7 @@ class Steps:
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
         """Raises StorageError, which names the last good step, if a write is refused."""
-        with storage_errors(self.folder, self._standing()):
+        with storage_errors(self.folder, self._standing):
             yield
 
     def _standing(self) -> str:

@@ -1,4 +1,4 @@
-"""What of a config cannot work together, as far as it can be told without devices and files."""
+"""Checks that a config's values fit together, as far as this is known without devices and files."""
 
 from starflow2_jax.config.schema import ExperimentConfig, StageConfig
 from starflow2_jax.data.groups import rows_of_a_group
@@ -7,9 +7,9 @@ from starflow2_jax.stages import STAGES, Stage
 
 
 def require_consistent(config: ExperimentConfig) -> None:
-    """Raises ConfigError for the first thing that does not fit another, with the keys to change."""
+    """Raises ConfigError for the first two values that do not fit together, with the keys to change."""
     if not config.order or len(set(config.order)) < len(config.order):
-        raise ConfigError(f"order names each stage to run once, one at least, of {', '.join(STAGES)}")
+        raise ConfigError(f"order must name at least one stage, and each stage once, of {', '.join(STAGES)}")
     if missing := [name for name in config.order if name not in config.stages]:
         raise ConfigError(
             f"order names the stage {missing[0]}, and the config has no stages.{missing[0]}; give its steps, or take it out"
@@ -22,22 +22,22 @@ def require_consistent(config: ExperimentConfig) -> None:
 
 
 def _require_codec(config: ExperimentConfig) -> None:
-    """The codec's tokens are the model's, as far as the codec's options say."""
+    """The codec and the model agree on channels and grid, as far as the codec's options give them."""
     codec, model = config.codec, config.model
     if codec.channels != model.channels:
         raise ConfigError(
             f"the codec {codec.kind!r} makes tokens of {codec.channels} channels, and model.channels is {model.channels}; "
-            f"set model.channels={codec.channels}, or the codec's options"
+            f"set model.channels={codec.channels}, or change the codec's options"
         )
-    grid = getattr(codec, "grid", model.grid)  # patches: as many as the images have
+    grid = getattr(codec, "grid", model.grid)  # the patch codec takes its grid from the images
     if grid != model.grid:
         raise ConfigError(f"codec.grid is {grid}, and model.grid is {model.grid}; set both to the same")
 
 
 def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
-    """A batch's rows can be cut into micro-batches, over the mesh where its sizes are given, and into groups."""
+    """A batch's rows can be cut into micro-batches, over the mesh (where its sizes are given), and into groups."""
     mesh = config.mesh
-    spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # -1: all devices left, one at least
+    spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # -1: all remaining devices, at least one
     if cfg.rows % spread:
         raise ConfigError(
             f"stages.{name}.rows={cfg.rows} must be a multiple of {spread} (mesh.data, mesh.fsdp and accumulate)"
@@ -58,6 +58,6 @@ def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> 
         raise ConfigError(f"{place}.patches={cfg.patches} needs a vision tower, and model.vlm.vision is None")
     if cfg.patches and cfg.patches % vision.merge**2:
         raise ConfigError(
-            f"{place}.patches={cfg.patches} must be a multiple of {vision.merge**2}, which model.vlm.vision.merge makes one "
-            "token"
+            f"{place}.patches={cfg.patches} must be a multiple of {vision.merge**2}, the patches that model.vlm.vision.merge "
+            "joins into one token"
         )

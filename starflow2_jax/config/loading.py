@@ -1,5 +1,6 @@
-"""Experiments: Python files that return an ml_collections config of what differs from the schema's defaults. Here they are
-loaded, overridden, filled in and checked."""
+"""Loads experiments: Python files that return an ml_collections config with the values that differ from the schema's defaults.
+
+Overrides are applied, the defaults are filled in, and the whole config is checked."""
 
 import dataclasses
 import inspect
@@ -22,7 +23,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 def load(
     path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, chip: str | None = None
 ) -> ConfigDict:
-    """The whole config of an experiment, locked: what its file says, then "key.sub=value" overrides, then the defaults.
+    """The whole config of an experiment, locked: the values of its file, then "key.sub=value" overrides, then the defaults.
 
     `path`: a file with `get_config(runlocal)`, or the name of an experiment of this package. `chip`: a TPU generation, for
     experiments whose `get_config` takes it. Raises ConfigError, before any device is touched.
@@ -45,7 +46,7 @@ def load(
 
 
 def find(path: str | Path) -> Path:
-    """An experiment's file: `path` itself, or that of the experiment of this package with that name ("digits_quick")."""
+    """An experiment's file: `path` itself, or the file of the experiment of this package with that name ("digits_quick")."""
     found = shipped(path, EXPERIMENTS)
     if not found.is_file():
         names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("[!_]*.py")))
@@ -54,26 +55,26 @@ def find(path: str | Path) -> Path:
 
 
 def shipped(path: str | Path, folder: Path) -> Path:
-    """`path`, or the file of this package's `folder` that it names where there is no such path."""
+    """`path` if it exists; otherwise the file in this package's `folder` with that name."""
     inside = folder / f"{path}.py"
     return inside if inside.is_file() and not Path(path).exists() else Path(path)
 
 
 def complete(values: Mapping | ConfigDict) -> ConfigDict:
-    """The whole config, locked: `values` and the defaults of what they leave out. Raises ConfigError for keys and values
-    that there are not, and for what cannot work together."""
+    """The whole config, locked: `values`, and defaults for the keys that they leave out. Raises ConfigError for unknown keys,
+    values that are not allowed, and values that do not fit together."""
     experiment = build(ExperimentConfig, _plain(values))
     require_consistent(experiment)
     return ConfigDict(dataclasses.asdict(experiment)).lock()
 
 
 def described(config: ConfigDict) -> list[Key]:
-    """Every key of a whole config with its help and default, groups before what they hold."""
+    """Every key of a whole config with its help and default. A group comes before its keys."""
     return list(walk(ExperimentConfig, _plain(config)))
 
 
 def _plain(values) -> dict:
-    """Nested dicts of their own, in place of ConfigDicts."""
+    """A copy as nested dicts, without ConfigDicts."""
     if isinstance(values, ConfigDict):
         values = values.to_dict()
     return {name: _plain(value) if isinstance(value, Mapping | ConfigDict) else value for name, value in values.items()}

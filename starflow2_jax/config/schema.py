@@ -1,4 +1,4 @@
-"""Every key of an experiment's config: its default, a line of help, and what it may be. See `starflow2 config`."""
+"""Every key of an experiment's config: its default, a line of help, and the allowed values. See `starflow2 config`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,45 +17,47 @@ from starflow2_jax.stages import STAGES
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = option("copies of the model; between slices of TPUs this axis comes first; -1: all devices left", -1)
-    fsdp: int = option("devices over which rows, parameters and optimizer are cut; -1: all devices left", 1)
-    sequence: int = option("devices over which the positions of a row are cut; -1: all devices left", 1)
-    tensor: int = option("devices over which heads, hidden channels and words are cut; -1: all devices left", 1)
+    data: int = option(
+        "copies of the model; between slices of TPUs this axis comes first; -1: all remaining devices", -1
+    )
+    fsdp: int = option("devices over which rows, parameters and optimizer are cut; -1: all remaining devices", 1)
+    sequence: int = option("devices over which the positions of a row are cut; -1: all remaining devices", 1)
+    tensor: int = option("devices over which heads, hidden channels and words are cut; -1: all remaining devices", 1)
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise UserError(f"{axis} is at least 1, or -1 for all devices that are left, not {size}")
+                raise UserError(f"{axis} is at least 1, or -1 for all remaining devices, not {size}")
         if list(sizes.values()).count(-1) > 1:
-            raise UserError("only one axis can be -1, which is all devices that the others leave")
+            raise UserError("only one axis can be -1, which stands for all devices that the other axes leave")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = option('what is trained on: a JSONL file of documents, or "digits"', "documents.jsonl")
+    source: str = option('the training data: a JSONL file of documents, or "digits"', "documents.jsonl")
     threads: int = option("threads that read ahead; 0: none", 0, least=0, most=4096)
     groups: int = option("groups of a batch's rows; as many hosts can share the reading", 1, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    kind: str = option("latents: of files; patch: the pixels of squares", "latents", choices=CODECS)
+    kind: str = option("latents: read from files; patch: the pixels of squares", "latents", choices=CODECS)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Raises UserError for options that do not go together."""
+    """Raises UserError for options that do not fit together."""
 
     name: str = option("the optimizer", "adamw", choices=("adamw", "muon", "adafactor"))
     learning_rate: float = option("learning rate at the end of the warm-up", 1e-4, least=0)
-    final_fraction: float = option("share of the learning rate that the cosine decay ends at", 0.1, least=0, most=1)
+    final_fraction: float = option("share of the learning rate at the end of the cosine decay", 0.1, least=0, most=1)
     warmup: int = option("steps of linear warm-up; at most half of the stage's", 2000, least=0)
     b1: float = option("decay of the first moment", 0.9, least=0, below=1)
     b2: float = option("decay of the second moment", 0.95, least=0, below=1)
     weight_decay: float = option("decoupled weight decay, of matrices and embeddings", 1e-4, least=0)
     clip: float = option("largest norm of the whole gradient", 1.0, above=0)
-    moments: str = option("type that the moments are kept in", "float32", choices=("float32", "bfloat16"))
+    moments: str = option("data type of the stored moments", "float32", choices=("float32", "bfloat16"))
     offload: bool = option("keep the optimizer's state in the host's memory", False)
 
     def __post_init__(self):
@@ -74,7 +76,7 @@ class StageConfig:
     rows: int = option("rows of a batch", 256, least=1)
     length: int = option("positions of a row", 2048, least=1)
     images: int = option("flow images of a row", 7, least=0)
-    patches: int = option("patches of a row for the vision tower; 0: no image is seen by it", 0, least=0)
+    patches: int = option("patches of a row for the vision tower; 0: it sees no image", 0, least=0)
     vlm_length: int = option("positions of a row that the frozen VLM reads, flow images left out; 0: all", 0, least=0)
     accumulate: int = option("micro-batches of a step", 1, least=1)
     text_weight: float = option("weight lambda of the text loss: L_NF + lambda L_NTP", 1.0, least=0)
@@ -90,13 +92,13 @@ class StageConfig:
 @dataclass(frozen=True)
 class FaultsConfig:
     nonfinite: str = option(
-        "what is done about a loss or gradient that is not finite", "abort", choices=("abort", "skip", "rollback")
+        "action for a loss or gradient that is not finite", "abort", choices=("abort", "skip", "rollback")
     )
     spike: str = option(
-        "what is done about a loss far above the last ones", "ignore", choices=("ignore", "abort", "skip", "rollback")
+        "action for a loss far above the last ones", "ignore", choices=("ignore", "abort", "skip", "rollback")
     )
     deviations: float = option("standard deviations above the median that make a spike", 8.0, above=0)
-    window: int = option("last good losses that the median is of", 100, least=1)
+    window: int = option("number of last good losses that the median is taken of", 100, least=1)
     most: int = option("bad steps between two checkpoints, above which the run ends", 10, least=0)
 
 
@@ -129,11 +131,13 @@ def _joined(common: type, own: type) -> type:
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     seed: int = option("seed of parameters, data order, noise and dropout", 0, least=0)
-    cpu_devices: int = option("CPU devices to make where there is no accelerator: one a core", 1, least=1, most=1024)
+    cpu_devices: int = option("CPU devices to create if there is no accelerator: one per core", 1, least=1, most=1024)
     mesh: MeshConfig = option("how devices share the work", MeshConfig())
     noise: float = option("standard deviation of the noise added to images, before the codec's scaling", 0.0, least=0)
     max_positions: int = option("positions of a prompt and its answer, when sampling", 8192, least=1)
-    data: DataConfig = option("what is read", DataConfig(), variant=Variant("source", data_class, _source_options))
+    data: DataConfig = option(
+        "the training data and its readers", DataConfig(), variant=Variant("source", data_class, _source_options)
+    )
     codec: CodecConfig = option(
         "how images become the tokens of the flow", variant=Variant("kind", codec_class, _codec_options)
     )
@@ -145,9 +149,9 @@ class ExperimentConfig:
     keep: int | None = option("newest checkpoints that are kept; None: all", 3, least=1)
     keep_every: int = option("steps between checkpoints that are kept for good; 0: none", 0, least=0)
     keep_best: int = option("checkpoints of the lowest loss that are kept; 0: none", 0, least=0)
-    faults: FaultsConfig = option("what is done when a step goes wrong", FaultsConfig())
+    faults: FaultsConfig = option("actions for steps that go wrong", FaultsConfig())
     peak_flops: float = option(
-        "FLOP/s of one device, for the utilisation; 0: what this kind of device is known for", 0.0, least=0
+        "peak FLOP/s of one device, for the utilisation; 0: the known value of this kind of device", 0.0, least=0
     )
 
 

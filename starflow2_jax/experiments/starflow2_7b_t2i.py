@@ -26,7 +26,7 @@ def get_config(runlocal: bool = False, chip: str = "") -> ConfigDict:
 
 
 def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDict:
-    """The stages up to `last`; those that a directory has done already are passed over. `vlm`: a size of Qwen2.5-VL."""
+    """The stages up to `last`; stages that a directory has done already are skipped. `vlm`: a size of Qwen2.5-VL."""
     c = ConfigDict()
     c.mesh = dict(data=1, fsdp=-1)
     c.order = tuple(STEPS)[: list(STEPS).index(last) + 1]
@@ -51,7 +51,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
 
 
 def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
-    """What fits and is fast on a slice of such chips, as planned."""
+    """The settings that the plans found to fit, and to be fast, on a slice of these chips."""
     if chip not in ROWS:
         raise ConfigError(f"this experiment knows the chips {', '.join(ROWS)}, not {chip!r}")
     for stage in c.stages.values():

@@ -3,12 +3,12 @@
 A sweep is a Python file with
 
     CONFIG    the experiment: a file, relative to the sweep's, or the name of one of this package
-    METRIC    what is compared, "stage/name" of metrics.jsonl; the lower the better
+    METRIC    the value to compare, "stage/name" of metrics.jsonl; lower is better
     ALWAYS    overrides of every point (optional)
     points()  yields the points: dicts of config key -> value; `grid` and `random` make them
 
-Each point is trained in a folder of its own, named by its overrides, so that the same command goes on after an
-interruption, and a file to which points were added runs only those.
+Each point is trained in a folder of its own, named by a hash of its overrides. So the same command resumes after an
+interruption, and if points are added to the file, only these are run.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ DONE, FAILED, WAITING, OPEN = "done", "failed", "handed on", "not run"
 
 
 def grid(axes: dict[str, Sequence]) -> Iterator[dict]:
-    """Every combination of the keys' values."""
+    """Yields every combination of the keys' values."""
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
 
 def random(draws: dict[str, Callable[[np.random.Generator], object]], count: int, seed: int) -> Iterator[dict]:
-    """`count` points, each key drawn by its function, such as `log_uniform(1e-4, 1e-2)`. Point i depends on (seed, i)."""
+    """Yields `count` points. Each key's function, such as `log_uniform(1e-4, 1e-2)`, draws its value from (seed, index)."""
     for i in range(count):
         rng = np.random.default_rng((seed, i))
         yield {key: draw(rng) for key, draw in draws.items()}
@@ -53,7 +53,7 @@ def uniform(low: float, high: float):
 
 
 def log_uniform(low: float, high: float):
-    """Three significant digits, so that the number can be read and typed."""
+    """Draws are rounded to three significant digits, so that they are easy to read and type."""
     return lambda rng: float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.3g}")
 
 
@@ -74,7 +74,7 @@ class Point:
 
     @property
     def state(self) -> str:
-        if (self.run / "steps" / str(self.steps)).is_dir():  # named so when the last checkpoint is complete
+        if (self.run / "steps" / str(self.steps)).is_dir():  # the folder gets this name when the checkpoint is complete
             return DONE
         if self.failure:
             return FAILED
@@ -82,24 +82,24 @@ class Point:
 
     @property
     def failure(self) -> str:
-        """Why it failed when it was last run, or nothing."""
-        if code := self._said("ended"):
+        """Why it failed when it was last run; empty if it did not."""
+        if code := self._file_text("ended"):
             return f"its job ended with exit code {code.strip()}"
-        return self._said("failed")
+        return self._file_text("failed")
 
-    def _said(self, name: str) -> str:
+    def _file_text(self, name: str) -> str:
         path = self.folder / name
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def begin(self) -> None:
-        """Make its folder, without what earlier runs left beside the run itself."""
+        """Create its folder, and remove the notes of earlier runs from it; the run itself stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "point.json").write_text(json.dumps(self.overrides, indent=1), encoding="utf-8")
         for name in ("failed", "submitted", "ended"):
             (self.folder / name).unlink(missing_ok=True)
 
     def result(self, metric: str) -> float | None:
-        """The mean of the last logged values of "stage/name", once it is done; None where there is none or it is no number."""
+        """The mean of the last logged values of "stage/name" once the point is done; None if there are none or it is not finite."""
         stage, _, name = metric.partition("/")
         if self.state != DONE:
             return None
@@ -120,7 +120,7 @@ class Sweep:
 
     @property
     def varied(self) -> dict[str, str]:
-        """The keys that differ from point to point -> names as short as they can be told apart."""
+        """The keys that differ between points -> their shortest unambiguous names."""
         keys = list(dict.fromkeys(key for p in self.points for key in p.overrides))
         keys = [k for k in keys if len({repr(p.overrides.get(k)) for p in self.points}) > 1]
         names = {}
@@ -134,7 +134,7 @@ class Sweep:
 
 def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str | None = None) -> Sweep:
     """Read a sweep file, or the sweep of that name that ships with the package ("digits_lr"), and check the config of each
-    point before anything is run. Raises ConfigError."""
+    point before anything runs. Raises ConfigError."""
     path, folder = configs.shipped(path, configs.EXPERIMENTS / "sweeps"), Path(folder)
     if not path.is_file():
         raise ConfigError(f"there is no sweep file {path}")
@@ -172,8 +172,8 @@ def train_command(sweep: Sweep, point: Point, runlocal: bool = False) -> list[st
 
 
 def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
-    """A launcher's command with {config}, {out}, {name} (of the point's folder) and {overrides} filled in; overrides become words of their own where they
-    stand alone."""
+    """A launcher's command with {config}, {out}, {name} (of the point's folder) and {overrides} filled in. A word that is
+    just {overrides} becomes one word per override."""
     filled = []
     for word in shlex.split(template):
         if word == "{overrides}":
@@ -192,17 +192,17 @@ def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
 
 
 def _flags(sweep: Sweep, point: Point) -> list[str]:
-    """Of `starflow2 train`: what makes the point."""
+    """The arguments of `starflow2 train` that select the point."""
     return [*(["--chip", sweep.chip] if sweep.chip else []), *(f"--config.{text}" for text in point.arguments)]
 
 
 def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[str], None] = print) -> None:
-    """Train what is not done, one point after another. A point that fails is reported, and the next one is run.
+    """Train the points that are not done, one after another. A point that fails is reported, and the next one runs.
 
-    Interrupted (KeyboardInterrupt), the point that runs is told to save (SIGTERM) and waited for.
+    After a KeyboardInterrupt the running point gets SIGTERM, saves its state, and is waited for.
     """
     for number, point in enumerate(sweep.points, 1):
-        title = f"point {number} of {len(sweep.points)} ({_told(sweep, point)})"
+        title = f"point {number} of {len(sweep.points)} ({_described(sweep, point)})"
         if point.state == DONE:
             report(f"{title}: done already")
             continue
@@ -220,7 +220,7 @@ def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[s
 
 
 def _wait(command: list[str], log: Path) -> int:
-    """Run `command` to its end, its output added to `log`. In a session of its own: Ctrl-C is ours to pass on."""
+    """Run `command` and append its output to `log`. It runs in its own session, so that Ctrl-C reaches only this process."""
     with log.open("a", encoding="utf-8") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -232,13 +232,13 @@ def _wait(command: list[str], log: Path) -> int:
 
 
 def submit(sweep: Sweep, template: str, again: str | None = None, report: Callable[[str], None] = print) -> None:
-    """Hand every point that is neither done nor handed on already to a launcher.
+    """Hand every point that is neither done nor handed on yet to a launcher.
 
-    `again` is "ended": points whose jobs have ended without being done, too; or "all": whatever is not done. That a job has
-    ended is known where it leaves its exit code in the file that the variable ENDED named when it was handed on.
+    `again`: "ended" also hands on points whose jobs ended early; "all" hands on every point that is not done. A job has
+    ended if it left its exit code in the file that the environment variable ENDED names.
     """
     for number, point in enumerate(sweep.points, 1):
-        title = f"point {number} of {len(sweep.points)} ({_told(sweep, point)})"
+        title = f"point {number} of {len(sweep.points)} ({_described(sweep, point)})"
         state, handed_on = point.state, (point.folder / "submitted").exists()
         free = not handed_on or again == "all" or (again == "ended" and state == FAILED)
         if state == DONE or not free:
@@ -264,10 +264,10 @@ def submit(sweep: Sweep, template: str, again: str | None = None, report: Callab
             report(f"{title}: handed on {said}")
 
 
-def _told(sweep: Sweep, point: Point) -> str:
+def _described(sweep: Sweep, point: Point) -> str:
     return ", ".join(f"{name}={point.overrides.get(key)}" for key, name in sweep.varied.items())
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace", encoding="utf-8").replace("\r", "\n").strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+    return lines[-1][:300] if lines else "it printed nothing"

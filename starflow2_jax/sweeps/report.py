@@ -1,4 +1,4 @@
-"""What a sweep found: a table (Markdown, CSV, JSON) and a plot of the metric against each parameter."""
+"""A sweep's results: a table (Markdown, CSV, JSON) and a plot of the metric against each parameter."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ FILES = ("sweep.md", "sweep.csv", "sweep.json", "sweep.png")
 
 
 def write(sweep: Sweep, folder: str | Path) -> list[dict]:
-    """Write FILES into `folder` and return the rows: one a point, best first, those without a result last."""
+    """Write FILES into `folder`. Returns one row per point, the best first and those without a result last."""
     folder = Path(folder)
     rows = [
         {
@@ -47,7 +47,7 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def _plot(rows: Sequence[dict], names: Sequence[str], metric: str, path: Path) -> None:
-    """One panel a parameter. Of two parameters, points that agree in the other one are joined."""
+    """One panel per parameter. If there are two parameters, lines join the points that have the other one in common."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")

@@ -1,7 +1,7 @@
-"""Steps that go wrong: a loss or gradient that is no finite number, a loss far above the last ones; and what is done then."""
+"""Steps that go wrong: a loss or gradient that is not finite, or a loss far above the last ones. A policy decides what to do."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,27 @@ from starflow2_jax.fields import build
 
 
 class NonFiniteLoss(UserError):
-    """The loss is no finite number; the last good checkpoint is kept."""
+    """The loss or the gradient is not finite; the last good checkpoint is kept."""
 
 
 class LossSpike(UserError):
-    """The loss is far above the last ones, or too many steps went wrong; the last good checkpoint is kept."""
+    """The loss is far above the last ones, or too many steps went wrong. The last good checkpoint is kept."""
 
 
 class Watch:
     """Judges the losses of a stage's steps, in order, by `config.faults`:
 
-    nonfinite, spike   what is done: "abort" ends the run, "skip" does not apply the update, "rollback" goes back to the
-                       last checkpoint and on with the data after the bad batch, "ignore" (spike only) does nothing
-    deviations         a spike is a loss above the median of the last `window` good ones by more than so many standard
-                       deviations, estimated from the median distance to the median
-    most               bad steps between two checkpoints, above which the run ends all the same
+    nonfinite, spike   the action: "abort" ends the run; "skip" does not apply the update; "rollback" restores the last
+                       checkpoint and continues with the data after the bad batch; "ignore" (spike only) does nothing
+    deviations         a loss is a spike if it exceeds the median of the last `window` good losses by more than this
+                       number of standard deviations, which are estimated from the median distance to the median
+    most               if more steps than this go wrong between two checkpoints, the run ends whatever the action
+
+    `counts`: steps that were not finite, spikes, skipped updates, rollbacks, and steps whose batch had no targets.
     """
 
-    def __init__(self, cfg, state: dict | None = None):
-        """`state`: what `state()` gave when the checkpoint that the run goes on from was saved."""
+    def __init__(self, cfg: Mapping | None, state: dict | None = None):
+        """`state`: the value of `state()` in the checkpoint that the run resumes from."""
         self.cfg, state = build(FaultsConfig, dict(cfg or {}), "faults"), state or {}
         self.losses: list[tuple[int, float]] = [tuple(pair) for pair in state.get("losses", ())]
         self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks", "without_targets"), 0) | state.get(
@@ -40,14 +42,14 @@ class Watch:
         self.since_save = 0
 
     def saved(self) -> None:
-        """A checkpoint was saved: `most` counts from here."""
+        """A checkpoint was saved: count bad steps for `most` from here."""
         self.since_save = 0
 
     def state(self) -> dict:
         return {"losses": self.losses, "counts": self.counts}
 
     def limit(self, step: int) -> float:
-        """Above it the loss of `step` is a spike. From the losses up to two steps before, which are known when it begins."""
+        """The loss above which `step` is a spike. It uses losses up to two steps before, which are known when the step begins."""
         window = [loss for number, loss in self.losses if number < step - 1][-self.cfg.window :]
         if self.cfg.spike == "ignore" or len(window) < min(20, self.cfg.window):
             return math.inf
@@ -57,9 +59,9 @@ class Watch:
         return float(np.float32(limit))  # as `guarded` compares it
 
     def judge(self, step: int, values: dict[str, float], standing: str) -> str | None:
-        """What to do about a step, "skip" (done already, see `guarded`) or "rollback", or None where nothing is wrong.
+        """The action for a step: "skip" (`guarded` has done it already), "rollback", or None if nothing is wrong.
 
-        `standing`: says where the step was and which checkpoint is left. Raises NonFiniteLoss, LossSpike.
+        `standing`: text for messages: the step, and the checkpoint that is left. Raises NonFiniteLoss, LossSpike.
         """
         loss, limit = values["loss"], self.limit(step)
         self.counts["without_targets"] += values.get("targets") == 0
@@ -84,13 +86,13 @@ class Watch:
         self.losses = [*self.losses, (step, loss)][-(self.cfg.window + 2) :]
 
     def rewind(self, step: int) -> None:
-        """The run goes back to the end of `step`."""
+        """The run goes back to the end of `step`: forget the losses of later steps."""
         self.losses = [pair for pair in self.losses if pair[0] <= step]
 
 
-def guarded(step: Callable, cfg) -> Callable:
-    """(state, frozen, batch, limit) -> (state, metrics): a training step whose update is not applied where the policy says
-    "skip" and its loss is above `limit` or not finite. All of the state but `step` then stays as it was."""
+def guarded(step: Callable, cfg: Mapping | None) -> Callable:
+    """(state, frozen, batch, limit) -> (state, metrics): a training step that does not apply its update if the policy is
+    "skip" and the loss is above `limit` or not finite. Then only `state.step` changes."""
     cfg = build(FaultsConfig, dict(cfg or {}), "faults")
 
     def run(state, frozen, batch, limit=math.inf):

@@ -1,4 +1,4 @@
-"""Where the time goes: the share of a run that trains, and how fast that is."""
+"""Goodput: the share of a run's time that is spent in training steps, and the speed of those steps."""
 
 import contextlib
 import time
@@ -6,26 +6,26 @@ from collections.abc import Iterator
 
 import jax
 
-KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is in steps
+KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is spent in steps
 
 
 class Ledger:
-    """Seconds of a run, restarts included, by what they were spent on.
+    """Seconds of a run, restarts included, by kind:
 
-    input        waiting for a batch while the devices had nothing to do
-    checkpoint   saving, as far as the run waited for it
-    compile      XLA's compilations, and the first call of each step
-    restart      initialising and restoring; after a fault all since the checkpoint that the run goes on from: steps that
-                 were lost, and the time until it was started again
-    steps        all the rest
+    input        waiting for a batch while the devices are idle
+    checkpoint   the part of saving that the run waits for
+    compile      XLA's compilations, and the first call of each stage's step
+    restart      initialising and restoring; after a crash, all time since the checkpoint that the run resumes from: the
+                 steps that were lost, and the time until the new start
+    steps        everything else
 
-    `meta`: what `state()` gave for that checkpoint. A run that ended orderly (`state(ended=True)`) has no time lost.
+    `meta`: the value of `state()` in that checkpoint. If the run ended normally (`state(ended=True)`), no time was lost.
     """
 
     def __init__(self, meta: dict | None = None):
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.steps, self.tokens, self.flops, self.restarts = 0, 0.0, 0.0, 0
-        self._inside: list[float] = []  # of the open `time`s: seconds that inner ones and compilations took
+        self._inside: list[float] = []  # for each open `time` block: seconds of inner blocks and compilations
         self._began, self._before = time.time(), 0.0
         if meta:
             self.seconds |= meta["seconds"]
@@ -60,7 +60,7 @@ class Ledger:
         self._saved = self.split(), (self.steps, self.tokens, self.flops)
 
     def rewind(self) -> None:
-        """The run goes back to its last save: steps since then do not count, and what they took is lost."""
+        """The run goes back to its last save: later steps do not count, and their time is lost."""
         (saved, counts), now = self._saved, self.split()
         self.steps, self.tokens, self.flops = counts
         self.seconds["restart"] += sum(now[kind] - saved[kind] for kind in ("steps", "input"))
@@ -81,7 +81,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def waiting(self, running: jax.Array | None) -> Iterator[None]:
-        """Input. It counts unless `running`, of the step before, is still being computed when it is there."""
+        """Time spent on input. It does not count if `running`, the result of the step before, is still being computed at the end."""
         begin = time.time()
         yield
         if running is None or running.is_ready():
@@ -89,7 +89,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def noticing_compilations(self) -> Iterator[None]:
-        """While this lasts, XLA's compilations are counted wherever they happen."""
+        """During the block, count the time of XLA's compilations wherever they happen."""
 
         def listen(event: str, duration: float, **_) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
@@ -104,20 +104,21 @@ class Ledger:
             jax.monitoring.unregister_event_duration_listener(listen)
 
     def split(self) -> dict[str, float]:
-        """Seconds so far by kind, steps and total included."""
+        """Seconds so far by kind, with "steps" and "total"."""
         total = self.total
         return {"steps": max(0.0, total - sum(self.seconds.values())), **self.seconds, "total": total}
 
     def speed(
         self, before: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None
     ) -> dict:
-        """Of the last `steps` steps, since `split()` gave `before`. `flops`: of a step, all devices together; `peak`: of one."""
+        """Rates of the last `steps` steps. `before`: the value of `split()` when they began; `flops`: of one step, all devices
+        together; `peak`: FLOP/s of one device."""
         now = self.split()
         spent = {kind: now[kind] - before[kind] for kind in now}
         return rates(spent, steps, tokens, flops * steps if flops else None, peak)
 
     def summary(self, peak: float | None) -> dict:
-        """Of the whole run."""
+        """Counts, seconds, shares and rates of the whole run. `peak`: FLOP/s of one device."""
         spent = self.split()
         whole = spent["total"] or 1.0
         share = {kind: seconds / whole for kind, seconds in spent.items() if kind != "total"}
@@ -126,8 +127,11 @@ class Ledger:
 
 
 def rates(spent: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None) -> dict:
-    """Step time, input wait (seconds a step), tokens per second and, where both are known, MFU: `flops` of all steps over
-    what the devices could do at their peak in the time of steps and input; compilation, saving, restarts left out."""
+    """Step time and input wait (seconds per step), tokens per second and, if `flops` and `peak` are known, the MFU.
+
+    The MFU is `flops`, of all steps, over the FLOP that the devices can do at their peak in the time of steps and input.
+    Compilation, saving and restarts are left out.
+    """
     training = max(spent["steps"] + spent["input"], 1e-9)
     count = max(steps, 1)
     found = {

@@ -88,7 +88,7 @@ def train(
 
 
 class Trainer:
-    """A config and a checkpoint directory. `run` trains whatever of the stages is not done yet."""
+    """A config and a checkpoint directory. `run` trains the stages that are not done yet."""
 
     def __init__(self, config: Config, folder: str | Path):
         self.config = config = configs.complete(config)
@@ -100,15 +100,17 @@ class Trainer:
         self.begun = processes.on_primary(self.checkpoints.exists)
         if self.begun:
             if other := differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
-                raise ConfigError(f"{folder} holds another model than the config's: there {', '.join(other)}")
+                raise ConfigError(f"{folder} holds another model than the config's: its {', '.join(other)}")
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
         else:
             self.codec, self.tokenizer = sources.make_codec(config), sources.make_tokenizer(config)
         if len(self.tokenizer) > self.model.cfg.vlm.vocabulary:
-            raise ConfigError(f"the tokenizer has {len(self.tokenizer)} tokens; raise model.vlm.vocabulary to that")
+            raise ConfigError(
+                f"the tokenizer has {len(self.tokenizer)} tokens; set model.vlm.vocabulary to at least that"
+            )
         if (self.model.cfg.grid, self.model.cfg.channels) != (self.codec.grid, self.codec.channels):
             raise ConfigError(
-                f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels so"
+                f"the codec makes {self.codec.grid} tokens of {self.codec.channels} channels; set model.grid and model.channels to the same"
             )
 
     def task(self, name: str) -> StageTask:
@@ -146,7 +148,7 @@ class Trainer:
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
 
     def _require_same_steps(self) -> None:
-        """Raises ConfigError where the config puts the stages that the directory has done elsewhere."""
+        """Raises ConfigError if the config's order and steps do not contain the stages that the directory has done."""
         if not (done := self.checkpoints.steps.latest()):
             return
         meta, order = self.checkpoints.steps.meta(done), list(self.config.order)
@@ -155,8 +157,8 @@ class Trainer:
         folder, steps = self.checkpoints.folder, self.config.stages[name].steps if name in order else 0
         if before is None or before + own != done or own > steps:
             raise ConfigError(
-                f"{folder} stands at step {done}, {own} of them in {name}, where this config's order and steps do not come by; "
-                "keep those of what is done, or name another --out"
+                f"{folder} stands at step {done}, {own} of them in {name}, which this config's order and steps never reach; "
+                "keep the order and steps of the stages that are done, or name another --out"
             )
         if own < steps and not self.checkpoints.steps.has(done, "optimizer"):
             raise ConfigError(
@@ -165,7 +167,7 @@ class Trainer:
             )
 
     def _require_stages(self) -> None:
-        """Raises UserError for what would stop a stage that is still to come, before anything is trained."""
+        """Raises UserError for a fault that would stop a later stage, before anything is trained."""
         done, last = self.checkpoints.steps.latest() or 0, 0
         for name in self.config.order:
             last += self.config.stages[name].steps
@@ -182,14 +184,14 @@ class Trainer:
     ) -> None:
         """Make a directory `folder` for a run on the converted VLM in `vlm`, with untrained flows saved as step 0.
 
-        `read_config` reads vlm.json. Raises UserError if the config describes another VLM; then nothing is left behind.
+        `read_config` reads vlm.json. Raises UserError if the config describes another VLM; then no folder is left.
         """
         vlm, folder = Path(vlm), Path(folder).resolve()
         require_new(folder)
         if makes_vlm(config):
             raise ConfigError("the VLM is pretrained; take the stage pretrain out of the config's order")
         if other := differences(read_config(vlm / "vlm.json"), configs.pretzel(config).vlm):
-            raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: there {', '.join(other)}")
+            raise ConfigError(f"{vlm} holds another VLM than the config's model.vlm: its {', '.join(other)}")
         codec = sources.make_codec(config)
         with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:
             CheckpointDirectory(partial).create_on(vlm, config, codec)

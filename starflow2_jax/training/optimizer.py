@@ -7,7 +7,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from starflow2_jax.parallel import sharding
 
-# Of a stack's kernels, whose axis 0 is the layer: which axes are summed over, and which are new.
+# The kernels of a stack, whose axis 0 is the layer: the axes that a product sums over, and the axes of its result.
 MUON_AXES = {
     "query": MuonDimensionNumbers((1,), (2, 3)),
     "key": MuonDimensionNumbers((1,), (2, 3)),
@@ -50,7 +50,7 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
 
 
 def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-    """`inner`, its fp32 moments kept in `dtype` between updates."""
+    """`inner` with its fp32 moments stored in `dtype` between updates."""
 
     def cast(tree, source, target):
         def leaf(path, x):
@@ -71,7 +71,7 @@ def _decays(params):
 
 
 def _axes(path, _) -> MuonDimensionNumbers | None:
-    """Those of a stack's kernel, None for all else."""
+    """The axes of a stack's kernel; None for other parameters."""
     *_, stack, _, name, kind = ("", "", "", *sharding.path_name(path).split("/"))
     return MUON_AXES[name] if stack == "layers" and kind == "kernel" else None
 

@@ -1,4 +1,4 @@
-"""A trace of some steps, to look at with xprof."""
+"""A trace of some steps, for xprof."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ AFTER = 3  # steps of this process before the trace begins: the first ones compi
 
 
 class Profiler:
-    """Traces `steps` steps into `folder` (`tensorboard --logdir` of it, or xprof); 0 traces none."""
+    """Traces `steps` steps into `folder`, for xprof or `tensorboard --logdir FOLDER`. With 0 it traces nothing."""
 
     def __init__(self, folder: str | Path, steps: int = 0):
         self.folder, self.first, self.last = folder, AFTER, AFTER + steps
         self.done, self.tracing = 0, False
 
     def step(self, running) -> None:
-        """Before each step; `running`: what the step before computes."""
+        """Call it before each step. `running`: the result of the step before."""
         if self.done == self.first and self.first < self.last:
             jax.block_until_ready(running)
             jax.profiler.start_trace(str(self.folder))

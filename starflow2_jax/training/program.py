@@ -1,4 +1,4 @@
-"""A stage's step as it is compiled, and the shapes and places of what it takes: run by the loop, planned without devices."""
+"""A stage's compiled step, and the shapes and shardings of its arguments. The loop runs it; the planner needs no devices."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def jitted_step(
 
     Input and output state share one sharding, so steps can be chained.
 
-    `deviations` (D,): the codec's, of latent channels. `limit` (): see `faults.guarded`.
+    `deviations` (D,): standard deviations of the codec's latent channels. `limit` (): see `faults.guarded`.
     """
     cfg = config.stages[stage.name]
     objective = Objective(
@@ -56,7 +56,7 @@ def jitted_step(
 
 
 def find_stage(config: Config, text: str | None) -> Stage:
-    """A stage of the config by name, or by number in the paper's order (1, 2, 3); None: the last one that it runs.
+    """A stage of the config by name, or by number in the paper's order (1, 2, 3); None: the last stage of its order.
 
     Raises ConfigError.
     """
@@ -68,7 +68,7 @@ def find_stage(config: Config, text: str | None) -> Stage:
 
 
 def require_rows(config: Config, stage: Stage, mesh: Mesh) -> None:
-    """Raises UserError where a stage's rows cannot be cut into groups and micro-batches, and spread over the mesh."""
+    """Raises UserError if a stage's rows cannot be cut into groups and micro-batches and spread over the mesh."""
     cfg = config.stages[stage.name]
     spread = sharding.row_shards(mesh) * cfg.accumulate
     if cfg.rows % spread:
@@ -102,12 +102,12 @@ def batch_shape(config: Config, stage: Stage) -> Shape:
 
 
 def abstract_params(model: Pretzel, tree: str) -> dict:
-    """Shapes and types of one of the two trees, "frozen" or "trainable"; no memory, no devices."""
+    """Shapes and types of one of the two trees, "frozen" or "trainable". It uses no memory and no devices."""
     return jax.eval_shape(lambda: _initial(model, 0, tree))
 
 
 def fresh_params(model: Pretzel, seed: int, tree: str, mesh: Mesh, dtype=None) -> dict:
-    """Fresh parameters of one of the two trees, each made on its shards; `dtype`: of all of them, None: fp32."""
+    """Fresh parameters of one of the two trees, made on their shards. `dtype`: of all parameters; None: fp32."""
     make = partial(_initial, model, seed, tree, dtype)
     return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
 
@@ -121,7 +121,7 @@ def _initial(model: Pretzel, seed: int, tree: str, dtype=None) -> dict:
 def abstract_state(
     config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, types and shardings of a stage's state; no memory, no devices."""
+    """Shapes, types and shardings of a stage's state. It uses no memory and no devices."""
     params = abstract_params(model, held(stage))
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), params, key=key)
@@ -134,7 +134,7 @@ def abstract_arguments(
 ) -> tuple:
     """Shapes, types and shardings of the step's state, frozen parameters and batch.
 
-    A VLM that this config does not pretrain itself comes from a published checkpoint, which is bfloat16.
+    If the config does not pretrain the VLM itself, the VLM comes from a published checkpoint, which is bfloat16.
     """
     rest = abstract_params(model, other_tree(held(stage)))
     if not makes_vlm(config):
@@ -144,7 +144,7 @@ def abstract_arguments(
 
 
 def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:
-    """The arrays of a batch by their shapes."""
+    """Shapes and types of the arrays of a batch."""
     B, S, M, P = shape.rows, shape.length, shape.images, shape.patches
 
     def number(*sizes):

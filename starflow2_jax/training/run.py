@@ -1,4 +1,4 @@
-"""The steps of one task: read, step, look, log, save; and what happens when a step goes wrong or the machine is taken away."""
+"""The steps of one task: read, step, judge, log, save. Handles steps that go wrong, and machines that are taken away."""
 
 import sys
 from collections import deque
@@ -21,7 +21,7 @@ from starflow2_jax.training.task import State, Task, groups
 
 @dataclass(frozen=True)
 class Settings:
-    """How often a run logs and saves, and what it does about bad steps."""
+    """How often a run logs and saves, and its policy for bad steps."""
 
     log_every: int  # steps
     save_every: int
@@ -31,7 +31,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tools:
-    """What all tasks of a run share."""
+    """The objects that all tasks of a run share."""
 
     metrics: Metrics
     bar: tqdm
@@ -41,9 +41,9 @@ class Tools:
 
 
 class Run:
-    """One task from where its checkpoints left it: `state`, `reader`, `step`, `save`.
+    """One task, resumed from its newest checkpoint: `state`, `reader`, `step`, `save`.
 
-    `place`: of the task in the order; `first`: steps of the run before the task.
+    `place`: index of the task in the order; `first`: number of steps that the run does before the task.
     """
 
     def __init__(
@@ -73,25 +73,25 @@ class Run:
             self.step = task.step()
         self.mesh, self.flops = mesh, task.flops
         self.watch = Watch(settings.faults, watched)
-        self.number = first + int(self.state.step)  # steps of the whole run that are done
-        self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not looked at yet
-        self.seen: dict[str, float] = {}  # metrics of the last step that was looked at
+        self.number = first + int(self.state.step)  # of the last step that is done, counted over the whole run
+        self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not judged yet
+        self.seen: dict[str, float] = {}  # metrics of the last step that was judged
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
         self.recent: list[float] = []  # losses since the last save
         self.called = False
 
     def run(self, last: int, stop_at: int | None) -> bool:
-        """Go on to step `last` of the whole run. Returns whether it got there; raises Preempted, NonFiniteLoss, LossSpike."""
+        """Train up to step `last` of the whole run. Returns whether it got there. Raises Preempted, NonFiniteLoss, LossSpike."""
         tools, settings = self.tools, self.settings
         tools.bar.update(self.number - self.first)
         logged = self.number
         while self.number < last:
             self._step()
             number = self.number
-            told = tools.preemption.reached(number)
-            saves = number < last and (_due(settings.save_every, number) or number == stop_at or told)
+            ending = tools.preemption.reached(number)
+            saves = number < last and (_due(settings.save_every, number) or number == stop_at or ending)
             logs = _due(settings.log_every, number) or (number == last and settings.log_every > 0)
-            if not self._look(0 if saves or logs else 1):
+            if not self._judge(0 if saves or logs else 1):
                 logged = self.number
                 continue
             if logs:
@@ -101,7 +101,7 @@ class Run:
             if saves:
                 with tools.ledger.time("checkpoint"):
                     self.save(self.state, self.reader.get_state(), ended=number == stop_at)
-            if told and number < last:
+            if ending and number < last:
                 raise Preempted
             if number == stop_at and number < last:
                 return False
@@ -109,16 +109,16 @@ class Run:
 
     @property
     def faults(self) -> dict[str, int]:
-        """How many steps of the whole run went wrong, and what was done about them."""
+        """Counts of the steps of the whole run that went wrong, and of the actions; see `faults.Watch`."""
         return self.watch.counts
 
     def finish(self, ended: bool) -> None:
-        """After the last step: save what the task leaves. `ended`: as in `save`."""
+        """After the last step: save the state that the task leaves. `ended`: as in `save`."""
         with self.tools.ledger.time("checkpoint"):
             self.save(self.task.finish(self.state, self.checkpoints), None, ended)
 
     def save(self, state: State, position: object, ended: bool) -> None:
-        """Save a step. `position`: of the data; `ended`: the time until the next start does not count as lost."""
+        """Save a step. `position`: of the data. `ended`: the run ends here, so the time until the next start is not lost."""
         finite = [loss for loss in self.recent if np.isfinite(loss)]
         self.checkpoints.lock.require_held()
         meta = {
@@ -155,8 +155,8 @@ class Run:
         ledger.count_step(self.flops)
         self.pending.append((self.number, values))
 
-    def _look(self, leave: int) -> bool:
-        """Judge the pending steps except the last `leave`, which may still be running. False: the run went back."""
+    def _judge(self, leave: int) -> bool:
+        """Judge the pending steps except the last `leave`, which may still be running. Returns False if the run went back."""
         while len(self.pending) > leave:
             number, values = self.pending.popleft()
             values = {name: float(value) for name, value in values.items()}
@@ -194,7 +194,7 @@ class Run:
             )
 
     def _go_back(self, bad: int) -> None:
-        """Restore the last checkpoint's state; the data goes on after what was read."""
+        """Restore the last checkpoint's state. The data continues after the batches that were read."""
         tools = self.tools
         self.pending.clear()
         with tools.ledger.time("restart"):
@@ -207,7 +207,7 @@ class Run:
         tools.metrics.rewind(self.number)
         self.recent.clear()
         if tools.metrics.writes:
-            print(f"WARNING: step {bad} went wrong; going on from step {self.number} with other data", file=sys.stderr)
+            print(f"WARNING: step {bad} went wrong; resuming from step {self.number} with other data", file=sys.stderr)
         tools.bar.update(self.number - tools.bar.n)
 
     def _log(self, steps: int) -> None:
@@ -222,7 +222,7 @@ class Run:
 
 
 def restore(task: Task, checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[State, object]:
-    """A task's state and data position at the newest step; where that is another task's, the state before its first step."""
+    """A task's state and data position at the newest step. If that step is another task's: the state before the first step."""
     latest = checkpoints.steps.latest()
     meta = checkpoints.steps.meta(latest) if latest else None
     if meta is None:
@@ -239,5 +239,5 @@ def restore(task: Task, checkpoints: CheckpointDirectory, mesh: jax.sharding.Mes
 
 
 def _due(every: int, number: int) -> bool:
-    """Whether something that is done after every `every` steps is due after step `number`; 0: never."""
+    """Whether something that happens every `every` steps is due after step `number`. 0: never."""
     return every > 0 and number % every == 0

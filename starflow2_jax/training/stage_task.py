@@ -1,4 +1,4 @@
-"""A stage of STARFlow2 as a task of the loop, made from its row of the stage table and the config."""
+"""STARFlow2's stages as tasks of the loop: each is made from its row of the stage table and the config."""
 
 from functools import cached_property, partial
 
@@ -24,11 +24,12 @@ from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.step import TrainState, finish, new_state, require_host
 from starflow2_jax.training.task import Step
 
-REMEMBERED = 100_000  # texts whose tokens a reader keeps: captions and questions come again
+REMEMBERED = 100_000  # texts whose tokens a reader keeps, because captions and questions repeat
 
 
 class StageTask:
-    """See task.Task. The state holds the tree that the stage moves, "frozen" or "trainable"; the other is an argument."""
+    """See task.Task. The state holds the tree that the stage trains, "frozen" or "trainable". The step gets the other tree as
+    an argument."""
 
     def __init__(self, config: Config, stage: Stage, model: Pretzel, codec: Codec, tokenizer, mesh: Mesh):
         self.config, self.stage, self.model, self.mesh = config, stage, model, mesh
@@ -70,7 +71,7 @@ class StageTask:
         return program.fresh_params(self.model, self.config.seed, tree, self.mesh)
 
     def frozen(self, checkpoints: CheckpointDirectory) -> dict:
-        """The tree that the state does not hold. Raises ConfigError where the VLM has not been made yet."""
+        """The tree that the state does not hold. Raises ConfigError if there is no pretrained VLM yet."""
         if program.held(self.stage) == "frozen":
             return self.fresh("trainable")
         if not checkpoints.frozen.exists():
@@ -101,7 +102,7 @@ class StageTask:
         return GroupedBatches(source, encoder, shape, data.groups, data.threads, rows)
 
     def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
-        """The averaged parameters, without average and optimizer. The stage that makes the VLM freezes it for good."""
+        """The averaged parameters, without average and optimizer. The stage that pretrains the VLM saves it as frozen weights."""
         done = state.replace(params=finish(state), ema={}, optimizer={})
         if program.held(self.stage) == "frozen":
             checkpoints.frozen.save(done.params)

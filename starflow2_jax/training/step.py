@@ -22,9 +22,9 @@ HOST = "pinned_host"  # JAX's name of the host's memory that a device reads and 
 @struct.dataclass
 class TrainState:
     step: jax.Array  # () int32, within the stage
-    params: dict  # every group that this stage's checkpoints hold, moving or not
-    ema: dict  # of the groups that move
-    optimizer: optax.OptState  # of the groups that move
+    params: dict  # every group that this stage's checkpoints hold, trained or not
+    ema: dict  # of the groups that are trained
+    optimizer: optax.OptState  # of the groups that are trained
     key: jax.Array
 
 
@@ -34,9 +34,9 @@ def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformatio
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool = False) -> TrainState:
-    """Where a state of such shapes lies: by PARAMETER_RULES, with `offload` what the optimizer keeps in the host's memory.
+    """The shardings of a state, by PARAMETER_RULES. With `offload` the optimizer's state lies in the host's memory.
 
-    Raises ConfigError where the devices reach no such memory.
+    Raises ConfigError if the devices cannot use the host's memory.
     """
     layout = sharding.tree_shardings(shapes, mesh)
     if not offload:
@@ -46,7 +46,7 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool =
 
 
 def require_host(mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError where the devices reach no memory of the host."""
+    """Raises ConfigError if the devices cannot use the host's memory."""
     device = mesh.devices.flat[0]
     if HOST not in {memory.kind for memory in device.addressable_memories()}:
         raise ConfigError(
@@ -55,9 +55,10 @@ def require_host(mesh: jax.sharding.Mesh) -> None:
 
 
 def offloaded(step: Callable) -> Callable:
-    """`step`, what the optimizer keeps in the host's memory between steps; `state_shardings` places it there to begin with.
+    """`step` with the optimizer's state in the host's memory between steps; `state_shardings` places it there at first.
 
-    It goes around all that computes with a state: of computations in the host's memory XLA leaves scalars on the device.
+    It must wrap everything that computes with a state, because XLA leaves scalars that are computed in the host's memory
+    on the device.
     """
 
     def run(state: TrainState, *arguments):
@@ -80,20 +81,20 @@ def counted(step: Callable, stage: Stage) -> Callable:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What a stage's step minimises: L_NF + text_weight L_NTP + latent_penalty P, each of them where the stage has it.
+    """The loss of a stage's step: L_NF + text_weight L_NTP + latent_penalty P, with the terms that the stage has.
 
     L_NF is in nats per latent dimension, L_NTP in nats per token, P the mean squared output of each block of the shallow
     flow, summed over the blocks (STARFlow's regulariser, arXiv 2506.06276).
     """
 
-    noise: jax.Array | float = 0.0  # (D,): deviation of the Gaussian noise that is added to the latents
+    noise: jax.Array | float = 0.0  # (D,): standard deviation of the Gaussian noise added to the latents
     text_weight: float = 1.0
     latent_penalty: float = 0.0
-    vlm_length: int = 0  # positions of a row that the VLM runs over (see Pretzel); 0: all
+    vlm_length: int = 0  # positions of a row that the VLM reads (see Pretzel); 0: all
     text_chunk: int = CHUNK  # positions whose logits are in memory at once
 
     def total(self, means: dict[str, jax.Array]) -> jax.Array:
-        """The loss, from the means of what `loss_sums` returns."""
+        """The loss, from the means of the terms of `loss_sums`."""
         return sum(self.text_weight * value if name == "text" else value for name, value in means.items())
 
 
@@ -101,7 +102,7 @@ def loss_sums(
     model: Pretzel, params: dict, stage: Stage, batch: Sequence, objective: Objective, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Sums of the stage's losses over a batch: "image" in nats over latent dimensions, "text" in nats over tokens, and
-    "penalty" (its factor included) over latent dimensions. `key` is for the dropout."""
+    "penalty" (with its factor) over latent dimensions. `key` is for the dropout."""
     switches = dict(skips=stage.skips, deep=stage.deep, vlm_length=objective.vlm_length)
     output = model.apply({"params": params}, batch, **switches, rngs={"dropout": key})
     sums = {}
@@ -125,8 +126,8 @@ def make_step(
 ) -> Callable[[TrainState, dict, Sequence], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, frozen, batch) -> (state, metrics).
 
-    `accumulate`: micro-batches that the rows are cut into. Losses are divided by the whole batch's counts, so the cut
-    changes nothing.
+    `accumulate`: number of micro-batches. Losses are divided by the counts of the whole batch, so this number does not
+    change the result.
     """
 
     def step(state: TrainState, frozen: dict, batch: Sequence):
@@ -155,10 +156,10 @@ def make_step(
 
 
 def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, key: jax.Array) -> tuple[dict, dict]:
-    """The gradient of `loss` with respect to `moving`, and the sums that `loss` returns beside its value.
+    """The gradient of `loss` with respect to `moving`, and the sums that `loss` also returns.
 
-    `loss`: (moving, batch, key) -> (value, sums), both additive over rows. The rows are run in `parts` micro-batches,
-    one after the other.
+    `loss`: (moving, batch, key) -> (value, sums), both additive over rows. The rows run in `parts` micro-batches, one after
+    the other.
     """
     gradient, keys = jax.grad(loss, has_aux=True), jax.random.split(key, parts)
     if parts == 1:
@@ -174,5 +175,5 @@ def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, 
 
 
 def finish(state: TrainState) -> dict:
-    """What a stage hands on: its parameters, the moving groups as their moving average."""
+    """The parameters that the next stage gets: the moving average of the trained groups, and the other groups as they are."""
     return state.params | state.ema

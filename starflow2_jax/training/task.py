@@ -1,4 +1,4 @@
-"""What the loop trains: a task. The stages of STARFlow2 are the first kind (stage_task.py); training a codec fits, too."""
+"""The task, which the loop trains. STARFlow2's stages are one kind of task (stage_task.py); others, such as a codec, fit, too."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from starflow2_jax.checkpoints.directory import CheckpointDirectory
 class State(Protocol):
     """A training state, a `flax.struct.dataclass`. Each field besides `step` and `key` is a group of arrays.
 
-    Checkpoints hold every group under its name ("params", "ema", "optimizer", or what else a task needs, such as a
-    critic and its optimizer). One group is named "params": it is what the next task may start from.
+    Checkpoints hold every group under its name: "params", "ema", "optimizer", or others that a task needs, such as a critic
+    and its optimizer. The group "params" is the one that the next task may start from.
     """
 
-    step: jax.Array  # () int32: steps of this task that are done
+    step: jax.Array  # () int32: steps of this task that were done
     key: jax.Array  # of the task's random stream
     params: Any
     replace: Callable[..., "State"]
 
 
 class Batches(Protocol):
-    """Endless batches with a position that is saved and restored."""
+    """Endless batches. Their position can be saved and restored."""
 
     documents: int  # of one pass over the source
 
@@ -32,15 +32,15 @@ class Batches(Protocol):
         ...
 
     def place(self, rows: Any, sharding: jax.sharding.NamedSharding) -> Any:
-        """Those rows -> the whole batch as global arrays."""
+        """Make the whole batch, as global arrays, from those rows."""
         ...
 
     def get_state(self) -> Any:
-        """The position, a JSON value; all processes call it together."""
+        """The position as a JSON value. All processes call it together."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
 
 
 # (state, frozen, batch, limit) -> (state, metrics). It advances state.step by one. Metrics are scalars: "loss" and
@@ -51,17 +51,17 @@ Step = Callable[[State, Any, Any, Any], tuple[State, dict[str, jax.Array]]]
 
 
 class Task(Protocol):
-    """One entry of a run's order: its state, step and batches, and what it leaves when it ends."""
+    """One entry of a run's order: its state, its step, its batches, and the state that it leaves at the end."""
 
     name: str  # unique in a run: names its metrics, checkpoints and random streams
     steps: int
     flops: float  # of one step, all devices together
 
     def check(self) -> None:
-        """Raises UserError for what would stop the task later; nothing is compiled."""
+        """Raises UserError for a fault that would stop the task later. It compiles nothing."""
 
     def continues(self, name: str) -> bool:
-        """Whether the task starts from the "params" that the task `name` left; else from fresh ones."""
+        """Whether the task starts from the "params" that the task `name` left. Otherwise it starts from fresh ones."""
 
     def abstract_state(self) -> State:
         """Shapes, types and shardings of the state."""
@@ -72,22 +72,22 @@ class Task(Protocol):
         ...
 
     def frozen(self, checkpoints: CheckpointDirectory) -> Any:
-        """The arrays that the step reads and never changes; no step checkpoint holds them."""
+        """The arrays that the step reads and never changes. The saved steps do not hold them."""
         ...
 
     def step(self) -> Step:
-        """The compiled step; it is compiled when it is first called."""
+        """The step. It is compiled when it is first called."""
         ...
 
     def check_batch(self, batch: Any) -> None:
         """Raises UserError if the task's first batch, as global arrays, shows that the data cannot teach anything."""
 
     def batches(self) -> Batches:
-        """From the beginning of the data; a process reads the rows that its devices need."""
+        """Batches from the beginning of the data. Each process reads the rows that its devices need."""
         ...
 
     def finish(self, state: State, checkpoints: CheckpointDirectory) -> State:
-        """The state that is saved after the last step. Groups that nobody needs any more are empty in it."""
+        """The state to save after the last step. Groups that are not needed any more are empty in it."""
         ...
 
 

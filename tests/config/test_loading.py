@@ -80,7 +80,7 @@ def test_the_options_of_another_kind_go_with_it(tmp_path):
         ("starflow2_7b_t2i", ["order=pretrain"], ("order", "stages.pretrain", "steps")),
         ("starflow2_7b_t2i", ["stages.pretrain.rows=64"], ("stages.pretrain", "lacks steps")),
         ("digits_quick", ["order=joint,joint"], ("order", "once")),
-        ("digits_quick", ["order=()"], ("order", "one at least")),
+        ("digits_quick", ["order=()"], ("order", "at least one stage")),
         ("digits_quick", ["data.groups=3"], ("stage pretrain", "data.groups=3", "16 rows")),
         ("digits_quick", ["stages.joint.accumulate=3"], ("stages.joint.rows=16", "multiple of 3")),
         ("digits_quick", ["mesh.data=4", "mesh.fsdp=8"], ("rows=16", "multiple of 32", "mesh.fsdp")),

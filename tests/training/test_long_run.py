@@ -242,7 +242,7 @@ def test_a_step_whose_list_was_never_written_is_read_first(trainer, undisturbed,
     t = trainer()
     t.run(progress=False)
     said = capfd.readouterr().err
-    assert "WARNING: step 8" in said and "looking at the step before" in said and "step 4" not in said
+    assert "WARNING: step 8" in said and "trying the step before" in said and "step 4" not in said
     assert [place.name for place in (t.checkpoints.folder / "damaged").iterdir()] == ["8.0"]
     assert (lines(t), applied(t)) == undisturbed and undisturbed[1] > 0
 
