@@ -235,7 +235,10 @@ def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-3)
     assert found[2] != found[0] and np.abs(np.subtract(found[2], found[0])).max() < 2
     assert cli.main([*command, "--tensor", "3"]) == 2 and "tensor=3" in capsys.readouterr().err
-    assert cli.main([*command, "--fsdp", "0"]) == 2 and "--fsdp: takes a whole number of at least 1" in capsys.readouterr().err
+    assert (
+        cli.main([*command, "--fsdp", "0"]) == 2
+        and "--fsdp: takes a whole number of at least 1" in capsys.readouterr().err
+    )
 
 
 def test_version_and_exit_codes_are_told(capsys):
