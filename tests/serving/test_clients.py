@@ -102,7 +102,7 @@ def test_a_tower_that_is_not_there(sampler):
     blind = replace(tiny.CONFIG, vlm=replace(tiny.CONFIG.vlm, vision=None))
     model = Sampler(Pretzel(blind), tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
     with pytest.raises(UserError, match="--images vit needs a vision tower"):
-        Server(model, "tiny", replace(LIMITS, images="vit"), "127.0.0.1", 0)
+        Server(model, "tiny", replace(LIMITS, images="vit"), "127.0.0.1", ())
 
 
 def test_more_than_is_left_is_what_is_left(client):
