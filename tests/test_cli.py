@@ -158,6 +158,7 @@ def test_a_document_that_does_not_fit_is_named_and_an_image_cut_off_is_told(
 
 def test_every_option_of_sampling_arrives(tmp_path, monkeypatch):
     seen = []
+    monkeypatch.setattr(sampling, "image_channels", lambda args: 1)
     monkeypatch.setattr(sampling, "restore", lambda args: seen.append(sampling._options(args)) or sys.exit())
     options = {
         "guidance": 2.0, "image-guidance": 1.5, "temperature": 0.7, "text-temperature": 0.3, "top-k": 5, "top-p": 0.8,
@@ -166,7 +167,7 @@ def test_every_option_of_sampling_arrives(tmp_path, monkeypatch):
     given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     flags = ["--linear", "--annealed", "--image-first", "--stop", "a", "--stop", "b"]
     with pytest.raises(SystemExit):
-        cli.main(["sample", "--checkpoint", "none", "--prompt", "draw", *given, *flags])
+        cli.main(["sample", "--checkpoint", str(ROOT), "--prompt", "draw", *given, *flags])
     assert seen == [
         SampleOptions(
             temperature=0.3, image_temperature=0.7, guidance=2.0, max_tokens=33, image_first=True, top_k=5, top_p=0.8,
@@ -236,7 +237,10 @@ def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-3)
     assert found[2] != found[0] and np.abs(np.subtract(found[2], found[0])).max() < 2
     assert cli.main([*command, "--tensor", "3"]) == 2 and "tensor=3" in capsys.readouterr().err
-    assert cli.main([*command, "--fsdp", "0"]) == 2 and "--fsdp is at least 1" in capsys.readouterr().err
+    assert (
+        cli.main([*command, "--fsdp", "0"]) == 2
+        and "--fsdp: takes a whole number of at least 1" in capsys.readouterr().err
+    )
 
 
 def test_version_and_exit_codes_are_told(capsys):
@@ -258,13 +262,13 @@ def test_version_and_exit_codes_are_told(capsys):
         (["train", "--config", "missing.py"], "there is no experiment file missing.py"),
         (["train", "--config", "{root}/starflow2_jax/experiments/digits_quick.py", "--conf.seed=3"], "unknown argument '--conf.seed=3'"),
         (["sample", "--checkpoint", "missing", "--prompt", "draw a seven"], "there is no checkpoint directory"),
-        (["sample", "--checkpoint", "missing", "--prompt", "draw a seven", "--num", "0"], "--num"),
-        (["eval", "--benchmark", "digits", "--checkpoint", "missing", "--limit", "0"], "--limit is at least 10"),
-        (["eval", "--benchmark", "digit", "--checkpoint", "missing"], "there is no benchmark 'digit'; there are digits"),
-        (["eval", "--benchmark", "digits", "--checkpoint", "missing", "--data", "x"], "leave --data out"),
-        (["eval", "--benchmark", "digits", "--checkpoint", "missing", "--out", "o", "--process", "2", "--processes", "2"], "not 2 of 2"),
-        (["eval", "--benchmark", "digits", "--checkpoint", "missing", "--processes", "2"], "name it with --out"),
-        (["sample", "--checkpoint", "missing", "--prompt", "draw", "--import", "none.py"], "no Python file none.py"),
+        (["sample", "--checkpoint", "{root}", "--prompt", "draw a seven", "--num", "0"], "--num"),
+        (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--limit", "0"], "--limit is at least 10"),
+        (["eval", "--benchmark", "digit", "--checkpoint", "{root}"], "there is no benchmark 'digit'; there are digits"),
+        (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--data", "{root}"], "leave --data out"),
+        (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--out", "o", "--process", "2", "--processes", "2"], "not 2 of 2"),
+        (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--processes", "2"], "name it with --out"),
+        (["sample", "--checkpoint", "{root}", "--prompt", "draw", "--import", "none.py"], "there is no file or folder 'none.py'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, message, tmp_path):

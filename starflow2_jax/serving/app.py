@@ -6,7 +6,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,11 @@ def make_app(service: Service) -> Starlette:
 async def _chat(service: Service, request: Request) -> Response:
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
     body = await service.body(request)
-    job = await run_in_threadpool(_job, service, body, lambda e: loop.call_soon_threadsafe(events.put_nowait, e))
+
+    def tell(event: Started | Event | Fault) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job = await run_in_threadpool(_job, service, body, tell)
     wanted = job.request
     service.worker.submit(job)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
@@ -163,7 +167,7 @@ async def _chat(service: Service, request: Request) -> Response:
     return JSONResponse(await completions.whole(story, first, frame, len(wanted.seeds)))
 
 
-def _job(service: Service, body: object, tell: Callable[[Event], None]) -> Job:
+def _job(service: Service, body: object, tell: Callable[[Started | Event | Fault], None]) -> Job:
     return service.worker.job(chat_request(body, service.limits), tell)
 
 
@@ -174,7 +178,7 @@ async def _disconnected(request: Request) -> None:
 
 async def _events(
     worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future
-) -> AsyncIterator[Started | Event]:
+) -> AsyncGenerator[Started | Event, None]:
     """The events of a job until all its choices have ended. If the client disconnects, the job is cancelled and its rows are
     freed."""
     open_choices, coming = len(job.request.seeds), gone

@@ -102,7 +102,7 @@ def test_a_tower_that_is_not_there(sampler):
     blind = replace(tiny.CONFIG, vlm=replace(tiny.CONFIG.vlm, vision=None))
     model = Sampler(Pretzel(blind), tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
     with pytest.raises(UserError, match="--images vit needs a vision tower"):
-        Server(model, "tiny", replace(LIMITS, images="vit"), "127.0.0.1", 0)
+        Server(model, "tiny", replace(LIMITS, images="vit"), "127.0.0.1", ())
 
 
 def test_more_than_is_left_is_what_is_left(client):
@@ -178,7 +178,7 @@ def test_a_model_of_latents_draws_nothing(latents):
         with pytest.raises(openai.BadRequestError, match=message):
             ask(client, [{"role": "user", "content": content}], **wanted)
     answer = httpx.post(f"{address}/v1/rank", json={"image": scan, "captions": ["an eight"]}, trust_env=False)
-    assert answer.status_code == 400 and "it ranks no captions" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "it cannot rank captions" in answer.json()["error"]["message"]
     request_limits = RequestLimits.of(server.worker.sampler, max_pixels=10, max_choices=1)
     for given in (None, 3):
         body = {"messages": [{"role": "user", "content": "!"}], "max_images": given}
@@ -186,7 +186,7 @@ def test_a_model_of_latents_draws_nothing(latents):
     told = {"role": "assistant", "content": [image_part(scan)]}  # somebody else's answer
     assert ask(client, [told, {"role": "user", "content": "!"}], max_tokens=1).usage
     with pytest.raises(UserError, match="--editing needs a model that draws"):
-        Server(of_latents(), "tiny", replace(LIMITS, editing=True), "127.0.0.1", 0)
+        Server(of_latents(), "tiny", replace(LIMITS, editing=True), "127.0.0.1", ())
 
 
 def test_a_model_of_latents_without_a_tower():

@@ -18,7 +18,7 @@ def test_full_queue(client, running):
     with ThreadPoolExecutor(LIMITS.max_queue) as pool:
         asked = [pool.submit(ask, client, max_tokens=2, seed=i) for i in range(LIMITS.max_queue)]
         wait_until(lambda: len(worker.waiting) == LIMITS.max_queue)
-        with pytest.raises(openai.RateLimitError, match="6 requests are waiting"):
+        with pytest.raises(openai.RateLimitError, match="6 requests are already waiting"):
             ask(client)
         leave.set()
         assert all(a.result().choices for a in asked)

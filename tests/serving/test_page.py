@@ -130,7 +130,7 @@ def test_edits(page, picture):
     put(page, "#edit [name=text]", "mirror it")
     put(page, "#edit [name=image_guidance]", "1000")
     send(page, "edit")
-    assert "image_guidance is from 0 to 100" in find(page, "#wrong").text
+    assert "image_guidance must be from 0 to 100" in find(page, "#wrong").text
     put(page, "#edit [name=image_guidance]", "1.5")
     page.execute_script("linear.value = 'true'")
     send(page, "edit")
@@ -187,11 +187,11 @@ def test_arrow_keys_choose_a_tab(page):
 
 def test_asks_for_the_key(sampler):
     with served(sampler, key=KEY) as (_, address), opened(address, refused="401 (Un") as page:
-        WebDriverWait(page, 60).until(lambda p: "wants its API key" in find(p, "#model").text)
+        WebDriverWait(page, 60).until(lambda p: "needs its API key" in find(p, "#model").text)
         put(page, "#key", "another" + Keys.TAB)
         put(page, "#draw [name=text]", "draw an eight")
         send(page, "draw")
-        assert "wants its API key" in find(page, "#wrong").text
+        assert "needs its API key" in find(page, "#wrong").text
         put(page, "#key", KEY + Keys.TAB)
         WebDriverWait(page, 60).until(lambda p: find(p, "#model").text == "tiny")
         put(page, "#max_tokens", "30")
