@@ -1,9 +1,7 @@
-"""Fields of configs: each declares a default, a line of help and the allowed values. Configs are built from values and text."""
+"""Fields of configs: each declares a default, a line of help and the allowed values. Configs are built from plain values."""
 
 import dataclasses
 import difflib
-import fnmatch
-import re
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass
@@ -71,7 +69,7 @@ class Key:
         return self.field.metadata["help"]
 
 
-def check(config) -> None:
+def check(config: typing.Any) -> None:
     """Raises UserError for the first field of a dataclass whose value is not allowed."""
     for field in dataclasses.fields(config):
         if field.metadata:
@@ -94,15 +92,15 @@ def _require_within(name: str, value: float, least, most, above, below) -> None:
     if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
         raise UserError(f"{name} is a finite number that fits into 32 bits, not {value}")
     if least is not None and value < least:
-        raise UserError(f"{name} is at least {least}, not {_short(value)}")
+        raise UserError(f"{name} is at least {least}, not {abbreviated(value)}")
     if above is not None and value <= above:
-        raise UserError(f"{name} is above {above}, not {_short(value)}")
+        raise UserError(f"{name} is above {above}, not {abbreviated(value)}")
     if below is not None and value >= below:
-        raise UserError(f"{name} is below {below}, not {_short(value)}")
+        raise UserError(f"{name} is below {below}, not {abbreviated(value)}")
     if most is None and isinstance(value, int):
         most = LARGEST_INT
     if most is not None and value > most:
-        raise UserError(f"{name} is at most {most}, not {_short(value)}")
+        raise UserError(f"{name} is at most {most}, not {abbreviated(value)}")
 
 
 def build(cls: type, values: Mapping, path: str = ""):
@@ -110,14 +108,14 @@ def build(cls: type, values: Mapping, path: str = ""):
     if the field takes floats. `path`: key of the group. Raises ConfigError that names the key and the type."""
     place = f"{path} ({cls.__name__})" if path else cls.__name__
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{place} is a group of keys, not {_short(values)}")
+        raise ConfigError(f"{place} is a group of keys, not {abbreviated(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields), key=str):
         raise ConfigError(f"{place} has no field {unknown[0]!r}; did you mean {_near(unknown[0], fields)!r}?")
     hints, given = typing.get_type_hints(cls), {}
     for name, field in fields.items():
         if name in values:
-            given[name] = _built(_below(path, name), hints[name], field, values[name])
+            given[name] = _built(place_below(path, name), hints[name], field, values[name])
         elif field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"{place} lacks {name}, which has no default: {field.metadata.get('help', 'give it')}")
     try:
@@ -128,16 +126,16 @@ def build(cls: type, values: Mapping, path: str = ""):
 
 def _built(path: str, hint, field: dataclasses.Field, value):
     """`value` in the field's type; a group is built."""
-    if value is None and _optional(hint):
+    if value is None and is_optional(hint):
         return None
-    group, table = _group(hint, field, value), _table(hint)
+    group, table = group_of(hint, field, value), table_of(hint)
     if group:
         variant = field.metadata.get("variant")
         return build(group, variant.own(value) if variant and isinstance(value, Mapping) else value, path)
     named = table and isinstance(value, Mapping)
     value = value if named else _fitted(value, hint)
     if not named and not _fits(value, hint):
-        raise _mismatch(path, hint, field, value)
+        raise mismatch(path, hint, field, value)
     try:
         for key in value if named and field.metadata["choices"] else ():
             require_one_of(f"each key of {path}", key, field.metadata["choices"])
@@ -170,13 +168,13 @@ def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
     """
     hints, groups = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
-        hint, value, place = hints[field.name], values.get(field.name, MISSING), _below(path, field.name)
+        hint, value, place = hints[field.name], values.get(field.name, MISSING), place_below(path, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        group, table = _group(hint, field, value), _table(hint)
+        group, table = group_of(hint, field, value), table_of(hint)
         entries = value if isinstance(value, Mapping) else {}
         if table and (order := field.metadata["choices"]):
             entries = {name: entries[name] for name in order if name in entries}
-        if group and (entries or not _optional(hint)):
+        if group and (entries or not is_optional(hint)):
             groups.append((Key(place, group, field, value, default), entries))
         elif table and dataclasses.is_dataclass(table):
             groups += [(Key(f"{place}.{name}", table, field, part, MISSING), part) for name, part in entries.items()]
@@ -194,141 +192,9 @@ def keys(cls: type, values: Mapping) -> list[Key]:
     return [key for key in walk(cls, values) if not key.group]
 
 
-def spelled(value) -> str:
-    """A key's value as a user types it."""
-    if isinstance(value, tuple):
-        return ",".join(map(spelled, value)) or "()"
-    return str(value)
-
-
-def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
-    """Apply overrides of the form "a.b.c=TEXT" to nested dicts; "*" stands for all entries of a table (`stages.*.rows`).
-
-    Keys that choose a variant are set first. Raises ConfigError for an unknown key, with the nearest known one, and for
-    text that does not fit the key's type.
-    """
-    choosing = set(_selectors(cls))
-    pairs = [override.partition("=") for override in overrides]
-    for key, equals, text in sorted(pairs, key=lambda pair: pair[0] not in choosing):
-        if not equals:
-            raise ConfigError(f"--config.{key} needs a value: --config.{key}=VALUE")
-        try:
-            _assign(cls, values, key.split("."), key, text)
-        except _UnknownKeyError:
-            close = difflib.get_close_matches(key, [k.path for k in keys(cls, values)], 1, 0.0)
-            raise ConfigError(f"there is no config key {key!r}; did you mean {close[0]!r}?") from None
-        except _GroupError:
-            inside = [k.path for k in keys(cls, values) if fnmatch.fnmatchcase(k.path, f"{key}.*")]
-            more = ", ..." if len(inside) > 8 else ""
-            raise ConfigError(f"config key {key!r} is a group; set one of {', '.join(inside[:8])}{more}") from None
-
-
-def _selectors(cls: type, path: str = "") -> Iterator[str]:
-    """The keys that choose a variant."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        place = _below(path, field.name)
-        if variant := field.metadata.get("variant"):
-            yield f"{place}.{variant.selector}"
-        elif dataclasses.is_dataclass(plain := _plain(hints[field.name])):
-            yield from _selectors(plain, place)
-
-
-class _UnknownKeyError(Exception):
-    pass
-
-
-class _GroupError(Exception):
-    pass
-
-
-def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> None:
-    name, *rest = names
-    field = next((f for f in dataclasses.fields(cls) if f.name == name), None)
-    if field is None:
-        raise _UnknownKeyError
-    hint = typing.get_type_hints(cls)[name]
-    group, table = _group(hint, field, values.get(name)), _table(hint)
-    if group and rest:
-        inner = _entry(values, name)
-        _assign(group, inner, rest, key, text)
-        if (variant := field.metadata["variant"]) and rest == [variant.selector]:
-            allowed = {f.name for f in dataclasses.fields(variant.choose(inner[rest[0]]))}
-            for other in set(inner) - allowed:  # the experiment's values for another variant
-                del inner[other]
-    elif table and rest and dataclasses.is_dataclass(table):
-        entries, (entry, *rest) = _entry(values, name), rest
-        chosen = list(entries) if entry == "*" else [entry]
-        if not chosen or not set(chosen) <= set(field.metadata["choices"]):
-            raise _UnknownKeyError
-        if not rest:
-            raise _GroupError
-        for each in chosen:
-            _assign(table, _entry(entries, each), rest, key, text)
-    elif table and len(rest) == 1:
-        entries = _entry(values, name)
-        entries[rest[0]] = _parsed(key, table, field, text, entries.get(rest[0], MISSING))
-    elif rest:
-        raise _UnknownKeyError
-    elif table or (group and not (_optional(hint) and text.lower() == "none")):
-        raise _GroupError
-    else:
-        values[name] = _parsed(key, hint, field, text, values.get(name, MISSING))
-
-
-def _entry(values: dict, name: str) -> dict:
-    """The group `name` of nested dicts; it is created if it does not exist."""
-    if values.get(name) is None:
-        values[name] = {}
-    if not isinstance(values[name], dict):
-        raise ConfigError(f"{name} is a group of keys, not {_short(values[name])}")
-    return values[name]
-
-
-def _parsed(key: str, hint, field: dataclasses.Field, text: str, present):
-    """The value that a user typed as `text`, in the key's type. Raises ConfigError."""
-    try:
-        value = _read(text.strip(), hint)
-    except ValueError:
-        raise _mismatch(f"config key {key!r}", hint, field, text, present) from None
-    try:
-        require_allowed(key, value, field)
-    except UserError as error:
-        raise ConfigError(str(error)) from None
-    return value
-
-
-def _read(text: str, hint):
-    """Raises ValueError."""
-    if _optional(hint):
-        return None if text.lower() == "none" else _read(text, _plain(hint))
-    if hint is bool:
-        return text.lower() == "true" if text.lower() in ("true", "false") else _no(text)
-    if hint is int:
-        return int(text) if re.fullmatch(r"[+-]?\d(_?\d)*", text) else _no(text)
-    if hint is float:
-        return float(text)
-    if typing.get_origin(hint) is tuple:
-        inside = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
-        parts = [part.strip() for part in inside.removesuffix(",").split(",")] if inside.strip() else []
-        return tuple(_read(part, each) for part, each in zip(parts, _entries(hint, len(parts)), strict=True))
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    return text[1:-1] if quoted else text
-
-
-def _no(text: str) -> typing.NoReturn:
-    raise ValueError(text)
-
-
-def _entries(hint, count: int) -> tuple:
-    """The types of a tuple's `count` entries. Raises ValueError if the tuple takes another number of entries."""
-    inner = typing.get_args(hint)
-    return (inner[0],) * count if inner[-1] is Ellipsis else inner if len(inner) == count else _no(str(hint))
-
-
 def _fitted(value, hint):
     """`value` with tuples for lists, and floats for integers if the type has them."""
-    hint = _plain(hint)
+    hint = without_none(hint)
     if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
         return tuple(_fitted(part, typing.get_args(hint)[0]) for part in value)
     small = type(value) is int and abs(value) <= LARGEST_FLOAT
@@ -337,8 +203,8 @@ def _fitted(value, hint):
 
 def _fits(value, hint) -> bool:
     if value is None:
-        return _optional(hint)
-    hint = _plain(hint)
+        return is_optional(hint)
+    hint = without_none(hint)
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         right = isinstance(value, tuple) and (inner[-1] is Ellipsis or len(inner) == len(value))
@@ -346,21 +212,25 @@ def _fits(value, hint) -> bool:
     return type(value) is hint
 
 
-def _mismatch(name: str, hint, field: dataclasses.Field, given, present=MISSING) -> ConfigError:
-    plain = _plain(hint)
+def mismatch(
+    name: str, hint: typing.Any, field: dataclasses.Field, given: object, present: object = MISSING
+) -> ConfigError:
+    """The error for a value of another type than `hint`; its example is the value that is `present`, or the default."""
+    plain = without_none(hint)
     kind = typing.get_origin(plain) or plain
     article = "an" if kind is int else "a"
     examples = (present, field.default, _EXAMPLES.get(kind, MISSING))
     example = next((e for e in examples if e is not MISSING and e is not None and _fits(e, plain)), None)
     such = "" if example is None else f" such as {example!r}"
-    none = " or None" if _optional(hint) else ""
-    return ConfigError(f"{name} takes {article} {kind.__name__}{such}{none}, not {_short(given)}")
+    none = " or None" if is_optional(hint) else ""
+    return ConfigError(f"{name} takes {article} {kind.__name__}{such}{none}, not {abbreviated(given)}")
 
 
 _EXAMPLES = {int: 1, float: 0.5, bool: True, str: "text"}
 
 
-def _short(value) -> str:
+def abbreviated(value: object) -> str:
+    """A value as Python prints it, cut after SHOWN characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -368,7 +238,8 @@ def _short(value) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _below(path: str, name: str) -> str:
+def place_below(path: str, name: str) -> str:
+    """The key `name` of the group at `path`."""
     return f"{path}.{name}" if path else name
 
 
@@ -376,28 +247,29 @@ def _near(name: str, names: Collection[str]) -> str:
     return difflib.get_close_matches(str(name), names, 1, 0.0)[0]
 
 
-def _optional(hint) -> bool:
+def is_optional(hint: typing.Any) -> bool:
+    """Whether None is allowed."""
     return type(None) in typing.get_args(hint)
 
 
-def _plain(hint):
+def without_none(hint: typing.Any) -> typing.Any:
     """X of `X | None`."""
-    return next(t for t in typing.get_args(hint) if t is not type(None)) if _optional(hint) else hint
+    return next(t for t in typing.get_args(hint) if t is not type(None)) if is_optional(hint) else hint
 
 
-def _group(hint, field: dataclasses.Field, value) -> type | None:
+def group_of(hint: typing.Any, field: dataclasses.Field, value: object) -> type | None:
     """The dataclass that a key holds, or None where it is no group."""
     if variant := field.metadata.get("variant"):
         chosen = value.get(variant.selector) if isinstance(value, Mapping) else None
         if not isinstance(chosen, str | None):
-            raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {_short(chosen)}")
+            raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {abbreviated(chosen)}")
         try:
             return variant.choose(chosen)
         except UserError as error:
             raise ConfigError(str(error)) from None
-    return _plain(hint) if dataclasses.is_dataclass(_plain(hint)) else None
+    return without_none(hint) if dataclasses.is_dataclass(without_none(hint)) else None
 
 
-def _table(hint) -> typing.Any:
+def table_of(hint: typing.Any) -> typing.Any:
     """The type of the values of a dict, or None for another type."""
     return typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None

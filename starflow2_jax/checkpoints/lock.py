@@ -142,9 +142,9 @@ def _place(process: int) -> dict[str, str]:
     the process was born (Linux; elsewhere empty)."""
     found = {}
     with contextlib.suppress(OSError, IndexError):
-        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         found["namespace"] = os.readlink("/proc/self/ns/pid")
-        state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        state, *rest = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         if state not in "ZX":  # these have ended; their parent has not asked for the exit code yet
             found["born"] = rest[18]
     return found

@@ -5,7 +5,8 @@ import textwrap
 from dataclasses import MISSING
 
 from starflow2_jax.commands.experiment import add_config
-from starflow2_jax.fields import Key, spelled
+from starflow2_jax.config.overrides import spelled
+from starflow2_jax.fields import Key
 
 LEFT = 50  # columns of a key and its value, before its help
 

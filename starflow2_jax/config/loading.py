@@ -11,10 +11,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from starflow2_jax.config.checks import require_consistent
+from starflow2_jax.config.overrides import assign
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
-from starflow2_jax.fields import Key, assign, build, walk
+from starflow2_jax.fields import Key, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

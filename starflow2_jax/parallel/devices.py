@@ -65,6 +65,6 @@ def _opens(folder: Path, wanted: re.Pattern) -> bool:
 
 def _program(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
     except OSError:
         return "name unknown"

@@ -9,9 +9,10 @@ import pytest
 from refused import refused
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.overrides import assign, spelled
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.errors import ConfigError
-from starflow2_jax.fields import MISSING, Key, assign, keys, spelled, walk
+from starflow2_jax.fields import MISSING, Key, keys, walk
 
 PAGES = ("digits_quick", "starflow2_7b_t2i")  # between them, every kind of codec and source
 

@@ -1,0 +1,154 @@
+"""Overrides: a config's keys set by text, as a user types it on the command line."""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+import typing
+from collections.abc import Iterator
+
+from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.fields import (
+    MISSING,
+    abbreviated,
+    group_of,
+    is_optional,
+    keys,
+    mismatch,
+    place_below,
+    require_allowed,
+    table_of,
+    without_none,
+)
+
+
+def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
+    """Apply overrides of the form "a.b.c=TEXT" to nested dicts; "*" stands for all entries of a table (`stages.*.rows`).
+
+    Keys that choose a variant are set first. Raises ConfigError for an unknown key, with the nearest known one, and for
+    text that does not fit the key's type.
+    """
+    choosing = set(_selectors(cls))
+    pairs = [override.partition("=") for override in overrides]
+    for key, equals, text in sorted(pairs, key=lambda pair: pair[0] not in choosing):
+        if not equals:
+            raise ConfigError(f"--config.{key} needs a value: --config.{key}=VALUE")
+        try:
+            _assign(cls, values, key.split("."), key, text)
+        except _UnknownKeyError:
+            close = difflib.get_close_matches(key, [k.path for k in keys(cls, values)], 1, 0.0)
+            raise ConfigError(f"there is no config key {key!r}; did you mean {close[0]!r}?") from None
+        except _GroupError:
+            inside = [k.path for k in keys(cls, values) if fnmatch.fnmatchcase(k.path, f"{key}.*")]
+            more = ", ..." if len(inside) > 8 else ""
+            raise ConfigError(f"config key {key!r} is a group; set one of {', '.join(inside[:8])}{more}") from None
+
+
+def _selectors(cls: type, path: str = "") -> Iterator[str]:
+    """The keys that choose a variant."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        place = place_below(path, field.name)
+        if variant := field.metadata.get("variant"):
+            yield f"{place}.{variant.selector}"
+        elif dataclasses.is_dataclass(plain := without_none(hints[field.name])):
+            yield from _selectors(plain, place)
+
+
+class _UnknownKeyError(Exception):
+    pass
+
+
+class _GroupError(Exception):
+    pass
+
+
+def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> None:
+    name, *rest = names
+    field = next((f for f in dataclasses.fields(cls) if f.name == name), None)
+    if field is None:
+        raise _UnknownKeyError
+    hint = typing.get_type_hints(cls)[name]
+    group, table = group_of(hint, field, values.get(name)), table_of(hint)
+    if group and rest:
+        inner = _entry(values, name)
+        _assign(group, inner, rest, key, text)
+        if (variant := field.metadata["variant"]) and rest == [variant.selector]:
+            allowed = {f.name for f in dataclasses.fields(variant.choose(inner[rest[0]]))}
+            for other in set(inner) - allowed:  # the experiment's values for another variant
+                del inner[other]
+    elif table and rest and dataclasses.is_dataclass(table):
+        entries, (entry, *rest) = _entry(values, name), rest
+        chosen = list(entries) if entry == "*" else [entry]
+        if not chosen or not set(chosen) <= set(field.metadata["choices"]):
+            raise _UnknownKeyError
+        if not rest:
+            raise _GroupError
+        for each in chosen:
+            _assign(table, _entry(entries, each), rest, key, text)
+    elif table and len(rest) == 1:
+        entries = _entry(values, name)
+        entries[rest[0]] = _parsed(key, table, field, text, entries.get(rest[0], MISSING))
+    elif rest:
+        raise _UnknownKeyError
+    elif table or (group and not (is_optional(hint) and text.lower() == "none")):
+        raise _GroupError
+    else:
+        values[name] = _parsed(key, hint, field, text, values.get(name, MISSING))
+
+
+def _entry(values: dict, name: str) -> dict:
+    """The group `name` of nested dicts; it is created if it does not exist."""
+    if values.get(name) is None:
+        values[name] = {}
+    if not isinstance(values[name], dict):
+        raise ConfigError(f"{name} is a group of keys, not {abbreviated(values[name])}")
+    return values[name]
+
+
+def _parsed(key: str, hint, field: dataclasses.Field, text: str, present):
+    """The value that a user typed as `text`, in the key's type. Raises ConfigError."""
+    try:
+        value = _read(text.strip(), hint)
+    except ValueError:
+        raise mismatch(f"config key {key!r}", hint, field, text, present) from None
+    try:
+        require_allowed(key, value, field)
+    except UserError as error:
+        raise ConfigError(str(error)) from None
+    return value
+
+
+def _read(text: str, hint):
+    """Raises ValueError."""
+    if is_optional(hint):
+        return None if text.lower() == "none" else _read(text, without_none(hint))
+    if hint is bool:
+        return text.lower() == "true" if text.lower() in ("true", "false") else _no(text)
+    if hint is int:
+        return int(text) if re.fullmatch(r"[+-]?\d(_?\d)*", text) else _no(text)
+    if hint is float:
+        return float(text)
+    if typing.get_origin(hint) is tuple:
+        inside = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+        parts = [part.strip() for part in inside.removesuffix(",").split(",")] if inside.strip() else []
+        return tuple(_read(part, each) for part, each in zip(parts, _entries(hint, len(parts)), strict=True))
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text
+
+
+def _no(text: str) -> typing.NoReturn:
+    raise ValueError(text)
+
+
+def _entries(hint, count: int) -> tuple:
+    """The types of a tuple's `count` entries. Raises ValueError if the tuple takes another number of entries."""
+    inner = typing.get_args(hint)
+    return (inner[0],) * count if inner[-1] is Ellipsis else inner if len(inner) == count else _no(str(hint))
+
+
+def spelled(value) -> str:
+    """A key's value as a user types it."""
+    if isinstance(value, tuple):
+        return ",".join(map(spelled, value)) or "()"
+    return str(value)
