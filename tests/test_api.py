@@ -51,7 +51,7 @@ def test_editing_gives_one_image_or_a_sentence(model):
     want = model.edit(PICTURE, "mirror it", seed=1)
     np.testing.assert_array_equal(model.edit(PICTURE, "mirror it", seed=1, max_tokens=N + 5), want)
     for wrong, message in (
-        (dict(max_tokens=N), f"max_tokens={N + 1}"), (dict(image_first=False, max_images=0), "no image"),
+        (dict(max_tokens=N), f"max_tokens to at least {N + 1}"), (dict(image_first=False, max_images=0), "no image"),
         (dict(num=2), "no option 'num'"), (dict(top_p=2), "top_p"), (dict(temprature=1), "'temprature'"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
@@ -85,7 +85,7 @@ def test_exact_things(model):
     np.testing.assert_array_equal(
         model.invert(PICTURE, "a two", "an eight"), noise_space.decode(model.sampler, [[Text("an eight")]], z)[0]
     )
-    with pytest.raises(UserError, match="by is"):
+    with pytest.raises(UserError, match="by must be"):
         model.rank(PICTURE, captions, by="x")
     answer = [Image(PICTURE, generate=True), Text("done")]
     cleaned, text = model.denoise("a two", answer, sigma=0.1)
