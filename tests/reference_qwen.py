@@ -42,10 +42,10 @@ def run(*arguments) -> None:
     assert cli.main(["convert", "qwen2_5_vl", *map(str, arguments)]) == 0
 
 
-def refused(capsys, source: Path, *saying: str, to: str = "--to") -> str:
+def refused(capsys, source: Path, *saying: str, to: str = "--to", code: int = 2) -> str:
     """Converting `source` is refused with a message that has all of `saying`, and leaves nothing behind."""
     before = sorted(source.parent.iterdir())
-    assert cli.main(["convert", "qwen2_5_vl", "--from", str(source), to, str(source.parent / "new")]) == 2
+    assert cli.main(["convert", "qwen2_5_vl", "--from", str(source), to, str(source.parent / "new")]) == code
     message = capsys.readouterr().err
     assert all(word in message for word in saying), message
     assert sorted(source.parent.iterdir()) == before

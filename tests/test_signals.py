@@ -49,7 +49,16 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, line: list[str], **more) -> subprocess.CompletedProcess:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "starflow2_jax.cli", *line]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **more,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.RESTART)])

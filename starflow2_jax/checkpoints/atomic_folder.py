@@ -49,7 +49,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
 def require_room(folder: Path, size: int, standing: str = "") -> None:
     """Raises StorageError if the disk of `folder` has less than `size` bytes of free space. `standing`: a sentence part
     that says what is left."""
-    total, _, free = shutil.disk_usage(folder)
+    total, _, free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     if total and free < size:  # some mounted buckets report 0 of 0
         left = f" ({standing})" if standing else ""
         raise StorageError(

@@ -2,7 +2,7 @@
 
 import os
 
-from starflow2_jax.commands.arguments import InputFolder, Number, OutputFolder, Words
+from starflow2_jax.commands.arguments import InputPath, Number, OutputFolder, Words
 
 
 def add(commands) -> None:
@@ -15,7 +15,7 @@ def add(commands) -> None:
     p.add_argument(
         "--from",
         dest="source",
-        type=InputFolder(),
+        type=InputPath(),  # a file is answered with what it is
         required=True,
         metavar="DIR",
         help="folder with the published weights; with --to-hf, a checkpoint that this command wrote",
@@ -27,7 +27,7 @@ def add(commands) -> None:
     )
     p.add_argument(
         "--shard-gb",
-        type=Number(0.001),
+        type=Number(1e-6),
         default=4.0,
         metavar="GB",
         help="with --to-hf: size of the largest safetensors file, in GB (default: 4)",

@@ -126,6 +126,8 @@ class Trainer:
         c = self.config
         settings = Settings(c.log_every, c.save_every, c.faults, peak_flops(c.peak_flops))
         tasks = [self.task(name) for name in c.order]
+        if not self.begun:
+            self._require_stages()  # before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
             return train(tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile)
@@ -138,8 +140,7 @@ class Trainer:
             pass_over_damaged(self.checkpoints.steps)
             pass_over_unreadable(self.checkpoints.steps, self.mesh)
             self._require_same_steps()
-        self._require_stages()
-        if self.begun:
+            self._require_stages()
             processes.on_primary(partial(self.checkpoints.write_config, self.config))
         else:
             processes.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))

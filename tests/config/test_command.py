@@ -1,6 +1,7 @@
 """`starflow2 config`, and the chip as an option of the commands that take an experiment."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from starflow2_jax.fields import keys
 COMMANDS = {
     "config": [],
     "train": ["--out", "out"],
-    "init": ["--vlm", "vlm", "--out", "out"],
+    "init": ["--vlm", str(Path(__file__).parent), "--out", "out"],
     "plan": ["--topology", "v5p:4x4x4"],
     "bench": ["train"],
 }

@@ -160,7 +160,7 @@ def test_the_server_reads_images_alike(tmp_path, damaged):
     if damaged:
         (tmp_path / "a.png").write_bytes(png(GRAY, 8, TURNED, after=chunk(b"tEXt", b"Comment\0fine")[:-1] + b"x"))
     counted = []
-    budget = SimpleNamespace(intake=SimpleNamespace(channels=3, size=None), take=lambda *given: counted.append(given))
+    budget = SimpleNamespace(limits=SimpleNamespace(channels=3, size=None), take=lambda *given: counted.append(given))
     url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
     np.testing.assert_array_equal(from_url(url, "vit", budget, "here"), read_image(tmp_path / "a.png", 3))
     assert counted == [((6, 4) if damaged else (8, 6), "vit", "here")]

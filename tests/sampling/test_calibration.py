@@ -379,6 +379,6 @@ def test_jacobi_1_is_token_by_token_in_both_flows():
 
 def test_bad_arguments(capsys):
     for wrong in (["--batch", "0"], ["--tolerance", "-1"], ["--tolerance", "nan"], []):
-        assert cli.main(["calibrate", "--checkpoint", "missing", *wrong]) == 2
+        assert cli.main(["calibrate", "--checkpoint", "." if wrong else "missing", *wrong]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and ("at least" in said if wrong else "no checkpoint directory" in said)

@@ -14,8 +14,10 @@ import pytest
 import tiny
 
 from starflow2_jax import cli, sequence
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.codecs.latents import LatentCodec
 from starflow2_jax.codecs.patch import PatchCodec
+from starflow2_jax.config import loading as configs
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import DocumentError, Image, Text, write_image
 from starflow2_jax.evaluation.digits import held_out_nll
@@ -235,6 +237,7 @@ def test_denoising_a_gaussian_is_shrinkage():
 def test_the_command_line(sampler, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Sampler, "restore", classmethod(lambda cls, *_: sampler))
     monkeypatch.chdir(tmp_path)
+    CheckpointDirectory(tmp_path / "c").create(configs.load("digits_quick"), tiny.CODEC, tiny.tokenizer())
     image = write_image(tmp_path / "scan", tiny.pixels(0))
     (tmp_path / "one.json").write_text(json.dumps([{"text": "draw"}, {"image": "scan.png", "generate": True}]))
     (tmp_path / "two.jsonl").write_text('[{"text": "add"}, {"text": " two", "predict": true}]\n' * 2)

@@ -191,7 +191,7 @@ def test_ones_own_latents(tmp_path):
     config.data = dict(source=str(own_documents(tmp_path, save, (2, 2, 16))))
     config.codec = dict(kind="latents", grid=(2, 2), channels=16, shift=0.25, scale=2.0)
     config.order = ("pretrain", "text_to_image")
-    config.stages.pretrain.steps, config.stages.text_to_image.steps = 0, 1
+    config.stages.pretrain.steps, config.stages.text_to_image.steps = 1, 1
     trainer = Trainer(config, tmp_path / "run")
     assert trainer.codec.encode(np.full((1, 2, 2, 16), 2.25))[0, 0, 0, 0] == 1.0
     Trainer(config, tmp_path / "run").run(progress=False)
@@ -209,8 +209,9 @@ def test_a_codec_that_does_not_fit_ones_own_pictures(tmp_path, change, saying):
     config.codec.image_channels = 3
     if change == "size":
         write_image(tmp_path / "3", np.zeros((4, 4, 3)))
+        config.model.channels = 48
     elif change == "patch":
-        config.codec.patch = 5
+        config.codec.patch, config.model.channels = 5, 75
     else:
         config.codec.kind = "patches"
     with pytest.raises(UserError, match=saying):

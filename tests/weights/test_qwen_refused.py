@@ -201,7 +201,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 @pytest.mark.parametrize(
     "files, saying",
     [
-        ({}, ("holds neither", "it is empty")),
+        ({}, ("is empty",)),
         ({"notes.txt": b"", "config.json": b"{}"}, ("holds neither", "it holds config.json, notes.txt")),
         ({"adapter_config.json": b'{"base_model_name_or_path": "a/b"}', "adapter_model.safetensors": b""}, ("a LoRA adapter of a/b", "merge")),
         ({"adapter_model.bin": b""}, ("a LoRA adapter of another model", "merge")),
@@ -306,7 +306,7 @@ def shard(folder: Path) -> Path:
 
 
 def test_missing_files(copy, capsys):
-    refused(capsys, copy.parent / "none", "there is no folder")
+    refused(capsys, copy.parent / "none", "there is no file or folder")
     name = shard(copy).name
     shard(copy).rename(copy / "elsewhere")
     refused(capsys, copy, f"{name} is missing; {INDEX} names it for")
@@ -365,12 +365,12 @@ def test_two_sets_of_weights(copy, capsys):
 def test_what_exists_is_not_overwritten(copy, checkpoint, capsys):
     (copy.parent / "new").mkdir()
     refused(capsys, copy, "exists already")
-    refused(capsys, copy.parent / "new", "exists already", to="--to-hf")
+    refused(capsys, checkpoint, "exists already", to="--to-hf")
 
 
 def test_a_full_disk(copy, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))
-    refused(capsys, copy, "of free space")
+    refused(capsys, copy, "of free space", code=74)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

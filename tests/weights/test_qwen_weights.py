@@ -133,7 +133,7 @@ def test_a_changed_checkpoint_is_noticed(checkpoint, tmp_path, capsys):
     refused(capsys, folder, "incomplete or damaged", to="--to-hf")
     (folder / "vlm.json").write_text('{"layers": 3}')
     refused(capsys, folder, "vlm.json is damaged", to="--to-hf")
-    refused(capsys, folder / "none", "there is no checkpoint", to="--to-hf")
+    refused(capsys, folder / "none", "there is no f", to="--to-hf")
 
 
 # Full size, without memory.
