@@ -365,7 +365,8 @@ def test_two_sets_of_weights(copy, capsys):
 def test_what_exists_is_not_overwritten(copy, checkpoint, capsys):
     (copy.parent / "new").mkdir()
     refused(capsys, copy, "exists already")
-    refused(capsys, checkpoint, "exists already", to="--to-hf")
+    (copy.parent / "new/file").write_text("")
+    refused(capsys, copy.parent / "new", "exists already", to="--to-hf")
 
 
 def test_a_full_disk(copy, capsys, monkeypatch):
