@@ -56,7 +56,7 @@ def test_editing_gives_one_image_or_a_sentence(model):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             model.edit(PICTURE, "mirror it", **wrong)
-    with pytest.raises(UserError, match="num is at least 1"):
+    with pytest.raises(UserError, match="num must be at least 1"):
         model.generate("draw", num=0)
     for say in (model.generate, lambda said: list(model.stream(said)), lambda said: model.edit(PICTURE, said)):
         with pytest.raises(UserError, match="a mark of the model's own"):

@@ -72,7 +72,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    steps: int = option("training steps of the stage", least=1)
+    steps: int = option("training steps of the stage; 0: its parameters stay as they begin", least=0)
     rows: int = option("rows of a batch", 256, least=1)
     length: int = option("positions of a row", 2048, least=1)
     images: int = option("flow images of a row", 7, least=0)

@@ -191,7 +191,7 @@ def test_ones_own_latents(tmp_path):
     config.data = dict(source=str(own_documents(tmp_path, save, (2, 2, 16))))
     config.codec = dict(kind="latents", grid=(2, 2), channels=16, shift=0.25, scale=2.0)
     config.order = ("pretrain", "text_to_image")
-    config.stages.pretrain.steps, config.stages.text_to_image.steps = 1, 1
+    config.stages.pretrain.steps, config.stages.text_to_image.steps = 0, 1
     trainer = Trainer(config, tmp_path / "run")
     assert trainer.codec.encode(np.full((1, 2, 2, 16), 2.25))[0, 0, 0, 0] == 1.0
     Trainer(config, tmp_path / "run").run(progress=False)
