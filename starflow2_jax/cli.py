@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
@@ -150,7 +151,8 @@ def _raise_signals() -> None:
 
     def again(unraisable) -> None:
         if unraisable.exc_type in (KeyboardInterrupt, Terminated):  # raised in a destructor or callback, which drops it
-            signal.raise_signal(signal.SIGINT if unraisable.exc_type is KeyboardInterrupt else signal.SIGTERM)
+            number = signal.SIGINT if unraisable.exc_type is KeyboardInterrupt else signal.SIGTERM
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()  # after the destructor has ended
         else:
             sys.__unraisablehook__(unraisable)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from starflow2_jax.errors import LONGEST, UserError, shown
+from starflow2_jax.errors import LONGEST, REFUSED_WRITES, UserError, shown
 
 MOST = 10**9  # largest count of anything
 
@@ -212,4 +212,7 @@ def _try_to_write(text: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text[:LONGEST]}: {error.strerror}; name another path") from None
+        if (
+            error.errno not in REFUSED_WRITES
+        ):  # a full or read-only disk is reported by the command, with its own exit code
+            raise argparse.ArgumentTypeError(f"{text[:LONGEST]}: {error.strerror}; name another path") from None
