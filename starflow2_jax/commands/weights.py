@@ -15,7 +15,7 @@ def add(commands) -> None:
     p.add_argument(
         "--from",
         dest="source",
-        type=InputPath(),  # a file is answered with what it is
+        type=InputPath(),  # the converter says what a file is and what to give instead
         required=True,
         metavar="DIR",
         help="folder with the published weights; with --to-hf, a checkpoint that this command wrote",
