@@ -17,7 +17,8 @@ SHOWN = 60  # characters of a wrong value that a message shows
 
 @dataclass(frozen=True)
 class Variant:
-    """A group whose class depends on one of its own keys, such as the codec's options on `kind`."""
+    """A group, or each entry of a table of groups, whose class depends on one of its own keys, such as the codec's options
+    on `kind`."""
 
     selector: str  # that key
     choose: Callable[[str | None], type]  # its value (None: not given) -> the dataclass; raises UserError
@@ -28,6 +29,11 @@ class Variant:
         chosen = {field.name for field in dataclasses.fields(self.choose(values.get(self.selector)))}
         others = {field.name for each in self.all() for field in dataclasses.fields(each)} - chosen
         return {name: value for name, value in values.items() if name not in others}
+
+
+def joined(common: type, own: type) -> type:
+    """A frozen dataclass with the fields of both."""
+    return dataclasses.make_dataclass(own.__name__, [], bases=(own, common), frozen=True, kw_only=True)
 
 
 def option(
@@ -177,7 +183,10 @@ def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
         if group and (entries or not is_optional(hint)):
             groups.append((Key(place, group, field, value, default), entries))
         elif table and dataclasses.is_dataclass(table):
-            groups += [(Key(f"{place}.{name}", table, field, part, MISSING), part) for name, part in entries.items()]
+            groups += [
+                (Key(f"{place}.{name}", group_of(table, field, part), field, part, MISSING), part)
+                for name, part in entries.items()
+            ]
         elif table and entries:
             yield from (Key(f"{place}.{name}", table, field, part, MISSING) for name, part in entries.items())
         else:
@@ -259,7 +268,7 @@ def without_none(hint: typing.Any) -> typing.Any:
 
 def group_of(hint: typing.Any, field: dataclasses.Field, value: object) -> type | None:
     """The dataclass that a key holds, or None where it is no group."""
-    if variant := field.metadata.get("variant"):
+    if (variant := field.metadata.get("variant")) and not table_of(hint):
         chosen = value.get(variant.selector) if isinstance(value, Mapping) else None
         if not isinstance(chosen, str | None):
             raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {abbreviated(chosen)}")

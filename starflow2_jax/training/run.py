@@ -79,6 +79,7 @@ class Run:
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
         self.recent: list[float] = []  # losses since the last save
         self.called = False
+        self.read: dict[str, int] = {}  # counts of documents, at the last check
 
     def run(self, last: int, stop_at: int | None) -> bool:
         """Train up to step `last` of the whole run. Returns whether it got there. Raises Preempted, NonFiniteLoss, LossSpike."""
@@ -94,6 +95,8 @@ class Run:
             if not self._judge(0 if saves or logs else 1):
                 logged = self.number
                 continue
+            if saves or logs or _due(CHECKED if jax.process_count() > 1 else 1, number):
+                self.read = self.reader.check()
             if logs:
                 self._log(number - logged)
                 logged = number
@@ -142,6 +145,7 @@ class Run:
         with ledger.waiting(running):
             batch = self.reader.place(next(self.reader), self.layout)
         if self.number == self.first:
+            self.read = self.reader.check()
             self.task.check_batch(batch)
         self.number += 1
         limit = np.float32(self.watch.limit(self.number))
@@ -175,13 +179,15 @@ class Run:
 
     def _compare_documents(self, meta: Mapping, step: int) -> None:
         """Warns if the source has another number of documents than when the step was saved."""
-        then, now = meta.get("documents"), self.reader.documents
-        if then is not None and then != now and self.tools.metrics.writes:
-            print(
-                f"WARNING: the data source has {now} documents, and had {then} when step {step} was saved; the run resumes at "
-                "the same position, but from here on it may read other documents than it would have",
-                file=sys.stderr,
-            )
+        then = meta.get("documents")
+        for name, now in self.reader.documents.items():
+            before = then.get(name, now) if isinstance(then, dict) else now
+            if before != now and self.tools.metrics.writes:
+                print(
+                    f"WARNING: the data source {name!r} has {now} documents, and had {before} when step {step} was saved; the run "
+                    "resumes at the same position, but from here on it may read other documents than it would have",
+                    file=sys.stderr,
+                )
 
     def _warn_of_no_targets(self, number: int) -> None:
         """Warns at the 1st, 2nd, 4th, 8th, ... step of the run whose batch taught nothing."""
@@ -215,7 +221,8 @@ class Run:
         timings = ledger.speed(before, steps, ledger.tokens - tokens, self.flops, self.settings.peak_flops)
         now = ledger.split()
         timings |= {f"goodput_{kind}": now[kind] / now["total"] for kind in now if kind != "total"}
-        self.tools.metrics.write(self.number, self.task.name, self.seen | self.watch.counts, timings)
+        read = {f"documents/{name}": count for name, count in self.read.items()}
+        self.tools.metrics.write(self.number, self.task.name, self.seen | self.watch.counts | read, timings)
         losses = (f"{name}={value:.3f}" for name, value in self.seen.items() if name.endswith("_loss"))
         self.tools.bar.set_postfix_str(f"{self.task.name} {' '.join(losses)}")
         self.since_log = (now, ledger.tokens)
@@ -236,6 +243,9 @@ def restore(task: Task, checkpoints: CheckpointDirectory, mesh: jax.sharding.Mes
     wrap = jax.jit(jax.random.wrap_key_data, out_shardings=sharding.replicated(mesh))
     key = wrap(np.array(meta["key"], np.uint32))
     return wanted.replace(step=np.int32(meta["stage_step"]), key=key, **found), meta["data"]
+
+
+CHECKED = 100  # steps between two looks at the counts of faulty documents where hosts must agree on them
 
 
 def _due(every: int, number: int) -> bool:

@@ -25,7 +25,7 @@ class State(Protocol):
 class Batches(Protocol):
     """Endless batches. Their position can be saved and restored."""
 
-    documents: int  # of one pass over the source
+    documents: dict[str, int]  # of one pass over each source
 
     def __next__(self) -> Any:
         """The rows of the next batch that this process reads."""
@@ -33,6 +33,17 @@ class Batches(Protocol):
 
     def place(self, rows: Any, sharding: jax.sharding.NamedSharding) -> Any:
         """Make the whole batch, as global arrays, from those rows."""
+        ...
+
+    def check(self) -> dict[str, int]:
+        """Counts of what was read, for the metrics. All processes call it together.
+
+        Raises UserError, in every process, if the data are too faulty to go on.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the processes that read ahead, if there are any."""
         ...
 
     def get_state(self) -> Any:
