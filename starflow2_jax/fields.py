@@ -134,7 +134,7 @@ def _built(path: str, hint, field: dataclasses.Field, value):
     """`value` in the field's type; a group is built."""
     if value is None and is_optional(hint):
         return None
-    group, table = group_of(hint, field, value), table_of(hint)
+    group, table = group_of(hint, field, value, path), table_of(hint)
     if group:
         variant = field.metadata.get("variant")
         return build(group, variant.own(value) if variant and isinstance(value, Mapping) else value, path)
@@ -266,12 +266,12 @@ def without_none(hint: typing.Any) -> typing.Any:
     return next(t for t in typing.get_args(hint) if t is not type(None)) if is_optional(hint) else hint
 
 
-def group_of(hint: typing.Any, field: dataclasses.Field, value: object) -> type | None:
-    """The dataclass that a key holds, or None where it is no group."""
+def group_of(hint: typing.Any, field: dataclasses.Field, value: object, path: str = "") -> type | None:
+    """The dataclass that the key `path` holds, or None where it is no group."""
     if (variant := field.metadata.get("variant")) and not table_of(hint):
         chosen = value.get(variant.selector) if isinstance(value, Mapping) else None
         if not isinstance(chosen, str | None):
-            raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {abbreviated(chosen)}")
+            raise ConfigError(f"{path or field.name}.{variant.selector} takes a str, not {abbreviated(chosen)}")
         try:
             return variant.choose(chosen)
         except UserError as error:
