@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from starflow2_jax.checkpoints import file_list
-from starflow2_jax.checkpoints.reading import CheckpointError, restored
+from starflow2_jax.checkpoints.reading import CheckpointError, restored, saved_shapes
 from starflow2_jax.checkpoints.steps import Steps
 from starflow2_jax.parallel import processes, sharding
 
@@ -97,7 +97,7 @@ def _trees(step: Path) -> list[str]:
 
 def _read_tree(checkpointer: ocp.StandardCheckpointer, item: Path, mesh: jax.sharding.Mesh):
     """Read the tree in `item`, with its own shapes and types, onto the mesh."""
-    return checkpointer.restore(item, sharding.abstract(checkpointer.metadata(item).item_metadata.tree, mesh))
+    return checkpointer.restore(item, sharding.abstract(saved_shapes(checkpointer, item), mesh))
 
 
 def _put_away(steps: Steps, number: int) -> None:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from starflow2_jax.checkpoints.atomic_folder import require_room, write_whole
 from starflow2_jax.checkpoints.content_hash import content_hash
-from starflow2_jax.checkpoints.reading import CheckpointError, read_json, restored
+from starflow2_jax.checkpoints.reading import CheckpointError, read_json, restored, saved_shapes
 from starflow2_jax.errors import storage_errors
 from starflow2_jax.parallel import processes
 
@@ -46,7 +46,7 @@ class FrozenWeights:
         with ocp.StandardCheckpointer(restore_concurrent_gb=_concurrent_gb(abstract)) as checkpointer:
 
             def read():
-                saved = checkpointer.metadata(self.folder / "frozen").item_metadata.tree
+                saved = saved_shapes(checkpointer, self.folder / "frozen")
                 typed = jax.tree.map(lambda x, s: x.update(dtype=s.dtype), abstract, saved)
                 return checkpointer.restore(self.folder / "frozen", typed)
 

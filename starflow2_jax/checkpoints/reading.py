@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import orbax.checkpoint as ocp
 
 from starflow2_jax.errors import UserError
 
@@ -37,7 +39,14 @@ def restored(read: Callable[[], T], what: str, folder: Path) -> T:
         ) from None
 
 
-def with_tuples(values):
+def saved_shapes(checkpointer: ocp.StandardCheckpointer, folder: Path) -> Any:
+    """The shapes and types of the tree of arrays that orbax saved in `folder`. Raises any type of error if it is damaged."""
+    if (metadata := checkpointer.metadata(folder).item_metadata) is None:
+        raise ValueError(f"{folder.name} does not describe its arrays")
+    return metadata.tree
+
+
+def with_tuples(values: Any) -> Any:
     """The same JSON value with tuples in place of lists, at any depth."""
     if isinstance(values, dict):
         return {k: with_tuples(v) for k, v in values.items()}

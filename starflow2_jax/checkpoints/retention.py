@@ -16,7 +16,8 @@ class Keep:
     best: int = 0  # number of steps of the lowest loss
 
     def policy(self) -> policies.PreservationPolicy:
-        rules = [policies.LatestN(self.latest)]
+        """The rule in orbax's terms."""
+        rules: list[policies.PreservationPolicy] = [policies.LatestN(self.latest)]
         if self.every:
             rules.append(policies.EveryNSteps(self.every))
         if self.best:

@@ -91,6 +91,8 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class FaultsConfig:
+    """Raises UserError for values that are not allowed."""
+
     nonfinite: str = option(
         "action for a loss or gradient that is not finite", "abort", choices=("abort", "skip", "rollback")
     )
@@ -100,6 +102,9 @@ class FaultsConfig:
     deviations: float = option("standard deviations above the median that make a spike", 8.0, above=0)
     window: int = option("number of last good losses that the median is taken of", 100, least=1)
     most: int = option("bad steps between two checkpoints, above which the run ends", 10, least=0)
+
+    def __post_init__(self):
+        check(self)
 
 
 @cache

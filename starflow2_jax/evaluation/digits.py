@@ -72,7 +72,7 @@ class DigitsBenchmark(Benchmark):
             add("read", i, digits.read(labels[i], pixels[i], i), digits.WORDS[labels[i]], ANSWER)
         for i, pair in enumerate(np.random.default_rng(0).integers(0, len(labels), (n, 2))):
             total = labels[pair].sum()
-            add("sum", i, digits.add(labels[pair], pixels[pair], None, i), total, ADD)
+            add("sum", i, digits.add(labels[pair].tolist(), list(pixels[pair]), None, i), total, ADD)
         for i in range(n):
             add("mirror", i, digits.mirror(pixels[i], i), pixels[i, :, ::-1], MIRROR)
         spans = [(a, b) for a in range(9) for b in range(a + 1, min(10, a + digits.LONGEST_COUNT))]

@@ -1,7 +1,7 @@
 """Steps that go wrong: a loss or gradient that is not finite, or a loss far above the last ones. A policy decides what to do."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ import numpy as np
 
 from starflow2_jax.config.schema import FaultsConfig
 from starflow2_jax.errors import UserError
-from starflow2_jax.fields import build
 
 
 class NonFiniteLoss(UserError):
@@ -32,9 +31,9 @@ class Watch:
     `counts`: steps that were not finite, spikes, skipped updates, rollbacks, and steps whose batch had no targets.
     """
 
-    def __init__(self, cfg: Mapping | None, state: dict | None = None):
-        """`state`: the value of `state()` in the checkpoint that the run resumes from."""
-        self.cfg, state = build(FaultsConfig, dict(cfg or {}), "faults"), state or {}
+    def __init__(self, cfg: FaultsConfig, state: dict | None = None):
+        """`state`: the value of `state()` in the checkpoint that the run resumes from; None for a new run."""
+        self.cfg, state = cfg, state or {}
         self.losses: list[tuple[int, float]] = [tuple(pair) for pair in state.get("losses", ())]
         self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks", "without_targets"), 0) | state.get(
             "counts", {}
@@ -46,6 +45,7 @@ class Watch:
         self.since_save = 0
 
     def state(self) -> dict:
+        """JSON values for the checkpoint that is saved now: the last good losses with their steps, and the counts."""
         return {"losses": self.losses, "counts": self.counts}
 
     def limit(self, step: int) -> float:
@@ -90,10 +90,12 @@ class Watch:
         self.losses = [pair for pair in self.losses if pair[0] <= step]
 
 
-def guarded(step: Callable, cfg: Mapping | None) -> Callable:
-    """(state, frozen, batch, limit) -> (state, metrics): a training step that does not apply its update if the policy is
-    "skip" and the loss is above `limit` or not finite. Then only `state.step` changes."""
-    cfg = build(FaultsConfig, dict(cfg or {}), "faults")
+def guarded(step: Callable, cfg: FaultsConfig) -> Callable:
+    """A training step (state, frozen, batch) -> (state, metrics) with one more argument, `limit`, a loss.
+
+    If the loss or gradient is not finite, or the loss is above `limit`, and `cfg` says "skip", it does not apply the update:
+    only `state.step` changes.
+    """
 
     def run(state, frozen, batch, limit=math.inf):
         new, metrics = step(state, frozen, batch)

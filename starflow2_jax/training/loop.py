@@ -96,7 +96,8 @@ class Trainer:
         self.checkpoints = CheckpointDirectory(folder, keep)
         processes.on_primary(self.checkpoints.lock.require_free)
         self.model = Pretzel(configs.pretzel(config))
-        self.mesh = sharding.make_mesh(**config.mesh)
+        axes = config.mesh
+        self.mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, sequence=axes.sequence)
         self.begun = processes.on_primary(self.checkpoints.exists)
         if self.begun:
             if other := differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):

@@ -1,4 +1,6 @@
-"""The two losses as sums, and the counts that they are divided by, so that any split of a batch adds up to the same."""
+"""The losses as sums, and the counts that they are divided by, so that any split of a batch adds up to the same."""
+
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ def image_nll(output: Output, sequence: Sequence) -> jax.Array:
 
 def latent_squares(output: Output) -> jax.Array:
     """Squares of each image's intermediate latents (B, M), summed over its dimensions and the blocks of the shallow flow."""
-    return sum(jnp.sum(h**2, axis=(2, 3)) for h in output.states)
+    return reduce(jnp.add, (jnp.sum(h**2, axis=(2, 3)) for h in output.states))
 
 
 def text_cross_entropy(

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - protobuf makes them
 from tensorboardX.summary import scalar
 
 from starflow2_jax.checkpoints.atomic_folder import write_whole

@@ -1,10 +1,14 @@
 """The optimizers a config can name, all with warm-up, cosine decay and clipping."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers, muon
 
+from starflow2_jax.config.schema import OptimizerConfig
 from starflow2_jax.parallel import sharding
 
 # The kernels of a stack, whose axis 0 is the layer: the axes that a product sums over, and the axes of its result.
@@ -19,7 +23,7 @@ MUON_AXES = {
 }
 
 
-def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer `cfg.name` for `steps` steps. Matrices and embeddings decay, norms and biases do not.
 
     adamw: decoupled weight decay (arXiv 1711.05101). muon: orthogonalised momentum for the matrices of the Transformer
@@ -49,7 +53,7 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
 
 
-def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+def kept_in(inner: optax.GradientTransformation, dtype: DTypeLike) -> optax.GradientTransformation:
     """`inner` with its fp32 moments stored in `dtype` between updates."""
 
     def cast(tree, source, target):
@@ -59,8 +63,8 @@ def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransfo
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
-    def update(grads, state, params=None):
-        updates, state = inner.update(grads, cast(state, dtype, jnp.float32), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, cast(state, dtype, jnp.float32), params)
         return updates, cast(state, jnp.float32, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), jnp.float32, dtype), update)

@@ -147,14 +147,17 @@ def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:
     """Shapes and types of the arrays of a batch."""
     B, S, M, P = shape.rows, shape.length, shape.images, shape.patches
 
-    def number(*sizes):
-        return jax.ShapeDtypeStruct((B, *sizes), jnp.int32)
+    def number(*sizes: int) -> jax.Array:
+        return jnp.zeros((B, *sizes), jnp.int32)
 
-    def real(*sizes):
-        return jax.ShapeDtypeStruct((B, *sizes), jnp.float32)
+    def real(*sizes: int) -> jax.Array:
+        return jnp.zeros((B, *sizes), jnp.float32)
 
-    vision = None
-    if P and cfg.vlm.vision:
-        vision = VisionInput(real(P, cfg.vlm.vision.patch_width), number(P, 2), number(P), number(P))
-    latents = real(M, cfg.tokens, cfg.channels)
-    return Sequence(number(S), number(S), number(S), number(S, 3), real(S), latents, real(M), vision)
+    def batch() -> Sequence:
+        vision = None
+        if P and cfg.vlm.vision:
+            vision = VisionInput(real(P, cfg.vlm.vision.patch_width), number(P, 2), number(P), number(P))
+        latents = real(M, cfg.tokens, cfg.channels)
+        return Sequence(number(S), number(S), number(S), number(S, 3), real(S), latents, real(M), vision)
+
+    return jax.eval_shape(batch)

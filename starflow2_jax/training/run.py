@@ -2,21 +2,22 @@
 
 import sys
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.config.schema import FaultsConfig
 from starflow2_jax.parallel import sharding
 from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.preemption import Preempted, Preemption
 from starflow2_jax.training.profiling import Profiler
-from starflow2_jax.training.task import State, Task, groups
+from starflow2_jax.training.task import S, Task, groups
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Settings:
 
     log_every: int  # steps
     save_every: int
-    faults: Mapping | None = None  # see faults.Watch
+    faults: FaultsConfig = FaultsConfig()
     peak_flops: float | None = None  # of one device, for the MFU
 
 
@@ -40,7 +41,7 @@ class Tools:
     profiler: Profiler
 
 
-class Run:
+class Run(Generic[S]):
     """One task, resumed from its newest checkpoint: `state`, `reader`, `step`, `save`.
 
     `place`: index of the task in the order; `first`: number of steps that the run does before the task.
@@ -48,7 +49,7 @@ class Run:
 
     def __init__(
         self,
-        task: Task,
+        task: Task[S],
         place: int,
         first: int,
         checkpoints: CheckpointDirectory,
@@ -65,15 +66,15 @@ class Run:
             watched.pop("losses", None)  # another task's losses cannot be compared
         with tools.ledger.time("restart"):
             self.state, position = restore(task, checkpoints, mesh)
+            self.number = first + int(self.state.step)  # of the last step that is done, counted over the whole run
             self.frozen = task.frozen(checkpoints)
             self.reader, self.layout = task.batches(), sharding.batch_sharding(mesh)
             if position is not None:
-                self._compare_documents(meta, latest)
+                self._compare_documents(meta.get("documents"))
                 self.reader.set_state(position)
             self.step = task.step()
         self.mesh, self.flops = mesh, task.flops
         self.watch = Watch(settings.faults, watched)
-        self.number = first + int(self.state.step)  # of the last step that is done, counted over the whole run
         self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not judged yet
         self.seen: dict[str, float] = {}  # metrics of the last step that was judged
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
@@ -117,7 +118,7 @@ class Run:
         with self.tools.ledger.time("checkpoint"):
             self.save(self.task.finish(self.state, self.checkpoints), None, ended)
 
-    def save(self, state: State, position: object, ended: bool) -> None:
+    def save(self, state: S, position: object, ended: bool) -> None:
         """Save a step. `position`: of the data. `ended`: the run ends here, so the time until the next start is not lost."""
         finite = [loss for loss in self.recent if np.isfinite(loss)]
         self.checkpoints.lock.require_held()
@@ -173,12 +174,12 @@ class Run:
             self.tools.ledger.count_tokens(values["tokens"])
         return True
 
-    def _compare_documents(self, meta: Mapping, step: int) -> None:
-        """Warns if the source has another number of documents than when the step was saved."""
-        then, now = meta.get("documents"), self.reader.documents
+    def _compare_documents(self, then: int | None) -> None:
+        """Warns if the source had another number of documents, `then`, when the step was saved."""
+        now = self.reader.documents
         if then is not None and then != now and self.tools.metrics.writes:
             print(
-                f"WARNING: the data source has {now} documents, and had {then} when step {step} was saved; the run resumes at "
+                f"WARNING: the data source has {now} documents, and had {then} when step {self.number} was saved; the run resumes at "
                 "the same position, but from here on it may read other documents than it would have",
                 file=sys.stderr,
             )
@@ -221,13 +222,13 @@ class Run:
         self.since_log = (now, ledger.tokens)
 
 
-def restore(task: Task, checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[State, object]:
-    """A task's state and data position at the newest step. If that step is another task's: the state before the first step."""
+def restore(task: Task[S], checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[S, object]:
+    """A task's state and data position at the newest step. If that step is another task's: the state before the first step,
+    and None."""
     latest = checkpoints.steps.latest()
-    meta = checkpoints.steps.meta(latest) if latest else None
-    if meta is None:
+    if not latest:  # step 0 of `Trainer.begin` holds the fresh parameters of the first task
         return task.new_state(None), None
-    wanted = task.abstract_state()
+    meta, wanted = checkpoints.steps.meta(latest), task.abstract_state()
     if meta["stage"] != task.name:
         continues = task.continues(meta["stage"])
         params = checkpoints.steps.restore(latest, {"params": wanted.params})["params"] if continues else None

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from jax.typing import ArrayLike
 
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.likelihood import CHUNK
@@ -15,22 +17,22 @@ from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import losses
+from starflow2_jax.training.task import State
 
 HOST = "pinned_host"  # JAX's name of the host's memory that a device reads and writes
 
 
-@struct.dataclass
-class TrainState:
-    step: jax.Array  # () int32, within the stage
-    params: dict  # every group that this stage's checkpoints hold, trained or not
-    ema: dict  # of the groups that are trained
+class TrainState(State):
+    """A stage's state. `params` holds all groups of one of the two trees, trained or not."""
+
+    ema: dict  # moving average of the groups that are trained
     optimizer: optax.OptState  # of the groups that are trained
-    key: jax.Array
 
 
 def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before a stage's first step, with copies of the trained parameters as their moving average."""
     moving = {name: params[name] for name in stage.trains}
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, moving), optimizer.init(moving), key)
+    return TrainState(jnp.zeros((), jnp.int32), key, params, jax.tree.map(jnp.copy, moving), optimizer.init(moving))
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool = False) -> TrainState:
@@ -87,7 +89,7 @@ class Objective:
     flow, summed over the blocks (STARFlow's regulariser, arXiv 2506.06276).
     """
 
-    noise: jax.Array | float = 0.0  # (D,): standard deviation of the Gaussian noise added to the latents
+    noise: ArrayLike = 0.0  # (D,): standard deviation of the Gaussian noise added to the latents
     text_weight: float = 1.0
     latent_penalty: float = 0.0
     vlm_length: int = 0  # positions of a row that the VLM reads (see Pretzel); 0: all
@@ -95,7 +97,7 @@ class Objective:
 
     def total(self, means: dict[str, jax.Array]) -> jax.Array:
         """The loss, from the means of the terms of `loss_sums`."""
-        return sum(self.text_weight * value if name == "text" else value for name, value in means.items())
+        return reduce(jnp.add, (self.text_weight * x if name == "text" else x for name, x in means.items()))
 
 
 def loss_sums(
@@ -103,15 +105,21 @@ def loss_sums(
 ) -> dict[str, jax.Array]:
     """Sums of the stage's losses over a batch: "image" in nats over latent dimensions, "text" in nats over tokens, and
     "penalty" (with its factor) over latent dimensions. `key` is for the dropout."""
-    switches = dict(skips=stage.skips, deep=stage.deep, vlm_length=objective.vlm_length)
-    output = model.apply({"params": params}, batch, **switches, rngs={"dropout": key})
+    output: Any = model.apply(
+        {"params": params},
+        batch,
+        skips=stage.skips,
+        deep=stage.deep,
+        vlm_length=objective.vlm_length,
+        rngs={"dropout": key},
+    )
     sums = {}
     if stage.image_loss:
         sums["image"] = jnp.sum(batch.image_weight * losses.image_nll(output, batch))
         if objective.latent_penalty:
             sums["penalty"] = objective.latent_penalty * jnp.sum(batch.image_weight * losses.latent_squares(output))
     if stage.text_loss:
-        head = model.apply({"params": params}, method=Pretzel.text_head)
+        head: Any = model.apply({"params": params}, method=Pretzel.text_head)
         sums["text"] = losses.text_cross_entropy(output.text, head, *batch.text_targets(), objective.text_chunk)
     return sums
 
@@ -143,7 +151,7 @@ def make_step(
 
         gradients, sums = summed_gradients(loss, moving, batch, accumulate, jax.random.fold_in(key, 1))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, moving)
-        moving = optax.apply_updates(moving, updates)
+        moving: Any = optax.apply_updates(moving, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, moving)
         means = {name: value / counts[name] for name, value in sums.items()}
