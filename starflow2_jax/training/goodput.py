@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's time that is spent in training steps, and the speed of those steps."""
+"""Goodput: the share of a run's time that goes into training steps, and the speed of those steps."""
 
 import contextlib
 import time
@@ -7,14 +7,14 @@ from typing import Protocol
 
 import jax
 
-KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is spent in steps
+KINDS = ("input", "checkpoint", "compile", "restart")  # of time; the rest is spent in steps
 
 
 class Result(Protocol):
-    """A JAX array that may still be computed."""
+    """A JAX array. Its computation may still run."""
 
     def is_ready(self) -> bool:
-        """Whether it is computed."""
+        """Whether the computation is done."""
         ...
 
 
@@ -97,7 +97,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def waiting(self, running: Result | None) -> Iterator[None]:
-        """Time spent on input. It does not count if `running`, the result of the step before, is still being computed at the end."""
+        """Count the time of the block as "input", unless `running`, a result of the last step, is still computed at its end."""
         begin = time.time()
         yield
         if running is None or running.is_ready():
@@ -105,7 +105,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def noticing_compilations(self) -> Iterator[None]:
-        """During the block, count the time of XLA's compilations wherever they happen."""
+        """During the block, count the time of XLA's compilations, wherever they happen, as "compile"."""
 
         def listen(event: str, duration_secs: float, **_: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
@@ -118,21 +118,21 @@ class Ledger:
             jax.monitoring.unregister_event_duration_listener(listen)
 
     def split(self) -> dict[str, float]:
-        """Seconds so far by kind, with "steps" and "total"."""
+        """Seconds so far by kind, "steps" and "total" included."""
         total = self.total
         return {"steps": max(0.0, total - sum(self.seconds.values())), **self.seconds, "total": total}
 
     def speed(
         self, before: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None
     ) -> dict:
-        """Rates of the last `steps` steps. `before`: the value of `split()` when they began; `flops`: of one step, all devices
-        together; `peak`: FLOP/s of one device."""
+        """Rates of the last `steps` steps, see `rates`. `before`: the value of `split()` when they began; `flops`: of one step,
+        all devices together; `peak`: FLOP/s of one device."""
         now = self.split()
         spent = {kind: now[kind] - before[kind] for kind in now}
         return rates(spent, steps, tokens, flops * steps if flops else None, peak)
 
     def summary(self, peak: float | None) -> dict:
-        """Counts, seconds, shares and rates of the whole run. `peak`: FLOP/s of one device."""
+        """Counts, seconds and shares by kind of time, and rates of the whole run. `peak`: FLOP/s of one device."""
         spent = self.split()
         whole = spent["total"] or 1.0
         share = {kind: seconds / whole for kind, seconds in spent.items() if kind != "total"}

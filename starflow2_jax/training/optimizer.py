@@ -1,4 +1,4 @@
-"""The optimizers a config can name, all with warm-up, cosine decay and clipping."""
+"""The optimizers that a config can name, all with warm-up, cosine decay and gradient clipping."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from starflow2_jax.config.schema import OptimizerConfig
 from starflow2_jax.parallel import sharding
 
-# The kernels of a stack, whose axis 0 is the layer: the axes that a product sums over, and the axes of its result.
+# Kernels of a Transformer stack, whose axis 0 is the layer: axes of the map's input, and axes of its output.
 MUON_AXES = {
     "query": MuonDimensionNumbers((1,), (2, 3)),
     "key": MuonDimensionNumbers((1,), (2, 3)),
@@ -24,13 +24,15 @@ MUON_AXES = {
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer `cfg.name` for `steps` steps. Matrices and embeddings decay, norms and biases do not.
+    """The optimizer `cfg.name` for `steps` steps. Weight decay applies to matrices and embeddings, not to norms and biases.
 
-    adamw: decoupled weight decay (arXiv 1711.05101). muon: orthogonalised momentum for the matrices of the Transformer
-    stacks, scaled to AdamW's usual step so that both take the same learning rate (arXiv 2502.16982); AdamW for the rest.
-    adafactor: factored second moments, no first one (arXiv 1804.04235), without its scaling by the parameters' size, so
-    that it takes AdamW's learning rate. `cfg.moments` "bfloat16": moments are kept in it, computed with in fp32.
-    (`cfg.offload` is the step's matter: `step.offloaded`.) `cfg`: the fields of OptimizerConfig, which checks them.
+    adamw: decoupled weight decay (arXiv 1711.05101).
+    muon: orthogonalised momentum for the matrices of the Transformer stacks, scaled like AdamW's updates so that both use
+        the same learning rate (arXiv 2502.16982); AdamW for the rest.
+    adafactor: factored second moments and no first ones (arXiv 1804.04235). Updates are not scaled by the parameters'
+        size, so AdamW's learning rate fits.
+
+    If `cfg.moments` is "bfloat16", moments are stored in it and updated in fp32. `cfg.offload` is for `step.offloaded`.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, min(cfg.warmup, steps // 2), max(steps, 1), cfg.learning_rate * cfg.final_fraction

@@ -1,4 +1,4 @@
-"""The steps of one task: read, step, judge, log, save. Handles steps that go wrong, and machines that are taken away."""
+"""A run of one task: it reads batches, steps, checks the metrics, logs and saves. It handles bad steps and preemption."""
 
 import sys
 from collections import deque
@@ -24,8 +24,8 @@ from starflow2_jax.training.task import S, Task, groups
 class Settings:
     """How often a run logs and saves, and its policy for bad steps."""
 
-    log_every: int  # steps
-    save_every: int
+    log_every: int  # steps; 0: never
+    save_every: int  # steps; 0: only at the end of a task
     faults: FaultsConfig = FaultsConfig()
     peak_flops: float | None = None  # of one device, for the MFU
 
@@ -42,9 +42,10 @@ class Tools:
 
 
 class Run(Generic[S]):
-    """One task, resumed from its newest checkpoint: `state`, `reader`, `step`, `save`.
+    """One task in progress, resumed from the newest checkpoint.
 
-    `place`: index of the task in the order; `first`: number of steps that the run does before the task.
+    `place`: index of the task in the order. `first`: number of steps of the tasks before it. Steps are counted over all
+    tasks, so the task's first step has the number first + 1.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Run(Generic[S]):
             watched.pop("losses", None)  # another task's losses cannot be compared
         with tools.ledger.time("restart"):
             self.state, position = restore(task, checkpoints, mesh)
-            self.number = first + int(self.state.step)  # of the last step that is done, counted over the whole run
+            self.number = first + int(self.state.step)  # of the last step that is done
             self.frozen = task.frozen(checkpoints)
             self.reader, self.layout = task.batches(), sharding.batch_sharding(mesh)
             if position is not None:
@@ -75,14 +76,17 @@ class Run(Generic[S]):
             self.step = task.step()
         self.mesh, self.flops = mesh, task.flops
         self.watch = Watch(settings.faults, watched)
-        self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not judged yet
+        self.pending: deque[tuple[int, dict]] = deque()  # numbers and metrics of steps that are not judged yet
         self.seen: dict[str, float] = {}  # metrics of the last step that was judged
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
         self.recent: list[float] = []  # losses since the last save
-        self.called = False
+        self.called = False  # the step function, which compiles when it is called first
 
     def run(self, last: int, stop_at: int | None) -> bool:
-        """Train up to step `last` of the whole run. Returns whether it got there. Raises Preempted, NonFiniteLoss, LossSpike."""
+        """Train up to step `last`. Returns False if the run stopped at `stop_at` before.
+
+        Raises Preempted, NonFiniteLoss or LossSpike.
+        """
         tools, settings = self.tools, self.settings
         tools.bar.update(self.number - self.first)
         logged = self.number
@@ -110,16 +114,16 @@ class Run(Generic[S]):
 
     @property
     def faults(self) -> dict[str, int]:
-        """Counts of the steps of the whole run that went wrong, and of the actions; see `faults.Watch`."""
+        """Counts of the bad steps of all tasks so far, and of the actions; see `faults.Watch`."""
         return self.watch.counts
 
     def finish(self, ended: bool) -> None:
-        """After the last step: save the state that the task leaves. `ended`: as in `save`."""
+        """After the task's last step, save the state that it leaves. `ended`: as in `save`."""
         with self.tools.ledger.time("checkpoint"):
             self.save(self.task.finish(self.state, self.checkpoints), None, ended)
 
     def save(self, state: S, position: object, ended: bool) -> None:
-        """Save a step. `position`: of the data. `ended`: the run ends here, so the time until the next start is not lost."""
+        """Save `state` as the step self.number. `position`: of the data. `ended`: the run ends here, see `Ledger.state`."""
         finite = [loss for loss in self.recent if np.isfinite(loss)]
         self.checkpoints.lock.require_held()
         meta = {
@@ -131,7 +135,7 @@ class Run(Generic[S]):
             "watch": self.watch.state(),
             "time": self.tools.ledger.state(ended),
         }
-        # A step without a finite loss has no metrics, so it is not among the best.
+        # Without a finite loss since the last save there are no metrics, and Keep.best does not count the step.
         metrics = {"stage": self.place, "loss": float(np.mean(finite))} if finite else None
         self.checkpoints.steps.save(self.number, groups(state), meta, metrics)
         self.recent.clear()
@@ -157,7 +161,7 @@ class Run(Generic[S]):
         self.pending.append((self.number, values))
 
     def _judge(self, leave: int) -> bool:
-        """Judge the pending steps except the last `leave`, which may still be running. Returns False if the run went back."""
+        """Judge the pending steps except the last `leave`, which may still run. Returns False if the run went back."""
         while len(self.pending) > leave:
             number, values = self.pending.popleft()
             values = {name: float(value) for name, value in values.items()}
@@ -179,23 +183,23 @@ class Run(Generic[S]):
         now = self.reader.documents
         if then is not None and then != now and self.tools.metrics.writes:
             print(
-                f"WARNING: the data source has {now} documents, and had {then} when step {self.number} was saved; the run resumes at "
-                "the same position, but from here on it may read other documents than it would have",
+                f"WARNING: the data source has {now} documents, but had {then} when step {self.number} was saved; the run resumes at "
+                "the same position in the data, so it may skip documents or read some of them again",
                 file=sys.stderr,
             )
 
     def _warn_of_no_targets(self, number: int) -> None:
-        """Warns at the 1st, 2nd, 4th, 8th, ... step of the run whose batch taught nothing."""
+        """Warns at the 1st, 2nd, 4th, 8th, ... step whose batch has no targets."""
         count = self.watch.counts["without_targets"]
         if count & (count - 1) == 0 and self.tools.metrics.writes:
             print(
-                f'WARNING: nothing is predicted in the batch of step {number} (no "predict" or "generate" that this task '
-                f"counts); {count} such steps so far",
+                f'WARNING: nothing is predicted in the batch of step {number} (it has no "predict" or "generate" that this task '
+                f"learns from); {count} such steps so far",
                 file=sys.stderr,
             )
 
     def _go_back(self, bad: int) -> None:
-        """Restore the last checkpoint's state. The data continues after the batches that were read."""
+        """Restore the state of the last checkpoint. The data continues after the batches that were read."""
         tools = self.tools
         self.pending.clear()
         with tools.ledger.time("restart"):
@@ -208,7 +212,7 @@ class Run(Generic[S]):
         tools.metrics.rewind(self.number)
         self.recent.clear()
         if tools.metrics.writes:
-            print(f"WARNING: step {bad} went wrong; resuming from step {self.number} with other data", file=sys.stderr)
+            print(f"WARNING: step {bad} was bad; resuming from step {self.number} with other data", file=sys.stderr)
         tools.bar.update(self.number - tools.bar.n)
 
     def _log(self, steps: int) -> None:

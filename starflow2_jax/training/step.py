@@ -1,4 +1,4 @@
-"""The training step: one pure function of state, frozen parameters and batch."""
+"""The training step of a stage: one pure function of state, frozen parameters and batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from starflow2_jax.stages import Stage
 from starflow2_jax.training import losses
 from starflow2_jax.training.task import State
 
-HOST = "pinned_host"  # JAX's name of the host's memory that a device reads and writes
+HOST = "pinned_host"  # JAX's name of the host memory that devices can read and write
 
 
 class TrainState(State):
@@ -36,9 +36,9 @@ def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformatio
 
 
 def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool = False) -> TrainState:
-    """The shardings of a state, by PARAMETER_RULES. With `offload` the optimizer's state lies in the host's memory.
+    """The shardings of a state, by sharding.PARAMETER_RULES. `offload`: the optimizer's state is in host memory.
 
-    Raises ConfigError if the devices cannot use the host's memory.
+    Raises ConfigError if the devices cannot use host memory.
     """
     layout = sharding.tree_shardings(shapes, mesh)
     if not offload:
@@ -48,19 +48,20 @@ def state_shardings(shapes: TrainState, mesh: jax.sharding.Mesh, offload: bool =
 
 
 def require_host(mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError if the devices cannot use the host's memory."""
+    """Raises ConfigError if the devices cannot use host memory."""
     device = mesh.devices.flat[0]
     if HOST not in {memory.kind for memory in device.addressable_memories()}:
         raise ConfigError(
-            f"optimizer.offload needs memory of the kind {HOST}, which {device.platform} does not have here"
+            f"optimizer.offload needs memory of the kind {HOST}, which devices of the platform {device.platform} do not have "
+            "here; set it to False"
         )
 
 
 def offloaded(step: Callable) -> Callable:
-    """`step` with the optimizer's state in the host's memory between steps; `state_shardings` places it there at first.
+    """`step` with the optimizer's state in host memory between steps; `state_shardings` places it there at the start.
 
-    It must wrap everything that computes with a state, because XLA leaves scalars that are computed in the host's memory
-    on the device.
+    Apply it last, around all other wrappers that compute with the state: XLA would leave a scalar that they compute in host
+    memory on the device.
     """
 
     def run(state: TrainState, *arguments):
@@ -72,7 +73,7 @@ def offloaded(step: Callable) -> Callable:
 
 
 def counted(step: Callable, stage: Stage) -> Callable:
-    """`step` with two more metrics: "tokens", the batch's positions without padding, and "targets", see `losses.targets`."""
+    """`step` with two more metrics: "tokens", the number of positions that are not padding, and "targets" (losses.targets)."""
 
     def run(state: TrainState, frozen: dict, batch: Sequence):
         state, metrics = step(state, frozen, batch)
@@ -83,28 +84,30 @@ def counted(step: Callable, stage: Stage) -> Callable:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The loss of a stage's step: L_NF + text_weight L_NTP + latent_penalty P, with the terms that the stage has.
+    """The loss L_NF + text_weight L_NTP + latent_penalty P, of which a stage has some terms.
 
-    L_NF is in nats per latent dimension, L_NTP in nats per token, P the mean squared output of each block of the shallow
-    flow, summed over the blocks (STARFlow's regulariser, arXiv 2506.06276).
+    L_NF is in nats per latent dimension and L_NTP in nats per token. P is the mean square of the outputs of a block of the
+    shallow flow, summed over the blocks (STARFlow's regulariser, arXiv 2506.06276).
     """
 
     noise: ArrayLike = 0.0  # (D,): standard deviation of the Gaussian noise added to the latents
     text_weight: float = 1.0
     latent_penalty: float = 0.0
-    vlm_length: int = 0  # positions of a row that the VLM reads (see Pretzel); 0: all
-    text_chunk: int = CHUNK  # positions whose logits are in memory at once
+    vlm_length: int = 0  # number of positions of a row that the VLM reads (see Pretzel); 0: all
+    text_chunk: int = CHUNK  # number of positions whose logits are in memory at once
 
     def total(self, means: dict[str, jax.Array]) -> jax.Array:
-        """The loss, from the means of the terms of `loss_sums`."""
+        """The loss (). `means`: the terms of `loss_sums`, divided by their counts."""
         return reduce(jnp.add, (self.text_weight * x if name == "text" else x for name, x in means.items()))
 
 
 def loss_sums(
     model: Pretzel, params: dict, stage: Stage, batch: Sequence, objective: Objective, key: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sums of the stage's losses over a batch: "image" in nats over latent dimensions, "text" in nats over tokens, and
-    "penalty" (with its factor) over latent dimensions. `key` is for the dropout."""
+    """The terms of the stage's loss, summed over a batch: "image" and "text" in nats, and "penalty" with its weight.
+
+    `key`: of the dropout.
+    """
     output: Any = model.apply(
         {"params": params},
         batch,
@@ -132,10 +135,10 @@ def make_step(
     accumulate: int = 1,
     ema_decay: float = 0.999,
 ) -> Callable[[TrainState, dict, Sequence], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, frozen, batch) -> (state, metrics).
+    """The step of a stage: (state, frozen, batch) -> (state, metrics). It is not compiled.
 
     `accumulate`: number of micro-batches. Losses are divided by the counts of the whole batch, so this number does not
-    change the result.
+    change the result. `ema_decay`: of the moving average; in the first steps it is lower.
     """
 
     def step(state: TrainState, frozen: dict, batch: Sequence):
@@ -164,10 +167,10 @@ def make_step(
 
 
 def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, key: jax.Array) -> tuple[dict, dict]:
-    """The gradient of `loss` with respect to `moving`, and the sums that `loss` also returns.
+    """The gradient of `loss` with respect to `moving`, and the sums that `loss` returns beside its value.
 
-    `loss`: (moving, batch, key) -> (value, sums), both additive over rows. The rows run in `parts` micro-batches, one after
-    the other.
+    `loss`: (moving, batch, key) -> (value, sums), both of them sums over rows. The rows run in `parts` micro-batches, one
+    after the other.
     """
     gradient, keys = jax.grad(loss, has_aux=True), jax.random.split(key, parts)
     if parts == 1:
@@ -183,5 +186,5 @@ def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, 
 
 
 def finish(state: TrainState) -> dict:
-    """The parameters that the next stage gets: the moving average of the trained groups, and the other groups as they are."""
+    """The parameters that the next stage starts from: the moving average of the trained groups, and the other groups."""
     return state.params | state.ema

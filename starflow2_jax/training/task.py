@@ -1,4 +1,4 @@
-"""The task, which the loop trains. STARFlow2's stages are one kind of task (stage_task.py); others, such as a codec, fit, too."""
+"""The protocol of a task, which is what the loop trains. STARFlow2's stages are one kind of task (stage_task.py)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,11 +31,11 @@ class Batches(Protocol):
     documents: int  # in one pass over the data
 
     def __next__(self) -> Any:
-        """The rows of the next batch that this process reads."""
+        """The rows of the next batch that this process reads, for `place`."""
         ...
 
     def place(self, rows: Any, sharding: jax.sharding.NamedSharding, /) -> Any:
-        """Make the whole batch, as global arrays, from those rows."""
+        """The whole batch as global arrays, of which this process provides `rows`."""
         ...
 
     def get_state(self) -> Any:
@@ -55,7 +55,7 @@ Step = Callable[[S, Any, Any, Any], tuple[S, dict[str, jax.Array]]]
 class Task(Protocol[S]):
     """What the loop trains: a state, a step, batches, and the state that is saved at the end."""
 
-    name: str  # unique in a run: names its metrics, checkpoints and random streams
+    name: str  # unique in a run; its metrics and checkpoints have this name
     steps: int
 
     @property
@@ -79,7 +79,7 @@ class Task(Protocol[S]):
         ...
 
     def frozen(self, checkpoints: CheckpointDirectory) -> Any:
-        """The arrays that the step reads and never changes. The saved steps do not hold them."""
+        """The arrays that the step reads and never changes. Step checkpoints do not have them."""
         ...
 
     def step(self) -> Step[S]:
@@ -87,7 +87,7 @@ class Task(Protocol[S]):
         ...
 
     def check_batch(self, batch: Any) -> None:
-        """Raises UserError if the task's first batch, as global arrays, shows that the data cannot teach anything."""
+        """Raises UserError if the first batch, as global arrays, shows that the task can learn nothing from the data."""
 
     def batches(self) -> Batches:
         """Batches from the beginning of the data. Each process reads the rows that its devices need."""

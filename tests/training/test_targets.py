@@ -53,7 +53,7 @@ def test_data_of_another_length_is_said_when_a_run_resumes(trainer, monkeypatch,
     capsys.readouterr()
     monkeypatch.setattr(Documents, "__len__", lambda _: length)
     trainer().run(progress=False)
-    warned = f"the data source has {length} documents, and had {2**40} when step 6 was saved" in capsys.readouterr().err
+    warned = f"the data source has {length} documents, but had {2**40} when step 6 was saved" in capsys.readouterr().err
     assert warned == (length == 500)
 
 
