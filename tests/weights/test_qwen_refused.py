@@ -131,8 +131,8 @@ def test_a_processors_settings_as_the_reference_library_saves_them(tmp_path, cap
     "files, saying",
     [
         ({}, "min_pixels 3136, max_pixels 1003520, mean (0.48145466"),
-        ({"preprocessor_config.json": NORMALISED | dict(min_pixels=64)}, "does not say them: max_pixels 1003520\n"),
-        ({"processor_config.json": dict(image_processor=EDGES)}, "does not say them: mean (0.48145466"),
+        ({"preprocessor_config.json": NORMALISED | dict(min_pixels=64)}, "lacks them: max_pixels 1003520\n"),
+        ({"processor_config.json": dict(image_processor=EDGES)}, "lacks them: mean (0.48145466"),
     ],
 )
 def test_defaults_of_a_processor_are_printed(tmp_path, capsys, files, saying):
