@@ -263,7 +263,7 @@ def test_names_shapes_and_types_all_together(copy, capsys):
         "- tensor visual.patch_embed.proj.weight has shape (32, 2, 3, 4, 4) where (32, 3, 2, 4, 4) is expected",
         "- tensor model.layers.1.input_layernorm.weight is of type F32, model.layers.0.input_layernorm.weight of BF16; "
         "they are layers of one array",
-        "- tensor lm_head.weight is of type F64; there are F32, F16, BF16",
+        "- tensor lm_head.weight is of type F64; supported are F32, F16, BF16",
     }
 
 
