@@ -83,9 +83,7 @@ class DigitsBenchmark(Benchmark):
     def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
         """The numbers of AIMS without the seconds: shares of right answers, and the images' NLL."""
         found = {kind: [(a.document, a.task.target) for a in of_kind(answers, kind)] for kind in ("write", *TITLES)}
-        small = [
-            (document, total) for document, total in found["sum"] if total < 10
-        ]  # the sums that are drawn as a digit
+        small = [(document, total) for document, total in found["sum"] if total < 10]  # sums that a digit can show
         right = {
             "digit_accuracy": [_shows(images_of(d)[:1], [digit]) for d, digit in found["write"]],
             "read_accuracy": [words_of(d) == [word] for d, word in found["read"]],

@@ -44,9 +44,7 @@ class ArrayStore:
         """Write an array, or its slice `layer`, chunk by chunk."""
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
-            piece = np.array(
-                value[index], order="C"
-            )  # a copy, because JAX may keep it for a while, and `value` is large
+            piece = np.array(value[index], order="C")  # a copy: JAX may keep it for a while, and `value` is large
             done = array[index].write(piece)
             self._count(path, layer, index, piece)
             done.result()
