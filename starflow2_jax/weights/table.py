@@ -331,7 +331,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds of errors for a damaged file
         raise WeightError(
-            f"{path} cannot be read, because it is damaged or holds objects other than tensors, which are never unpickled here; "
+            f"{path} cannot be read: it is damaged or holds objects other than tensors, which are never unpickled here; "
             "save its tensors as .safetensors"
         ) from e
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

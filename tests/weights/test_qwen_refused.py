@@ -61,8 +61,8 @@ def test_kinds(copy, checkpoint, monkeypatch, capsys):
     [
         (b"{", "is not valid JSON"),
         (b"[]", "must be a JSON object"),
-        (b'{"patch_size": 14}', "patch_size 14 where"),
-        (b'{"temporal_patch_size": 1}', "temporal_patch_size 1 where"),
+        (b'{"patch_size": 14}', "patch_size 14, but"),
+        (b'{"temporal_patch_size": 1}', "temporal_patch_size 1, but"),
         (b'{"size": 224}', "must have shortest_edge and longest_edge"),
         (b'{"min_pixels": "many"}', "cannot be read as a processor's options"),
         (b'{"image_mean": [0.5]}', "one entry for each of the 3 channels"),
