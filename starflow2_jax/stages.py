@@ -9,7 +9,7 @@ FLOW_GROUPS = ("shallow", "embed_u", "embed_slot", "embed_y", "deep", "deep_norm
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table."""
+    """What a stage of training trains and computes."""
 
     name: str
     trains: tuple[str, ...]  # parameter groups that the stage trains; the others have no optimizer state
