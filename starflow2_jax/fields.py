@@ -21,7 +21,8 @@ Group = typing.TypeVar("Group", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Variant:
-    """A group whose dataclass depends on one of its own keys: the options of the codec depend on `codec.kind`."""
+    """A group, or each entry of a table of groups, whose dataclass depends on one of its own keys: the options of the codec
+    depend on `codec.kind`."""
 
     selector: str  # the name of that key
     choose: Callable[[str | None], type]  # value of the key (None: not given) -> the dataclass; raises UserError
@@ -32,6 +33,11 @@ class Variant:
         chosen = {field.name for field in dataclasses.fields(self.choose(values.get(self.selector)))}
         others = {field.name for each in self.all() for field in dataclasses.fields(each)} - chosen
         return {name: value for name, value in values.items() if name not in others}
+
+
+def joined(common: type, own: type) -> type:
+    """A frozen dataclass with the fields of both."""
+    return dataclasses.make_dataclass(own.__name__, [], bases=(own, common), frozen=True, kw_only=True)
 
 
 def option(
@@ -205,7 +211,10 @@ def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
         if group and (entries or not is_optional(hint)):
             groups.append((Key(place, group, field, value, default), entries))
         elif table and dataclasses.is_dataclass(table):
-            groups += [(Key(f"{place}.{name}", table, field, part, MISSING), part) for name, part in entries.items()]
+            groups += [
+                (Key(f"{place}.{name}", group_of(table, field, part), field, part, MISSING), part)
+                for name, part in entries.items()
+            ]
         elif table and entries:
             yield from (Key(f"{place}.{name}", table, field, part, MISSING) for name, part in entries.items())
         else:
@@ -295,7 +304,7 @@ def group_of(hint: typing.Any, field: dataclasses.Field, value: object) -> type 
 
     `value`: the key's value, from which a `Variant` chooses its dataclass. Raises ConfigError if it cannot choose one.
     """
-    if variant := field.metadata.get("variant"):
+    if (variant := field.metadata.get("variant")) and not table_of(hint):
         chosen = value.get(variant.selector) if isinstance(value, Mapping) else None
         if not isinstance(chosen, str | None):
             raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {abbreviated(chosen)}")

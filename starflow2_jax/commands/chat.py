@@ -6,7 +6,8 @@ from pathlib import Path
 
 from starflow2_jax.commands.arguments import Number, OutputFolder, Whole
 from starflow2_jax.commands.model import SEED, add_model, restore
-from starflow2_jax.data.documents import Document, Image, Text, read_image, write_image
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.images import read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.events import Event, Picture, Words
 

@@ -125,7 +125,9 @@ def _add_sample(commands) -> None:
 
 
 def _sample(args, _) -> None:
-    from starflow2_jax.data.documents import Text, read_document
+    from starflow2_jax.data.documents import Text
+    from starflow2_jax.data.images import ImageReader
+    from starflow2_jax.data.json_documents import read_document
     from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling import batch_files
 
@@ -133,15 +135,15 @@ def _sample(args, _) -> None:
     channels, out = image_channels(args), Path(args.out)
     documents = document = None
     if args.documents:
-        documents = JsonlDocuments(args.documents, channels)
-        documents[0]  # a file of another kind is refused before the model is loaded
+        documents, images = JsonlDocuments(args.documents), ImageReader(channels)
+        documents.read(0, images)  # a file of another kind is refused before the model is loaded
     else:
         document = read_document(args.document, channels) if args.document else [Text(args.prompt)]
     sampler = restore(args)
     options = options.sized(sampler.model.cfg.tokens)
     if documents is not None:
         prompts = [
-            _prompt(args, sampler, options, partial(documents.__getitem__, i), i, f"{args.documents}, document {i}: ")
+            _prompt(args, sampler, options, partial(documents.read, i, images), i, f"{args.documents}, document {i}: ")
             for i in range(len(documents))
         ]
         batch_files.begin(out, _run(args, options, sampler))
@@ -221,13 +223,15 @@ def _add_score(commands) -> None:
 
 
 def _score(args, _) -> None:
-    from starflow2_jax.data.documents import read_document
+    from starflow2_jax.data.images import ImageReader
+    from starflow2_jax.data.json_documents import read_document
     from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling.scoring import score
 
     channels = image_channels(args)
     if args.document.endswith(".jsonl"):
-        documents = list(JsonlDocuments(args.document, channels))
+        lines = JsonlDocuments(args.document)
+        documents = [lines.read(i, ImageReader(channels)) for i in range(len(lines))]
     else:
         documents = [read_document(args.document, channels)]
     scores = score(restore(args), documents)
@@ -257,7 +261,7 @@ def _add_rank(commands) -> None:
 
 
 def _rank(args, _) -> None:
-    from starflow2_jax.data.documents import read_image
+    from starflow2_jax.data.images import read_image
     from starflow2_jax.sampling.scoring import describe, illustrate, rank
     from starflow2_jax.text_files import read_lines
 
@@ -292,7 +296,7 @@ def _add_invert(commands) -> None:
 
 
 def _invert(args, _) -> None:
-    from starflow2_jax.data.documents import read_image, write_image
+    from starflow2_jax.data.images import read_image, write_image
     from starflow2_jax.sampling.noise_space import decode, encode
     from starflow2_jax.sampling.prompts import spoken
 

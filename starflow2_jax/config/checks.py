@@ -1,5 +1,6 @@
 """Checks across the keys of a config, as far as they need neither devices nor files."""
 
+import re
 from typing import Any
 
 from starflow2_jax.config.schema import ExperimentConfig, StageConfig
@@ -17,11 +18,34 @@ def require_consistent(config: ExperimentConfig) -> None:
             f"order names the stage {missing[0]}, but the config has no stages.{missing[0]}; set stages.{missing[0]}.steps, or "
             "remove the stage from order"
         )
+    _require_sources(config)
     _require_codec(config)
     for name, cfg in config.stages.items():
         _require_stage(config, STAGES[name], cfg)
     for name in config.order:
         _require_rows(config, name, config.stages[name])
+
+
+def _require_sources(config: ExperimentConfig) -> None:
+    """There are documents for every stage, and each stage's mix names sources that there are."""
+    data = config.data
+    if data.source is not None:
+        return
+    if not data.sources:
+        raise ConfigError(
+            "the config names no training data; set data.source=FILE, or data.sources.NAME.path=FILE for several"
+        )
+    if wrong := [name for name in data.sources if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ConfigError(
+            f"a source's name has letters, digits, '_', '-' and '.', not {wrong[0]!r}; rename it in data.sources"
+        )
+    for stage, cfg in config.stages.items():
+        if unknown := [name for name in cfg.mix if name not in data.sources]:
+            raise ConfigError(
+                f"stages.{stage}.mix names the source {unknown[0]!r}; data.sources has {', '.join(data.sources)}"
+            )
+        if cfg.mix and not any(cfg.mix.values()):
+            raise ConfigError(f"every source of stages.{stage}.mix has a weight of 0; give one of them more")
 
 
 def _require_codec(config: ExperimentConfig) -> None:

@@ -30,9 +30,9 @@ def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
     first. Raises ConfigError for an unknown key, with the most similar known one, and for text that does not fit the
     key's type.
     """
-    choosing = set(_selectors(cls))
+    choosing = list(_selectors(cls))
     pairs = [override.partition("=") for override in overrides]
-    for key, equals, text in sorted(pairs, key=lambda pair: pair[0] not in choosing):
+    for key, equals, text in sorted(pairs, key=lambda pair: not any(fnmatch.fnmatchcase(pair[0], c) for c in choosing)):
         if not equals:
             raise ConfigError(f"--config.{key} needs a value: --config.{key}=VALUE")
         try:
@@ -52,7 +52,7 @@ def _selectors(cls: type, path: str = "") -> Iterator[str]:
     for field in dataclasses.fields(cls):
         place = place_below(path, field.name)
         if variant := field.metadata.get("variant"):
-            yield f"{place}.{variant.selector}"
+            yield f"{place}.{'*.' if table_of(hints[field.name]) else ''}{variant.selector}"
         elif group := group_of(hints[field.name], field, None):
             yield from _selectors(group, place)
 
@@ -75,21 +75,17 @@ def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> N
     hint = typing.get_type_hints(cls)[name]
     group, table = group_of(hint, field, values.get(name)), table_of(hint)
     if group and rest:
-        inner = _entry(values, name)
-        _assign(group, inner, rest, key, text)
-        if (variant := field.metadata["variant"]) and rest == [variant.selector]:
-            allowed = {f.name for f in dataclasses.fields(variant.choose(inner[rest[0]]))}
-            for other in set(inner) - allowed:  # values that the experiment gives for another variant
-                del inner[other]
+        _assign_in(hint, _entry(values, name), field, rest, key, text)
     elif rest and isinstance(table, type) and dataclasses.is_dataclass(table):
         entries, (entry, *rest) = _entry(values, name), rest
         chosen = list(entries) if entry == "*" else [entry]
-        if not chosen or not set(chosen) <= set(field.metadata["choices"]):
+        allowed = field.metadata["choices"] or chosen
+        if not chosen or not set(chosen) <= set(allowed):
             raise _UnknownKeyError
         if not rest:
             raise _GroupError
         for each in chosen:
-            _assign(table, _entry(entries, each), rest, key, text)
+            _assign_in(table, _entry(entries, each), field, rest, key, text)
     elif table and len(rest) == 1:
         entries = _entry(values, name)
         entries[rest[0]] = _parsed(key, table, field, text, entries.get(rest[0], MISSING))
@@ -99,6 +95,15 @@ def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> N
         raise _GroupError
     else:
         values[name] = _parsed(key, hint, field, text, values.get(name, MISSING))
+
+
+def _assign_in(hint, inner: dict, field: dataclasses.Field, rest: list[str], key: str, text: str) -> None:
+    """Assign within a group: the values `inner` of a key of the type `hint`."""
+    _assign(group_of(hint, field, inner), inner, rest, key, text)
+    if (variant := field.metadata["variant"]) and rest == [variant.selector]:
+        allowed = {f.name for f in dataclasses.fields(variant.choose(inner[rest[0]]))}
+        for other in set(inner) - allowed:  # the experiment's values for another variant
+            del inner[other]
 
 
 def _entry(values: dict, name: str) -> dict:

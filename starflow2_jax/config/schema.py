@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from starflow2_jax.codecs.table import CODECS
-from starflow2_jax.data.sources import SOURCES, find
+from starflow2_jax.data import sources
+from starflow2_jax.data.faults import DataFaultsConfig
+from starflow2_jax.data.preparation import SourceConfig
 from starflow2_jax.errors import UserError, require_one_of
-from starflow2_jax.fields import Variant, check, option
+from starflow2_jax.fields import Variant, check, joined, option
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.stages import STAGES
 
@@ -37,11 +39,19 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Keys of the section `data` that all sources have."""
-
-    source: str = option('the training data: a JSONL file of documents, or "digits"', "documents.jsonl")
-    threads: int = option("threads that read ahead; 0: none", 0, least=0, most=4096)
+    source: str | None = option(
+        "one source for every stage, in place of `sources` and of each stage's `mix`; None: those", None
+    )
+    sources: dict[str, SourceConfig] = option("the sources of documents by name", {}, variant=sources.VARIANT)
+    workers: int = option(
+        "processes that read and encode documents ahead, at most one per group; 0: the run's own process",
+        0,
+        least=0,
+        most=4096,
+    )
+    threads: int = option("threads of each such process that read ahead; 0: none", 0, least=0, most=4096)
     groups: int = option("groups of a batch's rows; as many hosts can share the reading", 1, least=1)
+    faults: DataFaultsConfig = option("documents that cannot be read or do not fit", DataFaultsConfig())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +102,7 @@ class StageConfig:
         "weight of the mean squared output of each shallow block; STARFlow's is 1e-4", 0.0, least=0
     )
     ema: float = option("decay of the parameters' moving average", 0.9999, least=0, below=1)
-    caption_drop: float = option("share of captions left out, for guidance", 0.1, least=0, most=1)
-    shares: dict[str, float] = option("share of each kind of document, where the source has kinds", {}, least=0)
+    mix: dict[str, float] = option("weight of each source in the stage's documents; {}: all sources alike", {}, least=0)
     optimizer: OptimizerConfig = option("the optimizer, and its learning rate over the steps", OptimizerConfig())
 
 
@@ -120,26 +129,11 @@ def codec_class(kind: str | None) -> type:
     """The dataclass of the section `codec` for a codec of this `kind`. Raises UserError for an unknown kind."""
     kind = "latents" if kind is None else kind
     require_one_of("codec.kind", kind, CODECS)
-    return _joined(CodecConfig, CODECS[kind].Options)
-
-
-@cache
-def data_class(source: str | None) -> type:
-    """The dataclass of the section `data` for this `source`. Raises ConfigError for an unknown one."""
-    return _joined(DataConfig, find(source).Options) if source else DataConfig
+    return joined(CodecConfig, CODECS[kind].Options)
 
 
 def _codec_options() -> list[type]:
     return [codec.Options for codec in CODECS.values()]
-
-
-def _source_options() -> list[type]:
-    return [source.Options for source in SOURCES.values()]
-
-
-def _joined(common: type, own: type) -> type:
-    """A dataclass of the keys that all kinds have and the kind's own; it keeps the name and the methods of `own`."""
-    return dataclasses.make_dataclass(own.__name__, [], bases=(own, common), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +145,7 @@ class ExperimentConfig:
     mesh: MeshConfig = option("how devices share the work", MeshConfig())
     noise: float = option("standard deviation of the noise added to images, before the codec's scaling", 0.0, least=0)
     max_positions: int = option("positions of a prompt and its answer, when sampling", 8192, least=1)
-    data: DataConfig = option(
-        "the training data and its readers", DataConfig(), variant=Variant("source", data_class, _source_options)
-    )
+    data: DataConfig = option("the training data and its readers", DataConfig())
     codec: CodecConfig = option(
         "how images become the tokens of the flow", variant=Variant("kind", codec_class, _codec_options)
     )

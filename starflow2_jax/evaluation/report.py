@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.evaluation.protocol import Page
 
 ZOOM, MARGIN = 8, 4  # samples.png enlarges each pixel ZOOM times and leaves MARGIN pixels between images

@@ -20,7 +20,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     for name, steps in STEPS.items():
         c.stages[name].update(steps=steps, ema=0.999)
         c.stages[name].optimizer.weight_decay = 0.1
-    c.stages.joint.shares.caption = 7.0
-    c.data.warp = 0.7  # each of the 1,500 scans is seen over a hundred times
+    c.stages.joint.mix.caption = 7.0
+    for source in c.data.sources.values():
+        source.warp = 0.7  # each of the 1,500 scans is seen over a hundred times
     c.model.shallow.dropout = c.model.deep.dropout = 0.05
     return c

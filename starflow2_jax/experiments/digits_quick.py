@@ -17,7 +17,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.noise = 0.1  # in pixels of [-1, 1]
     c.max_positions = 256
     c.log_every, c.save_every, c.keep = 10, 500, 2
-    c.data = dict(source="digits")
+    c.data = dict(sources={kind: dict(path="digits", kind=kind) for kind in KINDS})
     c.codec = dict(kind="patch", patch=2, image_channels=1)
 
     flow = dict(width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm="rms_zero")
@@ -50,8 +50,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     return c
 
 
-def stage(steps: int, shares: tuple[float, ...], **changes) -> ConfigDict:
-    """`shares`: of KINDS."""
+def stage(steps: int, mix: tuple[float, ...], **changes) -> ConfigDict:
+    """`mix`: weights of KINDS."""
     optimizer = dict(name="muon", learning_rate=2e-3, final_fraction=0.02, warmup=50, weight_decay=1e-2)
-    common = dict(rows=16, length=128, ema=0.998, shares=dict(zip(KINDS, shares, strict=True)), optimizer=optimizer)
+    common = dict(rows=16, length=128, ema=0.998, mix=dict(zip(KINDS, mix, strict=True)), optimizer=optimizer)
     return ConfigDict(dict(steps=steps, **common) | changes)

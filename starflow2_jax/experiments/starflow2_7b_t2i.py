@@ -30,7 +30,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     c = ConfigDict()
     c.mesh = dict(data=1, fsdp=-1)
     c.order = tuple(STEPS)[: list(STEPS).index(last) + 1]
-    c.data = dict(threads=16, groups=64)
+    c.data = dict(source="documents.jsonl", workers=16, groups=64)
     c.keep_every = 20_000
     c.faults = dict(nonfinite="skip", spike="skip")
     c.codec = dict(kind="latents", grid=(16, 16), channels=32)
@@ -43,7 +43,6 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     c.model.vlm = asdict(QWEN2_5_VL[vlm]) | dict(remat="full")
     c.stages = {name: dict(steps=steps, optimizer={}) for name, steps in STEPS.items()}
     c.stages.text_to_image.vlm_length = 512  # the positions that are no flow image
-    c.stages.image_to_text.caption_drop = 0.0
     c.stages.joint.optimizer.learning_rate = 5e-5
     if runlocal:
         return small(c)
@@ -74,10 +73,10 @@ def small(c: ConfigDict) -> ConfigDict:
     c.model.vlm.vision.full_attention_layers = (1,)
     for flow in (c.model.shallow, c.model.deep):
         flow.update(tiny, mlp_hidden=64)
-    c.stages.pretrain = dict(patches=96, shares=dict(caption=1.0, read=1.0))
-    c.stages.text_to_image.update(vlm_length=40, shares=dict(caption=1.0))
-    c.stages.image_to_text.shares = dict(read=1.0)
-    c.stages.joint.shares = dict(caption=1.0, read=1.0, mirror=1.0)
+    c.stages.pretrain = dict(patches=96, mix=dict(caption=1.0, read=1.0))
+    c.stages.text_to_image.update(vlm_length=40, mix=dict(caption=1.0))
+    c.stages.image_to_text.mix = dict(read=1.0)
+    c.stages.joint.mix = dict(caption=1.0, read=1.0, mirror=1.0)
     for stage in c.stages.values():
         stage.update(rows=8, length=64, images=4, steps=1)
     return c

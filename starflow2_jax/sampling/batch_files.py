@@ -19,7 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from starflow2_jax.checkpoints.atomic_folder import write_whole
-from starflow2_jax.data.documents import Document, DocumentError, Image, write_image
+from starflow2_jax.data.documents import Document, DocumentError, Image
+from starflow2_jax.data.images import write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.noise_space import denoise

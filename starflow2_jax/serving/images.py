@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from starflow2_jax.data.documents import as_pillow, from_pillow
+from starflow2_jax.data.images import as_pillow, from_pillow
 from starflow2_jax.data.pictures import Picture
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.request_limits import RequestLimits

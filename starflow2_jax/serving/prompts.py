@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from starflow2_jax import sequence
-from starflow2_jax.data.documents import Document, Image, Text, as_pillow
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.sampling.engine import Sampler
 

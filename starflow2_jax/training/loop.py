@@ -1,5 +1,6 @@
 """The loop over the tasks of a run; and the Trainer, which trains the stages of STARFlow2 in a checkpoint directory."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,9 @@ def train(
                 else:
                     run = Run(task, place, first, checkpoints, mesh, settings, tools)
                     faults = run.faults
-                    if not run.run(last, stop_at):
+                    with contextlib.closing(run.reader):
+                        arrived = run.run(last, stop_at)
+                    if not arrived:
                         break
                     run.finish(ended=last == stop_at or task is tasks[-1])
                     latest = last

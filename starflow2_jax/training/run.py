@@ -81,6 +81,7 @@ class Run(Generic[S]):
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
         self.recent: list[float] = []  # losses since the last save
         self.called = False  # the step function, which compiles when it is called first
+        self.read: dict[str, int] = {}  # counts of documents, at the last check
 
     def run(self, last: int, stop_at: int | None) -> bool:
         """Train up to step `last`. Returns False if the run stopped at `stop_at` before.
@@ -99,6 +100,8 @@ class Run(Generic[S]):
             if not self._judge(0 if saves or logs else 1):
                 logged = self.number
                 continue
+            if saves or logs or _due(CHECKED if jax.process_count() > 1 else 1, number):
+                self.read = self.reader.check()
             if logs:
                 self._log(number - logged)
                 logged = number
@@ -147,6 +150,7 @@ class Run(Generic[S]):
         with ledger.waiting(running):
             batch = self.reader.place(next(self.reader), self.layout)
         if self.number == self.first:
+            self.read = self.reader.check()
             self.task.check_batch(batch)
         self.number += 1
         limit = np.float32(self.watch.limit(self.number))
@@ -178,15 +182,16 @@ class Run(Generic[S]):
             self.tools.ledger.count_tokens(values["tokens"])
         return True
 
-    def _compare_documents(self, then: int | None) -> None:
-        """Warns if the source had another number of documents, `then`, when the step was saved."""
-        now = self.reader.documents
-        if then is not None and then != now and self.tools.metrics.writes:
-            print(
-                f"WARNING: the data source has {now} documents, but had {then} when step {self.number} was saved; the run resumes at "
-                "the same position in the data, so it may skip documents or read some of them again",
-                file=sys.stderr,
-            )
+    def _compare_documents(self, then: object) -> None:
+        """Warns if a source had another number of documents when the step was saved. `then`: those numbers by source."""
+        for name, now in self.reader.documents.items():
+            before = then.get(name, now) if isinstance(then, dict) else now
+            if before != now and self.tools.metrics.writes:
+                print(
+                    f"WARNING: the data source {name!r} has {now} documents, but had {before} when step {self.number} was saved; the "
+                    "run resumes at the same position in the data, so it may skip documents or read some of them again",
+                    file=sys.stderr,
+                )
 
     def _warn_of_no_targets(self, number: int) -> None:
         """Warns at the 1st, 2nd, 4th, 8th, ... step whose batch has no targets."""
@@ -220,7 +225,8 @@ class Run(Generic[S]):
         timings = ledger.speed(before, steps, ledger.tokens - tokens, self.flops, self.settings.peak_flops)
         now = ledger.split()
         timings |= {f"goodput_{kind}": now[kind] / now["total"] for kind in now if kind != "total"}
-        self.tools.metrics.write(self.number, self.task.name, self.seen | self.watch.counts, timings)
+        read = {f"documents/{name}": count for name, count in self.read.items()}
+        self.tools.metrics.write(self.number, self.task.name, self.seen | self.watch.counts | read, timings)
         losses = (f"{name}={value:.3f}" for name, value in self.seen.items() if name.endswith("_loss"))
         self.tools.bar.set_postfix_str(f"{self.task.name} {' '.join(losses)}")
         self.since_log = (now, ledger.tokens)
@@ -241,6 +247,9 @@ def restore(task: Task[S], checkpoints: CheckpointDirectory, mesh: jax.sharding.
     wrap = jax.jit(jax.random.wrap_key_data, out_shardings=sharding.replicated(mesh))
     key = wrap(np.array(meta["key"], np.uint32))
     return wanted.replace(step=np.int32(meta["stage_step"]), key=key, **found), meta["data"]
+
+
+CHECKED = 100  # steps between two looks at the counts of faulty documents where hosts must agree on them
 
 
 def _due(every: int, number: int) -> bool:

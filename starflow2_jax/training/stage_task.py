@@ -12,6 +12,7 @@ from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
+from starflow2_jax.data.faults import DataFaultsConfig
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.errors import ConfigError
@@ -62,7 +63,7 @@ class StageTask:
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
         self.step()
-        sources.documents(self.config, self.stage, self.codec.image_channels)
+        sources.streams(self.config, self.stage, self.codec)
 
     def continues(self, name: str) -> bool:
         """Whether the stage `name` trains the same tree as this one."""
@@ -101,23 +102,25 @@ class StageTask:
     def check_batch(self, batch: Sequence) -> None:
         """Raises ConfigError if no part of the batch counts in the stage's losses."""
         if not float(jax.jit(partial(losses.targets, stage=self.stage))(batch)):
+            paths = ", ".join(each.config.path for each in sources.named(self.config, self.name))
             wanted = [
                 *(['images with "generate": true'] if self.stage.image_loss else []),
                 *(['texts with "predict": true'] if self.stage.text_loss else []),
             ]
             raise ConfigError(
                 f"nothing is predicted in the first batch of stage {self.name}, so the stage would learn nothing; the documents "
-                f"of {self.config.data.source} need {' or '.join(wanted)} (the model learns to write the texts that are marked "
-                'by "predict" and the images that are marked by "generate")'
+                f"of {paths} need {' or '.join(wanted)} (the model learns to write the texts that are marked by "
+                '"predict" and the images that are marked by "generate")'
             )
 
     def batches(self) -> GroupedBatches:
         """Batches of the config's source from its beginning; each process reads the groups of rows that its devices need."""
         shape, data = program.batch_shape(self.config, self.stage), self.config.data
-        source = sources.documents(self.config, self.stage, self.codec.image_channels)
+        streams = sources.streams(self.config, self.stage, self.codec)
         rows = own_rows(sharding.batch_sharding(self.mesh), shape.rows)
         encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision, remembered=REMEMBERED)
-        return GroupedBatches(source, encoder, shape, data.groups, data.threads, rows)
+        faults = DataFaultsConfig(data.faults.most, data.faults.strict)
+        return GroupedBatches(streams, encoder, shape, data.groups, data.workers, data.threads, faults, rows)
 
     def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
         """The state to save at the end: the moving average becomes the parameters, and average and optimizer are dropped.

@@ -28,7 +28,7 @@ S = TypeVar("S", bound=State)
 class Batches(Protocol):
     """Endless batches. Their position can be saved and restored."""
 
-    documents: int  # in one pass over the data
+    documents: dict[str, int]  # in one pass over each source
 
     def __next__(self) -> Any:
         """The rows of the next batch that this process reads, for `place`."""
@@ -36,6 +36,17 @@ class Batches(Protocol):
 
     def place(self, rows: Any, sharding: jax.sharding.NamedSharding, /) -> Any:
         """The whole batch as global arrays, of which this process provides `rows`."""
+        ...
+
+    def check(self) -> dict[str, int]:
+        """Counts of what was read, for the metrics. All processes call it together.
+
+        Raises UserError, in every process, if the data are too faulty to go on.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the processes that read ahead, if there are any."""
         ...
 
     def get_state(self) -> Any:

@@ -11,15 +11,9 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 from refused import refused
 
-from starflow2_jax.data.documents import (
-    DocumentError,
-    Image,
-    Text,
-    from_json,
-    read_document,
-    read_image,
-    write_image,
-)
+from starflow2_jax.data.documents import DocumentError, Image, Text
+from starflow2_jax.data.images import read_image, write_image
+from starflow2_jax.data.json_documents import from_json, read_document
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.pipeline import batches, collate
 from starflow2_jax.models.kernels import most_documents

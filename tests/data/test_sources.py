@@ -12,7 +12,8 @@ import tiny
 
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import sources
-from starflow2_jax.data.documents import Document, Image, Text, without_caption, write_image
+from starflow2_jax.data.documents import Document, Image, Text, without_caption
+from starflow2_jax.data.images import write_image
 from starflow2_jax.data.pipeline import Encoder, batches
 from starflow2_jax.errors import UserError
 from starflow2_jax.sequence import Shape

@@ -13,7 +13,8 @@ import tiny
 from live import LIMITS, ask, data_url, held, image_part, openai_client, served, the_same, wait_until
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import Text, as_pillow
+from starflow2_jax.data.documents import Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.scoring import rank
 from starflow2_jax.serving import ranking

@@ -26,7 +26,8 @@ from live import (
 )
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.models.jacobi import Jacobi
 from starflow2_jax.parallel.sharding import make_mesh, tree_shardings

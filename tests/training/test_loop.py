@@ -13,7 +13,8 @@ from tiny_experiment import tiny_config
 
 from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
-from starflow2_jax.data.documents import Text, read_image, write_image
+from starflow2_jax.data.documents import Text
+from starflow2_jax.data.images import read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import init_params
 from starflow2_jax.parallel.sharding import abstract
