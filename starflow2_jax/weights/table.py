@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from flax import traverse_util
 
 from starflow2_jax.errors import UserError
@@ -302,10 +303,8 @@ class _Safetensors(Mapping):
     """The tensors of a .safetensors file, each read on access."""
 
     def __init__(self, path: Path):
-        import safetensors
-
         try:
-            self._path, self._file = path, safetensors.safe_open(path, "np")
+            self._file = safetensors.safe_open(path, "np")
         except (OSError, safetensors.SafetensorError) as e:
             raise _unreadable(path, e) from e
         self._names = frozenset(self._file.keys())
