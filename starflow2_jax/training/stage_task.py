@@ -14,7 +14,7 @@ from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.data.faults import DataFaultsConfig
 from starflow2_jax.data.groups import GroupedBatches, own_rows
-from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.data.pipeline import Encoder, RowEncoder
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel
@@ -113,14 +113,19 @@ class StageTask:
                 '"predict" and the images that are marked by "generate")'
             )
 
+    def row_encoder(self) -> RowEncoder:
+        """Turns documents into parts of this stage's rows."""
+        vision = self.model.cfg.vlm.vision
+        encoder = Encoder(self.tokenizer, self.codec, vision, remembered=REMEMBERED)
+        return RowEncoder(encoder, program.batch_shape(self.config, self.stage))
+
     def batches(self) -> GroupedBatches:
-        """Batches of the config's source from its beginning; each process reads the groups of rows that its devices need."""
-        shape, data = program.batch_shape(self.config, self.stage), self.config.data
+        """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
+        data, encode = self.config.data, self.row_encoder()
         streams = sources.streams(self.config, self.stage, self.codec)
-        rows = own_rows(sharding.batch_sharding(self.mesh), shape.rows)
-        encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision, remembered=REMEMBERED)
+        rows = own_rows(sharding.batch_sharding(self.mesh), encode.shape.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
-        return GroupedBatches(streams, encoder, shape, data.groups, data.workers, data.threads, faults, rows)
+        return GroupedBatches(streams, encode, data.groups, data.workers, data.threads, faults, rows)
 
     def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
         """The state to save at the end: the moving average becomes the parameters, and average and optimizer are dropped.
