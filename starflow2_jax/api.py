@@ -6,6 +6,7 @@ Keyword arguments are fields of `SampleOptions`. All methods raise UserError for
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.events import Event
 from starflow2_jax.sampling.prompts import spoken
 
-USUAL = dict(temperature=0.0, image_temperature=0.9, guidance=1.0)  # as on the command line
+USUAL: dict[str, Any] = dict(temperature=0.0, image_temperature=0.9, guidance=1.0)  # as on the command line
 
 
 class Model:

@@ -17,7 +17,7 @@ from starflow2_jax.data.images import as_pillow
 from starflow2_jax.evaluation.protocol import Page
 
 ZOOM, MARGIN = 8, 4  # samples.png enlarges each pixel ZOOM times and leaves MARGIN pixels between images
-SHOWN = 10  # most images in a row of the page's grid
+SHOWN = 10  # largest number of images in a row of the page's grid
 LOWER_IS_BETTER = ("nll", "seconds")  # for keys that hold one of these; for all others, higher is better
 UNITS = {"image_loss": "nats per latent dimension", "text_loss": "nats per token"}
 INK, LINE = "#808080", "#3b82c4"  # readable on light and on dark

@@ -21,13 +21,19 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.codec = dict(kind="patch", patch=2, image_channels=1)
 
     flow = dict(width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm="rms_zero")
-    c.model = dict(grid=(4, 4), channels=4, shallow_blocks=2, adapter_hidden=256)
-    c.model.shallow = dict(layers=2, unroll=2, **flow)
-    c.model.deep = dict(layers=6, unroll=6, **flow)
-    c.model.vlm = dict(vocabulary=416, layers=3, unroll=3, width=128, heads=2, kv_heads=1, head_dim=64, mlp_hidden=384)
-    c.model.vlm.update(rotary_sections=(8, 12, 12), rotary_theta=1e4, embedding_std=1.0)
-    c.model.vlm.vision = dict(layers=2, unroll=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=2, window=8)
-    c.model.vlm.vision.update(full_attention_layers=(), min_pixels=64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    vision = dict(layers=2, unroll=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=2, window=8)
+    vision |= dict(full_attention_layers=(), min_pixels=64, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    vlm = dict(vocabulary=416, layers=3, unroll=3, width=128, heads=2, kv_heads=1, head_dim=64, mlp_hidden=384)
+    vlm |= dict(rotary_sections=(8, 12, 12), rotary_theta=1e4, embedding_std=1.0)
+    c.model = dict(
+        grid=(4, 4),
+        channels=4,
+        shallow_blocks=2,
+        shallow=dict(layers=2, unroll=2, **flow),
+        deep=dict(layers=6, unroll=6, **flow),
+        vlm=dict(vlm, vision=vision),
+        adapter_hidden=256,
+    )
 
     c.stages = dict(
         pretrain=stage(130, (1.0, 1.0, 4.0, 0.5, 1.0), images=1, patches=160),

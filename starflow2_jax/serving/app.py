@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -128,6 +129,13 @@ def make_app(service: Service) -> Starlette:
     guards = [Middleware(AtMost, places)]
     if service.key is None:
         guards.insert(0, Middleware(KnownHosts, (service.host,)))
+    handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
+        ApiError: _api_error,
+        DocumentError: _api_error,
+        HTTPException: _http_error,
+        ClientDisconnect: _gone,
+        Exception: _fault,
+    }
     return Starlette(
         routes=[
             Route("/", index),
@@ -136,13 +144,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/chat/completions", guarded(functools.partial(_chat, service)), methods=["POST"]),
             Route("/v1/rank", guarded(functools.partial(_rank, service)), methods=["POST"]),
         ],
-        exception_handlers={
-            ApiError: _api_error,
-            DocumentError: _api_error,
-            HTTPException: _http_error,
-            ClientDisconnect: _gone,
-            Exception: _fault,
-        },
+        exception_handlers=handlers,
         middleware=guards,
     )
 
@@ -176,11 +178,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(
-    worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future
-) -> AsyncGenerator[Started | Event, None]:
-    """The events of a job until all its choices have ended. If the client disconnects, the job is cancelled and its rows are
-    freed."""
+async def _events(worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future) -> AsyncGenerator[Any, None]:
+    """Yields Started and then the Events of a job, until all its choices have ended.
+
+    Raises the ApiError of a Fault. If the client disconnects, or nobody reads on, the job is cancelled, which frees its rows.
+    """
     open_choices, coming = len(job.request.seeds), gone
     try:
         while open_choices:

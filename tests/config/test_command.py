@@ -66,7 +66,7 @@ def test_the_chip_is_an_option(command, capsys, monkeypatch):
     assert seen[0].stages.text_to_image.rows == 512 and seen[0].model.deep.kernel == "splash"
     for name, chip, said in (
         ("starflow2_7b_t2i", "v4", "knows the chips v5e, v5p, v6e, not 'v4'"),
-        ("digits_quick", "v5e", "digits_quick.py is the same for all chips; leave out --chip v5e"),
+        ("digits_quick", "v5e", "digits_quick.py has the same settings for all chips; leave out --chip v5e"),
         ("starflow2_7b_t2i:v5e", "v5e", "there is no experiment file starflow2_7b_t2i:v5e"),
     ):
         assert cli.main([command, *COMMANDS[command], "--config", name, "--chip", chip]) == 2
