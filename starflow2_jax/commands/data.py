@@ -48,8 +48,7 @@ def _data(args, overrides) -> None:
     if args.json:
         _write(args.json, json.dumps(numbers, indent=1))
     if args.out:
-        title = f"What stage {stage.name} sees"
-        _write(args.out, data_report.page(title, numbers, found, trainer.tokenizer, trainer.codec))
+        _write(args.out, data_report.page(stage, numbers, found, trainer.tokenizer, trainer.codec))
         print(f"page: {args.out}")
 
 

@@ -41,7 +41,7 @@ td.number, th.number { text-align: right; } .met { color: var(--good); } .missed
 .example { margin: .8rem 0; padding: .9rem 1.1rem; border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); line-height: 4.6; white-space: pre-wrap; } .example h3 { line-height: 1.4; }
 .example img { width: 64px; height: 64px; border: 3px solid transparent; border-radius: 4px; margin: 0 .15rem; }
-span.token { border-left: 1px dotted var(--line); }
+span.token { border-left: 1px dotted var(--soft); }
 img.made, .example img.made { border: 3px solid var(--made); border-radius: 4px; }
 span.made { padding: .15em .1em; background: var(--tint); color: var(--made); border-bottom: 2px solid var(--made); }
 """
