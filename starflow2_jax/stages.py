@@ -9,6 +9,8 @@ FLOW_GROUPS = ("shallow", "embed_u", "embed_slot", "embed_y", "deep", "deep_norm
 
 @dataclass(frozen=True)
 class Stage:
+    """What a stage of training trains and computes."""
+
     name: str
     trains: tuple[str, ...]  # parameter groups that the stage trains; the others have no optimizer state
     skips: bool  # the skips W_vlm and W_D are used

@@ -1,14 +1,16 @@
 """`starflow2 sweep`."""
 
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import OutputFolder, Shipped, Words
+from starflow2_jax.commands.arguments import Commands, OutputFolder, Shipped, Words
 from starflow2_jax.commands.experiment import add_chip
 from starflow2_jax.errors import UserError
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 sweep` to the command line."""
     p = commands.add_parser("sweep", help="train one experiment with many settings")
     p.add_argument(
         "--sweep",
@@ -41,7 +43,7 @@ def add(commands) -> None:
     p.set_defaults(run=_sweep, kept="finished points are kept, and the same command trains the rest")
 
 
-def _sweep(args, _) -> None:
+def _sweep(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.sweeps import points, report
 
     if args.launcher and args.runlocal:

@@ -46,9 +46,7 @@ class Budget:
         if self.pixels < 0:
             raise self.refusal(param)
         if self.positions < 0:
-            message = (
-                f"the images of a request take more than the {self.limits.positions} positions of a row; send fewer images"
-            )
+            message = f"the images of a request take more than the {self.limits.positions} positions of a row; send fewer images"
             raise ApiError(400, message, "context_length_exceeded", param)
 
     def refusal(self, param: str) -> ApiError:
