@@ -57,7 +57,7 @@ def add(commands: Commands) -> None:
 
 def _eval(args: Namespace, _: list[str]) -> None:
     if args.out is None and args.processes > 1:
-        raise UserError("several processes share the tasks through a folder; name it with --out")
+        raise UserError("--processes needs --out: several processes share the tasks through that folder")
     report(args)
 
 

@@ -47,9 +47,11 @@ def _sweep(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.sweeps import points, report
 
     if args.launcher and args.runlocal:
-        raise UserError("--runlocal is for runs here; put it into the launcher's command")
+        raise UserError(
+            "--runlocal shrinks points that are trained here; with --launcher, put it into the launcher's command"
+        )
     if args.again and not args.launcher:
-        raise UserError("--again is for points that a --launcher was given")
+        raise UserError("--again submits points to a launcher again; name the launcher with --launcher")
     sweep = points.load(args.sweep, args.out, args.runlocal, args.chip)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     try:
@@ -62,4 +64,6 @@ def _sweep(args: Namespace, _: list[str]) -> None:
     print(report.markdown(rows), end="")
     if failed := sum(point.state == points.FAILED for point in sweep.points):
         again = " with --again" if args.launcher else " again"
-        raise UserError(f"{failed} of {len(sweep.points)} points failed; mend them and run the same command{again}")
+        raise UserError(
+            f"{failed} of {len(sweep.points)} points failed; the table says why; correct this and run the same command{again}"
+        )

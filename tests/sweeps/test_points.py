@@ -222,7 +222,7 @@ def test_a_job_that_ended_without_being_done_has_failed_and_is_handed_on_again_w
     capsys.readouterr()
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
-    assert "2 of 4 points failed; mend them and run the same command with --again" in said.err
+    assert "2 of 4 points failed; the table says why; correct this and run the same command with --again" in said.err
     assert "failed: its job ended with exit code 75" in said.out
     assert len((files / "record").read_text().splitlines()) == 4
     assert cli.main([*arguments, "--again"]) == 0
