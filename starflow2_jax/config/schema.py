@@ -39,6 +39,8 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The sources of documents, and how they are read ahead."""
+
     source: str | None = option(
         "one source for every stage, in place of `sources` and of each stage's `mix`; None: those", None
     )

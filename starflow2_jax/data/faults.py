@@ -11,6 +11,8 @@ FEWEST = 100  # documents of a source, from which on the share of skipped ones i
 
 @dataclass(frozen=True)
 class DataFaultsConfig:
+    """How many documents may be skipped before the run ends."""
+
     most: float = option(
         "largest share of a source's documents that may be skipped; above it the run ends",
         0.05,

@@ -2,7 +2,7 @@
 
     starflow2 train --config digits_quick --out runs/digits_quick
 
-`starflow2 config --config digits_quick` prints every key, those that are not set here included.
+`starflow2 config --config digits_quick` prints every key, also those that are not set here.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ KINDS = ("caption", "read", "sum", "mirror", "count")  # of documents
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
-    """`runlocal` shrinks every stage to a few steps: the same path, for a look at it."""
+    """The config. `runlocal`: one layer in each network and four steps of each stage, to try the pipeline."""
     c = ConfigDict()
     c.cpu_devices = 2
     c.noise = 0.1  # in pixels of [-1, 1]
@@ -50,8 +50,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     return c
 
 
-def stage(steps: int, mix: tuple[float, ...], **changes) -> ConfigDict:
-    """`mix`: weights of KINDS."""
+def stage(steps: int, mix: tuple[float, ...], **changes: object) -> ConfigDict:
+    """The config of a stage. `mix`: weights of KINDS. `changes`: other keys of the stage."""
     optimizer = dict(name="muon", learning_rate=2e-3, final_fraction=0.02, warmup=50, weight_decay=1e-2)
     common = dict(rows=16, length=128, ema=0.998, mix=dict(zip(KINDS, mix, strict=True)), optimizer=optimizer)
     return ConfigDict(dict(steps=steps, **common) | changes)
