@@ -222,10 +222,38 @@ def test_a_checkpoint_without_steps(copy):
 
 
 @pytest.mark.parametrize("name", ("config.json", "codec.json", "frozen.json"))
-@pytest.mark.parametrize("content", (b"", b'{"model": ', b"[1, 2]", b'{"kind": "patch"}', b"\xff\xfe\x00"))
+@pytest.mark.parametrize(
+    "content",
+    (
+        b"",
+        b'{"model": ',
+        b"[1, 2]",
+        b'{"kind": "patch"}',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"seed": %s}' % (b"9" * 5000),
+    ),
+    ids=lambda content: str(content[:12]),
+)
 def test_a_damaged_description(copy, name, content):
     (copy / name).write_bytes(content)
     refused(CheckpointError, everything, copy, saying=(str(copy),))
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    refused(CheckpointError, everything, copy, saying=(str(copy),))
+
+
+def test_byte_order_marks_do_no_harm(copy):
+    for path in (*copy.glob("*.json"), *copy.glob("tokenizer/*.json"), *copy.glob("steps/*/files.json")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert content_hash(everything(copy).params) == content_hash(PARAMS)
+
+
+@pytest.mark.parametrize("content", (b"", b"[" * 100_000, b"9" * 5000, b"\xff\xfe[\0", b"[3]"))
+def test_a_damaged_list_of_files(copy, capsys, content):
+    (copy / "steps/3/files.json").write_bytes(content)
+    refused(CheckpointError, everything, copy, saying=("every saved step", "damaged"))
+    assert "files.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ("config.json", "codec.json", "frozen.json", "tokenizer", "frozen"))

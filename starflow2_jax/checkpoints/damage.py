@@ -1,6 +1,5 @@
 """Damaged steps. They are found before a run resumes or a model is sampled from, named on stderr, and moved to damaged/."""
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,9 @@ import orbax.checkpoint as ocp
 from starflow2_jax.checkpoints import file_list
 from starflow2_jax.checkpoints.reading import CheckpointError, restored
 from starflow2_jax.checkpoints.steps import Steps
+from starflow2_jax.errors import UserError
 from starflow2_jax.parallel import processes, sharding
+from starflow2_jax.text_files import read_json_file
 
 NO_ARRAYS = ("meta", "metrics")  # folders of a step that hold JSON
 
@@ -72,8 +73,8 @@ def _fault(step: Path, unread: tuple[str, ...]) -> str | None:
         return fault
     path = step / "meta" / "metadata"  # a step without a list of files must have this file, too
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        read_json_file(path)
+    except UserError as error:
         return f"{path.name} of meta cannot be read: {error}"
     return None
 

@@ -111,9 +111,8 @@ class CheckpointDirectory:
         path = self.folder / "tokenizer"
         try:
             return tokenizers.load(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} holds no readable tokenizer ({reason})") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds no readable tokenizer ({error})") from None
 
     def require_latest(self) -> int:
         """The newest whole step, to sample from. Damaged steps after it are named on stderr.
