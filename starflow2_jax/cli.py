@@ -9,6 +9,7 @@ import threading
 from types import FrameType
 
 from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
+from starflow2_jax.text_files import shorten
 
 ABOUT = (
     "STARFlow2: one causal model that reads and writes text and images. `starflow2 COMMAND --help` explains a command."
@@ -77,10 +78,10 @@ def _run(argv: list[str]) -> int:
         raise
     except Exception as error:
         if cause := refused_write(error):
-            path = getattr(error, "filename", None) or _written(command, args)
+            path = shorten(getattr(error, "filename", None) or _written(command, args))
             return _said(f"{path} cannot be written: {cause}; {OUT_OF_ROOM}", StorageError.exit_code)
         if isinstance(error, OSError) and error.errno in UNUSABLE:
-            path = error.filename or _written(command, args)
+            path = shorten(error.filename or _written(command, args))
             return _said(f"{path}: {error.strerror}; name another path, or make this one usable", UserError.exit_code)
         if sentence := _memory_fault(error):
             return _said(sentence, 1)
