@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,9 @@ EXIT_CODES = """exit codes:
   130  interrupted (Ctrl-C)
   141  the program that read the output ended first, as in `starflow2 config ... | head`"""
 RESTART, INTERRUPTED, UNREAD = 75, 130, 141
+_OUT_OF_MEMORY = re.compile(
+    "RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE
+)  # the second: a CPU, and some GPU kernels
 UNUSABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -133,8 +137,11 @@ def _written(command: argparse.ArgumentParser | None, args: argparse.Namespace) 
 
 
 def _memory_fault(error: Exception) -> str | None:
-    """A sentence where a GPU or TPU has no memory left; else None."""
-    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or "RESOURCE_EXHAUSTED" not in str(error):
+    """A sentence where the machine, a GPU or a TPU has no memory left; else None."""
+    if isinstance(error, MemoryError):
+        reason = shorten(" ".join(str(error).split()))
+        return f"this machine has no memory left ({reason or 'no more is known'}); free some, or use smaller sizes"
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or not _OUT_OF_MEMORY.search(str(error)):
         return None
     from starflow2_jax.parallel.devices import holders
 

@@ -142,6 +142,7 @@ def test_what_stops_a_late_stage_is_refused_before_the_first_begins(tmp_path, mo
     "change, saying",
     [
         (dict(data=dict(groups=5)), ("data.groups=5", "16 rows")),
+        (dict(stages=dict(joint=dict(rows=2**30))), ("stages.joint", "rows=1073741824 of length=", "2147483647")),
         (dict(faults=dict(spike="rolback")), ("faults.spike", "rollback", "'rolback'")),
     ],
 )

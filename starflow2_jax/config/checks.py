@@ -3,6 +3,7 @@
 from starflow2_jax.config.schema import ExperimentConfig, StageConfig
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.fields import LARGEST_INT
 from starflow2_jax.stages import STAGES, Stage
 
 
@@ -35,7 +36,13 @@ def _require_codec(config: ExperimentConfig) -> None:
 
 
 def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
-    """A batch's rows can be cut into micro-batches, over the mesh (where its sizes are given), and into groups."""
+    """A batch's positions can be counted with 32 bits, and its rows can be cut into micro-batches, over the mesh (where its
+    sizes are given), and into groups."""
+    if cfg.rows * cfg.length > LARGEST_INT:
+        raise ConfigError(
+            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has at most "
+            f"{LARGEST_INT}"
+        )
     mesh = config.mesh
     spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # -1: all remaining devices, at least one
     if cfg.rows % spread:

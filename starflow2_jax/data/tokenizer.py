@@ -50,11 +50,14 @@ class TokenIds:
 
 def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `size` tokens, special tokens included, trained on these texts."""
+    most = (
+        len(SPECIAL_TOKENS) + 256 + sum(len(text.encode()) for text in corpus)
+    )  # the trainer reserves memory for `size`
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=min(size, most),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -8,7 +8,7 @@ import tiny
 from refused import refused
 
 from starflow2_jax.data.documents import DocumentError, Image, Text
-from starflow2_jax.data.tokenizer import IMAGE_MARK, chat, flat, load
+from starflow2_jax.data.tokenizer import IMAGE_MARK, chat, flat, load, train
 
 OPEN, CLOSE = (
     "{% for m in messages %}<{{ m.role }}>",
@@ -115,3 +115,9 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path, content):
             load(tmp_path)
         assert str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
         (tmp_path / name).write_bytes(kept)
+
+
+def test_a_vocabulary_may_be_larger_than_any_text_needs():
+    """2**31 - 1 makes the trainer of `tokenizers` abort the process, because it reserves memory for so many tokens."""
+    few, many = (train(["a seven", "a two"], size) for size in (5000, 2**31 - 1))
+    assert few.get_vocab() == many.get_vocab() and len(few) < 300
