@@ -6,6 +6,7 @@ from typing import Any
 from starflow2_jax.config.schema import ExperimentConfig, StageConfig
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.fields import LARGEST_INT
 from starflow2_jax.stages import STAGES, Stage
 
 
@@ -63,7 +64,12 @@ def _require_codec(config: ExperimentConfig) -> None:
 
 
 def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
-    """The rows of a batch divide into micro-batches, over the mesh, and into groups of the data."""
+    """A batch's positions fit into 32 bits, and its rows divide into micro-batches, over the mesh, and into groups."""
+    if cfg.rows * cfg.length > LARGEST_INT:
+        raise ConfigError(
+            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has at most "
+            f"{LARGEST_INT}"
+        )
     mesh = config.mesh
     spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # an axis of -1 has an unknown size and counts as 1
     if cfg.rows % spread:

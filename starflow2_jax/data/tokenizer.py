@@ -3,7 +3,12 @@
 If a VLM's tokenizer has other names for these tokens, the VLM's converter renames them in the tokenizer's files.
 """
 
+import contextlib
 import json
+import shutil
+import tempfile
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +50,14 @@ class TokenIds:
 
 def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `size` tokens, special tokens included, trained on these texts."""
+    most = (
+        len(SPECIAL_TOKENS) + 256 + sum(len(text.encode()) for text in corpus)
+    )  # the trainer reserves memory for `size`
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=min(size, most),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -67,14 +75,42 @@ def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
 def load(folder: str | Path) -> Any:
     """The tokenizer that `transformers` saved in a folder, with the chat template of the tokenizer or of its processor.
 
-    Raises OSError or ValueError if there is none that can be read.
+    Raises ValueError if there is none that can be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        with _without_marks(Path(folder)) as plain:
+            tokenizer = AutoTokenizer.from_pretrained(str(plain), local_files_only=True)
+    except Exception as error:  # damaged files raise many kinds of exceptions
+        raise ValueError(reason(error)) from None
     for file in (Path(folder) / name for name in PROCESSOR_FILES):
         if not tokenizer.chat_template and file.is_file():
             values = read_json_file(file)
-            tokenizer.chat_template = values.get("chat_template") if isinstance(values, dict) else None
+            tokenizer.chat_template = _by_name(values.get("chat_template") if isinstance(values, dict) else None)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or where files in it begin with a UTF-8 byte order mark, a temporary copy without these marks."""
+    marked = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and _is_marked(path)]
+    with tempfile.TemporaryDirectory() if marked else contextlib.nullcontext() as copy:
+        if copy is not None:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            for path in marked:
+                (Path(copy) / path).write_bytes((folder / path).read_bytes().removeprefix(BOM_UTF8))
+        yield Path(copy or folder)
+
+
+def _is_marked(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
+
+
+def _by_name(template: Any) -> Any:
+    """A chat template of a processor; one of several, [{"name": ..., "template": ...}, ...], as a dict by name."""
+    if not isinstance(template, list):
+        return template
+    return {each["name"]: each["template"] for each in template if isinstance(each, dict) and len(each) == 2}
 
 
 def chat(tokenizer: Any, turns: list[Turn]) -> Document:
