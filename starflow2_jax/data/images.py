@@ -87,20 +87,20 @@ def read_image(path: str | Path, channels: int) -> np.ndarray:
     return ImageReader(channels)(stored(locate(str(path), epath.Path()))).pixels
 
 
-def locate(text: str, folder: epath.Path) -> epath.Path:
+def locate(text: str, folder: epath.Path, what: str = "image") -> epath.Path:
     """The path that `text` names: on disk (relative to `folder`, absolute or file://) or in a bucket.
 
-    Raises ImageError for other addresses.
+    what: the word for it in messages. Raises ImageError for other addresses.
     """
     if text.startswith("data:"):
-        raise ImageError("the image is a data: URL; save it as a file and give its path")
+        raise ImageError(f"the {what} is a data: URL; save it as a file and give its path")
     scheme, mark, path = text.partition("://")
     if not mark:
         return folder / text
     if scheme == "file":
         return epath.Path("/" + path.partition("/")[2])  # "file:///a/b" and "file://localhost/a/b"
     if scheme not in BUCKETS:
-        raise ImageError(f"the image is the address {shorten(text)}; download it and give the path of the file")
+        raise ImageError(f"the {what} is the address {shorten(text)}; download it and give the path of the file")
     return epath.Path(text)
 
 

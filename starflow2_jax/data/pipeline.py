@@ -105,6 +105,11 @@ class Encoder:
         return self.codec.grid
 
     def _latents(self, part: Image) -> np.ndarray:
+        shape = (*self.codec.grid, self.codec.channels)
+        if part.encoded:
+            if part.pixels.shape != shape:
+                raise DocumentError(f"an image's latents have the shape {part.pixels.shape}, and the codec's are {shape}")
+            return part.pixels.reshape(-1, self.codec.channels).astype(np.float32)
         try:
             return self.codec.encode(part.pixels[None])[0].reshape(-1, self.codec.channels).astype(np.float32)
         except ValueError as error:

@@ -24,7 +24,7 @@ from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
 
 # Keys are a name, a scheme ("name://"), the suffix of a file (".name"), or a file that a folder holds ("/name").
-SOURCES: dict[str, type[Source]] = {"digits": Digits, ".jsonl": JsonlDocuments}
+SOURCES: dict[str, type[Source]] = {"digits": Digits, ".jsonl": JsonlDocuments, ".json": JsonlDocuments}
 ALONE = "documents"  # the name of the source that `data.source` gives
 
 
@@ -83,8 +83,8 @@ def named(config: Any, stage: str | None = None) -> list[Named]:
     ]
 
 
-def streams(config: Any, stage: Stage, codec: Codec) -> list[Stream]:
-    """The sources that a stage mixes, opened. Raises UserError."""
+def streams(config: Any, stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
+    """The sources that a stage mixes, opened. tokenizer: lays out conversations. Raises UserError."""
     height, width, _ = codec.image_shape
     images = ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels)
     return [
@@ -92,7 +92,7 @@ def streams(config: Any, stage: Stage, codec: Codec) -> list[Stream]:
             name=each.name,
             weight=each.weight,
             source=each.open(),
-            prepare=Preparation(each.config, images, drops=stage.image_loss, words_only=stage.words_only),
+            prepare=Preparation(each.config, images, stage.image_loss, stage.words_only, tokenizer),
             seed=stream_seed(config.seed, "documents", stage.name, each.name),
         )
         for each in named(config, stage.name)

@@ -51,7 +51,7 @@ class StageTask:
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
         self.step()
-        sources.streams(self.config, self.stage, self.codec)
+        sources.streams(self.config, self.stage, self.codec, self.tokenizer)
 
     def continues(self, name: str) -> bool:
         return program.held(STAGES[name]) == program.held(self.stage)
@@ -98,7 +98,7 @@ class StageTask:
 
     def batches(self) -> GroupedBatches:
         shape, data = program.batch_shape(self.config, self.stage), self.config.data
-        streams = sources.streams(self.config, self.stage, self.codec)
+        streams = sources.streams(self.config, self.stage, self.codec, self.tokenizer)
         rows = own_rows(sharding.batch_sharding(self.mesh), shape.rows)
         encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision, remembered=REMEMBERED)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
