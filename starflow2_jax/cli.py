@@ -93,7 +93,19 @@ def _parser():
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that PyTorch is missing
     from starflow2_jax import __version__
-    from starflow2_jax.commands import bench, chat, config, evaluation, plan, sampling, serve, sweep, training, weights
+    from starflow2_jax.commands import (
+        bench,
+        chat,
+        config,
+        data,
+        evaluation,
+        plan,
+        sampling,
+        serve,
+        sweep,
+        training,
+        weights,
+    )
     from starflow2_jax.commands.arguments import InputFile, Parser
 
     parser = Parser(
@@ -104,7 +116,7 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"starflow2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (training, evaluation, config, sweep, plan, bench, sampling, chat, serve, weights):
+    for module in (training, evaluation, config, data, sweep, plan, bench, sampling, chat, serve, weights):
         module.add(commands)
     for command in commands.choices.values():
         command.add_argument(

@@ -125,8 +125,8 @@ def test_a_flow_block_that_there_is_not(option, value, near):
         (dict(rows=15), ("stages.joint.rows=15", "multiple of 8")),
         (dict(rows=0), ("rows", "at least 1")),
         (dict(accumulate=0), ("accumulate", "at least 1")),
-        (dict(shares=dict.fromkeys(KINDS, 0.0)), ("share of 0",)),
-        (dict(shares=dict(raed=1.0)), ("'raed'", "read")),
+        (dict(mix=dict.fromkeys(KINDS, 0.0)), ("weight of 0",)),
+        (dict(mix=dict(raed=1.0)), ("'raed'", "read")),
         (dict(vlm_length=9), ("stages.joint.vlm_length", "0")),
     ],
 )

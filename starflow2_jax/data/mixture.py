@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from starflow2_jax import sequence
-from starflow2_jax.data.documents import DocumentError
+from starflow2_jax.data.documents import Document, DocumentError
 from starflow2_jax.data.pipeline import RowEncoder, packed, to_sequence
 from starflow2_jax.data.preparation import Preparation
 from starflow2_jax.data.protocol import Source
@@ -32,10 +32,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A document that was read: its features, or (None) what is wrong with it."""
+    """A document that was read, with its features; or (without them) what is wrong with it."""
 
     source: str
-    features: dict[str, np.ndarray] | None
+    document: Document | None = None
+    features: dict[str, np.ndarray] | None = None
     kind: str = ""  # of the fault
     message: str = ""
 
@@ -60,9 +61,11 @@ class _Load:
     def __call__(self, index: int, rng: np.random.Generator) -> Loaded:
         name = self.stream.name
         try:
-            return Loaded(name, self.encode(self.stream.prepare(self.stream.source[index], rng)))
+            document = self.stream.prepare(self.stream.source[index], rng)
+            return Loaded(name, document, self.encode(document))
         except DocumentError as error:
-            return Loaded(name, None, error.kind, f"document {index} of the source {name!r} is skipped: {error}")
+            message = f"document {index} of the source {name!r} is skipped: {error}"
+            return Loaded(name, kind=error.kind, message=message)
 
 
 class _GivenUpError(Exception):
@@ -76,6 +79,7 @@ class _Sound(grain.DatasetIterator):
         super().__init__(loaded)
         self.counts: Counter[str] = Counter()
         self.faults: dict[str, str] = {}
+        self.absent: dict[str, Any] = {}  # positions of sources that the mixture had when they were saved
 
     def __next__(self) -> dict[str, np.ndarray]:
         for _ in range(PATIENCE):
@@ -89,10 +93,13 @@ class _Sound(grain.DatasetIterator):
         raise _GivenUpError
 
     def get_state(self) -> dict[str, Any]:
-        return {"documents": self._parent.get_state(), "counts": dict(self.counts)}
+        mixed = self._parent.get_state()
+        return {"mixed": mixed | {"parents": self.absent | mixed["parents"]}, "counts": dict(self.counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["documents"])
+        known = self._parent.get_state()["parents"]
+        self.absent = {name: at for name, at in state["mixed"]["parents"].items() if name not in known}
+        self._parent.set_state(state["mixed"])
         self.counts = Counter(state["counts"])
 
 
@@ -112,23 +119,30 @@ def order(stream: Stream) -> grain.MapDataset:
     return grain.MapDataset.range(len(stream.source)).shuffle(seed=stream.seed).repeat()
 
 
+def loaded(
+    streams: Sequence[Stream], encode: RowEncoder, group: int = 0, groups: int = 1, threads: int = 0
+) -> grain.IterDataset:
+    """The endless documents of a mixture, as Loaded: of each source every `groups`-th, from document `group` on."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    parents = {
+        s.name: order(s).random_map(_Load(s, encode), seed=s.seed)[group::groups].to_iter_dataset(options)
+        for s in streams
+    }
+    return grain.IterDataset.mix(parents, {s.name: s.weight for s in streams})
+
+
 class GroupRows:
     """The endless Blocks of one group: every `groups`-th document of each source, from document `group` on.
 
     threads: that read and encode documents ahead; 0: the caller's thread reads when it takes a block.
-    state: of the Block after which to begin; None: the beginning. A source that the state does not know begins.
+    state: of the Block after which to begin; None: the beginning. The mixture may have changed since: each source goes on
+        where it was, and a source that the state does not know begins.
     """
 
     def __init__(
         self, streams: Sequence[Stream], encode: RowEncoder, group: int, groups: int, threads: int, state: Any = None
     ):
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-        parents = {
-            s.name: order(s).random_map(_Load(s, encode), seed=s.seed)[group::groups].to_iter_dataset(options)
-            for s in streams
-        }
-        mixed = grain.IterDataset.mix(parents, {s.name: s.weight for s in streams})
-        self.encode, self.sound = encode, _Sound(iter(mixed))
+        self.encode, self.sound = encode, _Sound(iter(loaded(streams, encode, group, groups, threads)))
         self.reader = iter(packed(_Given(self.sound), encode))
         if state is not None:
             self.reader.set_state(state)

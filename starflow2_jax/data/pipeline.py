@@ -108,7 +108,9 @@ class Encoder:
         shape = (*self.codec.grid, self.codec.channels)
         if part.encoded:
             if part.pixels.shape != shape:
-                raise DocumentError(f"an image's latents have the shape {part.pixels.shape}, and the codec's are {shape}")
+                raise DocumentError(
+                    f"an image's latents have the shape {part.pixels.shape}, and the codec's are {shape}"
+                )
             return part.pixels.reshape(-1, self.codec.channels).astype(np.float32)
         try:
             return self.codec.encode(part.pixels[None])[0].reshape(-1, self.codec.channels).astype(np.float32)
@@ -192,6 +194,9 @@ def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
     return np.zeros(np.count_nonzero(modality != sequence.FLOW), np.int8)
 
 
+KEYS = {"tokens": "length", "latents": "images"}  # feature of a row -> the stage's key that bounds it
+
+
 class RowEncoder:
     """Turns a Document into the features of a part of a row, within the limits of `shape`."""
 
@@ -211,7 +216,8 @@ class RowEncoder:
         for name, most in self.room.items():
             if len(features[name]) > most:
                 raise LengthError(
-                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise stages.NAME.{name}"
+                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise "
+                    f"stages.NAME.{KEYS.get(name, name)}"
                 )
         return {name: features[name] for name in self.lengths}
 

@@ -120,7 +120,9 @@ class Preparation:
         for i, part in enumerate(parts):
             try:
                 if isinstance(part, Image) and part.encoded and (self.source.flip or self.source.crop == "random"):
-                    raise ImageError("encoded images cannot be cropped or mirrored; set flip to False and crop to center")
+                    raise ImageError(
+                        "encoded images cannot be cropped or mirrored; set flip to False and crop to center"
+                    )
                 document.append(reader(part, view) if isinstance(part, StoredImage) else part)
             except DocumentError as error:
                 raise type(error)(f"part {i} of the document: {error}") from None

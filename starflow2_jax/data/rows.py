@@ -25,7 +25,9 @@ class RowOptions:
     """The columns of captioned pictures. Conversations and edits are recognised by the names of their columns."""
 
     image: str = option("column of the picture that is generated", "image")
-    captions: tuple[str, ...] = option("columns of its captions or of its class, as far as a row has them", ("caption",))
+    captions: tuple[str, ...] = option(
+        "columns of its captions or of its class, as far as a row has them", ("caption",)
+    )
     template: str = option("the caption that a class becomes: its name stands for {}", "{}")
 
 

@@ -12,7 +12,7 @@ from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.data.faults import DataFaultsConfig
 from starflow2_jax.data.groups import GroupedBatches, own_rows
-from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.data.pipeline import Encoder, RowEncoder
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel
@@ -96,13 +96,18 @@ class StageTask:
                 '"generate")'
             )
 
+    def row_encoder(self) -> RowEncoder:
+        """Turns documents into parts of this stage's rows."""
+        vision = self.model.cfg.vlm.vision
+        encoder = Encoder(self.tokenizer, self.codec, vision, remembered=REMEMBERED)
+        return RowEncoder(encoder, program.batch_shape(self.config, self.stage))
+
     def batches(self) -> GroupedBatches:
-        shape, data = program.batch_shape(self.config, self.stage), self.config.data
+        data, encode = self.config.data, self.row_encoder()
         streams = sources.streams(self.config, self.stage, self.codec, self.tokenizer)
-        rows = own_rows(sharding.batch_sharding(self.mesh), shape.rows)
-        encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision, remembered=REMEMBERED)
+        rows = own_rows(sharding.batch_sharding(self.mesh), encode.shape.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
-        return GroupedBatches(streams, encoder, shape, data.groups, data.workers, data.threads, faults, rows)
+        return GroupedBatches(streams, encode, data.groups, data.workers, data.threads, faults, rows)
 
     def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
         """The averaged parameters, without average and optimizer. The stage that pretrains the VLM saves it as frozen weights."""

@@ -108,7 +108,14 @@ def test_paths_of_pictures(tmp_path):
     pictures, file = tmp_path / "pictures", tmp_path / "data.jsonl"
     pictures.mkdir()
     image = write_image(pictures / "a", tiny.pixels(0))
-    paths = ["a.png", str(image), f"file://{image}", f"file://localhost{image}", "https://host.example/a.png", "../a.png"]
+    paths = [
+        "a.png",
+        str(image),
+        f"file://{image}",
+        f"file://localhost{image}",
+        "https://host.example/a.png",
+        "../a.png",
+    ]
     file.write_text("\n".join(json.dumps([{"image": path}]) for path in paths))
     source = JsonlDocuments(str(file), JsonlOptions(images=str(pictures)))
     read = [ImageReader(1)(source[i][0]).pixels for i in range(4)]
@@ -122,7 +129,9 @@ def test_paths_of_pictures(tmp_path):
 
 
 def test_documents_of_images_or_of_texts_alone(tmp_path):
-    (tmp_path / "data.jsonl").write_text('[{"image": "a.png", "generate": true}]\n[{"text": ["a", "b"], "predict": true}]')
+    (tmp_path / "data.jsonl").write_text(
+        '[{"image": "a.png", "generate": true}]\n[{"text": ["a", "b"], "predict": true}]'
+    )
     image, words = (JsonlDocuments(str(tmp_path / "data.jsonl"))[i] for i in range(2))
     assert len(image) == 1 and image[0].generate
     assert words == [Wordings(("a", "b"), predict=True)]
