@@ -118,16 +118,17 @@ def _opening(file: BinaryIO) -> int | None:
 
     A line may be an array, too: a document of {"text": ...} and {"image": ...} parts.
     """
-    opening = OPENING.match(file.read(PIECE))
-    if not opening:
-        return None
-    file.seek(opening.end())
-    try:
-        _, first = next(_values(file, opening.end()))
-        value = json.loads(first)
-    except (ValueError, StopIteration):  # a broken line is reported when it is read
-        return None
-    return opening.end() if isinstance(value, list) or is_conversation(value) else None
+    for size in (PIECE, LONGEST):
+        file.seek(0)
+        head = file.read(size)
+        if not (opening := OPENING.match(head)):
+            return None
+        try:
+            value, _ = json.JSONDecoder().raw_decode(head.decode("latin-1"), opening.end())
+        except (ValueError, RecursionError):  # it is cut off; or broken, and then reported when it is read
+            continue
+        return opening.end() if isinstance(value, list) or is_conversation(value) else None
+    return None
 
 
 def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.data.documents import (
-    Document, DocumentError, Draft, Image, ImageError, Speaker, StoredImage, Text, Wordings, counts,
+    Document,
+    DocumentError,
+    Draft,
+    Image,
+    ImageError,
+    Speaker,
+    StoredImage,
+    Text,
+    Wordings,
+    counts,
 )  # fmt: skip
 from starflow2_jax.data.images import CROPS, ImageReader, View
 from starflow2_jax.data.tokenizer import conversation
