@@ -26,9 +26,18 @@ class RowOptions:
 
     image: str = option("column of the picture that is generated", "image")
     captions: tuple[str, ...] = option(
-        "columns of its captions or of its class, as far as a row has them", ("caption",)
+        "columns of its captions or of its class, as far as a row has them", ("caption", "captions", "text")
     )
     template: str = option("the caption that a class becomes: its name stands for {}", "{}")
+
+    def classes(self, row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """A row with captions for the numbers of classes. names: of the classes of each column of such numbers."""
+        words = {
+            column: self.template.replace("{}", names[column][row[column]].replace("_", " "))
+            for column in self.captions
+            if column in names and row[column] is not None
+        }
+        return {**row, **words}
 
 
 def from_row(row: Mapping[str, Any], options: RowOptions, folder: epath.Path) -> Draft:

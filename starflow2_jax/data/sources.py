@@ -7,34 +7,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from starflow2_jax.codecs.fingerprint import fingerprint
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.data import tokenizer
 from starflow2_jax.data.digits import Digits
 from starflow2_jax.data.documents import StoredImage
-from starflow2_jax.data.images import ImageReader
+from starflow2_jax.data.encoded import EncodedDocuments
+from starflow2_jax.data.huggingface import HuggingFaceDocuments
+from starflow2_jax.data.images import BUCKETS, ImageReader, locate
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.data.protocol import Source
+from starflow2_jax.data.tfds import TfdsDocuments
 from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.fields import Variant, build, joined
 from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
+from starflow2_jax.text_files import reason
 
 # Keys are a name, a scheme ("name://"), the suffix of a file (".name"), or a file that a folder holds ("/name").
-SOURCES: dict[str, type[Source]] = {"digits": Digits, ".jsonl": JsonlDocuments, ".json": JsonlDocuments}
+SOURCES: dict[str, type[Source]] = {
+    "digits": Digits,
+    ".jsonl": JsonlDocuments,
+    ".json": JsonlDocuments,
+    "tfds://": TfdsDocuments,
+    "/index.json": EncodedDocuments,
+    "/state.json": HuggingFaceDocuments,
+    "/dataset_dict.json": HuggingFaceDocuments,
+}
 ALONE = "documents"  # the name of the source that `data.source` gives
 
 
 def find(path: str) -> type[Source]:
     """The class of the source that a `path` in a config names. Raises ConfigError."""
     scheme, mark, _ = path.partition("://")
-    held = [key for key in SOURCES if key.startswith("/") and Path(path + key).is_file()]
-    for key in (path, scheme + mark, Path(path).suffix, *held):
+    for key in (path, scheme + mark, Path(path).suffix):
         if key in SOURCES:
             return SOURCES[key]
+    if not mark or scheme in ("file", *BUCKETS):
+        folder = locate(path, epath.Path(), "path")
+        try:
+            held = [key for key in SOURCES if key.startswith("/") and (folder / key[1:]).exists()]
+        except Exception as error:  # each kind of bucket raises its own
+            raise ConfigError(f"the path {shown(path)} cannot be looked at ({reason(error)})") from None
+        if held:
+            return SOURCES[held[0]]
     raise ConfigError(f"the path {shown(path)} names no source; there are {', '.join(SOURCES)}")
 
 
@@ -91,12 +112,23 @@ def streams(config: Any, stage: Stage, codec: Codec, tokenizer: Any) -> list[Str
         Stream(
             name=each.name,
             weight=each.weight,
-            source=each.open(),
+            source=_of_codec(each, codec),
             prepare=Preparation(each.config, images, stage.image_loss, stage.words_only, tokenizer),
             seed=stream_seed(config.seed, "documents", stage.name, each.name),
         )
         for each in named(config, stage.name)
     ]
+
+
+def _of_codec(named: Named, codec: Codec) -> Source:
+    """The source, opened. Raises ConfigError if it holds latents of another codec."""
+    source = named.open()
+    if (made := source.codec()) and fingerprint(made) != fingerprint(codec):
+        raise ConfigError(
+            f"data.sources.{named.name}: {named.config.path} holds latents of another codec than this run's; encode its "
+            "source again with --codec and this run's directory"
+        )
+    return source
 
 
 def codec_options(config: Any) -> tuple[type[Codec], Any]:
@@ -109,7 +141,11 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
 
 
 def make_codec(config: Any) -> Codec:
-    """The codec that `config.codec` describes, fitted to the sources' images if it has statistics. Raises UserError."""
+    """The codec that has encoded a source of the config; else the codec that `config.codec` describes, fitted to the
+    sources' images if it has statistics. Raises UserError."""
+    opened = [source.open() for source in named(config)]
+    if brought := next(filter(None, (source.codec() for source in opened)), None):
+        return brought
     codec, options = codec_options(config)
     height, width, _ = options.image_shape(config.model.grid)
 
