@@ -90,6 +90,7 @@ def _encode(args, _) -> None:
     out = locate(args.out, epath.Path(), "folder")
     if "://" not in str(out):
         require_writable("--out", str(out))
+    codec = CheckpointDirectory(args.codec).codec() if args.codec else None
     reader, per_shard = _reader(args)
     how = encoding.Encoding(
         source=args.source,
@@ -97,7 +98,7 @@ def _encode(args, _) -> None:
         size=args.size,
         quality=args.quality,
         via=args.via or "",
-        codec=CheckpointDirectory(args.codec).codec() if args.codec else None,
+        codec=codec,
     )
     units = encoding.to_go(out, how, reader.units, args.process, args.processes)
     documents = 0

@@ -44,7 +44,7 @@ class JsonlDocuments(Source):
 
     def __init__(self, path: str, options: JsonlOptions = JsonlOptions()):  # noqa: B008 - it is frozen
         self.path = locate(str(path), epath.Path(), "file")
-        self.images = locate(options.images, epath.Path(), "folder") if options.images else self.path.parent
+        self.folder = locate(options.images, epath.Path(), "folder") if options.images else self.path.parent
         begins, self.count = [], 0
         try:
             with self.path.open("rb") as file:
@@ -79,7 +79,7 @@ class JsonlDocuments(Source):
                 raise DocumentError(TOO_LONG)
             text = record.removeprefix(BOM_UTF8).decode("utf-8")
             value = parse_json("it", text, DocumentError, one_line=True)
-            return from_conversation(value, self.images) if is_conversation(value) else from_json(value, self.images)
+            return from_conversation(value, self.folder) if is_conversation(value) else from_json(value, self.folder)
         except UnicodeDecodeError as error:
             fault = f"it cannot be read as text (byte {error.start} is not UTF-8); save the file as UTF-8"
             raise DocumentError(f"{self._name(index)}: {fault}") from None

@@ -143,17 +143,17 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
 def make_codec(config: Any) -> Codec:
     """The codec that has encoded a source of the config; else the codec that `config.codec` describes, fitted to the
     sources' images if it has statistics. Raises UserError."""
-    opened = [source.open() for source in named(config)]
-    if brought := next(filter(None, (source.codec() for source in opened)), None):
+    opened = [(each.config, each.open()) for each in named(config)]
+    if brought := next(filter(None, (source.codec() for _, source in opened)), None):
         return brought
     codec, options = codec_options(config)
     height, width, _ = options.image_shape(config.model.grid)
 
     def images() -> Iterator[np.ndarray]:
-        for source in named(config):
-            size = None if source.config.crop == "none" else (height, width)
+        for own, source in opened:
+            size = None if own.crop == "none" else (height, width)
             reader = ImageReader(options.image_channels, size, latents=not codec.is_pixels)
-            for image in source.open().images():
+            for image in source.images():
                 yield reader(image).pixels if isinstance(image, StoredImage) else image.pixels
 
     return codec.make(options, images())
