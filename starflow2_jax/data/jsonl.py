@@ -1,5 +1,7 @@
 """A file of JSON records, one per line or all in one array: documents of this project's format, and conversations."""
 
+import contextlib
+import io
 import json
 import re
 from codecs import BOM_UTF8
@@ -47,7 +49,7 @@ class JsonlDocuments(Source):
         self.folder = locate(options.images, epath.Path(), "folder") if options.images else self.path.parent
         begins, self.count = [], 0
         try:
-            with self.path.open("rb") as file:
+            with _opened(self.path) as file:
                 self.array = _opening(file)
                 for begin, _ in self._records(file, self.array or 0):
                     if self.count % APART == 0:
@@ -93,7 +95,7 @@ class JsonlDocuments(Source):
     def _record(self, index: int) -> tuple[int, bytes]:
         """The offset of a record in the file, and the record. Raises DocumentError."""
         try:
-            with self.path.open("rb") as file:
+            with _opened(self.path) as file:
                 records = self._records(file, int(self.begins[index // APART]))
                 for _ in range(index % APART):
                     next(records)
@@ -108,9 +110,19 @@ class JsonlDocuments(Source):
     def _name(self, index: int) -> str:
         """The file, the document and its line, for messages."""
         before, _ = self._record(index)
-        with self.path.open("rb") as file:
+        with _opened(self.path) as file:
             line = 1 + sum(file.read(min(PIECE, before - start)).count(b"\n") for start in range(0, before, PIECE))
         return f"{shorten(self.path)}, document {index} (line {line})"
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[BinaryIO]:
+    with path.open("rb") as file:
+        if isinstance(file, io.BufferedReader):
+            yield file
+        else:
+            with io.BufferedReader(file, PIECE) as buffered:  # a file in a bucket reads only whole lines
+                yield buffered
 
 
 def _opening(file: BinaryIO) -> int | None:
