@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_format(copy, number):
     values = json.loads((copy / "config.json").read_text())
     values.pop("format")
     (copy / "config.json").write_text(json.dumps(values if number is None else {**values, "format": number}))
-    saying = (str(copy), f"format {number or 1}", "reads 2", "train again")
+    saying = (str(copy), f"format {number or 1}", "reads format 2", "train again")
     refused(CheckpointError, everything, copy, saying=saying)
     refused(CheckpointError, Trainer, configs.load(QUICK), copy, saying=saying)
 

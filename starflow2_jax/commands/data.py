@@ -2,13 +2,15 @@
 
 import json
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import InputFolder, OutputFile, Whole, Words
+from starflow2_jax.commands.arguments import Commands, InputFolder, OutputFile, Whole, Words
 from starflow2_jax.commands.experiment import add_config
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 data` to the command line."""
     p = commands.add_parser("data", help="show what a stage will see of the training data")
     add_config(p)
     p.add_argument(
@@ -27,7 +29,7 @@ def add(commands) -> None:
     p.set_defaults(run=_data)
 
 
-def _data(args, overrides) -> None:
+def _data(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.commands.training import start_devices
     from starflow2_jax.config import loading as configs
     from starflow2_jax.data import sources
@@ -48,8 +50,7 @@ def _data(args, overrides) -> None:
     if args.json:
         _write(args.json, json.dumps(numbers, indent=1))
     if args.out:
-        title = f"What stage {stage.name} sees"
-        _write(args.out, data_report.page(title, numbers, found, trainer.tokenizer, trainer.codec))
+        _write(args.out, data_report.page(stage, numbers, found, trainer.tokenizer, trainer.codec))
         print(f"page: {args.out}")
 
 

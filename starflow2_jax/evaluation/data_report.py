@@ -14,6 +14,7 @@ from starflow2_jax.data.documents import Image
 from starflow2_jax.data.mixture import GroupRows, Loaded, Stream, loaded
 from starflow2_jax.data.pipeline import RowEncoder
 from starflow2_jax.evaluation.report import html_page, image_element
+from starflow2_jax.stages import Stage
 
 WHOLE = 2**31  # sources with more documents than this make them up and have no end
 DRAWN = 40  # documents of each source that the page shows at most
@@ -92,38 +93,40 @@ def as_text(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(title: str, numbers: dict[str, Any], found: Sequence[Loaded], tokenizer: Any, codec: Codec) -> str:
-    """An HTML page: the numbers, and documents of each source token by token, with what is predicted marked."""
+def page(stage: Stage, numbers: dict[str, Any], found: Sequence[Loaded], tokenizer: Any, codec: Codec) -> str:
+    """An HTML page: the numbers, and documents of each source token by token, with what the stage predicts marked."""
     body = [
         f'<pre class="soft">{escape(as_text(numbers))}</pre>',
         '<p class="soft">Tokens are set apart by dotted lines. What the stage predicts is <span class="made">marked like '
-        "this</span>; images that it generates have a frame of that colour.</p>",
+        "this</span>; images that it learns to generate have a frame of that colour.</p>",
     ]
     for name in numbers["sources"]:
         body.append(f"<h2>{escape(name)}</h2>")
         sound = [each for each in found if each.source == name and each.features is not None]
-        body += [_example(each, tokenizer, codec) for each in sound[:DRAWN]]
-    return html_page(title, "\n".join(body))
+        body += [_example(stage, each, tokenizer, codec) for each in sound[:DRAWN]]
+    return html_page(f"What stage {stage.name} sees", "\n".join(body))
 
 
-def _example(found: Loaded, tokenizer: Any, codec: Codec) -> str:
+def _example(stage: Stage, found: Loaded, tokenizer: Any, codec: Codec) -> str:
     """A document as the model reads it: every token, and each image in place of its tokens."""
     assert found.features is not None and found.document is not None
     images = iter(part for part in found.document if isinstance(part, Image))
     features, parts, inside = found.features, [], False
     for token, kind, weight in zip(features["tokens"], features["modality"], features["text_weight"], strict=True):
         if kind == sequence.TEXT:
-            text = escape(tokenizer.decode([int(token)]))
-            parts.append(f'<span class="token{" made" if weight else ""}">{text}</span>')
-            inside = False
+            parts.append(_token(tokenizer.decode([int(token)]), bool(weight) and stage.text_loss))
         elif not inside:
-            parts.append(_image(next(images), codec))
-            inside = True
+            part = next(images)
+            parts.append(_image(part, codec, part.generate and stage.image_loss))
+        inside = kind != sequence.TEXT
     return f'<div class="example">{"".join(parts)}</div>'
 
 
-def _image(part: Image, codec: Codec) -> str:
-    place = f"{'generated' if part.generate else 'given'} image, via {part.via}"
+def _token(text: str, predicted: bool) -> str:
+    return f'<span class="token{" made" if predicted else ""}">{escape(text)}</span>'
+
+
+def _image(part: Image, codec: Codec, predicted: bool) -> str:
     if part.via == "flow" and not codec.is_pixels:
-        return f'<span class="token{" made" if part.generate else ""}">[{"x".join(map(str, part.pixels.shape))} latents]</span>'
-    return image_element(part.pixels, place, part.generate)
+        return _token(f"[{'x'.join(map(str, part.pixels.shape))} latents]", predicted)
+    return image_element(part.pixels, f"{'generated' if part.generate else 'given'} image, via {part.via}", predicted)

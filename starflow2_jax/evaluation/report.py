@@ -17,7 +17,7 @@ from starflow2_jax.data.images import as_pillow
 from starflow2_jax.evaluation.protocol import Page
 
 ZOOM, MARGIN = 8, 4  # samples.png enlarges each pixel ZOOM times and leaves MARGIN pixels between images
-SHOWN = 10  # most images in a row of the page's grid
+SHOWN = 10  # largest number of images in a row of the page's grid
 LOWER_IS_BETTER = ("nll", "seconds")  # for keys that hold one of these; for all others, higher is better
 UNITS = {"image_loss": "nats per latent dimension", "text_loss": "nats per token"}
 INK, LINE = "#808080", "#3b82c4"  # readable on light and on dark
@@ -41,7 +41,7 @@ td.number, th.number { text-align: right; } .met { color: var(--good); } .missed
 .example { margin: .8rem 0; padding: .9rem 1.1rem; border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); line-height: 4.6; white-space: pre-wrap; } .example h3 { line-height: 1.4; }
 .example img { width: 64px; height: 64px; border: 3px solid transparent; border-radius: 4px; margin: 0 .15rem; }
-span.token { border-left: 1px dotted var(--line); }
+span.token { border-left: 1px dotted var(--soft); }
 img.made, .example img.made { border: 3px solid var(--made); border-radius: 4px; }
 span.made { padding: .15em .1em; background: var(--tint); color: var(--made); border-bottom: 2px solid var(--made); }
 """

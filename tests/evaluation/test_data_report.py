@@ -14,6 +14,7 @@ from starflow2_jax.data.pipeline import RowEncoder
 from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.evaluation import data_report
 from starflow2_jax.sequence import Shape
+from starflow2_jax.stages import STAGES
 
 
 class Rows:
@@ -56,14 +57,16 @@ def test_the_numbers_are_those_of_the_documents():
 def test_the_page_marks_what_is_predicted():
     streams, encode = parts()
     found = data_report.look(streams, encode, 12)
-    page = data_report.page(
-        "What <it> sees", data_report.summary(streams, found, encode), found, tiny.tokenizer(), tiny.CODEC
-    )
-    assert "<h1>What &lt;it&gt; sees</h1>" in page and "&lt;broken&gt;" in page and "<broken>" not in page
+    numbers = data_report.summary(streams, found, encode)
+    page = data_report.page(STAGES["joint"], numbers, found, tiny.tokenizer(), tiny.CODEC)
+    assert "<h1>What stage joint sees</h1>" in page and "&lt;broken&gt;" in page and "<broken>" not in page
     examples = re.findall(r'<div class="example">(.*?)</div>', page)
     assert len(examples) == sum(each.features is not None for each in found)
     assert all(example.count('class="pixels made"') == 1 for example in examples)
     assert all(example.count('<span class="token made">') >= 4 for example in examples)
+    unframed = data_report.page(STAGES["image_to_text"], numbers, found, tiny.tokenizer(), tiny.CODEC)
+    assert 'class="pixels made"' not in unframed and unframed.count("token made") == page.count("token made")
+    assert "token made" not in data_report.page(STAGES["text_to_image"], numbers, found, tiny.tokenizer(), tiny.CODEC)
 
 
 def test_the_command(tmp_path, capsys):
