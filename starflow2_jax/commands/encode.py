@@ -1,12 +1,16 @@
 """`starflow2 encode`."""
 
-from starflow2_jax.commands.arguments import InputFolder, Whole, Words, require_writable
+from argparse import Namespace
+from typing import Any
+
+from starflow2_jax.commands.arguments import Commands, InputFolder, Whole, Words, require_writable
 from starflow2_jax.errors import UserError, require_one_of
 
 A_SHARD = 10_000  # documents of a shard, unless --shards says otherwise
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 encode` to the command line."""
     p = commands.add_parser("encode", help="write documents of any format as shards that training reads fast")
     p.add_argument(
         "--source",
@@ -77,7 +81,7 @@ def add(commands) -> None:
     p.set_defaults(run=_encode, kept="finished shards are kept in --out; start the same command again")
 
 
-def _encode(args, _) -> None:
+def _encode(args: Namespace, _: list[str]) -> None:
     from etils import epath
     from tqdm import tqdm
 
@@ -121,7 +125,7 @@ def _encode(args, _) -> None:
     )
 
 
-def _reader(args):
+def _reader(args: Namespace) -> tuple[Any, int]:
     """The reader of --source, and how many of its units make a shard."""
     from starflow2_jax.data.huggingface import HuggingFaceDocuments, HuggingFaceOptions
     from starflow2_jax.data.jsonl import JsonlDocuments, JsonlOptions

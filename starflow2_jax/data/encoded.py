@@ -27,20 +27,19 @@ INDEX, DUPLICATES, CODEC = "index.json", "duplicates.npy", "codec.safetensors"
 
 @dataclass(frozen=True)
 class EncodedOptions:
+    """How shards in a bucket are read."""
+
     cache: str = option("folder on this machine for shards of s3://, which are copied when they are first read", "")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Shard:
-    """All records of a file, as ArrayRecordDataSource wants it told, so that it opens no file to count them."""
+    """All records of a file, in the form that spares ArrayRecordDataSource opening the file to count them."""
 
     filename: str
     take: int
+    examples_in_shard: int
     skip: int = 0
-
-    @property
-    def examples_in_shard(self) -> int:
-        return self.take
 
 
 class EncodedDocuments(Source):
@@ -96,7 +95,7 @@ class EncodedDocuments(Source):
             path = self.folder / name
             if self.cache and str(path).startswith("s3://"):
                 path = _copied(path, self.cache)
-            self._open[shard] = ArrayRecordDataSource([_Shard(str(path), count)])
+            self._open[shard] = ArrayRecordDataSource([_Shard(str(path), count, count)])
         return self._open[shard]
 
     def codec(self) -> Codec | None:

@@ -228,7 +228,9 @@ class _Shard:
 
     def _latents(self, images: list[Image]) -> Iterator[Image]:
         codec = self.encoding.codec
-        for start in range(0, len(images), BATCH) if codec else ():
+        if codec is None:
+            return
+        for start in range(0, len(images), BATCH):
             some = images[start : start + BATCH]
             pixels = np.zeros((BATCH, *codec.image_shape), np.float32)  # of one size, so that a codec is compiled once
             pixels[: len(some)] = [image.pixels for image in some]

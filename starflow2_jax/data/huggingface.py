@@ -16,6 +16,8 @@ from starflow2_jax.text_files import reason, shorten
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceOptions(RowOptions):
+    """Columns and split of a data set."""
+
     split: str = option("the split of a folder with several", "train")
 
 
@@ -43,7 +45,9 @@ class HuggingFaceDocuments(Source):
             raise UserError(f"{shorten(self.path)} cannot be loaded as a data set ({reason(error)})") from None
         if isinstance(loaded, datasets.DatasetDict):
             if self.options.split not in loaded:
-                raise UserError(f"{shorten(self.path)} has the splits {', '.join(loaded)}; set split to one of them")
+                raise UserError(
+                    f"{shorten(self.path)} has the splits {', '.join(map(str, loaded))}; set split to one of them"
+                )
             loaded = loaded[self.options.split]
         self.names = {
             column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")

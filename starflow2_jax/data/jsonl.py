@@ -7,7 +7,7 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -30,6 +30,8 @@ BETWEEN = re.compile(r"\s*(,\s*|\]|$)")  # two values of an array
 
 @dataclass(frozen=True)
 class JsonlOptions:
+    """Where the pictures are."""
+
     images: str = option('folder where the pictures\' relative paths begin; "": the folder of the file', "")
 
 
@@ -121,7 +123,8 @@ def _opened(path: epath.Path) -> Iterator[BinaryIO]:
         if isinstance(file, io.BufferedReader):
             yield file
         else:
-            with io.BufferedReader(file, PIECE) as buffered:  # a file in a bucket reads only whole lines
+            raw: Any = file
+            with io.BufferedReader(raw, PIECE) as buffered:  # a file in a bucket reads only whole lines
                 yield buffered
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
 from starflow2_jax.codecs.protocol import Codec
-from starflow2_jax.data.documents import Draft, Image, StoredImage, Text, Wordings
+from starflow2_jax.data.documents import Draft, Image, Speaker, StoredImage, Text, Wordings
 
 FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documents
 
@@ -43,5 +43,5 @@ class Source(Protocol):
             if isinstance(part, Text | Wordings):
                 yield from part.texts if isinstance(part, Wordings) else (part.text,)
 
-    def _fitted(self) -> Iterable[Text | Wordings | Image | StoredImage]:
+    def _fitted(self) -> Iterable[Text | Wordings | Image | StoredImage | Speaker]:
         return (part for i in range(min(len(self), FITTED)) for part in self[i])

@@ -173,6 +173,7 @@ def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
     """(name up to the first dot, suffix, content) of the files of a tar file."""
+    archive: Any = tar
     for member in tar:
         if member.isfile() and (file := tar.extractfile(member)):
             content = file.read()
@@ -181,8 +182,8 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
             folder, _, base = member.name.rpartition("/")
             stem, _, suffix = base.partition(".")
             yield f"{folder}/{stem}" if folder else stem, suffix, content
-        tar.members = []  # it would remember all of them
-    stream: Any = tar.fileobj
+        archive.members = []  # it would remember all of them
+    stream = archive.fileobj
     stream.seek(tar.offset)
     ended = False
     while block := stream.read(2**20):

@@ -33,7 +33,7 @@ class RowOptions:
     def classes(self, row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """A row with captions for the numbers of classes. names: of the classes of each column of such numbers."""
         words = {
-            column: self.template.replace("{}", names[column][row[column]].replace("_", " "))
+            column: self.template.replace("{}", str(names[column][row[column]]).replace("_", " "))
             for column in self.captions
             if column in names and row[column] is not None
         }

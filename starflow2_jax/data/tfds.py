@@ -17,6 +17,8 @@ SCHEME = "tfds://"
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsOptions(RowOptions):
+    """Columns, split and place of a data set."""
+
     split: str = option("the split, or a part of it such as train[:90%]", "train")
     data_dir: str = option('folder of the prepared data sets; "": the one that TFDS uses', "")
 
@@ -34,15 +36,16 @@ class TfdsDocuments(Source):
 
         self.path, self.options = path, options
         try:
-            builder = tfds.builder(path.removeprefix(SCHEME), data_dir=options.data_dir or None)
-            image = {options.image: tfds.decode.SkipDecoding()} if options.image in builder.info.features else {}
-            self.rows = builder.as_data_source(options.split, decoders=image)
+            builder: Any = tfds.builder(path.removeprefix(SCHEME), data_dir=options.data_dir or None)
+            features: Any = builder.info.features
+            image = {options.image: tfds.decode.SkipDecoding()} if options.image in features else {}
+            self.rows: Any = builder.as_data_source(split=options.split, decoders=image)
         except (
             OSError,
             ValueError,
             AssertionError,
             NotImplementedError,
-            tfds.core.registered.DatasetNotFoundError,
+            tfds.core.DatasetNotFoundError,
         ) as error:
             raise UserError(
                 f"{shorten(path)} cannot be opened ({reason(error)}); prepare it with TFDS, with file_format array_record, and "
@@ -50,7 +53,7 @@ class TfdsDocuments(Source):
             ) from None
         self.names = {
             column: feature.names
-            for column, feature in builder.info.features.items()
+            for column, feature in features.items()
             if isinstance(feature, tfds.features.ClassLabel)
         }
 
