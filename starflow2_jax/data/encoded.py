@@ -99,6 +99,7 @@ class EncodedDocuments(Source):
         return self._open[shard]
 
     def codec(self) -> Codec | None:
+        """See Source."""
         latents = self.index["latents"]
         if not latents:
             return None

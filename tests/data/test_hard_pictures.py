@@ -41,7 +41,7 @@ def palette() -> bytes:
 
 
 def animated() -> bytes:
-    frames = [Pillow.fromarray(HALVES), Pillow.new("RGB", (64, 64))]
+    frames = [Pillow.fromarray(HALVES[:, 4:]), Pillow.new("RGB", (60, 64))]
     return saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
 
 
