@@ -58,6 +58,7 @@ class EncodedDocuments(Source):
             raise UserError(
                 f"shards in {shorten(path)} are read from copies; set the source's cache to a folder for them"
             )
+        self.place = shorten(self.folder)
         self.index = read_index(self.folder)
         self.shards: list[tuple[str, int]] = [(each["file"], each["records"]) for each in self.index["shards"]]
         self.ends = list(itertools.accumulate(count for _, count in self.shards))
@@ -78,11 +79,13 @@ class EncodedDocuments(Source):
         return self.index["documents"]
 
     def __getitem__(self, index: int) -> Draft:
-        number = index + int(np.searchsorted(self.kept_before, index, side="right"))
+        number = index
+        if len(self.kept_before):
+            number += int(np.searchsorted(self.kept_before, index, side="right"))
         shard = bisect.bisect_right(self.ends, number)
         name, count = self.shards[shard]
         record = number - (self.ends[shard] - count)
-        place = f"{shorten(self.folder / name)}, record {record}"
+        place = f"{self.place}/{name}, record {record}"
         try:
             content = self._records(shard)[record]
         except (OSError, RuntimeError, ValueError, IndexError) as error:  # of ArrayRecord's reader

@@ -223,7 +223,10 @@ class _Shard:
             content = file.read()
         with opened(replace(part, open=lambda: io.BytesIO(content))) as file:
             pixels = Picture(file).opaque(3, self.encoding.size or None)
-        content = _scaled(pixels, self.encoding) or content
+        if scaled := _scaled(pixels, self.encoding):
+            pixels, file = scaled, io.BytesIO()
+            scaled.save(file, "JPEG", quality=self.encoding.quality, subsampling=0)
+            content = file.getvalue()
         return replace(part, open=lambda: io.BytesIO(content)), np.array(pixels.size).tobytes() + pixels.tobytes()
 
     def _latents(self, images: list[Image]) -> Iterator[Image]:
@@ -241,15 +244,13 @@ class _Shard:
                 yield replace(image, pixels=latents, encoded=True)
 
 
-def _scaled(picture: Pillow.Image, encoding: Encoding) -> bytes | None:
-    """A JPEG file of a picture that is too large; else None."""
-    width, height = picture.size
-    if not encoding.size or min(width, height) <= encoding.size:
+def _scaled(picture: Pillow.Image, encoding: Encoding) -> Pillow.Image | None:
+    """A picture that is too large, scaled down; None: it is not."""
+    short = min(picture.size)
+    if not encoding.size or short <= encoding.size:
         return None
-    scale, file = encoding.size / min(width, height), io.BytesIO()
-    size = max(round(width * scale), encoding.size), max(round(height * scale), encoding.size)
-    picture.resize(size, Pillow.Resampling.LANCZOS).save(file, "JPEG", quality=encoding.quality, subsampling=0)
-    return file.getvalue()
+    width, height = (max(round(side * encoding.size / short), encoding.size) for side in picture.size)
+    return picture.resize((width, height), Pillow.Resampling.LANCZOS)
 
 
 def _write_index(

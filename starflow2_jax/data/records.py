@@ -72,8 +72,9 @@ def _part(part: dict[str, Any], blob: memoryview, place: str, latents: Iterable[
     if "text" in part:
         return Wordings(tuple(part["text"]), part["predict"], tuple(part.get("weights", ())))
     if LATENTS in part:
-        pixels = np.frombuffer(blob, ml_dtypes.bfloat16).reshape(tuple(latents)).astype(np.float32)
-        return Image(pixels, part["generate"], part["via"], encoded=True)
+        bits = np.frombuffer(blob, "<u2").astype(np.uint32)
+        bits <<= 16  # faster than a conversion from bfloat16
+        return Image(bits.view(np.float32).reshape(tuple(latents)), part["generate"], part["via"], encoded=True)
     if len(blob) != part[FILE]:
         raise ValueError("it is cut off")
     return StoredImage(place, lambda: io.BytesIO(blob), part["generate"], part["via"])
