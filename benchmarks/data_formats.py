@@ -6,7 +6,7 @@ Prints, one JSON line each:
 
 - pictures a second that one process encodes from parquet and from tar, scaled from 768 to 256 pixels, and with a codec;
 - latents of 16 x 16 x 64 read at random from the shards of `starflow2 encode`, as drafts of documents, beside grain's own
-  ArrayRecord data source, which reads the same records as bytes;
+  ArrayRecord data source, which reads the same records as bytes, and beside the same with the numbers made fp32;
 - seconds and memory to open a JSONL file, and documents a second read from it at random.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grain
+import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,18 +122,27 @@ def reading(folder: Path, count: int) -> None:
     encode(Latents(count), epath.Path(folder), Encoding(source="", shards=16, codec=LatentCodec(GRID, CHANNELS)))
     documents = EncodedDocuments(str(folder))
     plain = grain.sources.ArrayRecordDataSource(sorted(map(str, folder.glob("*.array_record"))))
+    size = math.prod((*GRID, CHANNELS))
     assert len(documents) == len(plain) == count
-    rates: dict[str, list[float]] = {"ours": [], "grain": []}
+    sources = {
+        "ours": documents.__getitem__,
+        "grain": plain.__getitem__,
+        "grain_as_fp32": lambda i: np.frombuffer(plain[i][-2 * size :], ml_dtypes.bfloat16).astype(np.float32),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in sources}
     for repeat in range(REPEATS):
         order = np.random.default_rng(repeat).integers(0, count, min(count, 10_000)).tolist()
-        for name, source in (("ours", documents), ("grain", plain)):
+        for name, read in sources.items():
             begin = time.perf_counter()
             for i in order:
-                source[i]
+                read(i)
             rates[name].append(len(order) / (time.perf_counter() - begin))
-    ratio = statistics.median(a / b for a, b in zip(rates["grain"], rates["ours"], strict=True))
+    ratios = {
+        f"{name}_to_ours": statistics.median(a / b for a, b in zip(rates[name], rates["ours"], strict=True))
+        for name in ("grain", "grain_as_fp32")
+    }
     medians = {f"{name}_reads_per_second": statistics.median(each) for name, each in rates.items()}
-    say(f"random reads of {count} latents", **medians, grain_to_ours=ratio)
+    say(f"random reads of {count} latents", **medians, **ratios)
 
 
 def opening(folder: Path, count: int) -> None:

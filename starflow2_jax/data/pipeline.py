@@ -80,6 +80,8 @@ class Encoder:
         else:
             if self.vision is None:
                 raise DocumentError('this model has no vision tower; show the image via "flow"')
+            if part.encoded:
+                raise DocumentError('an encoded image is shown via "flow" only; encode its source with --via vit')
             if part.generate:
                 raise DocumentError('an image shown via "vit" cannot be generated; use via "flow"')
             if (channels := part.pixels.shape[-1]) not in (1, self.vision.channels):

@@ -18,6 +18,7 @@ from starflow2_jax.data.documents import DocumentError, Image, Speaker, StoredIm
 from starflow2_jax.data.encoded import EncodedDocuments
 from starflow2_jax.data.encoding import Encoding, encode
 from starflow2_jax.data.images import ImageReader
+from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.data.readers import Found
 from starflow2_jax.data.records import pack, unpack
 from starflow2_jax.errors import UserError
@@ -205,6 +206,19 @@ def test_latents_are_those_of_the_codec(tmp_path):
     np.testing.assert_allclose(found["mean"], flat.mean(0), atol=1e-3)
     np.testing.assert_allclose(found["deviation"], flat.std(0), atol=1e-3)
     assert source.codec() == tiny.CODEC
+
+
+def test_latents_are_used_as_they_are_or_not_at_all():
+    latents = tiny.CODEC.encode(tiny.pixels(0)[None])[0]
+    image = Image(latents, generate=True, encoded=True)
+    encoder = tiny.encoder()
+    for given in ([Text("a"), image], [Text("a"), Image(tiny.pixels(0), generate=True)]):
+        np.testing.assert_array_equal(encoder(given)["latents"], latents.reshape(1, -1, tiny.CHANNELS))
+    refused(DocumentError, encoder, [Image(latents[:1], encoded=True)], saying=("(1, 3, 4)", "(2, 3, 4)"))
+    refused(DocumentError, encoder, [Image(latents, via="vit", encoded=True)], saying=("--via vit",))
+    for options in ({"flip": True}, {"crop": "random"}):
+        prepare = Preparation(SourceConfig(path="", **options), ImageReader(1))
+        refused(DocumentError, prepare, [image], np.random.default_rng(0), saying=("flip", "crop"))
 
 
 def test_a_damaged_shard_spoils_its_own_documents_alone(tmp_path):
