@@ -29,6 +29,7 @@ from starflow2_jax.commands.arguments import (
     Words,
 )
 from starflow2_jax.config import loading as configs
+from starflow2_jax.data import encoding
 from starflow2_jax.fields import Key
 from starflow2_jax.parallel import devices
 from starflow2_jax.planning import compiling
@@ -44,6 +45,7 @@ WORDS = {
     "host": "127.0.0.1",
     "api_key": "secret",
     "remat": "full",
+    "source": "json:FILES/documents",  # FILES: the folder of the fixture
 }
 DOCUMENT = [{"text": "draw a seven"}, {"text": " seven", "predict": True}]
 ABSURD = ("", "x", "nan", "inf", "-inf", "1e999", "9" * 5000, "1" + "0" * 30, "-1" + "0" * 30)
@@ -75,6 +77,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "start", begin)
     monkeypatch.setattr(training, "start_devices", begin)
     monkeypatch.setattr(compiling, "tpu_devices", begin)
+    monkeypatch.setattr(encoding, "encode", begin)
     monkeypatch.setattr(points, "run", begin)
     monkeypatch.setattr(points, "submit", begin)
     monkeypatch.chdir(tmp_path)
@@ -85,6 +88,8 @@ def files(tmp_path_factory) -> Path:
     """Right files and folders by the name of the option that takes them, and wrong ones in `wrong`."""
     folder = tmp_path_factory.mktemp("files")
     CheckpointDirectory(folder / "checkpoint").create(configs.load("digits_quick"), tiny.CODEC, tiny.tokenizer())
+    for name in ("codec", "images", "data_dir"):  # of `encode`
+        (folder / name).symlink_to("checkpoint")
     (folder / "vlm").mkdir()
     write_config(folder / "vlm" / "vlm.json", tiny.CONFIG.vlm)
     (folder / "source").mkdir()
@@ -136,7 +141,7 @@ def right(action: argparse.Action, files: Path) -> str:
     if isinstance(kind, OutputFile | OutputFolder):
         return "new folder/new"
     if isinstance(kind, Words):
-        return WORDS.get(action.dest, "some words")
+        return WORDS.get(action.dest, "some words").replace("FILES", str(files))
     python = isinstance(kind, Shipped) or action.dest == "imports"
     return str(files / (f"{action.dest}.py" if python else action.dest))
 
@@ -217,7 +222,11 @@ def wrong(action: argparse.Action, files: Path) -> Iterator[tuple[str, str]]:
 
 def may_work(action: argparse.Action, what: str) -> bool:
     """Wrong values that leave something to work with: the first lines of a file, the package's own name for "empty"."""
-    return what in DAMAGED and action.dest in ("captions", "imports") or (what == "empty" and action.dest == "imports")
+    return (
+        what in DAMAGED
+        and action.dest in ("captions", "imports", "images", "data_dir")
+        or (what == "empty" and action.dest == "imports")
+    )
 
 
 @pytest.mark.parametrize("name, dest", OPTIONS)

@@ -32,7 +32,7 @@ def test_a_stream_is_the_same_in_every_process():
 def drawn(folder, name: str) -> tuple:
     """The key of a stage's training and the first documents that it reads."""
     config = tiny_config()
-    streams = sources.streams(config, STAGES[name], sources.make_codec(config))
+    streams = sources.streams(config, STAGES[name], sources.make_codec(config), None)
     parts = [part for stream in streams for i in range(5) for part in stream.source[order(stream)[i]]]
     said = [part.pixels.tobytes() if isinstance(part, Image) else part.text for part in parts]
     state = Trainer(config, folder).task(name).new_state(None)

@@ -42,7 +42,7 @@ def _data(args: Namespace, overrides: list[str]) -> None:
     start_devices(config.cpu_devices)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(config, args.checkpoint or Path(scratch) / "run")
-    streams = sources.streams(config, stage, trainer.codec)
+    streams = sources.streams(config, stage, trainer.codec, trainer.tokenizer)
     encode = trainer.task(stage.name).row_encoder()
     found = data_report.look(streams, encode, args.num)
     numbers = data_report.summary(streams, found, encode)

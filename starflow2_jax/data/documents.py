@@ -26,6 +26,7 @@ class Image:
     via: str = (
         "flow"  # the model sees it as "flow" tokens, or through "vit", the VLM's vision tower, which generates nothing
     )
+    encoded: bool = False  # the codec has encoded it: `pixels` are its latents (h, w, D), not to be encoded again
 
 
 Document = list[Text | Image]
@@ -50,8 +51,16 @@ class StoredImage:
     via: str = "flow"
 
 
-# What sources give: a document before its pictures are read and its wordings are drawn (see preparation.py).
-Draft = list[Text | Wordings | Image | StoredImage]
+@dataclass(frozen=True)
+class Speaker:
+    """Begins a turn of a conversation: the parts up to the next Speaker are what `role` says."""
+
+    role: str  # "system", "user" or "assistant"
+
+
+# What sources give: a document before its pictures are read, its wordings are drawn, and the chat template has laid out its
+# turns (see preparation.py).
+Draft = list[Text | Wordings | Image | StoredImage | Speaker]
 Said = str | np.ndarray | Sequence[str | np.ndarray | Text | Image]
 
 

@@ -1,8 +1,13 @@
 """Stored images -> arrays, and arrays -> image files."""
 
+import contextlib
+import importlib.util
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from etils import epath
@@ -13,7 +18,7 @@ from starflow2_jax.data.documents import Image, ImageError, StoredImage
 from starflow2_jax.data.pictures import Picture
 from starflow2_jax.text_files import reason, shorten
 
-BUCKETS = ("gs", "s3")  # schemes of addresses that are read like paths
+BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the package that reads it, and our extra
 CROPS = ("center", "random", "none")
 
 
@@ -42,23 +47,13 @@ class ImageReader:
     def __call__(self, image: StoredImage, view: View = View()) -> Image:  # noqa: B008 - it is frozen
         """Raises ImageError."""
         flow = image.via == "flow"
-        try:
-            with image.open() as file:
-                if image.name.endswith(".npy"):
-                    pixels = _array(np.load(file, allow_pickle=False))
-                elif flow and self.latents:
-                    raise ImageError(
-                        f"the image {shorten(image.name)} is a picture, and the codec takes latents (.npy)"
-                    )
-                else:
-                    pixels = from_pillow(self._picture(Picture(file), self.size if flow else None, view))
-        except FileNotFoundError:
-            raise ImageError(f"the image {shorten(image.name)} does not exist") from None
-        except (OSError, SyntaxError, ValueError, EOFError, Pillow.DecompressionBombError) as error:
-            wanted = "an array of numbers" if image.name.endswith(".npy") else "a PNG or JPEG file"
-            raise ImageError(
-                f"the image {shorten(image.name)} cannot be read ({reason(error)}); give {wanted}"
-            ) from None
+        with opened(image) as file:
+            if image.name.endswith(".npy"):
+                pixels = _array(np.load(file, allow_pickle=False))
+            elif flow and self.latents:
+                raise ImageError(f"the image {shorten(image.name)} is a picture, and the codec takes latents (.npy)")
+            else:
+                pixels = from_pillow(self._picture(Picture(file), self.size if flow else None, view))
         return Image(pixels, image.generate, image.via)
 
     def _picture(self, picture: Picture, size: tuple[int, int] | None, view: View) -> Pillow.Image:
@@ -66,6 +61,22 @@ class ImageReader:
         if size and opaque.size != (size[1], size[0]):
             opaque = ImageOps.fit(opaque, (size[1], size[0]), Pillow.Resampling.LANCZOS, centering=view.place)
         return ImageOps.mirror(opaque) if view.mirrored else opaque
+
+
+@contextlib.contextmanager
+def opened(image: StoredImage) -> Iterator[BinaryIO]:
+    """The image's file, open for reading. Raises ImageError in place of what goes wrong within the block."""
+    try:
+        with image.open() as file:
+            yield file
+    except FileNotFoundError:
+        raise ImageError(f"the image {shorten(image.name)} does not exist") from None
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Pillow.DecompressionBombError) as error:
+        wanted = "an array of numbers" if image.name.endswith(".npy") else "a PNG or JPEG file"
+        fault = "its format is unknown" if isinstance(error, Pillow.UnidentifiedImageError) else reason(error)
+        raise ImageError(f"the image {shorten(image.name)} cannot be read ({fault}); give {wanted}") from None
 
 
 def _array(array: np.ndarray) -> np.ndarray:
@@ -87,21 +98,29 @@ def read_image(path: str | Path, channels: int) -> np.ndarray:
     return ImageReader(channels)(stored(locate(str(path), epath.Path()))).pixels
 
 
-def locate(text: str, folder: epath.Path) -> epath.Path:
+def locate(text: str, folder: epath.Path, what: str = "image") -> epath.Path:
     """The path that `text` names: on disk (relative to `folder`, absolute or file://) or in a bucket.
 
-    Raises ImageError for other addresses.
+    what: the word for it in messages. Raises ImageError for other addresses.
     """
     if text.startswith("data:"):
-        raise ImageError("the image is a data: URL; save it as a file and give its path")
+        raise ImageError(f"the {what} is a data: URL; save it as a file and give its path")
     scheme, mark, path = text.partition("://")
     if not mark:
         return folder / text
     if scheme == "file":
         return epath.Path("/" + path.partition("/")[2])  # "file:///a/b" and "file://localhost/a/b"
     if scheme not in BUCKETS:
-        raise ImageError(f"the image is the address {shorten(text)}; download it and give the path of the file")
+        raise ImageError(f"the {what} is the address {shorten(text)}; download it and give the path of the file")
+    package, extra = BUCKETS[scheme]
+    if not _installed(package):
+        raise ImageError(f"{shorten(text)} needs {package}; install it with `pip install 'starflow2_jax[{extra}]'`")
     return epath.Path(text)
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def write_image(path: Path, image: np.ndarray, is_pixels: bool = True) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from starflow2_jax.data.documents import Document, DocumentError, Draft, Image, StoredImage, Text, Wordings
+from starflow2_jax.data.documents import Document, DocumentError, Draft, Image, Speaker, StoredImage, Text, Wordings
 from starflow2_jax.data.images import ImageReader, locate, stored
 from starflow2_jax.text_files import read_json_file, shorten
 
@@ -87,7 +87,9 @@ def finished(draft: Draft, reader: ImageReader) -> Document:
     return parts
 
 
-def _finished(part: Text | Wordings | Image | StoredImage, reader: ImageReader) -> Text | Image:
+def _finished(part: Text | Wordings | Image | StoredImage | Speaker, reader: ImageReader) -> Text | Image:
+    if isinstance(part, Speaker):
+        raise DocumentError('it is part of a conversation; give a document of {"text": ...} and {"image": ...} parts')
     if isinstance(part, StoredImage):
         return reader(part)
     return Text(part.texts[0], part.predict) if isinstance(part, Wordings) else part

@@ -80,6 +80,8 @@ class Encoder:
         else:
             if self.vision is None:
                 raise DocumentError('this model has no vision tower; show the image via "flow"')
+            if part.encoded:
+                raise DocumentError('an encoded image is shown via "flow" only; encode its source with --via vit')
             if part.generate:
                 raise DocumentError('an image shown via "vit" cannot be generated; use via "flow"')
             if (channels := part.pixels.shape[-1]) not in (1, self.vision.channels):
@@ -105,6 +107,13 @@ class Encoder:
         return self.codec.grid
 
     def _latents(self, part: Image) -> np.ndarray:
+        shape = (*self.codec.grid, self.codec.channels)
+        if part.encoded:
+            if part.pixels.shape != shape:
+                raise DocumentError(
+                    f"an image's latents have the shape {part.pixels.shape}, and the codec's are {shape}"
+                )
+            return part.pixels.reshape(-1, self.codec.channels).astype(np.float32)
         try:
             return self.codec.encode(part.pixels[None])[0].reshape(-1, self.codec.channels).astype(np.float32)
         except ValueError as error:

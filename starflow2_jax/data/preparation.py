@@ -1,11 +1,24 @@
 """Drafts -> documents: what each reading draws anew (wordings, crops, what is left out), and the images, which are read."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data.documents import Document, DocumentError, Draft, Image, StoredImage, Text, Wordings, counts
+from starflow2_jax.data.documents import (
+    Document,
+    DocumentError,
+    Draft,
+    Image,
+    ImageError,
+    Speaker,
+    StoredImage,
+    Text,
+    Wordings,
+    counts,
+)  # fmt: skip
 from starflow2_jax.data.images import CROPS, ImageReader, View
+from starflow2_jax.data.tokenizer import conversation
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import option
 
@@ -48,24 +61,35 @@ class Preparation:
 
     source: the options of the draft's source. images: reads flow images at the codec's size. drops: whether anything is
     left out, which serves guidance. words_only: all images are shown through the vision tower, and all text is predicted.
+    tokenizer: its chat template lays out conversations.
     """
 
     source: SourceConfig
     images: ImageReader
     drops: bool = False
     words_only: bool = False
+    tokenizer: Any = None
 
     def __call__(self, draft: Draft, rng: np.random.Generator) -> Document:
         """Raises DocumentError that names the part."""
-        parts = [self._worded(part, rng) for part in draft]
+        parts = self._laid_out([self._worded(part, rng) for part in draft])
         parts = [shown(part) for part in parts] if self.words_only else [self._seen(part) for part in parts]
         if self.drops:
             parts = self._dropped(parts, rng)
         return self._read(parts, self._view(rng))
 
+    def _laid_out(self, parts: list[Text | Image | StoredImage | Speaker]) -> Drawn:
+        turns: list[tuple[str, Drawn]] = []
+        for part in parts:
+            if isinstance(part, Speaker):
+                turns.append((part.role, []))
+            elif turns:
+                turns[-1][1].append(part)
+        return conversation(self.tokenizer, turns) if turns else [p for p in parts if not isinstance(p, Speaker)]
+
     def _worded(
-        self, part: Text | Wordings | Image | StoredImage, rng: np.random.Generator
-    ) -> Text | Image | StoredImage:
+        self, part: Text | Wordings | Image | StoredImage | Speaker, rng: np.random.Generator
+    ) -> Text | Image | StoredImage | Speaker:
         if not isinstance(part, Wordings):
             return part
         weights = np.ones(len(part.texts))
@@ -104,6 +128,10 @@ class Preparation:
         document: Document = []
         for i, part in enumerate(parts):
             try:
+                if isinstance(part, Image) and part.encoded and (self.source.flip or self.source.crop == "random"):
+                    raise ImageError(
+                        "encoded images cannot be cropped or mirrored; set flip to False and crop to center"
+                    )
                 document.append(reader(part, view) if isinstance(part, StoredImage) else part)
             except DocumentError as error:
                 raise type(error)(f"part {i} of the document: {error}") from None

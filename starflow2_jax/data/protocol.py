@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
-from starflow2_jax.data.documents import Draft, Image, StoredImage, Text, Wordings
+from starflow2_jax.codecs.protocol import Codec
+from starflow2_jax.data.documents import Draft, Image, Speaker, StoredImage, Text, Wordings
 
 FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documents
 
@@ -11,7 +12,7 @@ FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documen
 class Source(Protocol):
     """Drafts of documents by index: `source[i]` is always the same. Opening a source reads no document.
 
-    A source that inherits from this class may leave out `images` and `texts`. Training shuffles the indices anew each
+    A source that inherits from this class may leave out `codec`, `images` and `texts`. Training shuffles the indices anew each
     epoch. A source is pickled when documents are read in processes of their own.
     """
 
@@ -28,6 +29,10 @@ class Source(Protocol):
         """Raises DocumentError, whose message names the place, for a document that cannot be read."""
         ...
 
+    def codec(self) -> Codec | None:
+        """The codec that has encoded the documents' flow images; None: they are not encoded. Raises UserError."""
+        return None
+
     def images(self) -> Iterable[Image | StoredImage]:
         """The flow images that a codec is fitted to."""
         return (part for part in self._fitted() if isinstance(part, Image | StoredImage) and part.via == "flow")
@@ -38,5 +43,5 @@ class Source(Protocol):
             if isinstance(part, Text | Wordings):
                 yield from part.texts if isinstance(part, Wordings) else (part.text,)
 
-    def _fitted(self) -> Iterable[Text | Wordings | Image | StoredImage]:
+    def _fitted(self) -> Iterable[Text | Wordings | Image | StoredImage | Speaker]:
         return (part for i in range(min(len(self), FITTED)) for part in self[i])

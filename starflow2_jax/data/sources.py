@@ -7,34 +7,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from starflow2_jax.codecs.fingerprint import fingerprint
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.data import tokenizer
 from starflow2_jax.data.digits import Digits
 from starflow2_jax.data.documents import StoredImage
-from starflow2_jax.data.images import ImageReader
+from starflow2_jax.data.encoded import EncodedDocuments
+from starflow2_jax.data.huggingface import HuggingFaceDocuments
+from starflow2_jax.data.images import BUCKETS, ImageReader, locate
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.data.protocol import Source
+from starflow2_jax.data.tfds import TfdsDocuments
 from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.fields import Variant, build, joined
 from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
+from starflow2_jax.text_files import reason
 
 # Keys are a name, a scheme ("name://"), the suffix of a file (".name"), or a file that a folder holds ("/name").
-SOURCES: dict[str, type[Source]] = {"digits": Digits, ".jsonl": JsonlDocuments}
+SOURCES: dict[str, type[Source]] = {
+    "digits": Digits,
+    ".jsonl": JsonlDocuments,
+    ".json": JsonlDocuments,
+    "tfds://": TfdsDocuments,
+    "/index.json": EncodedDocuments,
+    "/state.json": HuggingFaceDocuments,
+    "/dataset_dict.json": HuggingFaceDocuments,
+}
 ALONE = "documents"  # the name of the source that `data.source` gives
 
 
 def find(path: str) -> type[Source]:
     """The class of the source that a `path` in a config names. Raises ConfigError."""
     scheme, mark, _ = path.partition("://")
-    held = [key for key in SOURCES if key.startswith("/") and Path(path + key).is_file()]
-    for key in (path, scheme + mark, Path(path).suffix, *held):
+    for key in (path, scheme + mark, Path(path).suffix):
         if key in SOURCES:
             return SOURCES[key]
+    if not mark or scheme in ("file", *BUCKETS):
+        folder = locate(path, epath.Path(), "path")
+        try:
+            held = [key for key in SOURCES if key.startswith("/") and (folder / key[1:]).exists()]
+        except Exception as error:  # each kind of bucket raises its own
+            raise ConfigError(f"the path {shown(path)} cannot be looked at ({reason(error)})") from None
+        if held:
+            return SOURCES[held[0]]
     raise ConfigError(f"the path {shown(path)} names no source; there are {', '.join(SOURCES)}")
 
 
@@ -83,20 +104,31 @@ def named(config: Any, stage: str | None = None) -> list[Named]:
     ]
 
 
-def streams(config: Any, stage: Stage, codec: Codec) -> list[Stream]:
-    """The sources that a stage mixes, opened. Raises UserError."""
+def streams(config: Any, stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
+    """The sources that a stage mixes, opened. tokenizer: lays out conversations. Raises UserError."""
     height, width, _ = codec.image_shape
     images = ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels)
     return [
         Stream(
             name=each.name,
             weight=each.weight,
-            source=each.open(),
-            prepare=Preparation(each.config, images, drops=stage.image_loss, words_only=stage.words_only),
+            source=_of_codec(each, codec),
+            prepare=Preparation(each.config, images, stage.image_loss, stage.words_only, tokenizer),
             seed=stream_seed(config.seed, "documents", stage.name, each.name),
         )
         for each in named(config, stage.name)
     ]
+
+
+def _of_codec(named: Named, codec: Codec) -> Source:
+    """The source, opened. Raises ConfigError if it holds latents of another codec."""
+    source = named.open()
+    if (made := source.codec()) and fingerprint(made) != fingerprint(codec):
+        raise ConfigError(
+            f"data.sources.{named.name}: {named.config.path} holds latents of another codec than this run's; encode its "
+            "source again with --codec and this run's directory"
+        )
+    return source
 
 
 def codec_options(config: Any) -> tuple[type[Codec], Any]:
@@ -109,15 +141,19 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
 
 
 def make_codec(config: Any) -> Codec:
-    """The codec that `config.codec` describes, fitted to the sources' images if it has statistics. Raises UserError."""
+    """The codec that has encoded a source of the config; else the codec that `config.codec` describes, fitted to the
+    sources' images if it has statistics. Raises UserError."""
+    opened = [(each.config, each.open()) for each in named(config)]
+    if brought := next(filter(None, (source.codec() for _, source in opened)), None):
+        return brought
     codec, options = codec_options(config)
     height, width, _ = options.image_shape(config.model.grid)
 
     def images() -> Iterator[np.ndarray]:
-        for source in named(config):
-            size = None if source.config.crop == "none" else (height, width)
+        for own, source in opened:
+            size = None if own.crop == "none" else (height, width)
             reader = ImageReader(options.image_channels, size, latents=not codec.is_pixels)
-            for image in source.open().images():
+            for image in source.images():
                 yield reader(image).pixels if isinstance(image, StoredImage) else image.pixels
 
     return codec.make(options, images())

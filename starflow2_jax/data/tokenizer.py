@@ -8,15 +8,15 @@ import json
 import shutil
 import tempfile
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+from starflow2_jax.data.documents import DocumentError, Image, StoredImage, Text
 from starflow2_jax.text_files import read_json_file, reason
 
 SPECIAL_TOKENS = (
@@ -25,7 +25,9 @@ SPECIAL_TOKENS = (
 IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # an image in the output of a chat template
 PROCESSOR_FILES = ("processor_config.json", "chat_template.json")  # of `transformers` 4; the key is chat_template
 
-Turn = tuple[str, Document]  # who speaks, and what was said
+END = "<|im_end|>"  # of a turn, and of a document
+AnyImage = TypeVar("AnyImage", bound=Image | StoredImage)  # images that were read, or may not have been
+Turn = tuple[str, Sequence[Text | AnyImage]]  # who speaks, and what was said
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _by_name(template: Any) -> Any:
     return {each["name"]: each["template"] for each in template if isinstance(each, dict) and len(each) == 2}
 
 
-def chat(tokenizer: Any, turns: list[Turn]) -> Document:
+def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImage]:
     """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
 
     turns: role ("system", "user" or "assistant") and what it said.
@@ -123,7 +125,7 @@ def chat(tokenizer: Any, turns: list[Turn]) -> Document:
     """
     if not tokenizer.chat_template:
         raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
-    images = [part for _, said in turns for part in said if isinstance(part, Image)]
+    images = [part for _, said in turns for part in said if not isinstance(part, Text)]
     words = [part.text.strip() for _, said in turns for part in said if isinstance(part, Text)]
     rendered, fault = [], ""
     for content in (_as_list, _as_string):
@@ -144,19 +146,48 @@ def chat(tokenizer: Any, turns: list[Turn]) -> Document:
     return unflat((complete or rendered)[0], images)
 
 
-def flat(document: Document) -> tuple[str, list[Image]]:
+def conversation(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImage]:
+    """A whole conversation as `chat` lays it out turn by turn, so that a model is trained on what it reads and writes later.
+
+    The assistant's turns keep their own parts. Each is ended by END, which counts as a prediction; the last one's END comes
+    when the document is encoded. What follows the last answer is left out. Raises DocumentError.
+    """
+    if not any(role == "assistant" for role, _ in turns):
+        raise DocumentError("the conversation has no turn of the assistant, so there is nothing to learn from it")
+    for part in (part for _, said in turns for part in said):
+        if found := next((mark for mark in SPECIAL_TOKENS if isinstance(part, Text) and mark in part.text), None):
+            raise DocumentError(f"a text of the conversation holds {found}, which only the chat template may write")
+    document: list[Text | AnyImage] = []
+    known = ""  # the document so far, as one text
+    for i, (role, said) in enumerate(turns):
+        if role != "assistant":
+            continue
+        text, images = flat(chat(tokenizer, turns[:i]))
+        if not text.startswith(known):
+            raise DocumentError("the chat template changes an earlier turn when another one comes")
+        added = text.removeprefix(known)
+        if document:
+            document.append(Text(END, predict=True))
+            added = added.removeprefix(END)
+        document += unflat(added, images[known.count(IMAGE_MARK) :])
+        document += said
+        known = text + flat(said)[0]
+    return document
+
+
+def flat(document: Sequence[Text | AnyImage]) -> tuple[str, list[AnyImage]]:
     """A document as one text, with IMAGE_MARK for each image, and the images."""
-    images = [part for part in document if isinstance(part, Image)]
+    images = [part for part in document if not isinstance(part, Text)]
     return "".join(p.text if isinstance(p, Text) else IMAGE_MARK for p in document), images
 
 
-def unflat(text: str, images: list[Image]) -> Document:
+def unflat(text: str, images: Sequence[AnyImage]) -> list[Text | AnyImage]:
     """The inverse of `flat`."""
-    parts: Document = []
+    parts: list[Text | AnyImage] = []
     first, *texts = text.split(IMAGE_MARK)
     for image, after in zip(images, texts, strict=True):
         parts += [image, Text(after)]
-    return [part for part in [Text(first), *parts] if isinstance(part, Image) or part.text]
+    return [part for part in [Text(first), *parts] if not isinstance(part, Text) or part.text]
 
 
 def _printed(content: list | str) -> list[str]:
@@ -166,9 +197,9 @@ def _printed(content: list | str) -> list[str]:
     return [str(content), json.dumps(content), json.dumps(content, ensure_ascii=False)]
 
 
-def _as_list(said: Document) -> list[dict[str, str]]:
-    return [{"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in said]
+def _as_list(said: Sequence[Text | Image | StoredImage]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image"} for p in said]
 
 
-def _as_string(said: Document) -> str:
+def _as_string(said: Sequence[Text | Image | StoredImage]) -> str:
     return flat(said)[0]

@@ -63,7 +63,7 @@ class StageTask:
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
         self.step()
-        sources.streams(self.config, self.stage, self.codec)
+        sources.streams(self.config, self.stage, self.codec, self.tokenizer)
 
     def continues(self, name: str) -> bool:
         """Whether the stage `name` trains the same tree as this one."""
@@ -122,7 +122,7 @@ class StageTask:
     def batches(self) -> GroupedBatches:
         """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
         data, encode = self.config.data, self.row_encoder()
-        streams = sources.streams(self.config, self.stage, self.codec)
+        streams = sources.streams(self.config, self.stage, self.codec, self.tokenizer)
         rows = own_rows(sharding.batch_sharding(self.mesh), encode.shape.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
         return GroupedBatches(streams, encode, data.groups, data.workers, data.threads, faults, rows)
