@@ -202,8 +202,10 @@ def keys(cls: type, values: Mapping) -> list[Key]:
 
 
 def _fitted(value, hint):
-    """`value` with tuples for lists, and floats for integers if the type has them."""
+    """`value` with tuples for lists, a tuple for a single text, and floats for integers, if the type has them."""
     hint = without_none(hint)
+    if isinstance(value, str) and hint == tuple[str, ...]:
+        return (value,)
     if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
         return tuple(_fitted(part, typing.get_args(hint)[0]) for part in value)
     small = type(value) is int and abs(value) <= LARGEST_FLOAT

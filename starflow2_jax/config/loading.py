@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from starflow2_jax.config.checks import require_consistent
+from starflow2_jax.config.evals import with_kinds
 from starflow2_jax.config.overrides import assign
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.errors import ConfigError
@@ -41,7 +42,7 @@ def load(
     config = module.get_config(runlocal, **arguments)
     if not isinstance(config, ConfigDict | Mapping):
         raise ConfigError(f"{path}: get_config returns {config!r}, not an ml_collections ConfigDict")
-    values = _plain(config)
+    values = _values(config)
     assign(ExperimentConfig, values, overrides)
     return complete(values)
 
@@ -64,7 +65,7 @@ def shipped(path: str | Path, folder: Path) -> Path:
 def complete(values: Mapping | ConfigDict) -> ConfigDict:
     """The whole config, locked: `values`, and defaults for the keys that they leave out. Raises ConfigError for unknown keys,
     values that are not allowed, and values that do not fit together."""
-    experiment = build(ExperimentConfig, _plain(values))
+    experiment = build(ExperimentConfig, _values(values))
     require_consistent(experiment)
     return ConfigDict(dataclasses.asdict(experiment)).lock()
 
@@ -72,6 +73,12 @@ def complete(values: Mapping | ConfigDict) -> ConfigDict:
 def described(config: ConfigDict) -> list[Key]:
     """Every key of a whole config with its help and default. A group comes before its keys."""
     return list(walk(ExperimentConfig, _plain(config)))
+
+
+def _values(config: Mapping | ConfigDict) -> dict:
+    """The values of a config as nested dicts, and the kind of each evaluation."""
+    values = _plain(config)
+    return values | {"evals": with_kinds(values["evals"])} if isinstance(values.get("evals"), dict) else values
 
 
 def _plain(values) -> dict:
