@@ -125,7 +125,7 @@ def test_synthetic_documents(tmp_path, kind, stage):
     if kind == "latents":
         cfg.codec = dict(kind="latents", grid=(4, 4), channels=4)
     path = synthetic.write(cfg, STAGES[stage], tmp_path, words=5)
-    documents = JsonlDocuments(path, 1 if kind == "patch" else 3)
+    documents = JsonlDocuments(path)
     makes = [any(getattr(part, "generate", False) for part in document) for document in documents]
     says = [any(getattr(part, "predict", False) for part in document) for document in documents]
     assert len(makes) == synthetic.DOCUMENTS

@@ -76,6 +76,7 @@ class _Sound(grain.DatasetIterator):
         super().__init__(loaded)
         self.counts: Counter[str] = Counter()
         self.faults: dict[str, str] = {}
+        self.absent: dict[str, Any] = {}  # positions of sources that the mixture had when they were saved
 
     def __next__(self) -> dict[str, np.ndarray]:
         for _ in range(PATIENCE):
@@ -89,10 +90,13 @@ class _Sound(grain.DatasetIterator):
         raise _GivenUpError
 
     def get_state(self) -> dict[str, Any]:
-        return {"documents": self._parent.get_state(), "counts": dict(self.counts)}
+        mixed = self._parent.get_state()
+        return {"mixed": mixed | {"parents": self.absent | mixed["parents"]}, "counts": dict(self.counts)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["documents"])
+        known = self._parent.get_state()["parents"]
+        self.absent = {name: at for name, at in state["mixed"]["parents"].items() if name not in known}
+        self._parent.set_state(state["mixed"])
         self.counts = Counter(state["counts"])
 
 
@@ -116,7 +120,8 @@ class GroupRows:
     """The endless Blocks of one group: every `groups`-th document of each source, from document `group` on.
 
     threads: that read and encode documents ahead; 0: the caller's thread reads when it takes a block.
-    state: of the Block after which to begin; None: the beginning. A source that the state does not know begins.
+    state: of the Block after which to begin; None: the beginning. The mixture may have changed since: each source goes on
+        where it was, and a source that the state does not know begins.
     """
 
     def __init__(

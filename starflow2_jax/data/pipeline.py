@@ -187,6 +187,9 @@ def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
     return np.zeros(np.count_nonzero(modality != sequence.FLOW), np.int8)
 
 
+KEYS = {"tokens": "length", "latents": "images"}  # feature of a row -> the stage's key that bounds it
+
+
 class RowEncoder:
     """Turns a Document into the features of a part of a row, within the limits of `shape`."""
 
@@ -206,7 +209,8 @@ class RowEncoder:
         for name, most in self.room.items():
             if len(features[name]) > most:
                 raise LengthError(
-                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise stages.NAME.{name}"
+                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise "
+                    f"stages.NAME.{KEYS.get(name, name)}"
                 )
         return {name: features[name] for name in self.lengths}
 

@@ -112,10 +112,11 @@ def make_codec(config: Any) -> Codec:
     """The codec that `config.codec` describes, fitted to the sources' images if it has statistics. Raises UserError."""
     codec, options = codec_options(config)
     height, width, _ = options.image_shape(config.model.grid)
-    reader = ImageReader(options.image_channels, (height, width), latents=not codec.is_pixels)
 
     def images() -> Iterator[np.ndarray]:
         for source in named(config):
+            size = None if source.config.crop == "none" else (height, width)
+            reader = ImageReader(options.image_channels, size, latents=not codec.is_pixels)
             for image in source.open().images():
                 yield reader(image).pixels if isinstance(image, StoredImage) else image.pixels
 
