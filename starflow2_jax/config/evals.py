@@ -53,15 +53,15 @@ EVAL_OPTIONS: dict[str, type[EvalOptions]] = {"loss": LossOptions, "sheet": Shee
 class EvalConfig:
     """The keys that every evaluation has."""
 
-    kind: str = option("the kind of evaluation; left out, it is the entry's name if there is such a kind", "loss", choices=EVAL_OPTIONS)
+    kind: str = option(
+        "the kind of evaluation; left out, it is the entry's name if there is such a kind", "loss", choices=EVAL_OPTIONS
+    )
     every: int = option(
         "steps of the whole run between two of them, beside the one at the end of each stage; 0: only there",
         1000,
         least=0,
     )
-    stages: tuple[str, ...] = option(
-        "stages in which it runs; (): every stage that it applies to", (), choices=STAGES
-    )
+    stages: tuple[str, ...] = option("stages in which it runs; (): every stage that it applies to", (), choices=STAGES)
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from starflow2_jax.config.checks import require_consistent
-from starflow2_jax.config.evals import with_kinds
+from starflow2_jax.config.evals import EVAL_OPTIONS, with_kinds
 from starflow2_jax.config.overrides import assign
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.errors import ConfigError
@@ -42,7 +42,7 @@ def load(
     config = module.get_config(runlocal, **arguments)
     if not isinstance(config, ConfigDict | Mapping):
         raise ConfigError(f"{path}: get_config returns {config!r}, not an ml_collections ConfigDict")
-    values = _values(config)
+    values = _values(config, overrides)
     assign(ExperimentConfig, values, overrides)
     return complete(values)
 
@@ -75,10 +75,13 @@ def described(config: ConfigDict) -> list[Key]:
     return list(walk(ExperimentConfig, _plain(config)))
 
 
-def _values(config: Mapping | ConfigDict) -> dict:
-    """The values of a config as nested dicts, and the kind of each evaluation."""
+def _values(config: Mapping | ConfigDict, overrides: typing.Sequence[str] = ()) -> dict:
+    """The values of a config as nested dicts, with the kind of each evaluation, also of those that overrides begin."""
     values = _plain(config)
-    return values | {"evals": with_kinds(values["evals"])} if isinstance(values.get("evals"), dict) else values
+    if isinstance(evals := values.get("evals", {}), dict):
+        begun = {override.split(".")[1]: {} for override in overrides if override.startswith("evals.")}
+        values["evals"] = with_kinds({name: each for name, each in begun.items() if name in EVAL_OPTIONS} | evals)
+    return values
 
 
 def _plain(values) -> dict:

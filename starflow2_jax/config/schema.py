@@ -151,9 +151,7 @@ class ExperimentConfig:
         "stage's evals, or the training loss where there is none",
         "",
     )
-    evals: dict[str, EvalConfig] = option(
-        "evaluations while training, by name", {}, variant=evals.VARIANT
-    )
+    evals: dict[str, EvalConfig] = option("evaluations while training, by name", {}, variant=evals.VARIANT)
     faults: FaultsConfig = option("actions for steps that go wrong", FaultsConfig())
     peak_flops: float = option(
         "peak FLOP/s of one device, for the utilisation; 0: the known value of this kind of device", 0.0, least=0

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import jax
 
-KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is spent in steps
+KINDS = ("input", "evals", "checkpoint", "compile", "restart")  # the rest of the time is spent in steps
 
 
 class Ledger:
     """Seconds of a run, restarts included, by kind:
 
     input        waiting for a batch while the devices are idle
+    evals        evaluations, apart from their compilation
     checkpoint   the part of saving that the run waits for
     compile      XLA's compilations, and the first call of each stage's step
     restart      initialising and restoring; after a crash, all time since the checkpoint that the run resumes from: the

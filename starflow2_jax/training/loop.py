@@ -13,6 +13,7 @@ from starflow2_jax.checkpoints.damage import pass_over_damaged, pass_over_unread
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.evals import best_metric
 from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.errors import ConfigError, UserError, storage_errors
@@ -22,6 +23,8 @@ from starflow2_jax.models.vlm import VlmConfig
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.parallel.hardware import peak_flops
 from starflow2_jax.stages import STAGES
+from starflow2_jax.training.evals.protocol import Evaluation
+from starflow2_jax.training.evals.table import evaluations
 from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.preemption import Preemption
@@ -40,11 +43,14 @@ def train(
     progress: bool = True,
     stop_at: int | None = None,
     profile: int = 0,
+    evals: Callable[[Task], Sequence[Evaluation]] = lambda task: (),
+    best: Callable[[Task], str] = lambda task: "loss",
 ) -> dict:
     """Train the tasks that are not done yet, in their order. Returns where the time went (see Ledger.summary) and the
     counts of faults (see Watch); metrics/summary.json holds the same.
 
     `stop_at`: save and return after that many steps of the whole run. `profile`: number of steps to trace into profile/.
+    `evals`: a task's evaluations. `best`: the metric by which a task's steps are ranked.
     Raises Preempted after a SIGTERM, when everything is saved.
     """
     if profile < 0:
@@ -70,7 +76,7 @@ def train(
                 if latest is not None and latest >= last:
                     bar.update(task.steps)
                 else:
-                    run = Run(task, place, first, checkpoints, mesh, settings, tools)
+                    run = Run(task, place, first, checkpoints, mesh, settings, tools, evals(task), best(task))
                     faults = run.faults
                     with contextlib.closing(run.reader):
                         arrived = run.run(last, stop_at)
@@ -133,7 +139,11 @@ class Trainer:
             self._require_stages()  # before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
-            return train(tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile)
+            evals = partial(evaluations, folder=self.checkpoints.folder)
+            best = {name: best_metric(c, STAGES[name]) for name in c.order}
+            return train(
+                tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile, evals, lambda t: best[t.name]
+            )
 
     def _prepare(self) -> None:
         """Make the directory, or prepare to resume from it. The processes of a run do it together."""

@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.parallel import sharding
+from starflow2_jax.training.evals.protocol import Evaluation
 from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
@@ -43,7 +44,8 @@ class Tools:
 class Run:
     """One task, resumed from its newest checkpoint: `state`, `reader`, `step`, `save`.
 
-    `place`: index of the task in the order; `first`: number of steps that the run does before the task.
+    `place`: index of the task in the order; `first`: number of steps that the run does before the task; `best`: the metric
+    by which steps are ranked, one of a step or of an evaluation ("NAME/NUMBER").
     """
 
     def __init__(
@@ -55,9 +57,12 @@ class Run:
         mesh: jax.sharding.Mesh,
         settings: Settings,
         tools: Tools,
+        evals: Sequence[Evaluation] = (),
+        best: str = "loss",
     ):
         self.task, self.place, self.first = task, place, first
         self.checkpoints, self.settings, self.tools = checkpoints, settings, tools
+        self.evals, self.best = evals, best
         latest = checkpoints.steps.latest()
         meta = checkpoints.steps.meta(latest) if latest else {}
         watched = dict(meta.get("watch", {}))
@@ -77,7 +82,10 @@ class Run:
         self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not judged yet
         self.seen: dict[str, float] = {}  # metrics of the last step that was judged
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
-        self.recent: list[float] = []  # losses since the last save
+        self.recent: list[float] = []  # values of `best` since the last save
+        self.owed = meta.get("stage") == task.name and meta.get(
+            "owed", False
+        )  # evaluations of the step it resumes from
         self.called = False
         self.read: dict[str, int] = {}  # counts of documents, at the last check
 
@@ -86,13 +94,16 @@ class Run:
         tools, settings = self.tools, self.settings
         tools.bar.update(self.number - self.first)
         logged = self.number
+        if self.owed:
+            self._evaluate(last)
         while self.number < last:
             self._step()
             number = self.number
             ending = tools.preemption.reached(number)
             saves = number < last and (_due(settings.save_every, number) or number == stop_at or ending)
             logs = _due(settings.log_every, number) or (number == last and settings.log_every > 0)
-            if not self._judge(0 if saves or logs else 1):
+            looks = any(each.due(number, last) for each in self.evals)
+            if not self._judge(0 if saves or logs or looks else 1):
                 logged = self.number
                 continue
             if saves or logs or _due(CHECKED if jax.process_count() > 1 else 1, number):
@@ -101,6 +112,9 @@ class Run:
                 self._log(number - logged)
                 logged = number
             tools.bar.update()
+            self.owed = looks and ending and number < last  # the machine may be taken away before they are done
+            if looks and not self.owed:
+                self._evaluate(last)
             if saves:
                 with tools.ledger.time("checkpoint"):
                     self.save(self.state, self.reader.get_state(), ended=number == stop_at)
@@ -122,7 +136,7 @@ class Run:
 
     def save(self, state: State, position: object, ended: bool) -> None:
         """Save a step. `position`: of the data. `ended`: the run ends here, so the time until the next start is not lost."""
-        finite = [loss for loss in self.recent if np.isfinite(loss)]
+        finite = [value for value in self.recent if np.isfinite(value)]
         self.checkpoints.lock.require_held()
         meta = {
             "stage": self.task.name,
@@ -132,8 +146,9 @@ class Run:
             "documents": self.reader.documents,
             "watch": self.watch.state(),
             "time": self.tools.ledger.state(ended),
+            "owed": self.owed,
         }
-        # A step without a finite loss has no metrics, so it is not among the best.
+        # A step without a finite value has no metrics, so it is not among the best.
         metrics = {"stage": self.place, "loss": float(np.mean(finite))} if finite else None
         self.checkpoints.steps.save(self.number, groups(state), meta, metrics)
         self.recent.clear()
@@ -173,7 +188,7 @@ class Run:
             if values.get("targets") == 0:
                 self._warn_of_no_targets(number)
             self.seen = values
-            self.recent.append(values["loss"])
+            self.recent += [values[self.best]] if self.best in values else []
             self.tools.ledger.count_tokens(values["tokens"])
         return True
 
@@ -226,6 +241,22 @@ class Run:
         losses = (f"{name}={value:.3f}" for name, value in self.seen.items() if name.endswith("_loss"))
         self.tools.bar.set_postfix_str(f"{self.task.name} {' '.join(losses)}")
         self.since_log = (now, ledger.tokens)
+
+    def _evaluate(self, last: int) -> None:
+        """Run the evaluations that are due, and log what they find, each on a line of its own."""
+        metrics, name = self.tools.metrics, self.task.name
+        for each in self.evals:
+            if not each.due(self.number, last):
+                continue
+            with self.tools.ledger.time("evals"):
+                found = each.evaluate(self.number, self.state, self.frozen)
+            numbers = {f"{each.name}/{key}": value for key, value in found.numbers.items()}
+            if numbers:
+                metrics.write(self.number, name, numbers)
+            metrics.show(self.number, name, {f"{each.name}/{key}": value for key, value in found.pictures.items()})
+            if self.best in numbers:
+                self.recent = [numbers[self.best]]
+        self.owed = False
 
 
 def restore(task: Task, checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[State, object]:

@@ -12,6 +12,7 @@ from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.data.faults import DataFaultsConfig
 from starflow2_jax.data.groups import GroupedBatches, own_rows
+from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.flops import training_flops
@@ -97,12 +98,15 @@ class StageTask:
             )
 
     def batches(self) -> GroupedBatches:
+        return self.reader(sources.streams(self.config, self.stage, self.codec), self.config.data.workers)
+
+    def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
+        """Batches of the stage's shape, from the beginning of `streams`; each process reads the rows that its devices need."""
         shape, data = program.batch_shape(self.config, self.stage), self.config.data
-        streams = sources.streams(self.config, self.stage, self.codec)
         rows = own_rows(sharding.batch_sharding(self.mesh), shape.rows)
         encoder = Encoder(self.tokenizer, self.codec, self.model.cfg.vlm.vision, remembered=REMEMBERED)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
-        return GroupedBatches(streams, encoder, shape, data.groups, data.workers, data.threads, faults, rows)
+        return GroupedBatches(streams, encoder, shape, data.groups, workers, data.threads, faults, rows)
 
     def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
         """The averaged parameters, without average and optimizer. The stage that pretrains the VLM saves it as frozen weights."""

@@ -99,12 +99,13 @@ class Objective:
 
 
 def loss_sums(
-    model: Pretzel, params: dict, stage: Stage, batch: Sequence, objective: Objective, key: jax.Array
+    model: Pretzel, params: dict, stage: Stage, batch: Sequence, objective: Objective, key: jax.Array | None
 ) -> dict[str, jax.Array]:
     """Sums of the stage's losses over a batch: "image" in nats over latent dimensions, "text" in nats over tokens, and
-    "penalty" (with its factor) over latent dimensions. `key` is for the dropout."""
+    "penalty" (with its factor) over latent dimensions. `key` is for the dropout; None: there is
+    none."""
     switches = dict(skips=stage.skips, deep=stage.deep, vlm_length=objective.vlm_length)
-    output = model.apply({"params": params}, batch, **switches, rngs={"dropout": key})
+    output = model.apply({"params": params}, batch, **switches, rngs=None if key is None else {"dropout": key})
     sums = {}
     if stage.image_loss:
         sums["image"] = jnp.sum(batch.image_weight * losses.image_nll(output, batch))
@@ -168,10 +169,15 @@ def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, 
     def add(carry, part_and_key):
         return jax.tree.map(jnp.add, carry, gradient(moving, *part_and_key)), None
 
-    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    cut = in_parts(batch, parts)
     shapes = jax.eval_shape(gradient, moving, jax.tree.map(lambda x: x[0], cut), keys[0])
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zero, (cut, keys))[0]
+
+
+def in_parts(batch: Sequence, parts: int) -> Sequence:
+    """The micro-batches (parts, B / parts, ...) of a batch (B, ...)."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def finish(state: TrainState) -> dict:
