@@ -84,16 +84,25 @@ def with_kinds(evals: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def left_out(config: Any, stage: Stage) -> dict[str, str]:
+    """The evaluations that do not apply to a stage, each with the reason."""
+    reasons = {}
+    for name, each in _of(config, stage).items():
+        if not EVAL_OPTIONS[each.kind].applies(stage):
+            reasons[name] = "it is about losses or samples that the stage does not have"
+        elif "mix" in each and config.data.source is not None:
+            reasons[name] = "data.source stands for all sources, so that none is held out"
+    return reasons
+
+
 def applied(config: Any, stage: Stage) -> dict[str, Any]:
-    """The evaluations that run in a stage, by name. With `data.source` there are no held-out documents, and no losses of
-    them."""
-    return {
-        name: each
-        for name, each in sorted(config.evals.items())
-        if (not each.stages or stage.name in each.stages)
-        and EVAL_OPTIONS[each.kind].applies(stage)
-        and not ("mix" in each and config.data.source is not None)
-    }
+    """The evaluations that run in a stage, by name."""
+    without = left_out(config, stage)
+    return {name: each for name, each in _of(config, stage).items() if name not in without}
+
+
+def _of(config: Any, stage: Stage) -> dict[str, Any]:
+    return {name: each for name, each in sorted(config.evals.items()) if not each.stages or stage.name in each.stages}
 
 
 def best_metric(config: Any, stage: Stage) -> str:

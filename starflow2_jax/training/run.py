@@ -86,6 +86,7 @@ class Run:
         self.owed = meta.get("stage") == task.name and meta.get(
             "owed", False
         )  # evaluations of the step it resumes from
+        self.unranked = False  # whether this was said
         self.called = False
         self.read: dict[str, int] = {}  # counts of documents, at the last check
 
@@ -150,6 +151,8 @@ class Run:
         }
         # A step without a finite value has no metrics, so it is not among the best.
         metrics = {"stage": self.place, "loss": float(np.mean(finite))} if finite else None
+        if not self.recent and position is not None:
+            self._warn_of_no_rank()
         self.checkpoints.steps.save(self.number, groups(state), meta, metrics)
         self.recent.clear()
         self.watch.saved()
@@ -203,6 +206,16 @@ class Run:
                     "resumes at the same position, but from here on it may read other documents than it would have",
                     file=sys.stderr,
                 )
+
+    def _warn_of_no_rank(self) -> None:
+        """Warns once that a step is saved without a value of `best`, so that `keep_best` cannot rank it."""
+        if not self.unranked and self.checkpoints.steps.keep.best and self.tools.metrics.writes:
+            self.unranked = True
+            print(
+                f"WARNING: step {self.number} ({self.task.name}) is not ranked for keep_best, because no {self.best!r} was "
+                "measured since the step that was saved before; check best_metric, or evaluate as often as steps are saved",
+                file=sys.stderr,
+            )
 
     def _warn_of_no_targets(self, number: int) -> None:
         """Warns at the 1st, 2nd, 4th, 8th, ... step of the run whose batch taught nothing."""
