@@ -3,7 +3,8 @@
 A sweep is a Python file with
 
     CONFIG    the experiment: a file, relative to the sweep's, or the name of one of this package
-    METRIC    the value to compare, "stage/name" of metrics.jsonl; lower is better
+    METRIC    the value to compare, "stage/name" of metrics.jsonl; lower is better. Optional: else the experiment's
+              `best_metric` in its last stage, which is a held-out loss if it has one
     ALWAYS    overrides of every point (optional)
     points()  yields the points: dicts of config key -> value; `grid` and `random` make them
 
@@ -27,10 +28,13 @@ from pathlib import Path
 import numpy as np
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.evals import best_metric
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
+from starflow2_jax.stages import STAGES
 
 AVERAGED = 3  # logged values at the end of a stage that are averaged: single batches are noisy
+SEED = "seed"  # the key whose values are averaged over
 
 DONE, FAILED, WAITING, OPEN = "done", "failed", "handed on", "not run"
 
@@ -98,8 +102,9 @@ class Point:
         for name in ("failed", "submitted", "ended"):
             (self.folder / name).unlink(missing_ok=True)
 
-    def result(self, metric: str) -> float | None:
-        """The mean of the last logged values of "stage/name" once the point is done; None if there are none or it is not finite."""
+    def result(self, metric: str, averaged: int = AVERAGED) -> float | None:
+        """The mean of the last `averaged` logged values of "stage/name" once the point is done; None if there are none or it
+        is not finite."""
         stage, _, name = metric.partition("/")
         if self.state != DONE:
             return None
@@ -107,7 +112,7 @@ class Point:
             json.loads(line) for line in (self.run / "metrics/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         )
         values = [line[name] for line in lines if line["stage"] == stage and name in line]
-        mean = float(np.mean(values[-AVERAGED:])) if values else math.nan
+        mean = float(np.mean(values[-averaged:])) if values else math.nan
         return mean if math.isfinite(mean) else None
 
 
@@ -117,6 +122,11 @@ class Sweep:
     metric: str
     points: tuple[Point, ...]
     chip: str | None = None  # of the experiment
+    averaged: int = AVERAGED  # logged values of the metric; 1 for an evaluation, whose documents are always the same
+
+    def result(self, point: Point) -> float | None:
+        """The metric of a point that is done, or None."""
+        return point.result(self.metric, self.averaged)
 
     @property
     def varied(self) -> dict[str, str]:
@@ -139,7 +149,7 @@ def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str
     if not path.is_file():
         raise ConfigError(f"there is no sweep file {path}")
     module = import_file(path, "sweep", ConfigError)
-    if missing := [name for name in ("CONFIG", "METRIC", "points") if not hasattr(module, name)]:
+    if missing := [name for name in ("CONFIG", "points") if not hasattr(module, name)]:
         raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps/points.py for what a sweep file holds")
     beside = path.parent / module.CONFIG
     config = beside.resolve() if beside.is_file() else configs.find(module.CONFIG)
@@ -149,10 +159,13 @@ def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str
         raise ConfigError(f"{path} yields no point")
     if len({p.folder for p in points}) < len(points):
         raise ConfigError(f"{path} yields a point twice; take one away")
-    stage = module.METRIC.partition("/")[0]
-    if stage not in configs.load(config, points[0].arguments, runlocal, chip).order:
-        raise ConfigError(f'METRIC={module.METRIC!r} is not "stage/name" of a stage that {config} runs')
-    return Sweep(config, module.METRIC, points, chip)
+    first = configs.load(config, points[0].arguments, runlocal, chip)
+    last = first.order[-1]
+    metric = getattr(module, "METRIC", f"{last}/{best_metric(first, STAGES[last])}")
+    stage, _, name = metric.partition("/")
+    if stage not in first.order:
+        raise ConfigError(f'METRIC={metric!r} is not "stage/name" of a stage that {config} runs')
+    return Sweep(config, metric, points, chip, 1 if name.partition("/")[0] in first.evals else AVERAGED)
 
 
 def _point(config: Path, overrides: dict, folder: Path, runlocal: bool, chip: str | None) -> Point:
@@ -212,7 +225,7 @@ def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[s
         code = _wait(command(point), point.folder / "log.txt")
         seconds = round(time.monotonic() - begin, 1)
         if point.state == DONE:
-            report(f"{title}: done in {seconds} s, {sweep.metric} {point.result(sweep.metric)}")
+            report(f"{title}: done in {seconds} s, {sweep.metric} {sweep.result(point)}")
         else:
             reason = f"exit code {code}: {_last_line(point.folder / 'log.txt')}"
             (point.folder / "failed").write_text(reason, encoding="utf-8")
