@@ -1,6 +1,7 @@
 """The tiny experiment with held-out documents: a JSONL file of digits that no stage reads, its losses, and a sample sheet."""
 
 import json
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -53,3 +54,8 @@ def config(held_out: str, **changes) -> ConfigDict:
     c.stages.joint.update(steps=5, ema=0.5)
     c.update(changes)
     return c
+
+
+def get_config(runlocal: bool = False) -> ConfigDict:
+    """What `starflow2 train --config` reads, on the documents that the variable HELD_OUT names."""
+    return config(os.environ["HELD_OUT"], mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1))

@@ -1,6 +1,7 @@
 """The loop over the tasks of a run, and the Trainer: the stages of STARFlow2, trained in a checkpoint directory."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from starflow2_jax.checkpoints.damage import pass_over_damaged, pass_over_unread
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.config import loading as configs
-from starflow2_jax.config.evals import best_metric
+from starflow2_jax.config.evals import best_metric, left_out
 from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.errors import ConfigError, UserError, storage_errors
@@ -139,11 +140,19 @@ class Trainer:
             self._require_stages()  # before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
-            evals = partial(evaluations, folder=self.checkpoints.folder)
-            best = {name: best_metric(c, STAGES[name]) for name in c.order}
             return train(
-                tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile, evals, lambda t: best[t.name]
+                tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile, self._evals, self._best
             )
+
+    def _evals(self, task: StageTask) -> list[Evaluation]:
+        """A stage's evaluations; says which of the config's are left out."""
+        for name, reason in left_out(self.config, task.stage).items():
+            if processes.primary():
+                print(f"evals.{name} is left out of stage {task.name}: {reason}", file=sys.stderr)
+        return evaluations(task, self.checkpoints.folder)
+
+    def _best(self, task: StageTask) -> str:
+        return best_metric(self.config, task.stage)
 
     def _prepare(self) -> None:
         """Make the directory, or prepare to resume from it. The processes of a run do it together."""
@@ -188,7 +197,8 @@ class Trainer:
             if last <= done:
                 continue
             try:
-                self.task(name).check()
+                (task := self.task(name)).check()
+                evaluations(task, self.checkpoints.folder)
             except UserError as error:
                 raise ConfigError(f"stage {name}: {error}") from None
 

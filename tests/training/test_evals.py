@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import shutil
+import socket
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import evals_experiment
@@ -14,10 +18,13 @@ from PIL import Image as Pillow
 from tensorboardX.proto.event_pb2 import Event
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.config.evals import EVAL_OPTIONS
 from starflow2_jax.data.documents import Document, Image, Text
 from starflow2_jax.data.images import ImageReader, as_pillow
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.pipeline import collate
+from starflow2_jax.errors import UserError
+from starflow2_jax.extensions import import_file
 from starflow2_jax.models.pretzel import Pretzel, apply
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.scoring import score
@@ -25,9 +32,11 @@ from starflow2_jax.sequence import Shape
 from starflow2_jax.training.evals.held_out import HeldOutLosses
 from starflow2_jax.training.evals.protocol import Findings
 from starflow2_jax.training.evals.sheet import LINE
+from starflow2_jax.training.evals.table import EVALS
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.preemption import Preempted, Preemption
 
+ROOT = Path(__file__).parents[2]
 QUANTITIES = ("loss", "image_nats", "image_bits", "text_nats")
 
 
@@ -138,9 +147,11 @@ def test_the_noise_is_the_same_every_time_and_counts(trained, held_out):
 
 
 def test_training_is_the_same_without_them(trained, held_out, tmp_path):
-    Trainer(evals_experiment.config(held_out, evals={}), tmp_path / "run").run(progress=False)
-    kept = [{k: v for k, v in line.items() if "mine" not in k and "other" not in k} for line in lines(tmp_path / "run")]
-    assert kept == [line for line in lines(trained) if "loss" in line]
+    config = evals_experiment.config(held_out, evals={})
+    for name in ("mine", "other"):
+        del config.data.sources[name]
+    Trainer(config, tmp_path / "run").run(progress=False)
+    assert lines(tmp_path / "run") == [line for line in lines(trained) if "loss" in line]
 
 
 def test_a_run_that_is_killed_while_it_evaluates_logs_the_same(trained, held_out, tmp_path, monkeypatch):
@@ -232,3 +243,73 @@ def test_what_is_left_out_is_said(held_out, tmp_path, capsys):
     assert "evals.val is left out of stage pretrain: data.source stands" in capsys.readouterr().err
     assert not of_evals(tmp_path / "source")
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prompts, saying",
+    (
+        (("a", "word " * 300), "stage joint: evals.sheet: the prompt 'word .* need .* max_positions, which is 256"),
+        (("missing.jsonl",), "missing.jsonl cannot be read"),
+        (("<|im_end|>",), "special token"),
+        ((), "evals.sheet.prompts is empty"),
+    ),
+)
+def test_prompts_are_checked_before_anything_is_trained(held_out, tmp_path, prompts, saying):
+    config = evals_experiment.config(held_out)
+    config.evals["sheet"]["prompts"] = prompts
+    with pytest.raises(UserError, match=saying):
+        Trainer(config, tmp_path / "run").run(progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.drill
+def test_two_processes_find_the_same(trained, held_out, tmp_path):
+    """Each reads its own groups, and process 0 draws the sheets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    train = [sys.executable, "-m", "starflow2_jax.cli", "train", "--config", ROOT / "tests/evals_experiment.py"]
+    train += ["--out", tmp_path / "run", "--config.cpu_devices=2", "--distributed", "--coordinator", address]
+    environment = {**os.environ, "HELD_OUT": held_out, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    started = [
+        subprocess.Popen(
+            list(map(str, [*train, "--processes", 2, "--process", process])),
+            env=environment,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=900)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    for found, wanted in zip(of_evals(tmp_path / "run"), of_evals(trained), strict=True):
+        assert found.keys() == wanted.keys() and found["step"] == wanted["step"]
+        for name in found.keys() - {"step", "stage"}:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, err_msg=name)
+    for sheet in (trained / "evals/sheet").iterdir():
+        wanted, found = (
+            np.asarray(Pillow.open(path), int) for path in (sheet, tmp_path / "run/evals/sheet" / sheet.name)
+        )
+        assert np.mean(np.abs(found - wanted)) < 1
+
+
+def test_an_evaluation_from_outside(held_out, tmp_path, monkeypatch):
+    """The example of docs/extending.md, run as it stands there."""
+    for table in (EVALS, EVAL_OPTIONS):
+        for kind, row in table.items():  # what the example adds goes with the test
+            monkeypatch.setitem(table, kind, row)
+        monkeypatch.setitem(table, "norm", None)
+    text = (ROOT / "docs/extending.md").read_text().partition("## An evaluation while training")[2]
+    (tmp_path / "norm.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    import_file(tmp_path / "norm.py")
+    config = evals_experiment.config(held_out, evals=dict(norm=dict(every=4, group="shallow")))
+    config.stages.pretrain.steps, config.stages.joint.steps = 0, 3
+    Trainer(config, tmp_path / "run").run(progress=False)
+    [line] = of_evals(tmp_path / "run")
+    sampler = Sampler.restore(tmp_path / "run")
+    assert line["step"] == 3 and line["norm/shallow"] > 1 and "shallow" in sampler.params

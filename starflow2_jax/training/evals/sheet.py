@@ -12,6 +12,8 @@ from PIL import ImageDraw, ImageFont
 from starflow2_jax.data.documents import Document, Image, Text
 from starflow2_jax.data.images import ImageReader, as_pillow
 from starflow2_jax.data.jsonl import JsonlDocuments
+from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.prompts import spoken
@@ -31,6 +33,19 @@ class Sheet:
         self.name, self.config, self.task = name, config, task
         self.folder = folder / "evals" / name
         self.prompts = [document for text in config.prompts for document in self._read(text)]
+        if not self.prompts:
+            raise ConfigError(f"evals.{name}.prompts is empty; give at least one text")
+        self._require_room()
+
+    def _require_room(self) -> None:
+        encoder = Encoder(self.task.tokenizer, self.task.codec, self.task.model.cfg.vlm.vision)
+        most, image = self.task.config.max_positions, self.task.model.cfg.tokens + 2
+        for prompt in self.prompts:
+            if (length := len(encoder(prompt, closed=False)["tokens"]) + image) > most:
+                raise ConfigError(
+                    f"evals.{self.name}: the prompt {shown(caption(prompt))} and an image need {length} positions; set "
+                    f"max_positions, which is {most}, to at least that, or shorten the prompt"
+                )
 
     def _read(self, prompt: str) -> list[Document]:
         """A text, or the documents of a .jsonl file."""

@@ -1,10 +1,8 @@
 """The table of evaluators. Its keys are the kinds of a config's `evals`; their options are in config/evals.py."""
 
-import sys
 from pathlib import Path
 
-from starflow2_jax.config.evals import applied, left_out
-from starflow2_jax.parallel import processes
+from starflow2_jax.config.evals import applied
 from starflow2_jax.training.evals.held_out import HeldOutLosses
 from starflow2_jax.training.evals.protocol import Evaluation, Evaluator
 from starflow2_jax.training.evals.sheet import Sheet
@@ -14,10 +12,7 @@ EVALS: dict[str, type[Evaluator]] = {"loss": HeldOutLosses, "sheet": Sheet}
 
 
 def evaluations(task: StageTask, folder: Path) -> list[Evaluation]:
-    """The evaluations that run in a stage; names the others on stderr. folder: of the run. Raises UserError."""
-    for name, reason in left_out(task.config, task.stage).items():
-        if processes.primary():
-            print(f"evals.{name} is left out of stage {task.name}: {reason}", file=sys.stderr)
+    """The evaluations that run in a stage. folder: of the run. Raises UserError."""
     return [
         Evaluation(name, cfg.every, EVALS[cfg.kind](name, cfg, task, folder))
         for name, cfg in applied(task.config, task.stage).items()
