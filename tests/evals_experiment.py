@@ -52,6 +52,7 @@ def config(held_out: str, **changes) -> ConfigDict:
         sheet=dict(prompts=("draw a seven", held_out), every=4, samples=2),
     )
     c.stages.joint.update(steps=5, ema=0.5)
+    c.evals = changes.pop("evals", c.evals)
     c.update(changes)
     return c
 

@@ -9,11 +9,11 @@ policies = checkpoint_managers.preservation_policy
 
 @dataclass(frozen=True)
 class Keep:
-    """Keep the newest steps, a step at regular intervals, and the steps of the lowest loss. One of these reasons is enough."""
+    """Keep the newest steps, a step at regular intervals, and the best steps. One of these reasons is enough."""
 
     latest: int | None = None  # number of newest steps; None: all
     every: int = 0  # steps between two that are kept; 0: none
-    best: int = 0  # number of steps of the lowest loss
+    best: int = 0  # number of steps of the lowest loss, or of another metric that the run ranks by
 
     def policy(self) -> policies.PreservationPolicy:
         rules = [policies.LatestN(self.latest)]
@@ -25,5 +25,6 @@ class Keep:
 
 
 def _goodness(metrics: dict[str, float]) -> float:
-    """Orders steps by stage, then by loss: the losses of different stages cannot be compared, so a later stage is better."""
+    """Orders steps by stage, then by loss (or that metric). The values of different stages cannot be compared, so a later
+    stage is better."""
     return 1e9 * metrics["stage"] - metrics["loss"]

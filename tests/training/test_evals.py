@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -232,17 +231,19 @@ def test_tensorboard_shows_numbers_and_sheets(trained):
 
 
 def test_what_is_left_out_is_said(held_out, tmp_path, capsys):
-    config = evals_experiment.config(held_out)
-    config.order, config.stages.pretrain.steps, config.stages.pretrain.patches = ("pretrain",), 1, 0
+    config = evals_experiment.config(held_out, order=("pretrain", "text_to_image"))
+    config.stages.pretrain.steps, config.stages.text_to_image.steps = 1, 1
+    config.evals = dict(val=dict(mix=dict(other=1.0), batches=2), sheet=dict(prompts=("a",), stages=("joint",)))
+    config.data.sources.other.kind = "read"  # it has no image to draw
     Trainer(config, tmp_path / "none").run(progress=False)
     said = capsys.readouterr().err
-    assert "evals.sheet is left out of stage pretrain" in said
-    assert "evals.val leaves out the source 'mine' in stage pretrain" in said and not of_evals(tmp_path / "none")
-    config.stages.pretrain.patches, config.data.source = 80, held_out
+    assert said.count("evals.val leaves out the source 'other' in stage text_to_image") == 1 and "sheet" not in said
+    assert [line["stage"] for line in of_evals(tmp_path / "none")] == ["pretrain"]
+    config.data.source, config.order, config.evals["sheet"]["stages"] = held_out, ("pretrain",), ()
     Trainer(config, tmp_path / "source").run(progress=False)
-    assert "evals.val is left out of stage pretrain: data.source stands" in capsys.readouterr().err
-    assert not of_evals(tmp_path / "source")
-    shutil.rmtree(tmp_path)
+    said = capsys.readouterr().err
+    assert "evals.val is left out of stage pretrain: data.source stands" in said
+    assert "evals.sheet is left out of stage pretrain" in said and not of_evals(tmp_path / "source")
 
 
 @pytest.mark.parametrize(
