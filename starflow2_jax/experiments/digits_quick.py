@@ -36,7 +36,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         image_to_text=stage(20, (0.0, 2.0, 1.0, 0.0, 0.0)),
         joint=stage(580, (5.0, 1.0, 3.0, 2.5, 1.5)),
     )
-    c.evals = dict(val=dict(mix={f"{kind}_held_out": 1.0 for kind in KINDS}, every=200, batches=5))
+    held_out = {f"{kind}_held_out": 1.0 for kind in KINDS}
+    c.evals = dict(val=dict(mix=held_out, every=300, batches=5, stages=("text_to_image", "joint")))
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:
         for stack in (c.model.deep, c.model.shallow, c.model.vlm, c.model.vlm.vision):
