@@ -32,6 +32,7 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.14",
+    "basedpyright>=1.40",
     "build>=1.2",
     "openai>=2,<4",
     "httpx>=0.28",
@@ -51,6 +52,6 @@ setup(
         "serve": SERVE,
         "test": TEST,
         "docs": DOCS,
-        "dev": [*TEST, *DOCS, "pre-commit>=4", "pyright>=1.1.400"],
+        "dev": [*TEST, *DOCS, "pre-commit>=4"],
     },
 )

@@ -125,8 +125,8 @@ def test_a_flow_block_that_there_is_not(option, value, near):
         (dict(rows=15), ("stages.joint.rows=15", "multiple of 8")),
         (dict(rows=0), ("rows", "at least 1")),
         (dict(accumulate=0), ("accumulate", "at least 1")),
-        (dict(shares=dict.fromkeys(KINDS, 0.0)), ("share of 0",)),
-        (dict(shares=dict(raed=1.0)), ("'raed'", "read")),
+        (dict(mix=dict.fromkeys(KINDS, 0.0)), ("weight of 0",)),
+        (dict(mix=dict(raed=1.0)), ("'raed'", "read")),
         (dict(vlm_length=9), ("stages.joint.vlm_length", "0")),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_format(copy, number):
     values = json.loads((copy / "config.json").read_text())
     values.pop("format")
     (copy / "config.json").write_text(json.dumps(values if number is None else {**values, "format": number}))
-    saying = (str(copy), f"format {number or 1}", "reads 2", "train again")
+    saying = (str(copy), f"format {number or 1}", "reads format 2", "train again")
     refused(CheckpointError, everything, copy, saying=saying)
     refused(CheckpointError, Trainer, configs.load(QUICK), copy, saying=saying)
 

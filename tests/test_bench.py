@@ -42,7 +42,7 @@ def test_which_stage(given, name):
 
 @pytest.mark.parametrize("given", ["5", "0", "t2i"])
 def test_an_unknown_stage_is_named(given):
-    with pytest.raises(ConfigError, match=f"no stage '{given}' in this config; there are image_to_text, joint"):
+    with pytest.raises(ConfigError, match=f"no stage '{given}' in this config; name one of image_to_text, joint"):
         find_stage(config(), given)
 
 

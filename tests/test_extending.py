@@ -55,10 +55,11 @@ def test_they_train(trained):
     assert lines[-1]["stage"] == "deep_alone" and np.isfinite(lines[-1]["image_loss"])
     import_file(OUTSIDE)
     assert CheckpointDirectory(trained).steps.meta(4)["stage"] == "deep_alone"
-    source = SOURCES["squares"]("squares", 1, SOURCES["squares"].Options(side=3))
+    source = SOURCES["squares"]("squares", SOURCES["squares"].Options(side=3))
     codec = CheckpointDirectory(trained).codec()
     assert codec.kind == "pca" and (codec.grid, codec.channels) == ((2, 2), 6)
-    again = CODECS["pca"].make(CODECS["pca"].Options(), source.images())  # fitted to the source that the config names
+    images = (image.pixels for image in source.images())
+    again = CODECS["pca"].make(CODECS["pca"].Options(), images)  # fitted to the source that the config names
     for name, array in again.weights.items():
         np.testing.assert_array_equal(codec.weights[name], array)
     sampler = Sampler.restore(trained)

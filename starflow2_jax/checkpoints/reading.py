@@ -1,9 +1,11 @@
-"""Reading files that may be missing, damaged or written by another program."""
+"""Reading checkpoint files that may be missing, damaged or written by another program."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import orbax.checkpoint as ocp
 
 from starflow2_jax.errors import UserError
 
@@ -11,7 +13,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or written by another program; the message is one sentence."""
+    """A checkpoint is missing, damaged or written by another program."""
 
 
 def read_json(path: Path) -> object:
@@ -33,11 +35,18 @@ def restored(read: Callable[[], T], what: str, folder: Path) -> T:
     except Exception as error:  # orbax raises many types for damaged files, bare Exception included
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
-            f"{what} in {folder} cannot be restored: it is incomplete, damaged or of another model ({reason})"
+            f"{what} in {folder} cannot be restored, because it is incomplete, damaged or of another model ({reason})"
         ) from None
 
 
-def with_tuples(values):
+def saved_shapes(checkpointer: ocp.StandardCheckpointer, folder: Path) -> Any:
+    """The shapes and types of the arrays that orbax saved in `folder`. Call it within `restored`: many errors can occur."""
+    if (metadata := checkpointer.metadata(folder).item_metadata) is None:
+        raise ValueError(f"{folder.name} does not describe its arrays")
+    return metadata.tree
+
+
+def with_tuples(values: Any) -> Any:
     """The same JSON value with tuples in place of lists, at any depth."""
     if isinstance(values, dict):
         return {k: with_tuples(v) for k, v in values.items()}

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -21,6 +21,8 @@ from starflow2_jax.stages import STAGES
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """Sizes of the mesh's axes. Raises UserError for a size that is neither positive nor -1."""
+
     data: int = option(
         "copies of the model; between slices of TPUs this axis comes first; -1: all remaining devices", -1
     )
@@ -39,6 +41,8 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The sources of documents, and how they are read ahead."""
+
     source: str | None = option(
         "one source for every stage, in place of `sources` and of each stage's `mix`; None: those", None
     )
@@ -56,17 +60,19 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
+    """The key of the section `codec` that all codecs have."""
+
     kind: str = option("latents: read from files; patch: the pixels of squares", "latents", choices=CODECS)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Raises UserError for options that do not fit together."""
+    """The optimizer of a stage. Raises UserError for options that do not fit together."""
 
     name: str = option("the optimizer", "adamw", choices=("adamw", "muon", "adafactor"))
     learning_rate: float = option("learning rate at the end of the warm-up", 1e-4, least=0)
     final_fraction: float = option("share of the learning rate at the end of the cosine decay", 0.1, least=0, most=1)
-    warmup: int = option("steps of linear warm-up; at most half of the stage's", 2000, least=0)
+    warmup: int = option("steps of linear warm-up; at most half of the stage's steps", 2000, least=0)
     b1: float = option("decay of the first moment", 0.9, least=0, below=1)
     b2: float = option("decay of the second moment", 0.95, least=0, below=1)
     weight_decay: float = option("decoupled weight decay, of matrices and embeddings", 1e-4, least=0)
@@ -78,7 +84,7 @@ class OptimizerConfig:
         check(self)
         if self.moments == "float32":
             return
-        if self.name == "adafactor":  # it averages ever more slowly; and factored it is small
+        if self.name == "adafactor":  # its decay approaches 1; and its factored moments are small anyway
             raise UserError("moments='bfloat16' would make adafactor's average stand still; set it to 'float32'")
         if max(self.b1, self.b2) > 0.99:  # an average takes steps of 1 - b2 of itself, and bfloat16 resolves 1/256
             raise UserError("moments='bfloat16' needs b1 and b2 of at most 0.99; a slower average would stand still")
@@ -86,7 +92,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    steps: int = option("training steps of the stage; 0: its parameters stay as they begin", least=0)
+    """How a stage is trained: steps, sizes of a batch, losses and optimizer."""
+
+    steps: int = option("training steps of the stage; 0: its parameters keep their first values", least=0)
     rows: int = option("rows of a batch", 256, least=1)
     length: int = option("positions of a row", 2048, least=1)
     images: int = option("flow images of a row", 7, least=0)
@@ -104,6 +112,8 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class FaultsConfig:
+    """What happens after a step whose loss or gradient is not finite, or whose loss jumps. Raises UserError."""
+
     nonfinite: str = option(
         "action for a loss or gradient that is not finite", "abort", choices=("abort", "skip", "rollback")
     )
@@ -111,13 +121,16 @@ class FaultsConfig:
         "action for a loss far above the last ones", "ignore", choices=("ignore", "abort", "skip", "rollback")
     )
     deviations: float = option("standard deviations above the median that make a spike", 8.0, above=0)
-    window: int = option("number of last good losses that the median is taken of", 100, least=1)
+    window: int = option("number of last good losses whose median is taken", 100, least=1)
     most: int = option("bad steps between two checkpoints, above which the run ends", 10, least=0)
+
+    def __post_init__(self):
+        check(self)
 
 
 @cache
 def codec_class(kind: str | None) -> type:
-    """The keys of the section `codec`: those of all codecs and those of this kind. Raises UserError for an unknown kind."""
+    """The dataclass of the section `codec` for a codec of this `kind`. Raises UserError for an unknown kind."""
     kind = "latents" if kind is None else kind
     require_one_of("codec.kind", kind, CODECS)
     return joined(CodecConfig, CODECS[kind].Options)
@@ -129,6 +142,8 @@ def _codec_options() -> list[type]:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
+    """Every key of an experiment."""
+
     seed: int = option("seed of parameters, data order, noise and dropout", 0, least=0)
     cpu_devices: int = option("CPU devices to create if there is no accelerator: one per core", 1, least=1, most=1024)
     mesh: MeshConfig = option("how devices share the work", MeshConfig())
@@ -147,8 +162,7 @@ class ExperimentConfig:
     keep_every: int = option("steps between checkpoints that are kept for good; 0: none", 0, least=0)
     keep_best: int = option("checkpoints of the lowest `best_metric` that are kept; 0: none", 0, least=0)
     best_metric: str = option(
-        'metric that ranks steps and runs, lower is better, such as "val/ema_loss"; "": the first held-out loss of the '
-        "stage's evals, or the training loss where there is none",
+        'metric that ranks steps and runs, lower is better: "val/loss", "loss", ...; "": a held-out loss, if there is one',
         "",
     )
     evals: dict[str, EvalConfig] = option("evaluations while training, by name", {}, variant=evals.VARIANT)
@@ -159,6 +173,11 @@ class ExperimentConfig:
 
 
 if TYPE_CHECKING:
-    Config = ExperimentConfig  # type checkers read a ConfigDict's keys and types from the schema
+
+    class Config(ExperimentConfig):
+        """A whole config. It is a locked ConfigDict; type checkers read its keys and their types from the schema."""
+
+        def to_dict(self) -> dict[str, Any]: ...
+
 else:
     Config = ConfigDict

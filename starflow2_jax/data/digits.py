@@ -112,6 +112,8 @@ def warped(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DigitOptions:
+    """Which documents are made of the scans."""
+
     kind: str = option("kind of documents", "caption", choices=KINDS)
     part: str = option("scans that are shown", "train", choices=PARTS)
     warp: float = option(

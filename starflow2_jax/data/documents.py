@@ -1,6 +1,6 @@
 """Documents: lists of text parts and image parts. Sources make them; the sampler takes and returns them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -11,12 +11,16 @@ from starflow2_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Text:
+    """A part of a document: words, which the tokenizer turns into tokens."""
+
     text: str
     predict: bool = False  # whether it counts as a prediction in training
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
+    """A part of a document: a picture, or the latents of one."""
+
     pixels: np.ndarray  # (height, width, C) fp32 in [-1, 1]; or latents (h, w, D), if the codec takes latents
     generate: bool = False  # whether it counts as a prediction in training
     via: str = (
@@ -48,7 +52,7 @@ class StoredImage:
 
 # What sources give: a document before its pictures are read and its wordings are drawn (see preparation.py).
 Draft = list[Text | Wordings | Image | StoredImage]
-Said = str | np.ndarray | list[str | np.ndarray | Text | Image]
+Said = str | np.ndarray | Sequence[str | np.ndarray | Text | Image]
 
 
 class Drafts(Protocol):
@@ -86,7 +90,7 @@ class LengthError(DocumentError):
 
 def compose(said: Said) -> Document:
     """A document of one text, of one image (an array like `Image.pixels`), or of a list of texts, images and parts."""
-    parts = said if isinstance(said, list) else [said]
+    parts = [said] if isinstance(said, str | np.ndarray) else said
     return [Text(p) if isinstance(p, str) else Image(p) if isinstance(p, np.ndarray) else p for p in parts]
 
 

@@ -11,9 +11,10 @@ FEWEST = 100  # documents of a source, from which on the share of skipped ones i
 
 @dataclass(frozen=True)
 class DataFaultsConfig:
+    """How many documents may be skipped before the run ends."""
+
     most: float = option(
-        "largest share of a source's documents that may be skipped because they cannot be read or do not fit; above it "
-        "the run ends",
+        "largest share of a source's documents that may be skipped; above it the run ends",
         0.05,
         least=0,
         most=1,

@@ -14,11 +14,10 @@ from jax.sharding import NamedSharding
 
 from starflow2_jax.data.faults import DataFaultsConfig, judge
 from starflow2_jax.data.mixture import Block, Bundle, Stream, in_process
-from starflow2_jax.data.pipeline import Encoder, RowEncoder
+from starflow2_jax.data.pipeline import RowEncoder
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.parallel import processes
 from starflow2_jax.sequence import Sequence as SequenceRows
-from starflow2_jax.sequence import Shape
 
 FORMAT = 2  # of a saved position
 
@@ -39,19 +38,20 @@ class GroupedBatches:
     def __init__(
         self,
         streams: Sequence[Stream],
-        encoder: Encoder,
-        shape: Shape,
+        encode: RowEncoder,
         groups: int = 1,
         workers: int = 0,
         threads: int = 0,
         faults: DataFaultsConfig = DataFaultsConfig(),  # noqa: B008 - it is frozen
         rows: Iterable[int] | None = None,
     ):
-        self.rows, self.per_group, self.groups = shape.rows, rows_of_a_group(shape.rows, groups), groups
+        self.rows, self.groups = encode.shape.rows, groups
+        self.per_group = rows_of_a_group(self.rows, groups)
         self.documents = {stream.name: len(stream.source) for stream in streams}
         self.faults = faults
-        self._streams, self._encode = streams, RowEncoder(encoder, replace(shape, rows=self.per_group))
-        self._own = sorted({row // self.per_group for row in (range(shape.rows) if rows is None else rows)})
+        block = replace(encode.shape, rows=self.per_group)
+        self._streams, self._encode = streams, RowEncoder(encode.encoder, block)
+        self._own = sorted({row // self.per_group for row in (range(self.rows) if rows is None else rows)})
         self._workers, self._threads = min(workers, len(self._own)), threads
         self._states: dict[int, Any] = {}
         self._last: dict[int, Block] = {}

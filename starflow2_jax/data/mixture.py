@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from starflow2_jax import sequence
-from starflow2_jax.data.documents import DocumentError
+from starflow2_jax.data.documents import Document, DocumentError
 from starflow2_jax.data.pipeline import RowEncoder, packed, to_sequence
 from starflow2_jax.data.preparation import Preparation
 from starflow2_jax.data.protocol import Source
@@ -33,10 +33,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A document that was read: its features, or (None) what is wrong with it."""
+    """A document that was read, with its features; or (without them) what is wrong with it."""
 
     source: str
-    features: dict[str, np.ndarray] | None
+    document: Document | None = None
+    features: dict[str, np.ndarray] | None = None
     kind: str = ""  # of the fault
     message: str = ""
 
@@ -62,9 +63,11 @@ class _Load:
     def __call__(self, index: int, rng: np.random.Generator) -> Loaded:
         name = self.stream.name
         try:
-            return Loaded(name, self.encode(self.stream.prepare(self.stream.source[index], rng)))
+            document = self.stream.prepare(self.stream.source[index], rng)
+            return Loaded(name, document, self.encode(document))
         except DocumentError as error:
-            return Loaded(name, None, error.kind, f"document {index} of the source {name!r} is skipped: {error}")
+            message = f"document {index} of the source {name!r} is skipped: {error}"
+            return Loaded(name, kind=error.kind, message=message)
 
 
 class _GivenUpError(Exception):
@@ -119,6 +122,18 @@ def order(stream: Stream) -> grain.MapDataset:
     return epoch if stream.once else epoch.repeat()
 
 
+def loaded(
+    streams: Sequence[Stream], encode: RowEncoder, group: int = 0, groups: int = 1, threads: int = 0
+) -> grain.IterDataset:
+    """The endless documents of a mixture, as Loaded: of each source every `groups`-th, from document `group` on."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    parents = {
+        s.name: order(s).random_map(_Load(s, encode), seed=s.seed)[group::groups].to_iter_dataset(options)
+        for s in streams
+    }
+    return grain.IterDataset.mix(parents, {s.name: s.weight for s in streams})
+
+
 class GroupRows:
     """The endless Blocks of one group: every `groups`-th document of each source, from document `group` on.
 
@@ -130,13 +145,7 @@ class GroupRows:
     def __init__(
         self, streams: Sequence[Stream], encode: RowEncoder, group: int, groups: int, threads: int, state: Any = None
     ):
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-        parents = {
-            s.name: order(s).random_map(_Load(s, encode), seed=s.seed)[group::groups].to_iter_dataset(options)
-            for s in streams
-        }
-        mixed = grain.IterDataset.mix(parents, {s.name: s.weight for s in streams})
-        self.encode, self.sound = encode, _Sound(iter(mixed))
+        self.encode, self.sound = encode, _Sound(iter(loaded(streams, encode, group, groups, threads)))
         self.reader = iter(packed(_Given(self.sound), encode))
         if state is not None:
             self.reader.set_state(state)

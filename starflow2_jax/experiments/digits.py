@@ -3,7 +3,7 @@
     starflow2 train --config digits --out runs/digits
     starflow2 eval --benchmark digits --checkpoint runs/digits --out runs/digits_report
 
-It is digits_quick with more steps, more regularisation and scans that are warped.
+It is digits_quick with more steps, more regularisation and warped scans.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +14,7 @@ STEPS = dict(pretrain=200, text_to_image=800, image_to_text=30, joint=3200)
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
+    """The config. `runlocal`: the small version of digits_quick."""
     c = digits_quick.get_config(runlocal)
     if runlocal:
         return c

@@ -22,11 +22,15 @@ STEPS = dict(text_to_image=200_000, image_to_text=20_000, joint=100_000)
 
 
 def get_config(runlocal: bool = False, chip: str = "") -> ConfigDict:
+    """The config of stage 1. `runlocal`: tiny networks, one step of each stage, digits as data. `chip`: a key of ROWS."""
     return paper_size("7b", "text_to_image", runlocal, chip)
 
 
 def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDict:
-    """The stages up to `last`; stages that a directory has done already are skipped. `vlm`: a size of Qwen2.5-VL."""
+    """The config of the stages up to `last`. A run skips those that its checkpoint directory has done already.
+
+    `vlm`: the size of Qwen2.5-VL, a key of QWEN2_5_VL. `runlocal`, `chip`: see `get_config`. Raises ConfigError.
+    """
     c = ConfigDict()
     c.mesh = dict(data=1, fsdp=-1)
     c.order = tuple(STEPS)[: list(STEPS).index(last) + 1]
@@ -42,7 +46,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     c.model.deep = dict(layers=24, **flow)
     c.model.vlm = asdict(QWEN2_5_VL[vlm]) | dict(remat="full")
     c.stages = {name: dict(steps=steps, optimizer={}) for name, steps in STEPS.items()}
-    c.stages.text_to_image.vlm_length = 512  # the positions that are no flow image
+    c.stages.text_to_image.vlm_length = 512  # positions outside flow images
     c.stages.joint.optimizer.learning_rate = 5e-5
     if runlocal:
         return small(c)
@@ -50,9 +54,11 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
 
 
 def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
-    """The settings that the plans found to fit, and to be fast, on a slice of these chips."""
+    """`c` with the settings that fit on a slice of these chips, and are fast there, by the plans. Raises ConfigError."""
     if chip not in ROWS:
-        raise ConfigError(f"this experiment knows the chips {', '.join(ROWS)}, not {chip!r}")
+        raise ConfigError(
+            f"this experiment has settings for the chips {', '.join(ROWS)}, not for {chip!r}; give one of these"
+        )
     for stage in c.stages.values():
         stage.rows = ROWS[chip]
     for stream in ("vlm", "shallow", "deep"):
@@ -63,7 +69,7 @@ def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
 
 
 def small(c: ConfigDict) -> ConfigDict:
-    """The same path with two layers of everything, one step of each stage, and digits instead of one's own data."""
+    """`c` with two layers in each network, one step of each stage, and digits as data."""
     tiny, quick = dict(layers=2, width=32, heads=2), digits_quick.get_config()
     c.order = ("pretrain", *c.order)
     c.data, c.codec = quick.data, quick.codec

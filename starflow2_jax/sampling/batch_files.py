@@ -10,7 +10,6 @@ NNN_K.png or .npy      image K of answer NNN; a prompt's answers have consecutiv
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -19,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from starflow2_jax.checkpoints.atomic_folder import write_whole
 from starflow2_jax.data.documents import Document, DocumentError, Image
 from starflow2_jax.data.images import write_image
 from starflow2_jax.errors import UserError
@@ -85,7 +85,7 @@ def begin(out: Path, run: dict[str, Any]) -> None:
         )
     else:
         out.mkdir(parents=True, exist_ok=True)
-        _replace(described, json.dumps(run, indent=1))
+        write_whole(described, json.dumps(run, indent=1))
 
 
 def write(
@@ -118,7 +118,7 @@ def write(
     done = answered(out, prompts)
     if complete := len(done) == len(prompts):
         listing = [line["parts"] for prompt in prompts for line in done[prompt.key]]
-        _replace(out / "samples.json", json.dumps(listing, indent=1))
+        write_whole(out / "samples.json", json.dumps(listing, indent=1))
     return complete
 
 
@@ -133,8 +133,8 @@ def write_anew(sampler: Sampler, prompt: Prompt, out: Path, denoised: bool = Fal
     out.mkdir(parents=True, exist_ok=True)
     [documents] = _answers(sampler, [prompt], denoised, 1)
     lines = _lines(sampler, prompt, 0, documents, out)
-    _replace(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    _replace(out / "samples.json", json.dumps([line["parts"] for line in lines], indent=1))
+    write_whole(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(out / "samples.json", json.dumps([line["parts"] for line in lines], indent=1))
     return lines
 
 
@@ -223,11 +223,4 @@ def _keep_complete(path: Path, done: dict[int | str, list[Line]]) -> None:
     """Drop from a file a line that was cut off, and the lines of prompts that are not completely answered."""
     if path.is_file():
         lines = [line for line in _whole_lines(path) if line in done.get(line["document"], ())]
-        _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that other processes see either all of it or none of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""A sweep's results: a table (Markdown, CSV, JSON) and a plot of the metric against each parameter."""
+"""The results of a sweep: a table (Markdown, CSV, JSON), and a plot of the metric against each key that varies."""
 
 import csv
 import json
@@ -13,8 +13,12 @@ FILES = ("sweep.md", "sweep.csv", "sweep.json", "sweep.png")
 
 
 def write(sweep: Sweep, folder: str | Path) -> list[dict]:
-    """Write FILES into `folder`. Returns the table's rows, the best first and those without a result last: one per point, or
-    one for all seeds of a point if the sweep varies the seed."""
+    """Write FILES into `folder`; the plot only if a point is done. Returns the table: a row for each point, or, if the sweep
+    varies the seed, for each group of points that differ in their seed alone (see `over_seeds`).
+
+    The rows are sorted by the metric, the best first, and points without a result last. A point's row has its values, its
+    metric (None: no result), "state" and "folder".
+    """
     folder = Path(folder)
     points = [
         {
@@ -65,7 +69,9 @@ def over_seeds(points: Sequence[dict], names: Sequence[str], metric: str) -> lis
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    def cell(value) -> str:
+    """The rows of a table, which have the same keys, as a Markdown table."""
+
+    def cell(value: object) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
         return text.replace("|", "\\|").replace("\n", " ")
 
@@ -74,8 +80,8 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def _plot(rows: Sequence[dict], names: Sequence[str], metric: str, path: Path) -> None:
-    """One panel per parameter. If there are two parameters, lines join the points that have the other one in common. Bars show
-    the spread over seeds."""
+    """Plot the metric in one panel for each key of `names`, with bars for the spread over seeds. If there are two keys, points
+    with equal values of the other one are joined by a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
@@ -106,10 +112,11 @@ def _plot(rows: Sequence[dict], names: Sequence[str], metric: str, path: Path) -
 
 
 def _numeric(rows: Sequence[dict], name: str) -> bool:
+    """Whether all values of a column are numbers."""
     return all(isinstance(row[name], int | float) and not isinstance(row[name], bool) for row in rows)
 
 
 def spans_decades(values: Sequence) -> bool:
-    """Whether a logarithmic axis fits: positive numbers, the largest at least ten times the smallest."""
+    """Whether values need a logarithmic axis: positive numbers, of which the largest is ten times the smallest or more."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     return numbers and min(values) > 0 and max(values) >= 10 * min(values)

@@ -1,15 +1,17 @@
-"""The steps of one task: read, step, judge, log, save. Handles steps that go wrong, and machines that are taken away."""
+"""A run of one task: it reads batches, steps, checks the metrics, logs and saves. It handles bad steps and preemption."""
 
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.config.schema import FaultsConfig
 from starflow2_jax.parallel import sharding
 from starflow2_jax.training.evals.protocol import Evaluation
 from starflow2_jax.training.faults import Watch
@@ -17,16 +19,16 @@ from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.preemption import Preempted, Preemption
 from starflow2_jax.training.profiling import Profiler
-from starflow2_jax.training.task import State, Task, groups
+from starflow2_jax.training.task import S, Task, groups
 
 
 @dataclass(frozen=True)
 class Settings:
     """How often a run logs and saves, and its policy for bad steps."""
 
-    log_every: int  # steps
-    save_every: int
-    faults: Mapping | None = None  # see faults.Watch
+    log_every: int  # steps; 0: never
+    save_every: int  # steps; 0: only at the end of a task
+    faults: FaultsConfig = FaultsConfig()
     peak_flops: float | None = None  # of one device, for the MFU
 
 
@@ -41,16 +43,17 @@ class Tools:
     profiler: Profiler
 
 
-class Run:
-    """One task, resumed from its newest checkpoint: `state`, `reader`, `step`, `save`.
+class Run(Generic[S]):
+    """One task in progress, resumed from the newest checkpoint.
 
-    `place`: index of the task in the order; `first`: number of steps that the run does before the task; `best`: the metric
-    by which steps are ranked, one of a step or of an evaluation ("NAME/NUMBER").
+    `place`: index of the task in the order. `first`: number of steps of the tasks before it. Steps are counted over all
+    tasks, so the task's first step has the number first + 1. `best`: the metric by which steps are ranked, one of a step or
+    of an evaluation ("NAME/NUMBER").
     """
 
     def __init__(
         self,
-        task: Task,
+        task: Task[S],
         place: int,
         first: int,
         checkpoints: CheckpointDirectory,
@@ -70,28 +73,30 @@ class Run:
             watched.pop("losses", None)  # another task's losses cannot be compared
         with tools.ledger.time("restart"):
             self.state, position = restore(task, checkpoints, mesh)
+            self.number = first + int(self.state.step)  # of the last step that is done
             self.frozen = task.frozen(checkpoints)
             self.reader, self.layout = task.batches(), sharding.batch_sharding(mesh)
             if position is not None:
-                self._compare_documents(meta, latest)
+                self._compare_documents(meta.get("documents"))
                 self.reader.set_state(position)
             self.step = task.step()
         self.mesh, self.flops = mesh, task.flops
         self.watch = Watch(settings.faults, watched)
-        self.number = first + int(self.state.step)  # of the last step that is done, counted over the whole run
-        self.pending: deque[tuple[int, dict]] = deque()  # steps whose metrics were not judged yet
+        self.pending: deque[tuple[int, dict]] = deque()  # numbers and metrics of steps that are not judged yet
         self.seen: dict[str, float] = {}  # metrics of the last step that was judged
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
         self.recent: list[float] = []  # values of `best` since the last save
-        self.owed = meta.get("stage") == task.name and meta.get(
-            "owed", False
-        )  # evaluations of the step it resumes from
-        self.unranked = False  # whether this was said
-        self.called = False
+        # Whether the step that the run resumes from was saved before its evaluations were done.
+        self.owed = meta.get("stage") == task.name and meta.get("owed", False)
+        self.unranked = False  # a step was saved without a value of `best`
+        self.called = False  # the step function, which compiles when it is called first
         self.read: dict[str, int] = {}  # counts of documents, at the last check
 
     def run(self, last: int, stop_at: int | None) -> bool:
-        """Train up to step `last` of the whole run. Returns whether it got there. Raises Preempted, NonFiniteLoss, LossSpike."""
+        """Train up to step `last`. Returns False if the run stopped at `stop_at` before.
+
+        Raises Preempted, NonFiniteLoss or LossSpike.
+        """
         tools, settings = self.tools, self.settings
         tools.bar.update(self.number - self.first)
         logged = self.number
@@ -127,16 +132,16 @@ class Run:
 
     @property
     def faults(self) -> dict[str, int]:
-        """Counts of the steps of the whole run that went wrong, and of the actions; see `faults.Watch`."""
+        """Counts of the bad steps of all tasks so far, and of the actions; see `faults.Watch`."""
         return self.watch.counts
 
     def finish(self, ended: bool) -> None:
-        """After the last step: save the state that the task leaves. `ended`: as in `save`."""
+        """After the task's last step, save the state that it leaves. `ended`: as in `save`."""
         with self.tools.ledger.time("checkpoint"):
             self.save(self.task.finish(self.state, self.checkpoints), None, ended)
 
-    def save(self, state: State, position: object, ended: bool) -> None:
-        """Save a step. `position`: of the data. `ended`: the run ends here, so the time until the next start is not lost."""
+    def save(self, state: S, position: object, ended: bool) -> None:
+        """Save `state` as the step self.number. `position`: of the data. `ended`: the run ends here, see `Ledger.state`."""
         finite = [value for value in self.recent if np.isfinite(value)]
         self.checkpoints.lock.require_held()
         meta = {
@@ -149,7 +154,7 @@ class Run:
             "time": self.tools.ledger.state(ended),
             "owed": self.owed,
         }
-        # A step without a finite value has no metrics, so it is not among the best.
+        # Without a finite value since the last save there are no metrics, and Keep.best does not count the step.
         metrics = {"stage": self.place, "loss": float(np.mean(finite))} if finite else None
         if not self.recent and position is not None:
             self._warn_of_no_rank()
@@ -178,7 +183,7 @@ class Run:
         self.pending.append((self.number, values))
 
     def _judge(self, leave: int) -> bool:
-        """Judge the pending steps except the last `leave`, which may still be running. Returns False if the run went back."""
+        """Judge the pending steps except the last `leave`, which may still run. Returns False if the run went back."""
         while len(self.pending) > leave:
             number, values = self.pending.popleft()
             values = {name: float(value) for name, value in values.items()}
@@ -195,15 +200,14 @@ class Run:
             self.tools.ledger.count_tokens(values["tokens"])
         return True
 
-    def _compare_documents(self, meta: Mapping, step: int) -> None:
-        """Warns if the source has another number of documents than when the step was saved."""
-        then = meta.get("documents")
+    def _compare_documents(self, then: object) -> None:
+        """Warns if a source had another number of documents when the step was saved. `then`: those numbers by source."""
         for name, now in self.reader.documents.items():
             before = then.get(name, now) if isinstance(then, dict) else now
             if before != now and self.tools.metrics.writes:
                 print(
-                    f"WARNING: the data source {name!r} has {now} documents, and had {before} when step {step} was saved; the run "
-                    "resumes at the same position, but from here on it may read other documents than it would have",
+                    f"WARNING: the data source {name!r} has {now} documents, but had {before} when step {self.number} was saved; the "
+                    "run resumes at the same position in the data, so it may skip documents or read some of them again",
                     file=sys.stderr,
                 )
 
@@ -218,17 +222,17 @@ class Run:
             )
 
     def _warn_of_no_targets(self, number: int) -> None:
-        """Warns at the 1st, 2nd, 4th, 8th, ... step of the run whose batch taught nothing."""
+        """Warns at the 1st, 2nd, 4th, 8th, ... step whose batch has no targets."""
         count = self.watch.counts["without_targets"]
         if count & (count - 1) == 0 and self.tools.metrics.writes:
             print(
-                f'WARNING: nothing is predicted in the batch of step {number} (no "predict" or "generate" that this task '
-                f"counts); {count} such steps so far",
+                f'WARNING: nothing is predicted in the batch of step {number} (it has no "predict" or "generate" that this task '
+                f"learns from); {count} such steps so far",
                 file=sys.stderr,
             )
 
     def _go_back(self, bad: int) -> None:
-        """Restore the last checkpoint's state. The data continues after the batches that were read."""
+        """Restore the state of the last checkpoint. The data continues after the batches that were read."""
         tools = self.tools
         self.pending.clear()
         with tools.ledger.time("restart"):
@@ -241,7 +245,7 @@ class Run:
         tools.metrics.rewind(self.number)
         self.recent.clear()
         if tools.metrics.writes:
-            print(f"WARNING: step {bad} went wrong; resuming from step {self.number} with other data", file=sys.stderr)
+            print(f"WARNING: step {bad} was bad; resuming from step {self.number} with other data", file=sys.stderr)
         tools.bar.update(self.number - tools.bar.n)
 
     def _log(self, steps: int) -> None:
@@ -272,13 +276,13 @@ class Run:
         self.owed = False
 
 
-def restore(task: Task, checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[State, object]:
-    """A task's state and data position at the newest step. If that step is another task's: the state before the first step."""
+def restore(task: Task[S], checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[S, object]:
+    """A task's state and data position at the newest step. If that step is another task's: the state before the first step,
+    and None."""
     latest = checkpoints.steps.latest()
-    meta = checkpoints.steps.meta(latest) if latest else None
-    if meta is None:
+    if not latest:  # step 0 of `Trainer.begin` holds the fresh parameters of the first task
         return task.new_state(None), None
-    wanted = task.abstract_state()
+    meta, wanted = checkpoints.steps.meta(latest), task.abstract_state()
     if meta["stage"] != task.name:
         continues = task.continues(meta["stage"])
         params = checkpoints.steps.restore(latest, {"params": wanted.params})["params"] if continues else None

@@ -14,7 +14,7 @@ from starflow2_jax.data.documents import Text
 from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.images import ImageReader
 from starflow2_jax.data.mixture import Stream
-from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.data.pipeline import Encoder, RowEncoder
 from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.parallel import sharding
@@ -45,8 +45,8 @@ def stream(source, name: str = "numbers", weight: float = 1.0, seed: int = 3) ->
 def reader(host: int = 0, hosts: int = 1, groups: int = 4, **options) -> GroupedBatches:
     per_host = SHAPE.rows // hosts
     rows = range(host * per_host, (host + 1) * per_host)
-    encoder = Encoder(tiny.tokenizer(), tiny.CODEC)
-    return GroupedBatches([stream(Numbered())], encoder, SHAPE, groups, rows=rows, **options)
+    encode = RowEncoder(Encoder(tiny.tokenizer(), tiny.CODEC), SHAPE)
+    return GroupedBatches([stream(Numbered())], encode, groups, rows=rows, **options)
 
 
 def joined(blocks: dict) -> list[np.ndarray]:
@@ -148,6 +148,6 @@ def test_groups_that_do_not_fit():
 def test_the_vlm_budget_holds_in_every_group():
     shape = replace(SHAPE, vlm_length=9)
     source = [[Text("a b c"), tiny.Image(tiny.pixels(i), generate=True)] for i in range(4)]
-    found = next(GroupedBatches([stream(source)], Encoder(tiny.tokenizer(), tiny.CODEC), shape, 4))
+    found = next(GroupedBatches([stream(source)], RowEncoder(Encoder(tiny.tokenizer(), tiny.CODEC), shape), 4))
     words = [np.sum((block.modality != FLOW) & (block.modality != PAD), axis=1) for block in found.values()]
     assert 0 < np.max(words) <= 9 and np.max([np.max(block.segments) for block in found.values()]) == 1

@@ -13,7 +13,7 @@ from starflow2_jax.data.documents import Text
 from starflow2_jax.data.groups import GroupedBatches
 from starflow2_jax.data.images import ImageReader
 from starflow2_jax.data.mixture import Stream
-from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.data.pipeline import Encoder, RowEncoder
 from starflow2_jax.data.preparation import Preparation, SourceConfig, unvaried
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.sequence import Shape
@@ -39,7 +39,8 @@ def reader(host: int = 0, hosts: int = 1) -> GroupedBatches:
     stream = Stream("numbered", 1.0, Numbered(), prepare, seed=5, once=True)
     per_host = SHAPE.rows // hosts
     rows = range(host * per_host, (host + 1) * per_host)
-    return GroupedBatches([stream], Encoder(tiny.tokenizer(), tiny.CODEC), SHAPE, 4, rows=rows)
+    encode = RowEncoder(Encoder(tiny.tokenizer(), tiny.CODEC), SHAPE)
+    return GroupedBatches([stream], encode, 4, rows=rows)
 
 
 def batches(hosts: int) -> list[list[np.ndarray]]:
@@ -112,7 +113,7 @@ def test_nothing_is_trained_on_them_or_fitted_to_them():
         (["evals.val.every=-1"], "at least 0"),
         (["evals.val.stages=joins"], "did you mean 'joint'"),
         (["evals.sheet.every=5"], r"evals.sheet \(SheetOptions\) lacks prompts"),
-        (["evals.a b.mix.read=1"], "the name of an evaluation has letters"),
+        (["evals.a b.mix.read=1"], "an evaluation's name has letters"),
         ([f"evals.val.mix.{kind}_held_out=0" for kind in ("caption", "read", "sum", "mirror", "count")], "no source"),
         (
             ["evals.sheet.prompts=a", "codec.kind=latents", "codec.grid=4,4", "codec.channels=4"],

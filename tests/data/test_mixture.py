@@ -15,7 +15,7 @@ from starflow2_jax.data.groups import GroupedBatches
 from starflow2_jax.data.images import ImageReader
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream, order
-from starflow2_jax.data.pipeline import Encoder
+from starflow2_jax.data.pipeline import Encoder, RowEncoder
 from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.sequence import Shape
@@ -46,8 +46,8 @@ def stream(source, weight: float = 1.0) -> Stream:
 
 
 def reader(*streams: Stream, groups: int = 1, rows=None, **faults) -> GroupedBatches:
-    encoder = Encoder(tiny.tokenizer(), tiny.CODEC)
-    return GroupedBatches(streams, encoder, SHAPE, groups, faults=DataFaultsConfig(**faults), rows=rows)
+    encode = RowEncoder(Encoder(tiny.tokenizer(), tiny.CODEC), SHAPE)
+    return GroupedBatches(streams, encode, groups, faults=DataFaultsConfig(**faults), rows=rows)
 
 
 def told(data: GroupedBatches, count: int) -> list[tuple[str, int]]:

@@ -57,7 +57,7 @@ def test_the_tokenizer_learns_the_documents_words(tmp_path):
 @pytest.mark.parametrize(
     "sides, via, codec, saying",
     [
-        ((4, 4), "vit", {}, 'no image via "flow"'),
+        ((4, 4), "vit", {}, 'no images via "flow"'),
         ((4, 6), "flow", {}, r"sizes \[\(4, 4\), \(4, 6\)\]; bring them to one size"),
         ((4, 4), "flow", {"patch": 3}, "codec.patch=3 does not divide an image's side of 4 pixels"),
         ((4, 4), "flow", {"kind": "vae"}, "codec.kind is 'patch' or 'latents', not 'vae'"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import struct
 
-from starflow2_jax.errors import ConfigError
+from starflow2_jax.config.schema import FaultsConfig
+from starflow2_jax.errors import UserError
 from starflow2_jax.parallel.hardware import peak_flops
 from starflow2_jax.training import goodput
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss, Watch, guarded
@@ -21,7 +22,7 @@ def values(loss: float, grad_norm: float = 1.0) -> dict[str, float]:
 
 def watch(**changes) -> Watch:
     """One that has seen fifty losses of deviation 0.1 around -2."""
-    w = Watch(changes)
+    w = Watch(FaultsConfig(**changes))
     for step, loss in enumerate(np.random.default_rng(0).normal(-2, 0.1, 50), start=1):
         assert w.judge(step, values(float(loss)), "here") is None
     return w
@@ -46,7 +47,7 @@ def test_the_limit_is_of_losses_that_were_known_when_the_step_began():
 
 def test_without_a_policy_or_enough_losses_nothing_is_a_spike():
     assert watch().limit(60) == math.inf
-    few = Watch({"spike": "skip"})
+    few = Watch(FaultsConfig(spike="skip"))
     for step in range(1, 20):
         few.judge(step, values(1.0), "here")
     assert few.limit(21) == math.inf
@@ -59,8 +60,8 @@ def test_policies():
         watch(spike="abort").judge(51, values(9.0), "here")
     assert watch(nonfinite="skip").judge(51, values(1.0, math.inf), "here") == "skip"
     assert watch(nonfinite="rollback").judge(51, values(math.inf), "here") == "rollback"
-    with pytest.raises(ConfigError, match="faults.nonfinite is one of"):
-        Watch({"nonfinite": "ignore"})
+    with pytest.raises(UserError, match="nonfinite is one of"):
+        FaultsConfig(nonfinite="ignore")
 
 
 def test_too_many_bad_steps_end_the_run():
@@ -74,7 +75,7 @@ def test_too_many_bad_steps_end_the_run():
 def test_a_watch_goes_on_from_its_state():
     w = watch(spike="rollback", nonfinite="skip")
     w.judge(51, values(math.nan), "here")
-    again = Watch({"spike": "rollback", "nonfinite": "skip"}, w.state())
+    again = Watch(FaultsConfig(spike="rollback", nonfinite="skip"), w.state())
     assert again.limit(60) == w.limit(60) and again.counts == w.counts
     w.rewind(30)
     assert [step for step, _ in w.losses][-1] == 30 and again.losses[-1][0] == 50
@@ -117,7 +118,7 @@ def test_a_bad_update_is_not_applied(policy, loss, applied):
 
     state = State(jnp.int32(4), tree(1.0), tree(2.0), tree(3.0))
     batch = Batch(jnp.array([[1, 1, 0], [2, 0, 0]]), jnp.float32(loss))
-    new, _ = jax.jit(guarded(step, policy))(state, {}, batch, np.float32(10.0))
+    new, _ = jax.jit(guarded(step, FaultsConfig(**policy)))(state, {}, batch, np.float32(10.0))
     assert int(new.step) == 5
     added = loss if applied else 0.0
     for tree, before in ((new.params, 1.0), (new.ema, 2.0), (new.optimizer, 3.0)):

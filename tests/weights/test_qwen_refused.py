@@ -61,8 +61,8 @@ def test_kinds(copy, checkpoint, monkeypatch, capsys):
     [
         (b"{", "is not valid JSON"),
         (b"[]", "must be a JSON object"),
-        (b'{"patch_size": 14}', "patch_size 14 where"),
-        (b'{"temporal_patch_size": 1}', "temporal_patch_size 1 where"),
+        (b'{"patch_size": 14}', "patch_size 14, but"),
+        (b'{"temporal_patch_size": 1}', "temporal_patch_size 1, but"),
         (b'{"size": 224}', "must have shortest_edge and longest_edge"),
         (b'{"min_pixels": "many"}', "cannot be read as a processor's options"),
         (b'{"image_mean": [0.5]}', "one entry for each of the 3 channels"),
@@ -131,8 +131,8 @@ def test_a_processors_settings_as_the_reference_library_saves_them(tmp_path, cap
     "files, saying",
     [
         ({}, "min_pixels 3136, max_pixels 1003520, mean (0.48145466"),
-        ({"preprocessor_config.json": NORMALISED | dict(min_pixels=64)}, "does not say them: max_pixels 1003520\n"),
-        ({"processor_config.json": dict(image_processor=EDGES)}, "does not say them: mean (0.48145466"),
+        ({"preprocessor_config.json": NORMALISED | dict(min_pixels=64)}, "lacks them: max_pixels 1003520\n"),
+        ({"processor_config.json": dict(image_processor=EDGES)}, "lacks them: mean (0.48145466"),
     ],
 )
 def test_defaults_of_a_processor_are_printed(tmp_path, capsys, files, saying):
@@ -263,7 +263,7 @@ def test_names_shapes_and_types_all_together(copy, capsys):
         "- tensor visual.patch_embed.proj.weight has shape (32, 2, 3, 4, 4) where (32, 3, 2, 4, 4) is expected",
         "- tensor model.layers.1.input_layernorm.weight is of type F32, model.layers.0.input_layernorm.weight of BF16; "
         "they are layers of one array",
-        "- tensor lm_head.weight is of type F64; there are F32, F16, BF16",
+        "- tensor lm_head.weight is of type F64; supported are F32, F16, BF16",
     }
 
 

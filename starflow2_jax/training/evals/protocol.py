@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from starflow2_jax.training.stage_task import StageTask
-from starflow2_jax.training.task import State
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +32,8 @@ class Evaluator(Protocol):
         Raises UserError.
         """
 
-    def __call__(self, number: int, state: State, frozen: Any) -> Findings:
-        """Evaluate the parameters after step `number` of the whole run. All processes call it together."""
+    def __call__(self, number: int, state: Any, frozen: Any) -> Findings:
+        """Evaluate the parameters of the task's `state` and its `frozen` ones after step `number` of the whole run. All processes call it together."""
         ...
 
 
