@@ -22,6 +22,8 @@ class EvalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions(EvalOptions):
+    """Losses of held-out documents."""
+
     mix: dict[str, float] = option("weight of each held-out source in the batches", least=0)
     batches: int = option("batches; a source with fewer documents is read once", 50, least=1)
 
@@ -29,11 +31,14 @@ class LossOptions(EvalOptions):
 
     @classmethod
     def applies(cls, stage: Stage) -> bool:
+        """See EvalOptions."""
         return stage.image_loss or stage.text_loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class SheetOptions(EvalOptions):
+    """Images of fixed prompts and seeds."""
+
     prompts: tuple[str, ...] = option("texts, or .jsonl files of documents; each is a row of the sheet")
     samples: int = option("images for each prompt, with the seeds seed, seed + 1, ...", 4, least=1, most=64)
     seed: int = option("seed of the first image of each prompt", 0, least=0)
@@ -42,6 +47,7 @@ class SheetOptions(EvalOptions):
 
     @classmethod
     def applies(cls, stage: Stage) -> bool:
+        """See EvalOptions."""
         return stage.image_loss
 
 

@@ -63,18 +63,14 @@ class Named:
 
 
 def named(config: Any, stage: str | None = None) -> list[Named]:
-    """The sources of a config in the order of their names: those that a stage mixes, or (None) those of all stages.
+    """The sources of a config in the order of their names: those that a stage mixes, or (None) all that are not held out.
 
     `data.source`, where it is given, stands for all of them in every stage.
     """
     if config.data.source is not None:
         return [_named(ALONE, 1.0, {"path": config.data.source})]
-    alike = {name: 1.0 for name in config.data.sources if name not in held_out(config)}
-    weights: dict[str, float] = {}
-    for each in [stage] if stage else config.stages:
-        mix = dict(config.stages[each].mix) or alike
-        weights |= {name: weight for name, weight in mix.items() if weight > 0}
-    return mixed(config, weights)
+    mix = dict(config.stages[stage].mix) if stage else {}
+    return mixed(config, mix or {name: 1.0 for name in config.data.sources if name not in held_out(config)})
 
 
 def mixed(config: Any, mix: Mapping[str, float]) -> list[Named]:

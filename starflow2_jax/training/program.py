@@ -51,7 +51,7 @@ def jitted_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 
-def objective(config: Config, stage: Stage, deviations) -> Objective:
+def objective(config: Config, stage: Stage, deviations: ArrayLike) -> Objective:
     """The loss of a stage's step. `deviations`: as for `jitted_step`."""
     cfg = config.stages[stage.name]
     return Objective(
