@@ -1,6 +1,6 @@
 """The table of sources, and the sources that a config names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from starflow2_jax.data.huggingface import HuggingFaceDocuments
 from starflow2_jax.data.images import BUCKETS, ImageReader, locate
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream
-from starflow2_jax.data.preparation import Preparation, SourceConfig
+from starflow2_jax.data.preparation import Preparation, SourceConfig, unvaried
 from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.tfds import TfdsDocuments
 from starflow2_jax.errors import ConfigError, shown
@@ -84,36 +84,39 @@ class Named:
 
 
 def named(config: Any, stage: str | None = None) -> list[Named]:
-    """The sources of a config in the order of their names: those that a stage mixes, or (None) all of them.
+    """The sources of a config in the order of their names: those that a stage mixes, or (None) all that are not held out.
 
     `data.source`, where it is given, stands for all of them in every stage.
     """
     if config.data.source is not None:
-        values = {ALONE: {"path": config.data.source}}
-        mix = {ALONE: 1.0}
-    else:
-        values = {name: dict(each) for name, each in config.data.sources.items()}
-        mix = dict(config.stages[stage].mix) if stage else {}
-    weights = mix or dict.fromkeys(values, 1.0)
-    return [
-        Named(
-            name, weight, build(source_class(values[name]["path"]), VARIANT.own(values[name]), f"data.sources.{name}")
-        )
-        for name, weight in sorted(weights.items())
-        if weight > 0
-    ]
+        return [_named(ALONE, 1.0, {"path": config.data.source})]
+    mix = dict(config.stages[stage].mix) if stage else {}
+    return mixed(config, mix or {name: 1.0 for name in config.data.sources if name not in held_out(config)})
+
+
+def mixed(config: Any, mix: Mapping[str, float]) -> list[Named]:
+    """The sources of `data.sources` that a mix gives a weight, in the order of their names."""
+    return [_named(name, weight, dict(config.data.sources[name])) for name, weight in sorted(mix.items()) if weight > 0]
+
+
+def held_out(config: Any) -> set[str]:
+    """The sources that evaluations mix and no stage does: nothing is trained on them or fitted to them."""
+    read = {name for stage in config.stages.values() for name in stage.mix}
+    return {name for each in config.evals.values() for name in getattr(each, "mix", None) or ()} - read
+
+
+def _named(name: str, weight: float, values: dict[str, Any]) -> Named:
+    return Named(name, weight, build(source_class(values["path"]), VARIANT.own(values), f"data.sources.{name}"))
 
 
 def streams(config: Any, stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
     """The sources that a stage mixes, opened. tokenizer: lays out conversations. Raises UserError."""
-    height, width, _ = codec.image_shape
-    images = ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels)
     return [
         Stream(
             name=each.name,
             weight=each.weight,
             source=_of_codec(each, codec),
-            prepare=Preparation(each.config, images, stage.image_loss, stage.words_only, tokenizer),
+            prepare=Preparation(each.config, _reader(codec), stage.image_loss, stage.words_only, tokenizer),
             seed=stream_seed(config.seed, "documents", stage.name, each.name),
         )
         for each in named(config, stage.name)
@@ -129,6 +132,27 @@ def _of_codec(named: Named, codec: Codec) -> Source:
             "source again with --codec and this run's directory"
         )
     return source
+
+
+def held_out_streams(config: Any, mix: Mapping[str, float], stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
+    """The sources that an evaluation mixes, opened: the same documents in every run, each read once, with nothing left out
+    and all pictures cropped in the middle. Raises UserError."""
+    return [
+        Stream(
+            name=each.name,
+            weight=each.weight,
+            source=_of_codec(each, codec),
+            prepare=Preparation(unvaried(each.config), _reader(codec), False, stage.words_only, tokenizer),
+            seed=stream_seed(0, "held out", each.name),
+            once=True,
+        )
+        for each in mixed(config, mix)
+    ]
+
+
+def _reader(codec: Codec) -> ImageReader:
+    height, width, _ = codec.image_shape
+    return ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels)
 
 
 def codec_options(config: Any) -> tuple[type[Codec], Any]:
