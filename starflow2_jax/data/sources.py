@@ -25,6 +25,7 @@ from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.tfds import TfdsDocuments
 from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.fields import Variant, build, joined
+from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
 from starflow2_jax.text_files import reason
@@ -39,6 +40,7 @@ SOURCES: dict[str, type[Source]] = {
     "/state.json": HuggingFaceDocuments,
     "/dataset_dict.json": HuggingFaceDocuments,
 }
+HUGE = 2**14  # side in pixels of a picture that every vision tower scales down
 ALONE = "documents"  # the name of the source that `data.source` gives
 
 
@@ -109,14 +111,21 @@ def _named(name: str, weight: float, values: dict[str, Any]) -> Named:
     return Named(name, weight, build(source_class(values["path"]), VARIANT.own(values), f"data.sources.{name}"))
 
 
-def streams(config: Any, stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
-    """The sources that a stage mixes, opened. tokenizer: lays out conversations. Raises UserError."""
+def streams(
+    config: Any, stage: Stage, codec: Codec, tokenizer: Any, vision: VisionConfig | None = None
+) -> list[Stream]:
+    """The sources that a stage mixes, opened.
+
+    tokenizer: lays out conversations. vision: the vision tower, whose sizes let large pictures be decoded smaller. Raises
+    UserError.
+    """
+    images = _reader(codec, vision)
     return [
         Stream(
             name=each.name,
             weight=each.weight,
             source=_of_codec(each, codec),
-            prepare=Preparation(each.config, _reader(codec), stage.image_loss, stage.words_only, tokenizer),
+            prepare=Preparation(each.config, images, stage.image_loss, stage.words_only, tokenizer),
             seed=stream_seed(config.seed, "documents", stage.name, each.name),
         )
         for each in named(config, stage.name)
@@ -142,7 +151,7 @@ def held_out_streams(config: Any, mix: Mapping[str, float], stage: Stage, codec:
             name=each.name,
             weight=each.weight,
             source=_of_codec(each, codec),
-            prepare=Preparation(unvaried(each.config), _reader(codec), False, stage.words_only, tokenizer),
+            prepare=Preparation(unvaried(each.config), _reader(codec, None), False, stage.words_only, tokenizer),
             seed=stream_seed(0, "held out", each.name),
             once=True,
         )
@@ -150,9 +159,10 @@ def held_out_streams(config: Any, mix: Mapping[str, float], stage: Stage, codec:
     ]
 
 
-def _reader(codec: Codec) -> ImageReader:
+def _reader(codec: Codec, vision: VisionConfig | None) -> ImageReader:
     height, width, _ = codec.image_shape
-    return ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels)
+    seen = max(vision.resized((HUGE, HUGE))) if vision else None
+    return ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels, seen=seen)
 
 
 def codec_options(config: Any) -> tuple[type[Codec], Any]:

@@ -64,7 +64,7 @@ class StageTask:
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
         self.step()
-        sources.streams(self.config, self.stage, self.codec, self.tokenizer)
+        self.streams()
 
     def continues(self, name: str) -> bool:
         """Whether the stage `name` trains the same tree as this one."""
@@ -120,10 +120,14 @@ class StageTask:
         encoder = Encoder(self.tokenizer, self.codec, vision, remembered=REMEMBERED)
         return RowEncoder(encoder, program.batch_shape(self.config, self.stage))
 
+    def streams(self) -> list[Stream]:
+        """The sources of this stage, opened. Raises UserError."""
+        vision = self.model.cfg.vlm.vision
+        return sources.streams(self.config, self.stage, self.codec, self.tokenizer, vision)
+
     def batches(self) -> GroupedBatches:
         """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
-        streams = sources.streams(self.config, self.stage, self.codec, self.tokenizer)
-        return self.reader(streams, self.config.data.workers)
+        return self.reader(self.streams(), self.config.data.workers)
 
     def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
         """The same of other streams. `workers`: processes that read ahead."""
