@@ -23,7 +23,7 @@ PROCESSOR_FILES = ("processor_config.json", "chat_template.json")  # of `transfo
 
 END = "<|im_end|>"  # of a turn, and of a document
 Parts = list[Text | Image | StoredImage]  # a document whose images may be unread
-Turn = tuple[str, Parts]  # who speaks, and what was said
+Turn = tuple[str, Sequence[Text | Image | StoredImage]]  # who speaks, and what was said
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load(folder: str | Path) -> Any:
     return tokenizer
 
 
-def chat(tokenizer: Any, turns: Sequence[Turn]) -> Parts:
+def chat(tokenizer: Any, turns: Sequence[Turn]) -> list[Any]:
     """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
 
     turns: role ("system", "user" or "assistant") and what it said.
@@ -117,6 +117,10 @@ def conversation(tokenizer: Any, turns: Sequence[Turn]) -> Parts:
     The assistant's turns keep their own parts. Each is ended by END, which counts as a prediction; the last one's END comes
     when the document is encoded. What follows the last answer is left out. Raises DocumentError.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DocumentError(
+            "the tokenizer has no chat template, which lays out conversations; begin from a converted vision-language model"
+        )
     if not any(role == "assistant" for role, _ in turns):
         raise DocumentError("the conversation has no turn of the assistant, so there is nothing to learn from it")
     for part in (part for _, said in turns for part in said):
@@ -146,7 +150,7 @@ def flat(document: Sequence[Text | Image | StoredImage]) -> tuple[str, list[Any]
     return "".join(p.text if isinstance(p, Text) else IMAGE_MARK for p in document), images
 
 
-def unflat(text: str, images: list[Any]) -> Any:
+def unflat(text: str, images: list[Any]) -> list[Any]:
     """The inverse of `flat`."""
     parts: Parts = []
     first, *texts = text.split(IMAGE_MARK)
@@ -162,9 +166,9 @@ def _printed(content: list | str) -> list[str]:
     return [str(content), json.dumps(content), json.dumps(content, ensure_ascii=False)]
 
 
-def _as_list(said: Parts) -> list[dict[str, str]]:
+def _as_list(said: Sequence[Text | Image | StoredImage]) -> list[dict[str, str]]:
     return [{"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image"} for p in said]
 
 
-def _as_string(said: Parts) -> str:
+def _as_string(said: Sequence[Text | Image | StoredImage]) -> str:
     return flat(said)[0]
