@@ -152,6 +152,10 @@ def conversation(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text |
     The assistant's turns keep their own parts. Each is ended by END, which counts as a prediction; the last one's END comes
     when the document is encoded. What follows the last answer is left out. Raises DocumentError.
     """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DocumentError(
+            "the tokenizer has no chat template, which lays out conversations; begin from a converted vision-language model"
+        )
     if not any(role == "assistant" for role, _ in turns):
         raise DocumentError("the conversation has no turn of the assistant, so there is nothing to learn from it")
     for part in (part for _, said in turns for part in said):

@@ -148,11 +148,11 @@ class Trainer:
         """
         c = self.config
         settings = Settings(c.log_every, c.save_every, c.faults, peak_flops(c.peak_flops))
-        tasks = [self.task(name) for name in c.order]
         if not self.begun:
             self._require_stages()  # now, before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
+            tasks = [self.task(name) for name in c.order]  # with the codec that the directory holds
             return train(
                 tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile, self._evals, self._best
             )

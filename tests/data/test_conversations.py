@@ -137,6 +137,10 @@ def test_conversations_that_are_refused(tmp_path, row, saying):
     refused(DocumentError, prepared, row, tmp_path, saying=saying)
 
 
+def test_a_tokenizer_without_a_template(tmp_path):
+    refused(DocumentError, prepared, two_turns(tmp_path), tmp_path, None, saying=("no chat template",))
+
+
 def test_turns_are_marked_in_a_draft(tmp_path):
     draft = from_conversation({"messages": two_messages()[:2]}, epath.Path(tmp_path))
     assert draft == [Speaker("user"), Text("one"), Speaker("assistant"), Text("two", predict=True)]
