@@ -237,7 +237,7 @@ class Analysis:
         size = self._payload(computation, at, base)
         n = len(group)
         sent = size * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(base, (n - 1) / n)
-        seconds = sent / self._bandwidth(group, base)
+        seconds = sent / self.topology.send_rate(self.coordinates[group], base == "collective-permute")
         key = base, self._axis(group)
         kind = self.costs.collectives.setdefault(key, Collective(*key))
         kind.count += times
@@ -257,16 +257,6 @@ class Analysis:
         """The mesh axes that the chips of a group differ in."""
         places = np.array(np.unravel_index(group, tuple(self.mesh.values()))).T
         return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
-
-    def _bandwidth(self, group: list[int], base: str) -> float:
-        """Bytes/s that a chip sends: a link for each dimension along which the group lies, two if that is a ring."""
-        chip, places = self.topology.chip, self.coordinates[group]
-        sizes = [len(set(column)) for column in places.T]
-        along = [d for d, size in enumerate(sizes) if size > 1]
-        if base == "collective-permute" or not along:
-            return 2 * chip.link  # to a neighbour, in both directions at once
-        rings = [d for d in along if self.topology.closes(d) and sizes[d] == self.topology.shape[d]]
-        return chip.link * (len(along) + len(rings))
 
 
 def _moves(at: Instruction) -> bool:

@@ -4,9 +4,6 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
 from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
@@ -139,7 +136,7 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     )
     plan.fits = plan.peak <= plan.memory
     module = Module(program.compiled.as_text() or "")
-    costs = Analysis(module, topology, plan.mesh, places(program.mesh, topology)).costs
+    costs = Analysis(module, topology, plan.mesh, topology.places(list(program.mesh.devices.flat))).costs
     plan.flops_compiled, plan.bytes_moved = costs.flops, costs.bytes
     plan.seconds, plan.matrix_seconds, plan.exposed_seconds = costs.seconds, costs.matrix_seconds, costs.exposed
     plan.memory_seconds = costs.bytes / topology.chip.bandwidth
@@ -147,14 +144,6 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     plan.unknown_loops = len(costs.unknown)
     plan.largest = largest_arrays(module)
     return costs
-
-
-def places(mesh: Mesh, topology: Topology) -> np.ndarray:
-    """(chips, dimensions): the coordinates in the torus of each partition's chip."""
-    devices = list(mesh.devices.flat)
-    if not hasattr(devices[0], "coords"):  # no TPUs: assume raster order
-        return np.array(np.unravel_index(np.arange(len(devices)), topology.shape)).T
-    return np.array([d.coords[: len(topology.shape)] for d in devices])
 
 
 def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:

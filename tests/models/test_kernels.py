@@ -56,14 +56,14 @@ def compare(run, arrays, segments, tolerance):
         )
 
 
-@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted"))
+@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted", "triton_interpreted"))
 @pytest.mark.parametrize("stream", STREAMS)
 def test_kernels_on_packed_rows(kernel, stream):
     arrays, segments = inputs(stream)
     compare(lambda q, k, v: attend_packed(q, k, v, segments, kernel), arrays, segments, 1e-5)
 
 
-@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted"))
+@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted", "triton_interpreted"))
 def test_rows_of_one_document(kernel):
     arrays, segments = inputs("flow", 1)
     compare(lambda q, k, v: attend_packed(q, k, v, None, kernel), arrays, np.zeros_like(segments), 1e-5)
@@ -149,6 +149,8 @@ def test_cudnn_on_rows_that_are_cut(stream):
         ("splash_interpreted", dict(data=2, fsdp=2, tensor=2), 4),
         ("splash_interpreted", dict(data=2, sequence=2, tensor=2), 2),
         ("splash_interpreted", dict(data=2, tensor=4), 2),
+        ("triton_interpreted", dict(data=2, fsdp=2, tensor=2), 4),
+        ("triton_interpreted", dict(data=2, tensor=4), 2),
     ],
 )
 def test_kernels_on_a_mesh(kernel, mesh, rows):

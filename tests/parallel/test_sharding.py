@@ -65,7 +65,7 @@ def groups(devices, **sizes):
             for group in mesh.devices.reshape(-1, mesh.shape["sequence"] * mesh.shape["tensor"])]
 
 
-v5e, v6e, v5p, v4 = (compiling.tpu_devices(hardware.parse_topology(t)) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4"))
+v5e, v6e, v5p, v4 = (compiling.described_devices(hardware.parse_topology(t)) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4"))
 two = list(topologies.get_topology_desc("v6e:4x4", platform="tpu", num_slices=2).devices)
 print(json.dumps({
     "v6e": [groups(v6e, fsdp=64, tensor=4), groups(v6e, fsdp=64, sequence=2, tensor=2)],
