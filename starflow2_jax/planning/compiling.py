@@ -166,7 +166,7 @@ def compile_step(config: Config, stage: Stage, devices: list) -> Program:
     with jax.set_mesh(mesh):
         state, frozen, batch = program.abstract_arguments(config, model, stage, optimizer, mesh)
         step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels), mesh)
-        compiled = _compile(step, devices, state, frozen, batch)
+        compiled = compile_for(devices, step, state, frozen, batch)
     moving = {name: state.params[name] for name in stage.trains}
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
@@ -201,9 +201,9 @@ def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capa
         batch, lengths = _on_rows((program.empty_batch(cfg, shape), jax.ShapeDtypeStruct((B,), jnp.int32)), mesh)
         ids = TokenIds(*range(5))  # which ids they are does not change the program
         kind = steps.Program(model, ids, stage.skips, branches)
-        read = _compile(steps.read, devices, kind, params, state, batch, 0, lengths, lengths)
+        read = compile_for(devices, steps.read, kind, params, state, batch, 0, lengths, lengths)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-        write = _compile(steps.write, devices, kind, params, state, count)
+        write = compile_for(devices, steps.write, kind, params, state, count)
     kinds = {"parameters": bytes_a_chip(params), "caches": bytes_a_chip(state.caches)}
     return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
 
@@ -219,7 +219,7 @@ def _on_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return sharding.placed(tree, sharding.row_shardings(tree, mesh))
 
 
-def _compile(function: Any, devices: list, *arguments) -> jax.stages.Compiled:
+def compile_for(devices: list, function: Any, *arguments) -> jax.stages.Compiled:
     """Compile a jitted function for the devices' platform. Raises DoesNotFit."""
     platform = "cuda" if devices[0].platform == "gpu" else devices[0].platform  # "gpu" would be lowered for ROCm, too
     with _answering_for(devices[0]):

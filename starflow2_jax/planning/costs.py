@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from starflow2_jax.parallel.hardware import Topology
-from starflow2_jax.planning.hlo import Computation, Instruction, Module, require_match
+from starflow2_jax.planning.hlo import Computation, Instruction, Module
 
 ROOFLINE = (
     "operations run one after another, each for the longer of its FLOP at the matrix units' peak and its bytes at "
@@ -266,8 +266,8 @@ def _moves(at: Instruction) -> bool:
 
 def first_group(attributes: str, chips: int) -> list[int]:
     """The partitions of a collective's first group, in any of XLA's notations; all partitions if it names no groups."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}(.*?)\}\}", attributes):
-        return _cycle(attributes, int(pairs[1]))
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
+        return _cycle([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(i) for i in listed[1].split(",")]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
@@ -279,11 +279,10 @@ def first_group(attributes: str, chips: int) -> list[int]:
     return list(range(chips))
 
 
-def _cycle(attributes: str, first: int) -> list[int]:
-    """The chips that a permutation passes the first chip's data along, the first chip included."""
-    text = require_match(r"source_target_pairs=\{(\{.*?\})\}", attributes)[1]
-    target = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", text)}
-    group = [first]
+def _cycle(pairs: list[tuple[int, int]]) -> list[int]:
+    """The chips that a permutation passes the data of one chip along: the first chip that does not keep its own."""
+    target = dict(pairs)
+    group = [next((a for a, b in pairs if a != b), pairs[0][0])]
     while (following := target.get(group[-1])) is not None and following not in group:
         group.append(following)
     return group

@@ -52,6 +52,7 @@ def test_collectives_of_a_scan_by_axis():
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5}}", [0, 1, 2, 3]),
+        ("source_target_pairs={{0,0},{2,1},{1,2},{3,3}}", [2, 1]),
         ("replica_groups={}", list(range(8))),
     ],
 )
