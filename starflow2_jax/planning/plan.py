@@ -8,10 +8,10 @@ from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
 from starflow2_jax.parallel import sharding
-from starflow2_jax.parallel.hardware import Topology
+from starflow2_jax.parallel.hardware import Gpu, Topology
 from starflow2_jax.planning import compiling
 from starflow2_jax.planning.compiling import DoesNotFit, Program
-from starflow2_jax.planning.costs import ROOFLINE, Analysis, Costs
+from starflow2_jax.planning.costs import MARGIN, MEASURED, NEVER_RUN, ROOFLINE, Analysis, Costs
 from starflow2_jax.planning.hlo import Module
 from starflow2_jax.sampling.rows import bucket
 from starflow2_jax.stages import Stage
@@ -49,6 +49,7 @@ class Plan:
     advice: list[str] = field(default_factory=list)
     unknown_loops: int = 0
     compile_seconds: float = 0
+    likely: tuple[float, float] | None = None  # seconds, by how far off predictions were; None: nothing was measured
     rules: dict[str, str] = field(default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE})
 
     def json(self) -> dict:
@@ -140,6 +141,9 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     plan.flops_compiled, plan.bytes_moved = costs.flops, costs.bytes
     plan.seconds, plan.matrix_seconds, plan.exposed_seconds = costs.seconds, costs.matrix_seconds, costs.exposed
     plan.memory_seconds = costs.bytes / topology.chip.bandwidth
+    gpus = isinstance(topology.chip, Gpu)
+    plan.likely = (costs.seconds * MARGIN[0], costs.seconds * MARGIN[1]) if gpus else None
+    plan.rules["margin"] = MEASURED if gpus else NEVER_RUN
     plan.collectives = sorted(map(asdict, costs.collectives.values()), key=lambda c: -c["seconds"])
     plan.unknown_loops = len(costs.unknown)
     plan.largest = largest_arrays(module)
@@ -176,7 +180,10 @@ def advice(plan: Plan, config: Config, stage: Stage) -> list[str]:
     if streams:
         changes.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
     if any(getattr(config.model, part).kernel == "xla" for part in ("vlm", "deep")):
-        changes.append("kernel=splash in model.vlm, model.deep and model.shallow: no attention matrix in memory")
+        changes.append(
+            "a kernel that holds no attention matrix in memory in model.vlm, model.deep and model.shallow: splash on TPUs, "
+            "cudnn_packed or triton on GPUs"
+        )
     changes.append(
         "mesh.tensor or mesh.sequence above 1: several chips share a row's heads or positions, and its activations"
     )

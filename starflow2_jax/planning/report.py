@@ -41,6 +41,10 @@ def text(plan: Plan) -> str:
         lines[-1] += f", MFU {plan.mfu:.1%}"
     if plan.seconds_a_token:
         lines[-1] += f", {plan.seconds_a_token:.3g} s a token of a row"
+    if plan.likely:
+        lines += [f"  likely {plan.likely[0]:.3g} to {plan.likely[1]:.3g} s: {plan.rules['margin']}"]
+    else:
+        lines += [f"  not corrected: {plan.rules['margin']}"]
     lines += [f"  roofline: {plan.rules['roofline']}"]
     return "\n".join(lines)
 

@@ -237,9 +237,17 @@ def test_what_cudnn_is_told_is_right(monkeypatch, cudnn_anywhere, mesh):
 @pytest.mark.parametrize(
     "kernel, shape, dtype, reason",
     [
-        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, cudnn_packed, splash"),
+        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, cudnn_packed, triton"),
         ("splash", (1, 256, 2, 128), jnp.float32, "'splash' runs on tpu, not on cpu"),
         ("cudnn", (1, 256, 2, 128), jnp.bfloat16, "'cudnn' runs on gpu, not on cpu"),
+        ("triton", (1, 256, 2, 128), jnp.bfloat16, "'triton' runs on gpu, not on cpu"),
+        (
+            "triton_interpreted",
+            (1, 200, 2, 128),
+            jnp.float32,
+            "rows of a multiple of 32 positions, not float32, 128 and 200",
+        ),
+        ("triton_interpreted", (1, 256, 2, 512), jnp.float32, "heads of up to 256 channels"),
         ("splash_interpreted", (1, 200, 2, 128), jnp.float32, "rows of a multiple of 128 positions"),
         ("splash_interpreted", (1, 256, 2, 64), jnp.float32, "not 256 and 64"),
     ],
