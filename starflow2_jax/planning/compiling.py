@@ -44,6 +44,8 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# What launch/common.sh sets in XLA_FLAGS for runs on GPUs.
+GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
 MISSING = "planning for {0} needs their compiler; install it with pip install 'starflow2_jax[{1}]'"
 
 
@@ -221,11 +223,12 @@ def _on_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def compile_for(devices: list, function: Any, *arguments) -> jax.stages.Compiled:
     """Compile a jitted function for the devices' platform. Raises DoesNotFit."""
-    platform = "cuda" if devices[0].platform == "gpu" else devices[0].platform  # "gpu" would be lowered for ROCm, too
+    gpus = devices[0].platform == "gpu"
+    platform = "cuda" if gpus else devices[0].platform  # "gpu" would be lowered for ROCm, too
     with _answering_for(devices[0]):
         lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=GPU_OPTIONS if gpus else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
