@@ -7,6 +7,7 @@ from typing import Any
 from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
+from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import sharding
 from starflow2_jax.parallel.hardware import Gpu, Topology
 from starflow2_jax.planning import compiling
@@ -15,7 +16,7 @@ from starflow2_jax.planning.costs import MARGIN, MEASURED, NEVER_RUN, ROOFLINE, 
 from starflow2_jax.planning.hlo import Module
 from starflow2_jax.sampling.rows import bucket
 from starflow2_jax.stages import Stage
-from starflow2_jax.training.program import batch_shape
+from starflow2_jax.training.program import batch_shape, held_whole
 
 
 @dataclass
@@ -47,10 +48,13 @@ class Plan:
     mfu: float = 0
     largest: list[tuple[float, str]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
+    whole: str = ""  # which parameters every chip holds whole, and what would cut them
     unknown_loops: int = 0
     compile_seconds: float = 0
     likely: tuple[float, float] | None = None  # seconds, by how far off predictions were; None: nothing was measured
-    rules: dict[str, str] = field(default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE})
+    rules: dict[str, str] = field(
+        default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE, "margin": NEVER_RUN}
+    )
 
     def json(self) -> dict:
         """Every field, as JSON values."""
@@ -73,6 +77,7 @@ def plan_step(config: Config, stage: Stage, topology: Topology, devices: list) -
         plan.advice = advice(plan, config, stage)
         return plan
     plan.compile_seconds = time.time() - begin
+    plan.whole = held_whole(config, Pretzel(model), program.mesh)
     costs = _measure(plan, program, topology)
     plan.tokens_per_second = shape.rows * shape.length / costs.seconds
     plan.mfu = hand.mfu(costs.seconds, topology.chips, topology.chip.flops)
@@ -141,9 +146,8 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     plan.flops_compiled, plan.bytes_moved = costs.flops, costs.bytes
     plan.seconds, plan.matrix_seconds, plan.exposed_seconds = costs.seconds, costs.matrix_seconds, costs.exposed
     plan.memory_seconds = costs.bytes / topology.chip.bandwidth
-    gpus = isinstance(topology.chip, Gpu)
-    plan.likely = (costs.seconds * MARGIN[0], costs.seconds * MARGIN[1]) if gpus else None
-    plan.rules["margin"] = MEASURED if gpus else NEVER_RUN
+    if isinstance(topology.chip, Gpu):
+        plan.likely, plan.rules["margin"] = (costs.seconds * MARGIN[0], costs.seconds * MARGIN[1]), MEASURED
     plan.collectives = sorted(map(asdict, costs.collectives.values()), key=lambda c: -c["seconds"])
     plan.unknown_loops = len(costs.unknown)
     plan.largest = largest_arrays(module)

@@ -16,6 +16,8 @@ def text(plan: Plan) -> str:
     lines += [f"  {'peak':<22}{_size(plan.peak):>12}  of {_size(plan.memory)}: {verdict}"]
     if plan.host:
         lines += [f"  {'and in the host memory':<22}{_size(plan.host):>12}"]
+    if plan.whole:
+        lines += [f"  {plan.whole}"]
     if not plan.fits:
         lines += _does_not_fit(plan)
     lines += ["FLOP of a chip and step"]

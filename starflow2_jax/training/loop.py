@@ -1,5 +1,6 @@
 """The loop over the tasks of a run, and the Trainer: the stages of STARFlow2, trained in a checkpoint directory."""
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.preemption import Preemption
 from starflow2_jax.training.profiling import Profiler
-from starflow2_jax.training.program import makes_vlm
+from starflow2_jax.training.program import held_whole, makes_vlm
 from starflow2_jax.training.run import Run, Settings, Tools
 from starflow2_jax.training.stage_task import StageTask
 from starflow2_jax.training.task import Task
@@ -130,6 +131,8 @@ class Trainer:
             self._require_stages()  # before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
+            if processes.primary() and (whole := held_whole(self.config, self.model, self.mesh)):
+                print(f"NOTE: {whole}", file=sys.stderr)
             return train(tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile)
 
     def _prepare(self) -> None:

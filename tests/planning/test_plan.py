@@ -10,8 +10,11 @@ import pytest
 from starflow2_jax import cli
 from starflow2_jax.config import loading as configs
 from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import hardware
+from starflow2_jax.parallel.sharding import AXES
 from starflow2_jax.planning import compiling, plan, report, search
+from starflow2_jax.training import program
 from starflow2_jax.training.program import batch_shape, find_stage
 
 EXPERIMENT = Path(__file__).parents[2] / "starflow2_jax/experiments" / "starflow2_7b_t2i.py"
@@ -52,6 +55,16 @@ def test_plan_of_a_step(small):
     assert made.mfu == pytest.approx(sum(made.flops_by_hand.values()) / made.seconds / TOPOLOGY.chip.flops)
     assert json.loads(json.dumps(made.json()))["chips"] == 8
     assert "fits" in report.text(made) and f"MFU {made.mfu:.1%}" in report.text(made)
+
+
+def test_a_plan_says_which_parameters_no_chip_shares(small, monkeypatch):
+    """Seven chips, and no size of the shrunk model is a multiple of seven."""
+    monkeypatch.setattr(program.sharding, "LEAST", 1)
+    mesh = jax.sharding.AbstractMesh((1, 7, 1, 1), AXES)
+    whole = program.held_whole(small, Pretzel(configs.pretzel(small)), mesh)
+    assert "fsdp=7 divides no dimension of vlm/" in whole
+    made = plan.Plan("", "", 7, dict(fsdp=7), {}, True, 1, 2 * 2**30, {}, whole=whole)
+    assert whole in report.text(made)
 
 
 def test_plans_of_the_sampler(small):
