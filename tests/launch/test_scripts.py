@@ -229,6 +229,16 @@ def test_processes_on_gpus_get_the_flags_that_plans_are_made_with(call, tmp_path
     assert found == flags and command[0] == "srun", done.stderr
 
 
+def test_the_container_recipe():
+    """Its sources are there, its extras exist, and its processes get the flags that plans are made with."""
+    text = (ROOT / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    [extras] = re.findall(r'"\.\[(.*)\]"', text)
+    assert all(f'"{extra}": ' in (ROOT / "setup.py").read_text() for extra in extras.split(","))
+    assert f"XLA_FLAGS={FLAGS}\n" in text
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [
