@@ -16,14 +16,14 @@ ROOFLINE = (
     "latencies, the units' inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
 )
 
-# Seconds of real steps on NVIDIA GPUs / seconds predicted by `ROOFLINE`: the least and the most that were found.
+# Seconds of real training steps on NVIDIA GPUs / seconds predicted by `ROOFLINE`: the least and the most that were found.
 MARGIN = (1.16, 1.53)
 MEASURED = (
-    f"real steps took {MARGIN[0]} to {MARGIN[1]} times the predicted seconds: 1.38 and 1.41 on one H200 (stages 1 and 3 of "
+    f"real training steps took {MARGIN[0]} to {MARGIN[1]} times the predicted seconds: 1.38 and 1.41 on one H200 (stages 1 and 3 of "
     "7B), and 1.38, 1.34, 1.16 and 1.53 in MosaicML's published runs of MPT, 7B on 8 H100, 13B on 64 H100, 7B on 8 A100 and "
     "7B on 64 A100 (docs/benchmarks/gpu.md)"
 )
-NEVER_RUN = "no step on a TPU was ever compared with a prediction"
+NOT_COMPARED = "no real step of this kind on such a chip was compared with a prediction"
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Operations that do no work: they name values or set memory aside.

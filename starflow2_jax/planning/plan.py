@@ -12,7 +12,7 @@ from starflow2_jax.parallel import sharding
 from starflow2_jax.parallel.hardware import Gpu, Topology
 from starflow2_jax.planning import compiling
 from starflow2_jax.planning.compiling import DoesNotFit, Program
-from starflow2_jax.planning.costs import MARGIN, MEASURED, NEVER_RUN, ROOFLINE, Analysis, Costs
+from starflow2_jax.planning.costs import MARGIN, MEASURED, NOT_COMPARED, ROOFLINE, Analysis, Costs
 from starflow2_jax.planning.hlo import Module
 from starflow2_jax.sampling.rows import bucket
 from starflow2_jax.stages import Stage
@@ -53,7 +53,7 @@ class Plan:
     compile_seconds: float = 0
     likely: tuple[float, float] | None = None  # seconds, by how far off predictions were; None: nothing was measured
     rules: dict[str, str] = field(
-        default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE, "margin": NEVER_RUN}
+        default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE, "margin": NOT_COMPARED}
     )
 
     def json(self) -> dict:
@@ -79,6 +79,8 @@ def plan_step(config: Config, stage: Stage, topology: Topology, devices: list) -
     plan.compile_seconds = time.time() - begin
     plan.whole = held_whole(config, Pretzel(model), program.mesh)
     costs = _measure(plan, program, topology)
+    if isinstance(topology.chip, Gpu):
+        plan.likely, plan.rules["margin"] = (costs.seconds * MARGIN[0], costs.seconds * MARGIN[1]), MEASURED
     plan.tokens_per_second = shape.rows * shape.length / costs.seconds
     plan.mfu = hand.mfu(costs.seconds, topology.chips, topology.chip.flops)
     if not plan.fits:
@@ -146,8 +148,6 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     plan.flops_compiled, plan.bytes_moved = costs.flops, costs.bytes
     plan.seconds, plan.matrix_seconds, plan.exposed_seconds = costs.seconds, costs.matrix_seconds, costs.exposed
     plan.memory_seconds = costs.bytes / topology.chip.bandwidth
-    if isinstance(topology.chip, Gpu):
-        plan.likely, plan.rules["margin"] = (costs.seconds * MARGIN[0], costs.seconds * MARGIN[1]), MEASURED
     plan.collectives = sorted(map(asdict, costs.collectives.values()), key=lambda c: -c["seconds"])
     plan.unknown_loops = len(costs.unknown)
     plan.largest = largest_arrays(module)
