@@ -221,7 +221,7 @@ def _on_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return sharding.placed(tree, sharding.row_shardings(tree, mesh))
 
 
-def compile_for(devices: list, function: Any, *arguments) -> jax.stages.Compiled:
+def compile_for(devices: list, function: Any, *arguments: Any) -> jax.stages.Compiled:
     """Compile a jitted function for the devices' platform. Raises DoesNotFit."""
     gpus = devices[0].platform == "gpu"
     platform = "cuda" if gpus else devices[0].platform  # "gpu" would be lowered for ROCm, too
