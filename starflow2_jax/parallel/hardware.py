@@ -102,7 +102,8 @@ def compute_capability(kind: str) -> tuple[int, int] | None:
     known = {gpu.kind: gpu.capability for gpu in GPUS.values()}
     here = jax.devices()[0]
     if here.device_kind == kind and isinstance(version := getattr(here, "compute_capability", None), str):
-        return tuple(map(int, version.split(".")))[:2]
+        major, minor = version.split(".")
+        return int(major), int(minor)
     return known.get(kind)
 
 

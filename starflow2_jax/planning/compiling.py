@@ -21,7 +21,7 @@ from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
 from starflow2_jax.parallel import sharding
-from starflow2_jax.parallel.hardware import Gpu, Topology
+from starflow2_jax.parallel.hardware import Chip, Gpu, Topology
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
@@ -69,10 +69,11 @@ class Program:
 
 def described_devices(topology: Topology) -> list:
     """The devices of a topology, as their compiler describes them. Raises UserError if it is missing or refuses them."""
-    return _gpus(topology) if isinstance(topology.chip, Gpu) else _tpus(topology)
+    chip = topology.chip
+    return _gpus(topology, chip) if isinstance(chip, Gpu) else _tpus(topology, chip)
 
 
-def _tpus(topology: Topology) -> list:
+def _tpus(topology: Topology, chip: Chip) -> list:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -80,9 +81,9 @@ def _tpus(topology: Topology) -> list:
     except ImportError:
         raise UserError(MISSING.format("TPUs", "tpu")) from None
     described: dict[str, Any] = {}
-    if topology.chip.name == "v4":
+    if chip.name == "v4":
         described["chip_config_name"] = "megacore"  # its two cores are one device
-    if topology.chips < topology.chip.chips_a_host:
+    if topology.chips < chip.chips_a_host:
         described["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
     try:
         return list(topologies.get_topology_desc(str(topology), platform="tpu", **described).devices)
@@ -90,10 +91,10 @@ def _tpus(topology: Topology) -> list:
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
 
 
-def _gpus(topology: Topology) -> list:
+def _gpus(topology: Topology, gpu: Gpu) -> list:
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise UserError(MISSING.format("GPUs", "cuda"))
-    text, shape = target_config(topology.chip), "x".join(map(str, (1, *topology.shape)))
+    text, shape = target_config(gpu), "x".join(map(str, (1, *topology.shape)))
     return list(topologies.get_topology_desc(platform="cuda", target_config=text, topology=shape).devices)
 
 
