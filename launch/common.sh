@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by tpu_pod.sh, gke.sh and slurm.sh: usage, dry runs, and the command that trains. They are run as
+# Sourced by tpu_pod.sh, gke.sh, slurm.sh and gpu_node.sh: usage, dry runs, and the command that trains. They are run as
 # SCRIPT [--dry-run] ACTION [arguments of `starflow2 train`].
 
 set -euo pipefail
@@ -7,6 +7,9 @@ REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 RESTART_CODE=75 # training saved its state and wants to be started again
 # A user's mistake ends in 2: starting again does not help. Any other end is a fault, and training goes on from its last
 # checkpoint when it is started again.
+
+# XLA's flags for NVIDIA GPUs: collectives run beside computation. `starflow2 plan` compiles with the same flags.
+GPU_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true
 
 fail() {
   echo "$(basename "$0"): $*" >&2

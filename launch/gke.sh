@@ -84,6 +84,7 @@ start() {
     # XPK names the processes of GPU nodes to the workload by variables of its own.
     # shellcheck disable=SC2016
     join='export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES JAX_PROCESS_ID=$NODE_RANK && '
+    join="export XLA_FLAGS=$GPU_FLAGS && $join"
   fi
   if [[ -n "${IMAGE:-}" ]]; then
     image=(--docker-image="$IMAGE")

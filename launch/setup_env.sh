@@ -1,7 +1,7 @@
 # Sourced by the scripts of this folder and by .ci/run: Python environments with this package in them.
 #
-#   use_env EXTRAS         put an environment with these extras (such as "test", or "") first on PATH: the one in $VENV
-#                          as it is, where VENV is given, else .venv of the repository, made or brought up to date
+#   use_env EXTRAS [NAME]  put an environment with these extras (such as "test", or "") first on PATH: the one in $VENV
+#                          as it is, where VENV is given, else NAME (.venv) in the repository, made or brought up to date
 #   make_env DIR EXTRAS    make the environment DIR, or bring it up to date after setup.py, pyproject.toml or constraints.txt changed
 #
 # PYTHON names the Python to build with (default python3; 3.11 or newer). pip takes its own settings from its own
@@ -50,7 +50,7 @@ use_env() {
     [[ -x "$VENV/bin/python" ]] || fail "VENV=$VENV is not a Python environment: it has no bin/python"
     VENV="$(cd "$VENV" && pwd)"
   else
-    VENV="$REPOSITORY/.venv"
+    VENV="$REPOSITORY/${2:-.venv}"
     make_env "$VENV" "$1"
   fi
   export VENV PATH="$VENV/bin:$PATH"

@@ -15,6 +15,7 @@
 #         folder that exists, else where you are; GRACE=300: seconds before the end of TIME at which training is told to
 #         save (SIGTERM); RESTARTS=50: how often the job is queued again, after that or a fault; ENDED, a file that
 #         gets the job's exit code when it is over and not queued again (a sweep names one). VENV as in setup_env.sh.
+#         XLA_FLAGS, NCCL_... and all other variables reach the processes; docs/guides/clusters.md explains some.
 # tail, cancel: JOB, the number that submit printed; tail: LOGS as in submit.
 #
 # submit makes the Python environment, so that jobs that begin together find it made and none installs beneath another.
@@ -59,6 +60,7 @@ job() {
     export JAX_LOCAL_DEVICE_IDS
   fi
   [[ -n "$DRY_RUN" ]] || use_env cuda
+  export XLA_FLAGS="$GPU_FLAGS${XLA_FLAGS:+ $XLA_FLAGS}"
   # When one process ends, the others have a while to end too, saving included; what then hangs on a lost peer is killed.
   options=(--kill-on-bad-exit=0 --wait=120)
   [[ -z "${ENDED:-}" ]] || run rm -f "$ENDED"

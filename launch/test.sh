@@ -4,12 +4,18 @@
 #   launch/test.sh [pytest arguments]          paths are relative to the repository; default: all of tests/
 #   launch/test.sh --numprocesses 0 --pdb      in one process; else one a core, four at most
 #   JAX_PLATFORMS=cuda,cpu launch/test.sh      on something else than the CPU
+#   launch/test.sh -m gpu_compile              tests that compile for NVIDIA GPUs, on any machine: the CUDA compiler
+#                                              (6 GB) is installed into an environment of its own, .venv-cuda
 #
 # Makes .venv at the first call; see setup_env.sh for VENV and PYTHON.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
-use_env test
+if [[ " $* " == *" -m gpu_compile "* ]]; then
+  use_env test,cuda .venv-cuda
+else
+  use_env test
+fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 if [[ "${STARFLOW2_GOLDEN:-/}" != /* ]]; then # more golden files (tests/weights/test_golden.py), relative to where you are
   export STARFLOW2_GOLDEN="$PWD/$STARFLOW2_GOLDEN"

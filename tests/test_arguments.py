@@ -76,7 +76,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_parser", PARSER)
     monkeypatch.setattr(devices, "start", begin)
     monkeypatch.setattr(training, "start_devices", begin)
-    monkeypatch.setattr(compiling, "tpu_devices", begin)
+    monkeypatch.setattr(compiling, "described_devices", begin)
     monkeypatch.setattr(encoding, "encode", begin)
     monkeypatch.setattr(points, "run", begin)
     monkeypatch.setattr(points, "submit", begin)

@@ -13,7 +13,9 @@ from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
 from starflow2_jax.parallel.hardware import CHIPS as TPUS
+from starflow2_jax.parallel.hardware import parse_topology
 from starflow2_jax.parallel.sharding import AXES
+from starflow2_jax.planning.costs import MARGIN
 from starflow2_jax.planning.plan import settings
 from starflow2_jax.stages import STAGES as STAGE_TABLE
 from starflow2_jax.training.loop import Trainer
@@ -24,6 +26,14 @@ from starflow2_jax.training.step import new_state
 EXPERIMENTS = Path(__file__).parents[1] / "starflow2_jax/experiments"
 STAGES = {"t2i": "text_to_image", "adapter": "image_to_text", "joint": "joint"}
 CHIPS = {"v5e": 256, "v5p": 64, "v6e": 256}
+# Kept plan -> experiment's chip, topology, rows of the stages where they are not the experiment's own.
+GPU_PLANS = {
+    "h100x8": ("h100", "h100:8", 64),
+    "h100x64": ("h100", "h100:8x8", None),
+    "a100x8": ("a100-80", "a100-80:8", None),
+    "b200x8": ("b200", "b200:8", None),
+    "h200x1": (None, "h200:1", None),
+}
 FROZEN = {"7b": 8.292, "3b": 3.755}  # billions of parameters of the published VLMs, tied head once
 
 
@@ -49,7 +59,7 @@ def test_builds_at_full_size(size, stage):
 @pytest.mark.parametrize(
     "experiment, chip",
     [(p.name, None) for p in sorted(EXPERIMENTS.glob("starflow2_*.py"))]
-    + [(f"starflow2_7b_{stage}.py", chip) for stage in STAGES for chip in CHIPS],
+    + [(f"starflow2_7b_{stage}.py", chip) for stage in STAGES for chip in (*CHIPS, "h100")],
 )
 def test_rows_can_be_grouped_cut_and_spread(experiment, chip):
     """On a slice of 256, or as many devices as the mesh names."""
@@ -76,8 +86,31 @@ def test_what_is_planned_is_what_is_trained(stage, chip):
     assert kept["mfu"] == pytest.approx(reached)
 
 
+@pytest.mark.parametrize("name", GPU_PLANS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_planned_for_gpus_is_what_is_trained(stage, name):
+    """The plans of one H200 are of the experiment `gpu`, whose last stage is the joint one."""
+    chip, text, rows = GPU_PLANS[name]
+    [kept] = json.loads((EXPERIMENTS.parents[1] / f"docs/benchmarks/plans/{stage}_{name}.json").read_text())
+    overrides = [f"stages.*.rows={rows}"] if rows else []
+    config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage if chip else 'gpu'}.py", overrides, chip=chip)
+    row, topology = STAGE_TABLE[STAGES[stage]], parse_topology(text)
+    assert settings(config, row) == kept["settings"]
+    assert kept["topology"] == text and kept["mesh"] == dict.fromkeys(AXES, 1) | {"fsdp": topology.chips}
+    assert kept["fits"] and kept["peak"] < kept["memory"] == topology.chip.memory
+    assert kept["mfu"] >= (0.5 if stage != "adapter" else 0.4)
+    counted = training_flops(configs.pretzel(config), row, batch_shape(config, row))
+    by_hand = {part: flops / topology.chips for part, flops in counted.model.items()}
+    assert kept["flops_by_hand"] == pytest.approx(by_hand)
+    assert kept["flops_compiled"] == pytest.approx(counted.executed / topology.chips, rel=0.05)
+    assert kept["mfu"] == pytest.approx(sum(by_hand.values()) / kept["seconds"] / topology.chip.flops)
+    assert kept["likely"] == pytest.approx([kept["seconds"] * margin for margin in MARGIN])
+
+
 def test_a_chip_that_an_experiment_does_not_know():
-    with pytest.raises(ConfigError, match="settings for the chips v5e, v5p, v6e, not for 'v4'"):
+    with pytest.raises(
+        ConfigError, match="settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"
+    ):
         configs.load("starflow2_7b_joint", chip="v4")
     with pytest.raises(ConfigError, match="has the same settings for all chips; leave out --chip v5e"):
         configs.load("digits_quick", chip="v5e")

@@ -24,5 +24,5 @@ def add_chip(parser: ArgumentParser) -> None:
         "--chip",
         type=Words(),
         metavar="NAME",
-        help="TPU generation, such as v5p: use the settings that the experiment has for it",
+        help="TPU or GPU, such as v5p or h100: use the settings that the experiment has for it",
     )

@@ -11,14 +11,14 @@ from starflow2_jax.commands.experiment import add_config
 
 def add(commands: Commands) -> None:
     """Add `starflow2 plan` to the command line."""
-    p = commands.add_parser("plan", help="predict memory and time of a training step on TPUs, without TPUs")
+    p = commands.add_parser("plan", help="predict memory and time of a training step on TPUs or GPUs, without them")
     add_config(p)
     p.add_argument(
         "--topology",
         type=Words(),
         required=True,
-        metavar="SLICE",
-        help="TPU slice, such as v5p:4x4x4, v5e:16x16, v6e:16x16 or v4:4x4x4",
+        metavar="DEVICES",
+        help="a TPU slice, such as v5p:4x4x4, v5e:16x16 or v6e:16x16, or GPUs, such as h200:1, h100:8 or h100:8x8 (nodes x GPUs)",
     )
     p.add_argument(
         "--stage", type=Words(), help="stage to plan: a name, or 1, 2, 3 (default: the experiment's last stage)"
@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
 
 
 def _plan(args: Namespace, overrides: list[str]) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; the TPU is only described
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; the devices are only described
     from starflow2_jax.config import loading as configs
     from starflow2_jax.parallel import hardware
     from starflow2_jax.planning import compiling, plan, report
@@ -64,7 +64,7 @@ def _plan(args: Namespace, overrides: list[str]) -> None:
     topology = hardware.parse_topology(args.topology)
     config = configs.load(args.config, overrides, chip=args.chip)
     stage = find_stage(config, args.stage)
-    devices = compiling.tpu_devices(topology)
+    devices = compiling.described_devices(topology)
     if args.search:
         return _search(args, config, stage, topology, devices)
     if args.sampler:

@@ -5,7 +5,7 @@
     starflow2 train --config starflow2_7b_t2i --out runs/7b --config.data.source=captions.jsonl
 
 The sizes are the paper's (arXiv 2605.08029); rows, steps and optimizer are not published and are this project's choice.
-Images are latents of a 16 x 16 grid with 32 channels, as .npy files. On a slice of TPUs add --chip v5e, v5p or v6e, which
+Images are latents of a 16 x 16 grid with 32 channels, as .npy files. On TPUs or GPUs add --chip, such as v5p or h100, which
 decides kernel, rows and remat as in the plans of docs/benchmarks/plans.
 """
 
@@ -17,7 +17,10 @@ from starflow2_jax.errors import ConfigError
 from starflow2_jax.experiments import digits_quick
 from starflow2_jax.weights.qwen import QWEN2_5_VL
 
-ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024}  # of a batch on slices of 256 v5e, 64 v5p (128 cores), 256 v6e
+# Rows of a batch on 256 v5e, 64 v5p (128 cores), 256 v6e, 64 H100, and 8 of the other GPUs.
+ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024, "h100": 512, "a100-80": 32, "h200": 64, "b200": 64}
+# GPU -> kernel of the streams whose rows hold several documents. An A100 has no packed cuDNN.
+PACKED = {"a100-80": "triton"} | dict.fromkeys(("h100", "h200", "b200"), "cudnn_packed")
 STEPS = dict(text_to_image=200_000, image_to_text=20_000, joint=100_000)
 
 
@@ -54,16 +57,21 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
 
 
 def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
-    """`c` with the settings that fit on a slice of these chips, and are fast there, by the plans. Raises ConfigError."""
+    """`c` with the settings that fit on these chips, and are fast there, by the plans. Raises ConfigError."""
     if chip not in ROWS:
         raise ConfigError(
             f"this experiment has settings for the chips {', '.join(ROWS)}, not for {chip!r}; give one of these"
         )
     for stage in c.stages.values():
         stage.rows = ROWS[chip]
-    for stream in ("vlm", "shallow", "deep"):
-        c.model[stream].kernel = "splash"
-    if c.order[-1] == "text_to_image" or (c.order[-1], chip) == ("joint", "v5p"):  # there is memory for it
+    if chip in PACKED:
+        c.data.groups = min(c.data.groups, ROWS[chip])
+        c.model.vlm.kernel = c.model.deep.kernel = PACKED[chip]
+        c.model.shallow.kernel = "cudnn"  # its rows are one image each
+    else:
+        c.model.vlm.kernel = c.model.shallow.kernel = c.model.deep.kernel = "splash"
+    # There is memory for it:
+    if c.order[-1] == "text_to_image" or (c.order[-1] == "joint" and chip in ("v5p", *PACKED)):
         c.model.shallow.remat = c.model.deep.remat = "dots"
     return c
 

@@ -174,13 +174,13 @@ def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
     """FLOP that a kernel executes in a step / FLOP of attention's two products over whole rows, recomputation included.
 
     The kernels skip what causality hides, and compute the logits again in the backward pass: splash attention once for
-    the gradient of the queries and once for that of keys and values, cuDNN once.
+    the gradient of the queries and once for that of keys and values, the Triton kernel also twice, cuDNN once.
     """
     if kernel == "xla":
         again = {"none": 0.0, "dots": 1.0 if trained else 0.5}.get(policy, 1.0)
         return 3 + again if through else 1
-    backward = 2.5 if kernel == "cudnn" else 3.5
-    saved = policy in ("none", "dots") if kernel != "cudnn" else policy == "none"
+    backward = 2.5 if kernel.startswith("cudnn") else 3.5
+    saved = policy in ("none", "dots") if kernel.startswith("splash") else policy == "none"
     return 0.5 * (1 + backward + (not saved)) if through else 0.5
 
 

@@ -3,6 +3,8 @@
 xla                 plain matrix products, on every platform
 cudnn               cuDNN's flash attention, on NVIDIA GPUs; a bias (B, 1, S, S) keeps packed documents apart
 cudnn_packed        the same with the documents' offsets instead of the bias, on GPUs of compute capability 9.0 or newer
+triton              JAX's flash attention in Triton (Pallas), on NVIDIA GPUs; it takes the segment ids
+triton_interpreted  the same, interpreted, for tests on CPU
 splash              JAX's splash attention (Pallas), on TPUs
 splash_interpreted  the same, interpreted, for tests on CPU
 """
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AbstractMesh, NamedSharding
@@ -21,14 +24,24 @@ from jax.sharding import PartitionSpec as P
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.attention import attend
+from starflow2_jax.parallel.hardware import compute_capability
 from starflow2_jax.parallel.sharding import constrain
 
 GPU = ("gpu", "cuda", "rocm")  # JAX's names of the platform
 # Kernel -> the platforms that it runs on; (): all.
-PLATFORMS = {"xla": (), "cudnn": GPU, "cudnn_packed": GPU, "splash": ("tpu",), "splash_interpreted": ()}
+PLATFORMS = {
+    "xla": (),
+    "cudnn": GPU,
+    "cudnn_packed": GPU,
+    "triton": GPU,
+    "triton_interpreted": (),
+    "splash": ("tpu",),
+    "splash_interpreted": (),
+}
 SAVED = "attention"  # name, for remat policies, of the values that splash attention's backward pass needs
 LANES = 128  # lanes of a TPU; splash attention takes blocks and heads that are multiples of it
 BLOCKS = (512, 256, 128)  # positions of a splash block; the largest that divides a row is taken
+TRITON_BLOCK = 32  # positions of a block in the Triton kernel's backward pass; rows are multiples of it
 
 
 def attend_packed(
@@ -107,6 +120,8 @@ def _on_a_device(
     segments (B, S) are the segment ids of the queries, which begin at position start[0]; keys (B, C) are those of the
     keys; both are None if each row is one document.
     """
+    if kernel.startswith("triton"):
+        return _triton(q, k, v, segments, interpret=kernel == "triton_interpreted")
     if kernel == "cudnn_packed" and segments is not None:
         return _cudnn_packed(q, k, v, segments)
     if local is None:
@@ -160,6 +175,24 @@ def _cudnn_packed(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array)
         kv_offsets=offsets,
         scale=q.shape[-1] ** -0.5,
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+
+
+def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, interpret: bool) -> jax.Array:
+    """JAX's flash attention in Triton over whole rows.
+
+    It takes as many heads of keys as of queries, so they are repeated. It compares segment ids pair by pair: its memory
+    does not grow with S x S, but it computes all pairs that causality leaves. Blocks of the forward pass are as large as
+    the shared memory of an A100 allows.
+    """
+    k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
+    S, most = q.shape[1], 128 if q.shape[3] <= 128 else 64
+    block = next(b for b in (128, 64, TRITON_BLOCK) if b <= most and S % b == 0)
+    back = {f"block_{of}": TRITON_BLOCK for of in ("q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    blocks = triton.BlockSizes(block_q=block, block_k=block, **back)
+    attention: Any = triton.mha
+    return attention(
+        q, k, v, segments, sm_scale=q.shape[3] ** -0.5, causal=True, block_sizes=blocks, interpret=interpret
     )
 
 
@@ -244,24 +277,36 @@ def _refuse(kernel: str, q: jax.Array, ways: int, mesh: AbstractMesh) -> None:
     """Raises UserError if the kernel does not take queries q (B, S, H, K) on this platform, cut into `ways` parts."""
     if kernel not in PLATFORMS:
         raise UserError(f"the attention kernel is one of {', '.join(PLATFORMS)}, not {kernel!r}")
-    device = None if mesh.empty else mesh.abstract_device
-    platform = device.platform if device else jax.default_backend()
+    device = (None if mesh.empty else mesh.abstract_device) or jax.devices()[0]
     S, K, platforms = q.shape[1], q.shape[3], PLATFORMS[kernel]
-    if platforms and platform not in platforms:
+    if platforms and device.platform not in platforms:
         raise UserError(
-            f"the attention kernel {kernel!r} runs on {platforms[0]}, not on {platform}; set kernel to 'xla'"
+            f"the attention kernel {kernel!r} runs on {platforms[0]}, not on {device.platform}; set kernel to 'xla'"
         )
     if kernel.startswith("splash") and (S % (LANES * ways) or K % LANES):
         raise UserError(
             f"splash attention takes rows of a multiple of {LANES * ways} positions and heads of a multiple of {LANES} "
             f"channels, not {S} and {K}; set kernel to 'xla'"
         )
-    if kernel == "cudnn_packed" and ways > 1:
+    if kernel in ("cudnn_packed", "triton", "triton_interpreted") and ways > 1:
         raise UserError(
-            "the attention kernel 'cudnn_packed' takes whole rows; set mesh.sequence to 1, or kernel to 'cudnn'"
+            f"the attention kernel {kernel!r} takes whole rows; set mesh.sequence to 1, or kernel to 'cudnn'"
         )
-    if kernel.startswith("cudnn") and (q.dtype not in (jnp.bfloat16, jnp.float16) or K % 8 or K > 128 or S % 2):
+    capability = compute_capability(device.device_kind) if platforms == GPU else None
+    if kernel == "cudnn_packed" and capability and capability < (9, 0):
         raise UserError(
-            f"cuDNN's attention takes bfloat16 or float16, heads of a multiple of 8 channels up to 128 and an even "
+            f"the attention kernel 'cudnn_packed' needs compute capability 9.0, but {device.device_kind} has "
+            f"{capability[0]}.{capability[1]}; set kernel to 'triton'"
+        )
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    most = 256 if capability and capability >= (9, 0) else 128
+    if kernel.startswith("cudnn") and (not half or K % 8 or K > most or S % 2):
+        raise UserError(
+            f"cuDNN's attention takes bfloat16 or float16, heads of a multiple of 8 channels up to {most} and an even "
             f"number of positions, not {q.dtype}, {K} and {S}; set kernel to 'xla'"
+        )
+    if kernel.startswith("triton") and (S % TRITON_BLOCK or K > 256 or (kernel == "triton" and not half)):
+        raise UserError(
+            f"the attention kernel 'triton' takes bfloat16 or float16, heads of up to 256 channels and rows of a "
+            f"multiple of {TRITON_BLOCK} positions, not {q.dtype}, {K} and {S}; set kernel to 'xla'"
         )

@@ -1,10 +1,11 @@
-"""TPUs and GPUs: peak rates by their makers' tables, and the topologies of TPUs, such as v5p:4x4x4."""
+"""TPUs and GPUs by their makers' tables, and how many of them are joined how: v5p:4x4x4, or h100:8x8 for 8 nodes of 8."""
 
 import math
 import re
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from starflow2_jax.errors import UserError
 
@@ -34,19 +35,60 @@ CHIPS = {
 }
 
 
+SHARE = 0.95  # of a GPU's memory that plans may fill, as XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 sets it in a run
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates of an NVIDIA GPU, and what its compiler must know of it."""
+
+    name: str
+    kind: str  # JAX's `device_kind`
+    flops: float  # dense bf16 FLOP/s
+    installed: float  # bytes of memory, as the driver counts them
+    bandwidth: float  # bytes/s of the memory
+    link: float  # bytes/s over NVLink in one direction
+    network: float  # bytes/s between nodes in one direction, for each GPU
+    most: int  # GPUs that NVLink joins; here they are called a node
+    capability: tuple[int, int]  # compute capability
+    cores: int  # streaming multiprocessors
+    clock: float  # GHz
+    units: int  # fp32 units of a core
+    shared: int  # bytes of shared memory of a core
+    cache: int  # bytes of the L2 cache
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a program may use."""
+        return SHARE * self.installed
+
+
+# FLOP/s (dense: half of what the data sheets give with sparsity), memory bandwidth and NVLink (half of the sum of both
+# directions) are from NVIDIA's data sheets of the A100, the H100, the H200, the HGX B200 and the GB200 NVL72, always of the
+# SXM module. Networks are those of NVIDIA's own machines: one adapter for each GPU, of 200 Gbit/s in a DGX A100 and of 400
+# in the others. The last six columns, and the memory, are device properties as the specifications of GPUs in XLA's
+# repository list them (xla/backends/gpu/target_config/specs); the memory of the H200 is what nvidia-smi showed on one.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40", "NVIDIA A100-SXM4-40GB", 312e12, 42331013120, 1555e9, 300e9, 25e9, 8, (8, 0), 108, 1.41, 64, 167936, 40 << 20),
+        Gpu("a100-80", "NVIDIA A100-SXM4-80GB", 312e12, 85100068864, 2039e9, 300e9, 25e9, 8, (8, 0), 108, 1.41, 64, 167936, 40 << 20),
+        Gpu("h100", "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3350e9, 450e9, 50e9, 8, (9, 0), 132, 1.98, 128, 233472, 50 << 20),
+        Gpu("h200", "NVIDIA H200", 989e12, 143771 << 20, 4800e9, 450e9, 50e9, 8, (9, 0), 132, 1.98, 128, 233472, 50 << 20),
+        Gpu("b200", "NVIDIA B200", 2250e12, 191514411008, 8000e9, 900e9, 50e9, 8, (10, 0), 148, 1.965, 128, 233472, 132644864),
+        Gpu("gb200", "NVIDIA GB200", 2500e12, 197897748480, 8000e9, 900e9, 50e9, 72, (10, 0), 152, 2.062, 128, 233472, 135528448),
+    )
+}  # fmt: skip
+
+
 # Dense bfloat16 FLOP/s of one device, by the makers' tables; names are JAX's `device_kind`.
-PEAK_FLOPS = {
+PEAK_FLOPS = {gpu.kind: gpu.flops for gpu in GPUS.values()} | {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
     "TPU v5": CHIPS["v5p"].flops,
     "TPU v5p": CHIPS["v5p"].flops,
     "TPU v6 lite": CHIPS["v6e"].flops,
     "TPU7x": 2307e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
 }
 
 
@@ -55,11 +97,21 @@ def peak_flops(configured: float = 0.0) -> float | None:
     return configured or PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
 
+def compute_capability(kind: str) -> tuple[int, int] | None:
+    """Compute capability of a GPU that the table or this machine has; `kind`: JAX's `device_kind`. None: not known."""
+    known = {gpu.kind: gpu.capability for gpu in GPUS.values()}
+    here = jax.devices()[0]
+    if here.device_kind == kind and isinstance(version := getattr(here, "compute_capability", None), str):
+        major, minor = version.split(".")
+        return int(major), int(minor)
+    return known.get(kind)
+
+
 @dataclass(frozen=True)
 class Topology:
-    """A slice: chips of one kind in a torus of a shape."""
+    """TPUs in a torus of a shape, or GPUs: (nodes, GPUs of a node)."""
 
-    chip: Chip
+    chip: Chip | Gpu
     shape: tuple[int, ...]
 
     @property
@@ -68,22 +120,49 @@ class Topology:
         return math.prod(self.shape)
 
     def __str__(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        shape = self.shape[1:] if isinstance(self.chip, Gpu) and self.shape[0] == 1 else self.shape
+        return f"{self.chip.name}:{'x'.join(map(str, shape))}"
 
-    def closes(self, dimension: int) -> bool:
-        """Whether the chips along a dimension form a ring."""
-        return self.shape[dimension] % self.chip.wraps == 0
+    def places(self, devices: list) -> np.ndarray:
+        """(chips, dimensions): where each of JAX's devices lies in `shape`; in raster order where they do not say it."""
+        if not hasattr(devices[0], "coords"):
+            return np.array(np.unravel_index(np.arange(len(devices)), self.shape)).T
+        first = 1 if isinstance(self.chip, Gpu) else 0  # GPUs: (slice, node, GPU)
+        return np.array([d.coords[first : first + len(self.shape)] for d in devices])
+
+    def send_rate(self, places: np.ndarray, to_neighbour: bool) -> float:
+        """Bytes/s that each chip of a group sends in a collective of a ring algorithm. places: (chips, dimensions).
+
+        A TPU sends over a link for each dimension along which the group lies, two if the group closes that dimension. GPUs
+        send over NVLink within a node. Between nodes, the ring passes each pair of nodes through the adapters of all GPUs
+        that the group has in a node. to_neighbour: each chip sends to one other only.
+        """
+        sizes = [len(set(column)) for column in places.T]
+        if isinstance(self.chip, Gpu):
+            nodes, each = sizes[0], len(places) // sizes[0]
+            return (
+                self.chip.link if nodes == 1 else min(self.chip.link, self.chip.network * (1 if to_neighbour else each))
+            )
+        along = [d for d, size in enumerate(sizes) if size > 1]
+        if to_neighbour or not along:
+            return 2 * self.chip.link  # in both directions at once
+        rings = [d for d in along if sizes[d] == self.shape[d] and self.shape[d] % self.chip.wraps == 0]
+        return self.chip.link * (len(along) + len(rings))
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology that a text such as "v5p:4x4x4" names. Raises UserError, with the nearest topology that exists."""
+    """The topology that a text such as "v5p:4x4x4" or "h100:8x8" names. Raises UserError, with the nearest that exists."""
     name, _, sizes = text.partition(":")
+    given = tuple(map(int, sizes.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else ()
+    if name in GPUS:
+        return _cluster(GPUS[name], given, sizes)
     chip = CHIPS.get(name)
     if chip is None:
-        near = next((c for c in CHIPS if name[:3] == c[:3]), next((c for c in CHIPS if name[:2] == c[:2]), "v5p"))
-        shape = shape_of(CHIPS[near], count(sizes))
-        raise UserError(f"there is no TPU {name!r} ({', '.join(CHIPS)}); did you mean {Topology(CHIPS[near], shape)}?")
-    given = tuple(map(int, sizes.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else ()
+        known = (*CHIPS, *GPUS)
+        near = next((c for n in (3, 2, 1) for c in known if name[:n] == c[:n]), "v5p")
+        like = cluster_of(GPUS[near], count(sizes)) if near in GPUS else shape_of(CHIPS[near], count(sizes))
+        meant = Topology(GPUS.get(near) or CHIPS[near], like)
+        raise UserError(f"there is no TPU or GPU {name!r} ({', '.join(known)}); did you mean {meant}?")
     right = shape_of(chip, count(sizes))
     if given != right and not _is_built(chip, given):
         raise UserError(
@@ -91,6 +170,22 @@ def parse_topology(text: str) -> Topology:
             f"{Topology(chip, right)}"
         )
     return Topology(chip, given)
+
+
+def _cluster(gpu: Gpu, given: tuple[int, ...], sizes: str) -> Topology:
+    """Nodes of GPUs: (8,) is one node, (4, 8) are four."""
+    if len(given) not in (1, 2) or given[-1] > gpu.most:
+        near = Topology(gpu, cluster_of(gpu, count(sizes)))
+        raise UserError(
+            f"{gpu.name} has no topology {sizes!r}: it is GPUs, or nodes x GPUs, with at most {gpu.most} GPUs in a "
+            f"node, as in {near}"
+        )
+    return Topology(gpu, (1, *given)[-2:])
+
+
+def cluster_of(gpu: Gpu, gpus: int) -> tuple[int, int]:
+    """Full nodes that have about so many GPUs, or a part of one node."""
+    return (-(-gpus // gpu.most), gpu.most) if gpus > gpu.most else (1, gpus)
 
 
 def count(sizes: str) -> int:

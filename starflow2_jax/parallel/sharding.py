@@ -39,6 +39,8 @@ PARAMETER_RULES = (
     (r".", ()),
 )
 
+LEAST = 2**24  # bytes of parameters that devices may hold whole without a word
+
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None, sequence: int = 1
@@ -106,9 +108,54 @@ def constrain_parameter(x: jax.Array, path: str) -> jax.Array:
 
 
 def _parameter_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The axes of the first rule that matches.
+
+    If fsdp does not divide its dimension, it goes to the last of the rule's free dimensions that it divides.
+    """
+    rule = _rule(path, shape)
+    spec = list(_fitting((None,) * (len(shape) - len(rule)) + rule, shape, sizes))
+    if "fsdp" in rule and "fsdp" not in spec:
+        for dimension in range(len(shape) - 1, len(shape) - len(rule) - 1, -1):
+            if spec[dimension] is None and shape[dimension] % sizes["fsdp"] == 0:
+                spec[dimension] = "fsdp"
+                break
+    return PartitionSpec(*spec)
+
+
+def _rule(path: str, shape: Sequence[int]) -> tuple:
     rule = next(axes for pattern, axes in PARAMETER_RULES if re.search(pattern, path))
-    rule = rule[-len(shape) :] if shape else ()
-    return _fitting((None,) * (len(shape) - len(rule)) + tuple(rule), shape, sizes)
+    return tuple(rule[-len(shape) :]) if shape else ()
+
+
+def held_whole(tree: Any, sizes: Mapping[str, int]) -> str:
+    """Says which parameters every device holds whole, although a rule would cut them over fsdp, and what would cut them.
+
+    Returns "" if they take less than LEAST bytes. tree: parameters, or their shapes. sizes: of the mesh, by axis.
+    """
+    whole = _uncut(tree, sizes)
+    total = sum(whole.values())
+    if total < LEAST:
+        return ""
+    fsdp = sizes["fsdp"]
+    parts = (n for n in range(2, fsdp) if fsdp % n == 0)
+    fits = next((n for n in parts if sum(_uncut(tree, {**sizes, "fsdp": fsdp // n}).values()) < LEAST), None)
+    names = sorted(whole, key=lambda name: -whole[name])
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    change = f"; mesh.data={sizes['data'] * fits} with mesh.fsdp={fsdp // fits} cuts them" if fits else ""
+    return (
+        f"every device holds {total / 2**30:.2f} GiB of parameters whole, because fsdp={fsdp} divides no dimension of "
+        f"{', '.join(names[:2])}{more}{change}"
+    )
+
+
+def _uncut(tree: Any, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bytes by path of the parameters that a rule would cut over fsdp, but that stay whole."""
+    leaves = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+    return {
+        name: float(np.prod(x.shape, dtype=float) * x.dtype.itemsize)
+        for name, x in leaves
+        if sizes["fsdp"] > 1 and "fsdp" in _rule(name, x.shape) and "fsdp" not in _parameter_spec(name, x.shape, sizes)
+    }
 
 
 def _fitting(axes: Sequence, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:

@@ -1,7 +1,10 @@
-"""Compiles the training step and the sampler's steps for TPUs that are described, not present."""
+"""Compiles the training step and the sampler's steps for TPUs and GPUs that are described, not present."""
 
+import importlib.util
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental import topologies
 
 from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import Config
@@ -16,7 +21,7 @@ from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel, for_sampling, init_params
 from starflow2_jax.parallel import sharding
-from starflow2_jax.parallel.hardware import Topology
+from starflow2_jax.parallel.hardware import Chip, Gpu, Topology
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
@@ -39,6 +44,10 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# What launch/common.sh sets in XLA_FLAGS for runs on GPUs.
+GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+MISSING = "planning for {0} needs their compiler; install it with pip install 'starflow2_jax[{1}]'"
+
 
 class DoesNotFit(UserError):
     """The program does not fit a chip: `needed` bytes, and its `largest` arrays as (bytes, description)."""
@@ -58,27 +67,96 @@ class Program:
     host: float = 0  # bytes per chip of the arguments in the host's memory
 
 
-def tpu_devices(topology: Topology) -> list:
-    """The devices of a topology as libtpu describes them. Raises UserError if libtpu is missing or refuses it."""
+def described_devices(topology: Topology) -> list:
+    """The devices of a topology, as their compiler describes them. Raises UserError if it is missing or refuses them."""
+    chip = topology.chip
+    return _gpus(topology, chip) if isinstance(chip, Gpu) else _tpus(topology, chip)
+
+
+def _tpus(topology: Topology, chip: Chip) -> list:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise UserError(
-            "planning for TPUs needs their compiler; install it with pip install 'starflow2_jax[tpu]'"
-        ) from None
-    from jax.experimental import topologies
-
+        raise UserError(MISSING.format("TPUs", "tpu")) from None
     described: dict[str, Any] = {}
-    if topology.chip.name == "v4":
+    if chip.name == "v4":
         described["chip_config_name"] = "megacore"  # its two cores are one device
-    if topology.chips < topology.chip.chips_a_host:
+    if topology.chips < chip.chips_a_host:
         described["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
     try:
         return list(topologies.get_topology_desc(str(topology), platform="tpu", **described).devices)
     except Exception as error:  # libtpu raises several kinds for a topology that it does not know
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
+
+
+def _gpus(topology: Topology, gpu: Gpu) -> list:
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise UserError(MISSING.format("GPUs", "cuda"))
+    text, shape = target_config(gpu), "x".join(map(str, (1, *topology.shape)))
+    return list(topologies.get_topology_desc(platform="cuda", target_config=text, topology=shape).devices)
+
+
+def target_config(gpu: Gpu) -> str:
+    """What XLA must know of a GPU that is not there: its message GpuTargetConfigProto, as text.
+
+    The limits of threads and registers are the same for all GPUs of the table. CUDA and cuDNN have the oldest versions
+    that JAX supports.
+    """
+    device = dict(
+        threads_per_block_limit=1024,
+        threads_per_warp=32,
+        threads_per_core_limit=2048,
+        registers_per_core_limit=65536,
+        registers_per_block_limit=65536,
+        block_dim_limit_x=2**31 - 1,
+        block_dim_limit_y=65535,
+        block_dim_limit_z=65535,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=gpu.shared - 1024,
+        shared_memory_per_core=gpu.shared,
+        core_count=gpu.cores,
+        fpus_per_core=gpu.units,
+        clock_rate_ghz=gpu.clock,
+        memory_bandwidth=int(gpu.bandwidth),
+        device_memory_size=int(gpu.installed),
+        l2_cache_size=gpu.cache,
+    )
+    lines = "\n".join(f"  {name}: {value}" for name, value in device.items())
+    major, minor = gpu.capability
+    versions = "\n".join(f'  {name}: "12.8.0"' for name in ("driver_version", "runtime_version"))
+    return f"""gpu_device_info {{
+{lines}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+{versions}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{gpu.kind}"
+"""
+
+
+@contextmanager
+def _answering_for(device: Any) -> Iterator[None]:
+    """While a program is traced for a GPU that is not there, let JAX take that GPU's compute capability for cuDNN's.
+
+    JAX asks the GPU of this machine.
+    """
+    answers = {}
+    if isinstance(described := getattr(device, "compute_capability", None), str):
+        here = tuple(map(int, described.split(".")))
+        answers["check_compute_capability"] = lambda least: here >= tuple(map(int, least.split(".")))
+        answers["is_cuda_compute_capability_equal"] = lambda version: described == version
+    kept = {name: getattr(cudnn, name) for name in answers}
+    for name, answer in answers.items():
+        setattr(cudnn, name, answer)
+    try:
+        yield
+    finally:
+        for name, answer in kept.items():
+            setattr(cudnn, name, answer)
 
 
 def compile_step(config: Config, stage: Stage, devices: list) -> Program:
@@ -91,7 +169,7 @@ def compile_step(config: Config, stage: Stage, devices: list) -> Program:
     with jax.set_mesh(mesh):
         state, frozen, batch = program.abstract_arguments(config, model, stage, optimizer, mesh)
         step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels), mesh)
-        compiled = _compile(step, devices, state, frozen, batch)
+        compiled = compile_for(devices, step, state, frozen, batch)
     moving = {name: state.params[name] for name in stage.trains}
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
@@ -126,9 +204,9 @@ def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capa
         batch, lengths = _on_rows((program.empty_batch(cfg, shape), jax.ShapeDtypeStruct((B,), jnp.int32)), mesh)
         ids = TokenIds(*range(5))  # which ids they are does not change the program
         kind = steps.Program(model, ids, stage.skips, branches)
-        read = _compile(steps.read, devices, kind, params, state, batch, 0, lengths, lengths)
+        read = compile_for(devices, steps.read, kind, params, state, batch, 0, lengths, lengths)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-        write = _compile(steps.write, devices, kind, params, state, count)
+        write = compile_for(devices, steps.write, kind, params, state, count)
     kinds = {"parameters": bytes_a_chip(params), "caches": bytes_a_chip(state.caches)}
     return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
 
@@ -144,11 +222,14 @@ def _on_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return sharding.placed(tree, sharding.row_shardings(tree, mesh))
 
 
-def _compile(function: Any, devices: list, *arguments) -> jax.stages.Compiled:
+def compile_for(devices: list, function: Any, *arguments: Any) -> jax.stages.Compiled:
     """Compile a jitted function for the devices' platform. Raises DoesNotFit."""
-    lowered = function.trace(*arguments).lower(lowering_platforms=(devices[0].platform,))
+    gpus = devices[0].platform == "gpu"
+    platform = "cuda" if gpus else devices[0].platform  # "gpu" would be lowered for ROCm, too
+    with _answering_for(devices[0]):
+        lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=GPU_OPTIONS if gpus else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

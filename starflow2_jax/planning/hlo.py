@@ -13,6 +13,9 @@ ARRAY = re.compile(r"\b(pred|token|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\](?:\{([^}]
 BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+CUDNN = re.compile(r"__cudnn\$fmha\w*")
+CUBLAS = re.compile(r"__cublas\$(gemm|lt\$matmul)")
+TRITON = re.compile(r"\bmha_(forward|backward)\b")
 
 
 def require_match(pattern: str, text: str) -> re.Match[str]:
@@ -193,8 +196,15 @@ class Module:
             inner = self.called(instruction)
             return sum(self.flops(inner, i) for i in inner.values())
         if instruction.opcode == "custom-call":
+            operands = [computation[o].arrays[0] for o in instruction.operands]
             if splash := SPLASH.search(instruction.name + instruction.attributes):
-                return _splash_flops(splash[1], [computation[o].arrays[0] for o in instruction.operands])
+                return _splash_flops(splash[1], operands)
+            if CUDNN.search(instruction.attributes):
+                return _cudnn_flops(operands, instruction.attributes)
+            if CUBLAS.search(instruction.attributes):
+                return _cublas_flops(operands[0], instruction.arrays[0], instruction.attributes)
+            if triton := TRITON.search(instruction.attributes):
+                return _triton_flops(triton[1], operands)
             said = re.search(r'cost_estimate\\?":\s*\{[^}]*?flops\\?":\s*\\?"?(\d+)', instruction.attributes)
             return float(said[1]) if said else 0.0
         return 0.0
@@ -208,6 +218,32 @@ def _splash_flops(kernel: str, operands: list[Array]) -> float:
     queries, keys = [a.dims for a in operands if len(a.dims) > 2 and a.dtype in ("bf16", "f32", "f16")][:2]
     products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel]
     return products * 2.0 * math.prod(queries) * keys[-2] / 2
+
+
+def _cudnn_flops(operands: list[Array], attributes: str) -> float:
+    """FLOP of cuDNN's attention, whose operands begin with queries (B, S, H, K) and keys (B, C, J, K).
+
+    The backward pass makes the logits again: five products instead of two. Causality leaves half of all pairs.
+    """
+    B, S, H, K = operands[0].dims
+    products = 5 if "Backward" in require_match(CUDNN.pattern, attributes)[0] else 2
+    return products * 2.0 * B * S * H * K * operands[1].dims[1] * (0.5 if "CAUSAL" in attributes else 1.0)
+
+
+def _triton_flops(kernel: str, operands: list[Array]) -> float:
+    """FLOP of JAX's attention in Triton, whose operands begin with queries (B, S, H, K) and keys (B, C, H, K).
+
+    Its backward pass makes the logits and the gradients of the weights twice: seven products. Causality leaves half of
+    all pairs.
+    """
+    B, S, H, K = operands[0].dims
+    return {"forward": 2, "backward": 7}[kernel] * 2.0 * B * S * H * K * operands[1].dims[1] / 2
+
+
+def _cublas_flops(left: Array, out: Array, attributes: str) -> float:
+    """FLOP of a matrix product by cuBLAS; the attributes name the axes of `left` that are summed over."""
+    contracted = require_match(r'lhs_contracting_dimensions\\*":\[([^\]]*)\]', attributes)[1]
+    return 2.0 * math.prod(out.dims) * math.prod(left.dims[int(d)] for d in re.findall(r"\d+", contracted))
 
 
 def _instruction(line: str) -> Instruction | None:

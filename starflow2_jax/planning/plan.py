@@ -4,21 +4,19 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
 from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import Config
 from starflow2_jax.models import flops
+from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import sharding
-from starflow2_jax.parallel.hardware import Topology
+from starflow2_jax.parallel.hardware import Gpu, Topology
 from starflow2_jax.planning import compiling
 from starflow2_jax.planning.compiling import DoesNotFit, Program
-from starflow2_jax.planning.costs import ROOFLINE, Analysis, Costs
+from starflow2_jax.planning.costs import MARGIN, MEASURED, NOT_COMPARED, ROOFLINE, Analysis, Costs
 from starflow2_jax.planning.hlo import Module
 from starflow2_jax.sampling.rows import bucket
 from starflow2_jax.stages import Stage
-from starflow2_jax.training.program import batch_shape
+from starflow2_jax.training.program import batch_shape, held_whole
 
 
 @dataclass
@@ -50,9 +48,13 @@ class Plan:
     mfu: float = 0
     largest: list[tuple[float, str]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
+    whole: str = ""  # which parameters every chip holds whole, and what would cut them
     unknown_loops: int = 0
     compile_seconds: float = 0
-    rules: dict[str, str] = field(default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE})
+    likely: tuple[float, float] | None = None  # seconds, by how far off predictions were; None: nothing was measured
+    rules: dict[str, str] = field(
+        default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE, "margin": NOT_COMPARED}
+    )
 
     def json(self) -> dict:
         """Every field, as JSON values."""
@@ -75,7 +77,10 @@ def plan_step(config: Config, stage: Stage, topology: Topology, devices: list) -
         plan.advice = advice(plan, config, stage)
         return plan
     plan.compile_seconds = time.time() - begin
+    plan.whole = held_whole(config, Pretzel(model), program.mesh)
     costs = _measure(plan, program, topology)
+    if isinstance(topology.chip, Gpu):
+        plan.likely, plan.rules["margin"] = (costs.seconds * MARGIN[0], costs.seconds * MARGIN[1]), MEASURED
     plan.tokens_per_second = shape.rows * shape.length / costs.seconds
     plan.mfu = hand.mfu(costs.seconds, topology.chips, topology.chip.flops)
     if not plan.fits:
@@ -139,7 +144,7 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     )
     plan.fits = plan.peak <= plan.memory
     module = Module(program.compiled.as_text() or "")
-    costs = Analysis(module, topology, plan.mesh, places(program.mesh, topology)).costs
+    costs = Analysis(module, topology, plan.mesh, topology.places(list(program.mesh.devices.flat))).costs
     plan.flops_compiled, plan.bytes_moved = costs.flops, costs.bytes
     plan.seconds, plan.matrix_seconds, plan.exposed_seconds = costs.seconds, costs.matrix_seconds, costs.exposed
     plan.memory_seconds = costs.bytes / topology.chip.bandwidth
@@ -147,14 +152,6 @@ def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:
     plan.unknown_loops = len(costs.unknown)
     plan.largest = largest_arrays(module)
     return costs
-
-
-def places(mesh: Mesh, topology: Topology) -> np.ndarray:
-    """(chips, dimensions): the coordinates in the torus of each partition's chip."""
-    devices = list(mesh.devices.flat)
-    if not hasattr(devices[0], "coords"):  # no TPUs: assume raster order
-        return np.array(np.unravel_index(np.arange(len(devices)), topology.shape)).T
-    return np.array([d.coords[: len(topology.shape)] for d in devices])
 
 
 def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:
@@ -187,7 +184,10 @@ def advice(plan: Plan, config: Config, stage: Stage) -> list[str]:
     if streams:
         changes.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
     if any(getattr(config.model, part).kernel == "xla" for part in ("vlm", "deep")):
-        changes.append("kernel=splash in model.vlm, model.deep and model.shallow: no attention matrix in memory")
+        changes.append(
+            "a kernel that holds no attention matrix in memory in model.vlm, model.deep and model.shallow: splash on TPUs, "
+            "cudnn_packed or triton on GPUs"
+        )
     changes.append(
         "mesh.tensor or mesh.sequence above 1: several chips share a row's heads or positions, and its activations"
     )

@@ -16,6 +16,8 @@ def text(plan: Plan) -> str:
     lines += [f"  {'peak':<22}{_size(plan.peak):>12}  of {_size(plan.memory)}: {verdict}"]
     if plan.host:
         lines += [f"  {'and in the host memory':<22}{_size(plan.host):>12}"]
+    if plan.whole:
+        lines += [f"  {plan.whole}"]
     if not plan.fits:
         lines += _does_not_fit(plan)
     lines += ["FLOP of a chip and step"]
@@ -41,6 +43,10 @@ def text(plan: Plan) -> str:
         lines[-1] += f", MFU {plan.mfu:.1%}"
     if plan.seconds_a_token:
         lines[-1] += f", {plan.seconds_a_token:.3g} s a token of a row"
+    if plan.likely:
+        lines += [f"  likely {plan.likely[0]:.3g} to {plan.likely[1]:.3g} s: {plan.rules['margin']}"]
+    else:
+        lines += [f"  not corrected: {plan.rules['margin']}"]
     lines += [f"  roofline: {plan.rules['roofline']}"]
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.preemption import Preemption
 from starflow2_jax.training.profiling import Profiler
-from starflow2_jax.training.program import makes_vlm
+from starflow2_jax.training.program import held_whole, makes_vlm
 from starflow2_jax.training.run import Run, Settings, Tools
 from starflow2_jax.training.stage_task import StageTask
 from starflow2_jax.training.task import Task
@@ -153,6 +153,8 @@ class Trainer:
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
             tasks = [self.task(name) for name in c.order]  # with the codec that the directory holds
+            if processes.primary() and (whole := held_whole(self.config, self.model, self.mesh)):
+                print(f"NOTE: {whole}", file=sys.stderr)
             return train(
                 tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile, self._evals, self._best
             )

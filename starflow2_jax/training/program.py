@@ -143,11 +143,23 @@ def abstract_arguments(
 
     If the config does not pretrain the VLM itself, the VLM comes from a published checkpoint, which is bfloat16.
     """
-    rest = abstract_params(model, other_tree(trained_tree(stage)))
-    if not makes_vlm(config):
-        rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), rest)
+    rest = _as_published(config, abstract_params(model, other_tree(trained_tree(stage))))
     batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
     return abstract_state(config, model, stage, optimizer, mesh), sharding.abstract(rest, mesh), batch
+
+
+def held_whole(config: Config, model: Pretzel, mesh: Mesh) -> str:
+    """Says which parameters every device holds whole although they should be cut; "" if there are none, see `sharding`."""
+    if mesh.shape["fsdp"] == 1:
+        return ""
+    frozen = _as_published(config, abstract_params(model, "frozen"))
+    return sharding.held_whole({**frozen, **abstract_params(model, "trainable")}, mesh.shape)
+
+
+def _as_published(config: Config, tree: dict) -> dict:
+    if makes_vlm(config):
+        return tree
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
 
 
 def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:

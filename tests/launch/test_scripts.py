@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from starflow2_jax.planning.compiling import GPU_OPTIONS
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 TOOLS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "scancel", "tail", "tar", "rm", "starflow2")
@@ -66,7 +68,9 @@ SUBMIT = [
     *WORKLOAD, *SLICES, "--base-docker-image=python:3.11", f"--script-dir={ROOT}", *RESTARTED,
     f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {FOR_YAML}",
 ]  # fmt: skip
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in GPU_OPTIONS.items())
 JOIN = (
+    f"export XLA_FLAGS={FLAGS} && "
     "export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES "
     "JAX_PROCESS_ID=$NODE_RANK && "
 )
@@ -202,6 +206,51 @@ def test_help_and_unknown_actions(call, script):
     assert done.returncode == 0 and f"launch/{script}.sh [--dry-run] ACTION" in done.stdout
     done, commands = call(script, "begin", {})
     assert done.returncode == 2 and "there is no action begin" in done.stderr and commands == []
+
+
+SAYS_ITS_FLAGS = """#!/bin/bash
+{ echo "$XLA_FLAGS"; printf '%q ' "$(basename "$0")" "$@"; echo; } >>"$RECORD"
+"""
+
+
+def test_processes_on_gpus_get_the_flags_that_plans_are_made_with(call, tmp_path):
+    """And a user's own flags after them."""
+    for tool in ("bin/srun", "venv/bin/starflow2"):
+        (tmp_path / tool).write_text(SAYS_ITS_FLAGS)
+        (tmp_path / tool).chmod(0o755)
+    flags = [*FLAGS.split(), "--mine"]
+    done, (found, command) = call(
+        "gpu_node", "2 1 node0:8476 train --config 'an experiment.py'", {"XLA_FLAGS": "--mine"}
+    )
+    join = ["--distributed", "--coordinator", "node0:8476", "--processes", "2", "--process", "1"]
+    assert done.returncode == 0, done.stderr
+    assert found == flags and command == ["starflow2", "train", "--config", "an experiment.py", *join]
+    done, (found, command) = call("slurm", "job starflow2 train", {"XLA_FLAGS": "--mine"})
+    assert found == flags and command[0] == "srun", done.stderr
+
+
+def test_the_container_recipe():
+    """Its sources are there, its extras exist, and its processes get the flags that plans are made with."""
+    text = (ROOT / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    [extras] = re.findall(r'"\.\[(.*)\]"', text)
+    assert all(f'"{extra}": ' in (ROOT / "setup.py").read_text() for extra in extras.split(","))
+    assert f"XLA_FLAGS={FLAGS}\n" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("2 2 node0:8476 train", "NODE is a number from 0 to 1, not 2"),
+        ("0 0 node0:8476 train", "NODES is a number above 0, not 0"),
+        ("2 1 node0 train", "HOST:PORT names machine 0 and a port"),
+        ("2 1 node0:8476", "launch/gpu_node.sh NODES NODE HOST:PORT train"),
+    ],
+)
+def test_a_gpu_node_names_what_is_wrong(call, arguments, reason):
+    done, commands = call("gpu_node", arguments, {})
+    assert done.returncode == 2 and reason in done.stdout + done.stderr and commands == []
 
 
 def test_a_failed_command_ends_the_script(call):

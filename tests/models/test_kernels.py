@@ -56,14 +56,14 @@ def compare(run, arrays, segments, tolerance):
         )
 
 
-@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted"))
+@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted", "triton_interpreted"))
 @pytest.mark.parametrize("stream", STREAMS)
 def test_kernels_on_packed_rows(kernel, stream):
     arrays, segments = inputs(stream)
     compare(lambda q, k, v: attend_packed(q, k, v, segments, kernel), arrays, segments, 1e-5)
 
 
-@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted"))
+@pytest.mark.parametrize("kernel", ("xla", "splash_interpreted", "triton_interpreted"))
 def test_rows_of_one_document(kernel):
     arrays, segments = inputs("flow", 1)
     compare(lambda q, k, v: attend_packed(q, k, v, None, kernel), arrays, np.zeros_like(segments), 1e-5)
@@ -149,6 +149,8 @@ def test_cudnn_on_rows_that_are_cut(stream):
         ("splash_interpreted", dict(data=2, fsdp=2, tensor=2), 4),
         ("splash_interpreted", dict(data=2, sequence=2, tensor=2), 2),
         ("splash_interpreted", dict(data=2, tensor=4), 2),
+        ("triton_interpreted", dict(data=2, fsdp=2, tensor=2), 4),
+        ("triton_interpreted", dict(data=2, tensor=4), 2),
     ],
 )
 def test_kernels_on_a_mesh(kernel, mesh, rows):
@@ -235,9 +237,17 @@ def test_what_cudnn_is_told_is_right(monkeypatch, cudnn_anywhere, mesh):
 @pytest.mark.parametrize(
     "kernel, shape, dtype, reason",
     [
-        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, cudnn_packed, splash"),
+        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, cudnn_packed, triton"),
         ("splash", (1, 256, 2, 128), jnp.float32, "'splash' runs on tpu, not on cpu"),
         ("cudnn", (1, 256, 2, 128), jnp.bfloat16, "'cudnn' runs on gpu, not on cpu"),
+        ("triton", (1, 256, 2, 128), jnp.bfloat16, "'triton' runs on gpu, not on cpu"),
+        (
+            "triton_interpreted",
+            (1, 200, 2, 128),
+            jnp.float32,
+            "rows of a multiple of 32 positions, not float32, 128 and 200",
+        ),
+        ("triton_interpreted", (1, 256, 2, 512), jnp.float32, "heads of up to 256 channels"),
         ("splash_interpreted", (1, 200, 2, 128), jnp.float32, "rows of a multiple of 128 positions"),
         ("splash_interpreted", (1, 256, 2, 64), jnp.float32, "not 256 and 64"),
     ],

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,6 +49,39 @@ def test_tensor_never_does():
         slices(tensor=8)
 
 
+def shapes(**sizes: tuple[int, ...]) -> dict:
+    return {"block": {name: {"kernel": jax.ShapeDtypeStruct(shape, np.float32)} for name, shape in sizes.items()}}
+
+
+@pytest.mark.parametrize(
+    "shape, fsdp, spec",
+    [
+        ((64, 48), 16, ("fsdp", None)),
+        ((24, 64), 16, (None, "fsdp")),  # 16 does not divide 24
+        ((24, 40), 16, (None, None)),
+        ((16, 24, 40), 16, (None, None, None)),  # never over the layers of a stack
+        ((16, 24, 64), 16, (None, None, "fsdp")),
+    ],
+)
+def test_a_parameter_is_cut_over_another_dimension_if_need_be(shape, fsdp, spec):
+    mesh = jax.sharding.AbstractMesh((1, fsdp, 1, 1), sharding.AXES)
+    [place] = jax.tree.leaves(sharding.tree_shardings(shapes(out=shape), mesh))
+    assert tuple(place.spec) == spec
+
+
+def test_parameters_that_every_device_holds_whole_are_named():
+    """7168 is 7 x 1024, and 3584 is 7 x 512."""
+    tree = shapes(first=(3584, 3584), second=(3584, 7168), third=(3584, 1792))
+    sizes = dict(data=2, fsdp=1024, sequence=1, tensor=1)
+    said = sharding.held_whole(tree, sizes)
+    assert f"{(3584 + 1792) * 3584 * 4 / 2**30:.2f} GiB" in said
+    assert "fsdp=1024 divides no dimension of block/first/kernel, block/third/kernel; " in said
+    assert said.endswith("mesh.data=4 with mesh.fsdp=512 cuts them")
+    assert sharding.held_whole(tree, sizes | dict(fsdp=512)) == ""
+    assert sharding.held_whole(shapes(small=(31, 31)), sizes) == ""  # too small to matter
+    assert "cuts them" not in sharding.held_whole(shapes(odd=(3583, 3583)), sizes)
+
+
 DESCRIBED = """
 import json
 import jax
@@ -65,7 +99,7 @@ def groups(devices, **sizes):
             for group in mesh.devices.reshape(-1, mesh.shape["sequence"] * mesh.shape["tensor"])]
 
 
-v5e, v6e, v5p, v4 = (compiling.tpu_devices(hardware.parse_topology(t)) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4"))
+v5e, v6e, v5p, v4 = (compiling.described_devices(hardware.parse_topology(t)) for t in ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4"))
 two = list(topologies.get_topology_desc("v6e:4x4", platform="tpu", num_slices=2).devices)
 print(json.dumps({
     "v6e": [groups(v6e, fsdp=64, tensor=4), groups(v6e, fsdp=64, sequence=2, tensor=2)],

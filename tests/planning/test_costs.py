@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from starflow2_jax.parallel import sharding
-from starflow2_jax.parallel.hardware import CHIPS, Topology
+from starflow2_jax.parallel.hardware import CHIPS, GPUS, Topology
 from starflow2_jax.planning.costs import Analysis, first_group
 from starflow2_jax.planning.hlo import Module
 
@@ -52,6 +52,7 @@ def test_collectives_of_a_scan_by_axis():
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5}}", [0, 1, 2, 3]),
+        ("source_target_pairs={{0,0},{2,1},{1,2},{3,3}}", [2, 1]),
         ("replica_groups={}", list(range(8))),
     ],
 )
@@ -117,6 +118,29 @@ ENTRY %main (a: bf16[1024,512]) -> bf16[1024,512] {{
     costs = Analysis(Module(text), topology, {"fsdp": int(chips)}, places).costs
     [gathering] = costs.collectives.values()
     assert gathering.bytes / gathering.seconds == pytest.approx(links * CHIPS["v5e"].link)
+
+
+@pytest.mark.parametrize(
+    "groups, rate",
+    (
+        ("[8,8]<=[64]", 450e9),  # within a node: NVLink
+        ("[1,64]<=[64]", 400e9),  # all: eight adapters of 50 GB/s a node carry what the node must hear
+        ("[8,8]<=[8,8]T(1,0)", 50e9),  # one GPU of each node: its own adapter
+        ("[2,32]<=[8,2,4]T(1,0,2)", 200e9),  # half of each node
+    ),
+)
+def test_rates_between_gpus(groups, rate):
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[1024,512]) -> bf16[1024,512] {{
+  %a = bf16[1024,512]{{1,0}} parameter(0)
+  ROOT %s = bf16[1024,512]{{1,0}} all-gather(%a), replica_groups={groups}, dimensions={{0}}
+}}
+"""
+    topology = Topology(GPUS["h100"], (8, 8))
+    places = np.array(np.unravel_index(np.arange(64), (8, 8))).T
+    [gathering] = Analysis(Module(text), topology, {"fsdp": 64}, places).costs.collectives.values()
+    assert gathering.bytes / gathering.seconds == pytest.approx(rate)
 
 
 def test_a_collective_fused_with_products_runs_beside_them():

@@ -120,3 +120,42 @@ def test_attention_kernels_by_their_shapes(phase, products):
     assert (
         module.flops(module.entry, module.entry["c"]) == products * 2 * 2 * 24 * 512 * 2048 * 128 / 2
     )  # half is masked
+
+
+Q, KEYS = "bf16[2,512,24,128]", "bf16[2,2048,4,128]"
+PAIRS = 2 * 24 * 512 * 2048  # of queries and keys, in all rows and heads
+
+
+@pytest.mark.parametrize(
+    "call, flops",
+    [
+        # cuDNN: its backward pass makes the logits again. Causality leaves half of all pairs, a bias all of them.
+        ('__cudnn$fmhaSoftmax", backend_config={"mask_type": "PADDING_CAUSAL"}', 2 * 2 * PAIRS * 128 / 2),
+        ('__cudnn$fmhaScaleBiasSoftmax", backend_config={"mask_type": "NO_MASK"}', 2 * 2 * PAIRS * 128),
+        ('__cudnn$fmhaSoftmaxBackward", backend_config={"mask_type": "CAUSAL"}', 5 * 2 * PAIRS * 128 / 2),
+        ('__gpu$xla.gpu.triton", metadata={op_name="jit(mha)/mha_forward/pallas_call"}', 2 * 2 * PAIRS * 128 / 2),
+        ('__gpu$xla.gpu.triton", metadata={op_name="jit(mha)/mha_backward/pallas_call"}', 7 * 2 * PAIRS * 128 / 2),
+        ('__gpu$xla.gpu.triton", metadata={op_name="jit(mha)/mha_preprocess_backward/pallas_call"}', 0),
+    ],
+)
+def test_attention_kernels_of_gpus(call, flops):
+    text = f"""ENTRY %main (q: {Q}, k: {KEYS}) -> bf16[2,512,24,128] {{
+  %q = {Q}{{3,2,1,0}} parameter(0)
+  %k = {KEYS}{{3,2,1,0}} parameter(1)
+  ROOT %c = (bf16[2,512,24,128]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %k, %k), custom_call_target="{call}
+}}
+"""
+    module = Module(text)
+    assert module.flops(module.entry, module.entry["c"]) == flops
+
+
+@pytest.mark.parametrize("target", ("__cublas$gemm", "__cublas$lt$matmul"))
+def test_products_by_cublas(target):
+    text = f"""ENTRY %main (a: bf16[3,64,128], b: bf16[3,256,128]) -> bf16[3,64,256] {{
+  %a = bf16[3,64,128]{{2,1,0}} parameter(0)
+  %b = bf16[3,256,128]{{2,1,0}} parameter(1)
+  ROOT %c = (bf16[3,64,256]{{2,1,0}}, s8[4194304]{{0}}) custom-call(%a, %b), custom_call_target="{target}", backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["2"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}}}}
+}}
+"""
+    module = Module(text)
+    assert module.flops(module.entry, module.entry["c"]) == 2 * 3 * 64 * 256 * 128

@@ -1,6 +1,7 @@
 """Plans of small programs for CPU devices in a TPU's place; topologies; the command."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -9,8 +10,11 @@ import pytest
 from starflow2_jax import cli
 from starflow2_jax.config import loading as configs
 from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import hardware
+from starflow2_jax.parallel.sharding import AXES
 from starflow2_jax.planning import compiling, plan, report, search
+from starflow2_jax.training import program
 from starflow2_jax.training.program import batch_shape, find_stage
 
 EXPERIMENT = Path(__file__).parents[2] / "starflow2_jax/experiments" / "starflow2_7b_t2i.py"
@@ -51,6 +55,16 @@ def test_plan_of_a_step(small):
     assert made.mfu == pytest.approx(sum(made.flops_by_hand.values()) / made.seconds / TOPOLOGY.chip.flops)
     assert json.loads(json.dumps(made.json()))["chips"] == 8
     assert "fits" in report.text(made) and f"MFU {made.mfu:.1%}" in report.text(made)
+
+
+def test_a_plan_says_which_parameters_no_chip_shares(small, monkeypatch):
+    """Seven chips, and no size of the shrunk model is a multiple of seven."""
+    monkeypatch.setattr(program.sharding, "LEAST", 1)
+    mesh = jax.sharding.AbstractMesh((1, 7, 1, 1), AXES)
+    whole = program.held_whole(small, Pretzel(configs.pretzel(small)), mesh)
+    assert "fsdp=7 divides no dimension of vlm/" in whole
+    made = plan.Plan("", "", 7, dict(fsdp=7), {}, True, 1, 2 * 2**30, {}, whole=whole)
+    assert whole in report.text(made)
 
 
 def test_plans_of_the_sampler(small):
@@ -124,7 +138,7 @@ def test_out_of_memory_says_what_to_change(small):
         "optimizer.offload",
         "mesh.tensor",
         "mesh.sequence",
-        "kernel=splash",
+        "splash on TPUs",
     ):
         assert change in said
 
@@ -132,6 +146,16 @@ def test_out_of_memory_says_what_to_change(small):
 @pytest.mark.parametrize("text, chips_", [("v5p:4x4x4", 64), ("v5e:16x16", 256), ("v6e:16x16", 256), ("v4:4x4x8", 128)])
 def test_topologies(text, chips_):
     assert str(hardware.parse_topology(text)) == text and hardware.parse_topology(text).chips == chips_
+
+
+@pytest.mark.parametrize(
+    "text, shape",
+    [("h200:1", (1, 1)), ("h100:8", (1, 8)), ("a100-80:8x4", (8, 4)), ("b200:8x8", (8, 8)), ("gb200:72", (1, 72))],
+)
+def test_nodes_of_gpus(text, shape):
+    topology = hardware.parse_topology(text)
+    assert str(topology) == text and topology.shape == shape
+    assert topology.chip.memory == 0.95 * topology.chip.installed
 
 
 @pytest.mark.parametrize(
@@ -144,6 +168,11 @@ def test_topologies(text, chips_):
         ("v6:16x16", "v6e:16x16"),
         ("v5e", "v5e:8x8"),
         ("v5p:3x4x4", "v5p:4x4x4"),
+        ("h100:64", "h100:8x8"),
+        ("h100:16x16", "h100:32x8"),
+        ("h100", "h100:8x8"),
+        ("a100:8", "a100-40:8"),
+        ("h300:8", "h100:8"),
     ],
 )
 def test_wrong_topologies_name_the_nearest(text, nearest):
@@ -151,7 +180,9 @@ def test_wrong_topologies_name_the_nearest(text, nearest):
         hardware.parse_topology(text)
 
 
-def test_without_the_compiler_it_says_so(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
-    assert cli.main(["plan", "--config", str(EXPERIMENT), "--topology", "v5p:4x4x4"]) == 2
-    assert "pip install 'starflow2_jax[tpu]'" in capsys.readouterr().err
+@pytest.mark.parametrize("topology, extra", [("v5p:4x4x4", "tpu"), ("h100:8", "cuda")])
+def test_without_the_compiler_it_says_so(monkeypatch, capsys, topology, extra):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plan", "--config", str(EXPERIMENT), "--topology", topology]) == 2
+    assert f"pip install 'starflow2_jax[{extra}]'" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import init_params
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.training import loop
 from starflow2_jax.training.faults import NonFiniteLoss
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.program import abstract_params
@@ -50,6 +51,15 @@ def resumed(tmp_path_factory):
         Trainer(tiny_config(), folder).run(progress=False, stop_at=stop_at)
         assert CheckpointDirectory(folder).steps.latest() == (stop_at or 8)
     return folder
+
+
+def test_parameters_that_no_device_shares_are_named_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "train", lambda *arguments: {})
+    monkeypatch.setattr(
+        loop, "held_whole", lambda config, model, mesh: f"all {mesh.shape['fsdp']} devices hold it whole"
+    )
+    Trainer(tiny_config(mesh=dict(data=1, fsdp=8, tensor=1)), tmp_path / "run").run(progress=False)
+    assert "NOTE: all 8 devices hold it whole" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, resumed):

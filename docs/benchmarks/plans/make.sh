@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# Plans of the three paper-size stages on three slices: NAME.txt and NAME.json beside this script.
-#   docs/benchmarks/plans/make.sh            all nine, one after another
-#   docs/benchmarks/plans/make.sh t2i_v5e    one of them
-# Needs the extra `tpu` and no TPU. A plan takes minutes of one core.
+# Plans of the three paper-size stages on three slices of TPUs and five machines of GPUs: NAME.txt and NAME.json beside
+# this script.
+#   docs/benchmarks/plans/make.sh            all 24, one after another
+#   docs/benchmarks/plans/make.sh t2i_v5e    one of them; a word such as h100 makes all whose name it is a part of
+# Needs the extra `tpu` for TPUs, `cuda` for GPUs, and no TPU and no GPU. A plan takes up to minutes of one core.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 here=docs/benchmarks/plans
 only=${1:-}
 
-plan() { # NAME EXPERIMENT TOPOLOGY
-  if [[ -n $only && $only != "$1" ]]; then return; fi
-  starflow2 plan --config "starflow2_7b_$2" --chip "${3%%:*}" --topology "$3" --json "$here/$1.json" >"$here/$1.txt"
+plan() { # NAME EXPERIMENT TOPOLOGY [arguments of `starflow2 plan`]
+  if [[ $1 != *"$only"* ]]; then return; fi
+  starflow2 plan --config "starflow2_7b_$2" --topology "$3" --json "$here/$1.json" "${@:4}" >"$here/$1.txt"
 }
 
+number=0
 for stage in t2i adapter joint; do
-  plan "${stage}_v5e" "$stage" v5e:16x16
-  plan "${stage}_v5p" "$stage" v5p:4x4x4
-  plan "${stage}_v6e" "$stage" v6e:16x16
+  number=$((number + 1))
+  plan "${stage}_v5e" "$stage" v5e:16x16 --chip v5e
+  plan "${stage}_v5p" "$stage" v5p:4x4x4 --chip v5p
+  plan "${stage}_v6e" "$stage" v6e:16x16 --chip v6e
+  plan "${stage}_h200x1" gpu h200:1 --stage "$number"
+  plan "${stage}_h100x8" "$stage" h100:8 --chip h100 "--config.stages.*.rows=64"
+  plan "${stage}_h100x64" "$stage" h100:8x8 --chip h100
+  plan "${stage}_a100x8" "$stage" a100-80:8 --chip a100-80
+  plan "${stage}_b200x8" "$stage" b200:8 --chip b200
 done

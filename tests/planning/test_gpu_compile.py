@@ -1,0 +1,106 @@
+"""Training steps and the sampler's steps, compiled for NVIDIA GPUs that are described, not present.
+
+XLA and Triton compile whole programs, with scans, remat and the mesh. cuDNN plans its calls on a GPU, so what it refuses
+shows itself only there.
+"""
+
+import re
+
+import jax
+import pytest
+
+from starflow2_jax.config import loading as configs
+from starflow2_jax.config.schema import Config
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.flops import training_flops
+from starflow2_jax.parallel import hardware
+from starflow2_jax.planning import compiling
+from starflow2_jax.planning.costs import Analysis
+from starflow2_jax.planning.hlo import Module
+from starflow2_jax.stages import STAGES
+from starflow2_jax.training.program import batch_shape
+
+pytestmark = pytest.mark.gpu_compile
+
+# GPU -> kernel and channels per head of each stream. Together: every kernel that the capability has, 64 to 256 channels.
+STREAMS = {
+    "a100-80": dict(vlm=("triton", 256), deep=("triton", 64), shallow=("cudnn", 128)),
+    "h100": dict(vlm=("cudnn_packed", 128), deep=("triton", 64), shallow=("cudnn", 256)),
+    "b200": dict(vlm=("triton", 128), deep=("cudnn_packed", 64), shallow=("cudnn", 128)),
+}
+S = 384  # positions of a row: the size of nothing else
+REMAT = {"text_to_image": "dots", "image_to_text": "full", "joint": "none"}
+CALLS = {"triton": "__gpu\\$xla.gpu.triton", "cudnn": "__cudnn\\$fmhaSoftmax", "cudnn_packed": "__cudnn\\$fmhaSoftmax"}
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_run():
+    """The tests' own settings would change the compiled products."""
+    with jax.default_matmul_precision(None):
+        yield
+
+
+def small(streams: dict, remat: str = "full", mesh: str = "tensor") -> Config:
+    """The joint experiment with two layers of everything, in bfloat16, and rows of packed positions."""
+    config = configs.load("starflow2_7b_joint", runlocal=True).copy_and_resolve_references().unlock()
+    config.mesh.update(fsdp=2, **{mesh: 2})
+    for name, (kernel, channels) in streams.items():
+        stream = config.model[name]
+        stream.update(kernel=kernel, remat=remat, dtype="bfloat16", heads=4, head_dim=channels)
+        stream.update(width=256, mlp_hidden=512)
+    vlm, deep = (streams[name][1] for name in ("vlm", "deep"))
+    config.model.vlm.update(kv_heads=2, rotary_sections=(vlm // 4, vlm // 8, vlm // 8))
+    config.model.vlm.vision.out_width = 256
+    config.model.update(grid=(8, 8), deep_rotary_sections=(deep // 4, deep // 8, deep // 8))
+    for stage in config.stages.values():
+        stage.update(rows=4, length=S, images=4)
+    config.stages.text_to_image.vlm_length = 128
+    return config.lock()
+
+
+def described(gpu: str, count: int = 4) -> list:
+    return compiling.described_devices(hardware.parse_topology(f"{gpu}:{count}"))
+
+
+@pytest.mark.parametrize("stage", REMAT)
+@pytest.mark.parametrize("gpu", STREAMS)
+def test_every_stage_with_every_kernel(gpu, stage):
+    """The program calls the kernels, holds no array of S x S, and computes what the formula counts."""
+    config, row = small(STREAMS[gpu], REMAT[stage]), STAGES[stage]
+    topology = hardware.parse_topology(f"{gpu}:2x2")
+    program = compiling.compile_step(config, row, compiling.described_devices(topology))
+    text = program.compiled.as_text()
+    streams = {"vlm", "deep", "shallow"} if stage != "image_to_text" else {"vlm"}
+    for name in streams:
+        kernel = STREAMS[gpu][name][0]
+        assert re.search(CALLS[kernel], text), f"{name}: no call of {kernel}"
+    for dims in re.findall(r"\b(?:bf16|f32|pred)\[([\d,]+)\]", text):
+        assert not dims.endswith(f",{S},{S}"), f"an array of S x S: {dims}"
+    places = topology.places(list(program.mesh.devices.flat))
+    costs = Analysis(Module(text), topology, dict(program.mesh.shape), places).costs
+    counted = training_flops(configs.pretzel(config), row, batch_shape(config, row)).executed / topology.chips
+    assert costs.flops == pytest.approx(counted, rel=0.05) and not costs.unknown
+    assert {axis for _, axis in costs.collectives} <= {"fsdp", "tensor", "fsdp+tensor"}
+
+
+def test_rows_that_are_cut():
+    """A sequence axis: cuDNN with a bias is the kernel for it, and the others refuse it."""
+    streams = dict(vlm=("cudnn", 128), deep=("cudnn", 64), shallow=("cudnn", 128))
+    program = compiling.compile_step(small(streams, mesh="sequence"), STAGES["joint"], described("a100-80"))
+    assert "__cudnn$fmhaScaleBiasSoftmax" in program.compiled.as_text()
+    with pytest.raises(UserError, match="'triton' takes whole rows; set mesh.sequence to 1"):
+        compiling.compile_step(small(STREAMS["b200"], mesh="sequence"), STAGES["joint"], described("b200"))
+
+
+def test_kernels_that_a_gpu_does_not_have():
+    with pytest.raises(UserError, match="needs compute capability 9.0, but NVIDIA A100-SXM4-80GB has 8.0; .*'triton'"):
+        compiling.compile_step(small(STREAMS["b200"]), STAGES["joint"], described("a100-80"))
+    wide = STREAMS["a100-80"] | dict(deep=("cudnn", 256))
+    with pytest.raises(UserError, match="heads of a multiple of 8 channels up to 128"):
+        compiling.compile_step(small(wide), STAGES["joint"], described("a100-80"))
+
+
+@pytest.mark.parametrize("gpu", STREAMS)
+def test_the_samplers_steps(gpu):
+    programs = compiling.compile_sampler(small(STREAMS[gpu]), STAGES["joint"], described(gpu), 4, 128)
+    assert set(programs) == {"read", "write"}
