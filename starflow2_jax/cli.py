@@ -3,12 +3,14 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 from types import FrameType
 
 from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
+from starflow2_jax.text_files import shorten
 
 ABOUT = (
     "STARFlow2: one causal model that reads and writes text and images. `starflow2 COMMAND --help` explains a command."
@@ -22,6 +24,9 @@ EXIT_CODES = """exit codes:
   130  interrupted (Ctrl-C)
   141  the program that read the output ended first, as in `starflow2 config ... | head`"""
 RESTART, INTERRUPTED, UNREAD = 75, 130, 141
+_OUT_OF_MEMORY = re.compile(
+    "RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE
+)  # the second: a CPU, and some GPU kernels
 UNUSABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -79,14 +84,12 @@ def _run(argv: list[str]) -> int:
         return _said(f"told to end (SIGTERM); {kept}", RESTART)
     except BrokenPipeError:
         raise
-    except (
-        Exception
-    ) as error:  # of any kind: libraries report a full disk and a full GPU by many; all others are raised again
+    except Exception as error:  # libraries report a full disk and a full GPU by many kinds; all others are raised again
         if cause := refused_write(error):
-            path = getattr(error, "filename", None) or _written(command, args)
+            path = shorten(getattr(error, "filename", None) or _written(command, args))
             return _said(f"{path} cannot be written: {cause}; {OUT_OF_ROOM}", StorageError.exit_code)
         if isinstance(error, OSError) and error.errno in UNUSABLE:
-            path = error.filename or _written(command, args)
+            path = shorten(error.filename or _written(command, args))
             return _said(f"{path}: {error.strerror}; name another path, or make this one usable", UserError.exit_code)
         if sentence := _memory_fault(error):
             return _said(sentence, 1)
@@ -152,8 +155,11 @@ def _written(command: argparse.ArgumentParser | None, args: argparse.Namespace) 
 
 
 def _memory_fault(error: Exception) -> str | None:
-    """A sentence for the error of a GPU or TPU without free memory; None for another error."""
-    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or "RESOURCE_EXHAUSTED" not in str(error):
+    """A sentence for the error of a machine, GPU or TPU without free memory; None for another error."""
+    if isinstance(error, MemoryError):
+        reason = shorten(" ".join(str(error).split()))
+        return f"this machine has no memory left ({reason or 'no more is known'}); free some, or use smaller sizes"
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or not _OUT_OF_MEMORY.search(str(error)):
         return None
     from starflow2_jax.parallel.devices import holders
 

@@ -230,8 +230,11 @@ def keys(cls: type, values: Mapping) -> list[Key]:
 
 
 def _fitted(value: typing.Any, hint: typing.Any) -> typing.Any:
-    """`value` with lists turned into tuples, and integers into floats, where the type `hint` has tuples and floats."""
+    """`value` with lists and single texts turned into tuples, and integers into floats, where the type `hint` has tuples and
+    floats."""
     hint = without_none(hint)
+    if isinstance(value, str) and hint == tuple[str, ...]:
+        return (value,)
     if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
         return tuple(_fitted(part, typing.get_args(hint)[0]) for part in value)
     if hint is float and (isinstance(value, float) or type(value) is int and abs(value) <= LARGEST_FLOAT):

@@ -49,6 +49,14 @@ WORDS = {
 }
 DOCUMENT = [{"text": "draw a seven"}, {"text": " seven", "predict": True}]
 ABSURD = ("", "x", "nan", "inf", "-inf", "1e999", "9" * 5000, "1" + "0" * 30, "-1" + "0" * 30)
+ADDRESSES = (
+    "gs://bucket/run",
+    "https://host.example/a.png",
+    "file:///tmp/x",
+    "data:text/plain," + "x" * 9000,
+    "~",
+    "~/run",
+)
 HARD_NAME = "with spaces, ünïcode 文 and 'quotes'"
 DAMAGED = ("garbage", "truncated")  # files of which some commands can use what is left
 
@@ -181,6 +189,7 @@ def wrong(action: argparse.Action, files: Path) -> Iterator[tuple[str, str]]:
         yield "no UTF-8", "\udc80"
     elif isinstance(kind, OutputFile | OutputFolder):
         yield "empty path", ""
+        yield from (("address", text) for text in ADDRESSES)
         yield "below a file", str(bad / "empty" / "below")
         yield "too long", str(bad / ("x" * 300))
         yield "unwritable", "/proc/nothing/here"
@@ -189,6 +198,7 @@ def wrong(action: argparse.Action, files: Path) -> Iterator[tuple[str, str]]:
     else:
         suffix = Path(right(action, files)).suffix
         yield "empty path", ""
+        yield from (("address", text) for text in ADDRESSES)
         yield "missing", str(bad / f"none{suffix}")
         yield "below a file", str(bad / "empty" / "below")
         yield "too long", str(bad / ("x" * 300 + suffix))

@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     stages = [json.loads(line)["stage"] for line in (folder / "run/metrics/metrics.jsonl").read_text().splitlines()]
-    assert stages == ["pretrain", "joint"]
+    assert stages == ["pretrain", "joint", "joint"]  # and the losses on held-out scans
     return folder / "run"
 
 

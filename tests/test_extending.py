@@ -120,7 +120,7 @@ def test_a_codecs_weights_are_checked(trained, tmp_path):
     folder.create(original.config(), codec, original.tokenizer())
     again = folder.codec()
     jax.tree.map(np.testing.assert_array_equal, dict(again.weights), dict(codec.weights))
-    images = np.stack([SOURCES["squares"]("", 1, SOURCES["squares"].Options())[i][1].pixels for i in range(4)])
+    images = np.stack([SOURCES["squares"]("", SOURCES["squares"].Options())[i][1].pixels for i in range(4)])
     np.testing.assert_array_equal(again.decode(again.encode(images)), codec.decode(codec.encode(images)))
     path = tmp_path / "copy/codec.safetensors"
     arrays = safetensors.numpy.load_file(path)

@@ -40,6 +40,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        require_new(target)  # another process may have made it in the meantime
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

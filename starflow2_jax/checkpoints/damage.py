@@ -1,6 +1,5 @@
 """Finds damaged steps before a run resumes or a model is sampled from, and warns. A run also moves them to damaged/."""
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,9 @@ import orbax.checkpoint as ocp
 from starflow2_jax.checkpoints import file_list
 from starflow2_jax.checkpoints.reading import CheckpointError, restored, saved_shapes
 from starflow2_jax.checkpoints.steps import Steps
+from starflow2_jax.errors import UserError
 from starflow2_jax.parallel import processes, sharding
+from starflow2_jax.text_files import read_json_file
 
 NO_ARRAYS = ("meta", "metrics")  # folders of a step that hold JSON; all others hold trees of arrays
 
@@ -73,8 +74,8 @@ def _fault(step: Path, unread: tuple[str, ...]) -> str | None:
         return fault
     path = step / "meta" / "metadata"  # read even if there is no list of files
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        read_json_file(path)
+    except UserError as error:
         return f"{path.name} of meta cannot be read: {error}"
     return None
 

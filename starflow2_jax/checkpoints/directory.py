@@ -121,9 +121,8 @@ class CheckpointDirectory:
         path = self.folder / "tokenizer"
         try:
             return tokenizers.load(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} holds no readable tokenizer ({reason}); restore it from a copy") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds no readable tokenizer ({error}); restore it from a copy") from None
 
     def require_latest(self) -> int:
         """The newest whole step, to sample from. Warns on stderr of damaged steps after it.

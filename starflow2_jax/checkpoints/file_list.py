@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from starflow2_jax.checkpoints.atomic_folder import write_whole
+from starflow2_jax.text_files import read_json_file
 
 NAME = "files.json"
 READERS, PIECE = 8, 2**24  # number of files that are read at the same time; bytes of each that are in memory
@@ -34,11 +35,11 @@ def fault(step: Path, unread: tuple[str, ...] = ()) -> str | None:
     if not has(step):
         return None
     try:
-        listed = json.loads((step / NAME).read_text(encoding="utf-8")).items()
+        listed = read_json_file(step / NAME).items()
         wanted = {
             step / name: (size, checksum) for name, (size, checksum) in listed if Path(name).parts[0] not in unread
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):  # UserError is a ValueError
         return f"{NAME} is damaged"
     for path, (size, _) in wanted.items():
         if not path.is_file():

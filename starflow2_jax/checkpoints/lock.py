@@ -1,4 +1,4 @@
-"""lock.json, which names the run that writes into a checkpoint directory, so that no second run does."""
+"""lock.json, which names the run that writes into a directory, so that no second one does."""
 
 import contextlib
 import json
@@ -28,15 +28,15 @@ class UncertainLockError(LockedError):
 
 
 class Lock:
-    """The lock of a checkpoint directory. Only process 0 of a run uses it.
+    """The lock of a directory. Only process 0 of a run uses it.
 
     The file is created with open(..., "x"), which local and network file systems do atomically. On a mounted bucket that
     cannot do so, two runs that start in the same second may both get in; `require_held`, which a run calls before each
     save, then stops the one whose lock was overwritten.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "lock.json"
+    def __init__(self, folder: Path, name: str = "lock.json"):
+        self.folder, self.path = folder, folder / name
         self._id: str | None = None
 
     @contextlib.contextmanager
@@ -115,7 +115,7 @@ class Lock:
         since = f"{name}, started {owner.get('started', 'at an unknown time')},"
         if _here(owner):
             raise LockedError(
-                f"{since} trains in {self.folder} already; wait until it has ended, or name another --out"
+                f"{since} writes into {self.folder} already; wait until it has ended, or name another --out"
             )
         raise UncertainLockError(
             f"{since} wrote into {self.folder} {owner['age']:.0f} s ago and may still run; if you have checked that it has "

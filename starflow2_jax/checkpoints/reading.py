@@ -1,6 +1,5 @@
 """Reading checkpoint files that may be missing, damaged or written by another program."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +7,7 @@ from typing import Any, TypeVar
 import orbax.checkpoint as ocp
 
 from starflow2_jax.errors import UserError
+from starflow2_jax.text_files import read_json_file
 
 T = TypeVar("T")
 
@@ -20,12 +20,12 @@ def read_json(path: Path) -> object:
     """The JSON value of a file in a checkpoint directory. Raises CheckpointError."""
     if not path.parent.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path.parent}")
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} is not a checkpoint of this program: it has no {path.name}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a checkpoint of this program: it has no {path.name}") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from None
+        return read_json_file(path)
+    except UserError as error:
+        raise CheckpointError(f"{error}; restore it from a copy") from None
 
 
 def restored(read: Callable[[], T], what: str, folder: Path) -> T:

@@ -9,11 +9,11 @@ policies = checkpoint_managers.preservation_policy
 
 @dataclass(frozen=True)
 class Keep:
-    """A saved step is kept if it is one of the newest, or at a multiple of `every`, or one of the lowest loss."""
+    """A saved step is kept if it is one of the newest, or at a multiple of `every`, or one of the best."""
 
     latest: int | None = None  # number of newest steps that are kept; None: all
     every: int = 0  # steps; 0: this rule keeps none
-    best: int = 0  # number of steps of the lowest loss that are kept
+    best: int = 0  # number of steps of the lowest loss, or of another metric that the run ranks by, that are kept
 
     def policy(self) -> policies.PreservationPolicy:
         """The same rule for orbax."""
@@ -26,6 +26,6 @@ class Keep:
 
 
 def _goodness(metrics: dict[str, float]) -> float:
-    """A number by which steps are compared: by stage, then by loss. Losses of different stages are not comparable, so every
-    step of a later stage is better."""
+    """A number by which steps are compared: by stage, then by loss (or that metric). Losses of different stages are not
+    comparable, so every step of a later stage is better."""
     return 1e9 * metrics["stage"] - metrics["loss"]

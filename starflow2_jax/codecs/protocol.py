@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+PIXEL_BITS = 7.0  # log2 of 128: one of 256 levels in [-1, 1] has the width 1/128
+
 
 class Options(Protocol):
     """The keys of a config's `codec` section, apart from `kind`: a frozen dataclass with a default for each field."""
@@ -67,6 +69,12 @@ class Codec(Protocol):
     def restored(cls, description: dict[str, Any], weights: Mapping[str, Any]) -> Self:
         """The codec that was saved. In `description`, JSON's lists have become tuples."""
         return cls(**description)
+
+
+def level_bits(codec: Codec) -> float:
+    """-log2 of the width of one level of the data: added to a density's bits per dimension, it gives those of 8-bit pixels.
+    0 for data without such levels, and for a codec that is lossy."""
+    return PIXEL_BITS if codec.is_pixels and codec.log_volume is not None else 0.0
 
 
 def require_shape(images: Any, wanted: tuple[int, int, int], what: str) -> None:

@@ -189,6 +189,14 @@ def _range(kind: Whole | Number) -> str:
 def _exists(text: str) -> bool:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    if "://" in text or text.startswith("data:"):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is an address; give a path on this machine, mounted or downloaded"
+        )
+    if text.split("/")[0] == "~":
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} begins with ~, which the shell has not replaced; write the whole path"
+        )
     return _asked(text, Path(text).exists)
 
 

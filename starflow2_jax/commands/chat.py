@@ -56,9 +56,13 @@ def converse(chat: "Chat", out: Path, via: str = "flow") -> None:
     while True:
         try:
             line = input("> ").strip()
+            line.encode()  # bytes that are not UTF-8 arrive as lone surrogates
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeError:
+            print("! the line is not valid UTF-8; check the terminal's encoding")
+            continue
         if line == "/quit":
             return
         if not line:

@@ -32,7 +32,6 @@ def add(commands: Commands) -> None:
 def _data(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.commands.training import start_devices
     from starflow2_jax.config import loading as configs
-    from starflow2_jax.data import sources
     from starflow2_jax.evaluation import data_report
     from starflow2_jax.training.loop import Trainer
     from starflow2_jax.training.program import find_stage
@@ -42,8 +41,8 @@ def _data(args: Namespace, overrides: list[str]) -> None:
     start_devices(config.cpu_devices)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(config, args.checkpoint or Path(scratch) / "run")
-    streams = sources.streams(config, stage, trainer.codec, trainer.tokenizer)
-    encode = trainer.task(stage.name).row_encoder()
+    task = trainer.task(stage.name)
+    streams, encode = task.streams(), task.row_encoder()
     found = data_report.look(streams, encode, args.num)
     numbers = data_report.summary(streams, found, encode)
     print(data_report.as_text(numbers))

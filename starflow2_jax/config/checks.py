@@ -1,11 +1,15 @@
 """Checks across the keys of a config, as far as they need neither devices nor files."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
+from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.config.schema import ExperimentConfig, StageConfig
 from starflow2_jax.data.groups import rows_of_a_group
+from starflow2_jax.data.sources import held_out
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.fields import LARGEST_INT
 from starflow2_jax.stages import STAGES, Stage
 
 
@@ -19,6 +23,7 @@ def require_consistent(config: ExperimentConfig) -> None:
             "remove the stage from order"
         )
     _require_sources(config)
+    _require_evals(config)
     _require_codec(config)
     for name, cfg in config.stages.items():
         _require_stage(config, STAGES[name], cfg)
@@ -35,9 +40,10 @@ def _require_sources(config: ExperimentConfig) -> None:
         raise ConfigError(
             "the config names no training data; set data.source=FILE, or data.sources.NAME.path=FILE for several"
         )
-    if wrong := [name for name in data.sources if not re.fullmatch(r"\w[\w.-]*", name)]:
+    _require_names("a source's", "data.sources", data.sources)
+    if set(data.sources) <= (held := held_out(config)):
         raise ConfigError(
-            f"a source's name has letters, digits, '_', '-' and '.', not {wrong[0]!r}; rename it in data.sources"
+            f"every source is held out by an evaluation's mix ({', '.join(sorted(held))}); add one to train on to data.sources"
         )
     for stage, cfg in config.stages.items():
         if unknown := [name for name in cfg.mix if name not in data.sources]:
@@ -46,6 +52,29 @@ def _require_sources(config: ExperimentConfig) -> None:
             )
         if cfg.mix and not any(cfg.mix.values()):
             raise ConfigError(f"every source of stages.{stage}.mix has a weight of 0; give one of them more")
+
+
+def _require_evals(config: ExperimentConfig) -> None:
+    """The mix of each evaluation names sources that there are, and pictures are drawn only if the codec makes some."""
+    _require_names("an evaluation's", "evals", config.evals)
+    for name, cfg in config.evals.items():
+        mix = getattr(cfg, "mix", None)
+        if mix is not None and not any(mix.values()):
+            raise ConfigError(f"evals.{name}.mix gives no source a weight; name one of data.sources in it")
+        if config.data.source is None and (unknown := [each for each in mix or () if each not in config.data.sources]):
+            raise ConfigError(
+                f"evals.{name}.mix names the source {unknown[0]!r}; data.sources has {', '.join(config.data.sources)}"
+            )
+        if cfg.kind == "sheet" and not CODECS[config.codec.kind].is_pixels:
+            raise ConfigError(
+                f"evals.{name} draws pictures, and the codec {config.codec.kind!r} makes none; take it out of the config"
+            )
+
+
+def _require_names(whose: str, table: str, names: Iterable[str]) -> None:
+    """Each name fits into the name of a file and of a metric."""
+    if wrong := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ConfigError(f"{whose} name has letters, digits, '_', '-' and '.', not {wrong[0]!r}; rename it in {table}")
 
 
 def _require_codec(config: ExperimentConfig) -> None:
@@ -63,7 +92,12 @@ def _require_codec(config: ExperimentConfig) -> None:
 
 
 def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
-    """The rows of a batch divide into micro-batches, over the mesh, and into groups of the data."""
+    """A batch's positions fit into 32 bits, and its rows divide into micro-batches, over the mesh, and into groups."""
+    if cfg.rows * cfg.length > LARGEST_INT:
+        raise ConfigError(
+            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has at most "
+            f"{LARGEST_INT}"
+        )
     mesh = config.mesh
     spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # an axis of -1 has an unknown size and counts as 1
     if cfg.rows % spread:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from starflow2_jax.config.checks import require_consistent
+from starflow2_jax.config.evals import EVAL_OPTIONS, with_kinds
 from starflow2_jax.config.overrides import assign
 from starflow2_jax.config.schema import Config, ExperimentConfig
 from starflow2_jax.errors import ConfigError
@@ -41,7 +42,7 @@ def load(
     config = module.get_config(runlocal, **arguments)
     if not isinstance(config, ConfigDict | Mapping):
         raise ConfigError(f"{path}: get_config must return an ml_collections ConfigDict, not {abbreviated(config)}")
-    values = _plain(config)
+    values = _values(config, overrides)
     assign(ExperimentConfig, values, overrides)
     return complete(values)
 
@@ -69,7 +70,7 @@ def complete(values: Mapping | ConfigDict | Config) -> Config:
 
     Raises ConfigError for unknown keys, for values that are not allowed, and for values that contradict each other.
     """
-    experiment = build(ExperimentConfig, _plain(values))
+    experiment = build(ExperimentConfig, _values(values))
     require_consistent(experiment)
     return typing.cast(Config, ConfigDict(dataclasses.asdict(experiment)).lock())
 
@@ -77,6 +78,15 @@ def complete(values: Mapping | ConfigDict | Config) -> Config:
 def described(config: Config) -> list[Key]:
     """Every key of a whole config with its help and default. A group comes before its keys."""
     return list(walk(ExperimentConfig, _plain(config)))
+
+
+def _values(config: typing.Any, overrides: typing.Sequence[str] = ()) -> dict[str, typing.Any]:
+    """The values of a config as nested dicts, with the kind of each evaluation, also of those that overrides begin."""
+    values = _plain(config)
+    if isinstance(evals := values.get("evals", {}), dict):
+        begun = {override.split(".")[1]: {} for override in overrides if override.startswith("evals.")}
+        values["evals"] = with_kinds({name: each for name, each in begun.items() if name in EVAL_OPTIONS} | evals)
+    return values
 
 
 def _plain(values: typing.Any) -> dict[str, typing.Any]:

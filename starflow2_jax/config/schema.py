@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from starflow2_jax.codecs.table import CODECS
+from starflow2_jax.config import evals
+from starflow2_jax.config.evals import EvalConfig
 from starflow2_jax.data import sources
 from starflow2_jax.data.faults import DataFaultsConfig
 from starflow2_jax.data.preparation import SourceConfig
@@ -158,7 +160,12 @@ class ExperimentConfig:
     save_every: int = option("steps between two checkpoints; 0: only at the end of a stage", 2000, least=0)
     keep: int | None = option("newest checkpoints that are kept; None: all", 3, least=1)
     keep_every: int = option("steps between checkpoints that are kept for good; 0: none", 0, least=0)
-    keep_best: int = option("checkpoints of the lowest loss that are kept; 0: none", 0, least=0)
+    keep_best: int = option("checkpoints of the lowest `best_metric` that are kept; 0: none", 0, least=0)
+    best_metric: str = option(
+        'metric that ranks steps and runs, lower is better: "val/loss", "loss", ...; "": a held-out loss, if there is one',
+        "",
+    )
+    evals: dict[str, EvalConfig] = option("evaluations while training, by name", {}, variant=evals.VARIANT)
     faults: FaultsConfig = option("actions for steps that go wrong", FaultsConfig())
     peak_flops: float = option(
         "peak FLOP/s of one device, for the utilisation; 0: the known value of this kind of device", 0.0, least=0

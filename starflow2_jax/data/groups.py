@@ -85,6 +85,16 @@ class GroupedBatches:
             reader.close()
         self._readers = None
 
+    def restart(self) -> None:
+        """Begin again with the first documents."""
+        self.close()
+        self._states, self._last = {}, {}
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last batch is empty on this host, because all documents were read before or none can be used."""
+        return all(block.ended or block.given_up for block in self._last.values())
+
     def check(self) -> dict[str, int]:
         """Counts of the documents that were read, by source ("NAME"), and of skipped ones ("NAME/KIND").
 

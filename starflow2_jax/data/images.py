@@ -38,11 +38,14 @@ class ImageReader:
     size: (height, width) to which flow pictures are scaled on their short side, and then cropped; None: they stay as
         they are.
     latents: the codec takes latents, so that a flow image is an array and no picture.
+    seen: side in pixels to which the vision tower scales the largest pictures; a JPEG that is much larger is decoded at a
+        lower resolution. None: pictures for the tower are decoded whole.
     """
 
     channels: int
     size: tuple[int, int] | None = None
     latents: bool = False
+    seen: int | None = None
 
     def __call__(self, image: StoredImage, view: View = View()) -> Image:  # noqa: B008 - it is frozen
         """Raises ImageError."""
@@ -53,13 +56,17 @@ class ImageReader:
             elif flow and self.latents:
                 raise ImageError(f"the image {shorten(image.name)} is a picture, and the codec takes latents (.npy)")
             else:
-                pixels = from_pillow(self._picture(Picture(file), self.size if flow else None, view))
+                pixels = from_pillow(self._flow(Picture(file), view) if flow else self._vit(Picture(file), view))
         return Image(pixels, image.generate, image.via)
 
-    def _picture(self, picture: Picture, size: tuple[int, int] | None, view: View) -> Pillow.Image:
-        opaque = picture.opaque(self.channels, max(size) if size else None)
-        if size and opaque.size != (size[1], size[0]):
-            opaque = ImageOps.fit(opaque, (size[1], size[0]), Pillow.Resampling.LANCZOS, centering=view.place)
+    def _flow(self, picture: Picture, view: View) -> Pillow.Image:
+        opaque = picture.opaque(self.channels, max(self.size) if self.size else None)
+        if self.size and opaque.size != (self.size[1], self.size[0]):
+            opaque = ImageOps.fit(opaque, (self.size[1], self.size[0]), Pillow.Resampling.LANCZOS, centering=view.place)
+        return ImageOps.mirror(opaque) if view.mirrored else opaque
+
+    def _vit(self, picture: Picture, view: View) -> Pillow.Image:
+        opaque = picture.opaque(self.channels, self.seen)
         return ImageOps.mirror(opaque) if view.mirrored else opaque
 
 

@@ -28,6 +28,7 @@ class Stream:
     source: Source
     prepare: Preparation
     seed: int  # of the order of the documents, of what each reading draws
+    once: bool = False  # each document is read once, for documents that are held out; else epoch after epoch
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Block:
     faults: dict[str, str]  # "NAME/KIND" -> the first such fault that this reader saw
     given_up: bool  # PATIENCE documents one after the other could not be used; the rows are empty
     state: Any  # the position after these rows, a JSON value
+    ended: bool = False  # all documents were read before; the rows are empty
 
 
 class _Load:
@@ -116,7 +118,8 @@ class _Given(grain.IterDataset):
 
 def order(stream: Stream) -> grain.MapDataset:
     """The indices of a source's documents, endlessly: each epoch is a permutation of all of them, drawn anew."""
-    return grain.MapDataset.range(len(stream.source)).shuffle(seed=stream.seed).repeat()
+    epoch = grain.MapDataset.range(len(stream.source)).shuffle(seed=stream.seed)
+    return epoch if stream.once else epoch.repeat()
 
 
 def loaded(
@@ -148,11 +151,19 @@ class GroupRows:
             self.reader.set_state(state)
 
     def __next__(self) -> Block:
+        given_up = ended = False
         try:
-            rows, given_up = next(self.reader), False
+            rows = _filled(next(self.reader), self.encode.shape.rows)
         except _GivenUpError:
             rows, given_up = empty(self.encode), True
-        return Block(rows, dict(self.sound.counts), self.sound.faults, given_up, self.reader.get_state())
+        except StopIteration:
+            rows, ended = empty(self.encode), True
+        return Block(rows, dict(self.sound.counts), self.sound.faults, given_up, self.reader.get_state(), ended)
+
+
+def _filled(rows: sequence.Sequence, count: int) -> sequence.Sequence:
+    """With empty rows at the end, so that there are `count`: the last documents may fill fewer."""
+    return jax.tree.map(lambda x: np.pad(x, ((0, count - len(x)), *[(0, 0)] * (x.ndim - 1))), rows)
 
 
 def empty(encode: RowEncoder) -> sequence.Sequence:

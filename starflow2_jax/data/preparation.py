@@ -55,6 +55,11 @@ class SourceConfig:
             )
 
 
+def unvaried(source: SourceConfig) -> SourceConfig:
+    """The same options without crops and flips at random."""
+    return replace(source, crop="center" if source.crop == "random" else source.crop, flip=False)
+
+
 @dataclass(frozen=True)
 class Preparation:
     """Makes a document of a draft, with draws of its own each time.

@@ -1,6 +1,6 @@
 """The table of sources, and the sources that a config names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,11 +20,12 @@ from starflow2_jax.data.huggingface import HuggingFaceDocuments
 from starflow2_jax.data.images import BUCKETS, ImageReader, locate
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream
-from starflow2_jax.data.preparation import Preparation, SourceConfig
+from starflow2_jax.data.preparation import Preparation, SourceConfig, unvaried
 from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.tfds import TfdsDocuments
 from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.fields import Variant, build, joined
+from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
 from starflow2_jax.text_files import reason
@@ -39,6 +40,7 @@ SOURCES: dict[str, type[Source]] = {
     "/state.json": HuggingFaceDocuments,
     "/dataset_dict.json": HuggingFaceDocuments,
 }
+HUGE = 2**14  # side in pixels of a picture that every vision tower scales down
 ALONE = "documents"  # the name of the source that `data.source` gives
 
 
@@ -84,30 +86,40 @@ class Named:
 
 
 def named(config: Any, stage: str | None = None) -> list[Named]:
-    """The sources of a config in the order of their names: those that a stage mixes, or (None) all of them.
+    """The sources of a config in the order of their names: those that a stage mixes, or (None) all that are not held out.
 
     `data.source`, where it is given, stands for all of them in every stage.
     """
     if config.data.source is not None:
-        values = {ALONE: {"path": config.data.source}}
-        mix = {ALONE: 1.0}
-    else:
-        values = {name: dict(each) for name, each in config.data.sources.items()}
-        mix = dict(config.stages[stage].mix) if stage else {}
-    weights = mix or dict.fromkeys(values, 1.0)
-    return [
-        Named(
-            name, weight, build(source_class(values[name]["path"]), VARIANT.own(values[name]), f"data.sources.{name}")
-        )
-        for name, weight in sorted(weights.items())
-        if weight > 0
-    ]
+        return [_named(ALONE, 1.0, {"path": config.data.source})]
+    mix = dict(config.stages[stage].mix) if stage else {}
+    return mixed(config, mix or {name: 1.0 for name in config.data.sources if name not in held_out(config)})
 
 
-def streams(config: Any, stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
-    """The sources that a stage mixes, opened. tokenizer: lays out conversations. Raises UserError."""
-    height, width, _ = codec.image_shape
-    images = ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels)
+def mixed(config: Any, mix: Mapping[str, float]) -> list[Named]:
+    """The sources of `data.sources` that a mix gives a weight, in the order of their names."""
+    return [_named(name, weight, dict(config.data.sources[name])) for name, weight in sorted(mix.items()) if weight > 0]
+
+
+def held_out(config: Any) -> set[str]:
+    """The sources that evaluations mix and no stage does: nothing is trained on them or fitted to them."""
+    read = {name for stage in config.stages.values() for name in stage.mix}
+    return {name for each in config.evals.values() for name in getattr(each, "mix", None) or ()} - read
+
+
+def _named(name: str, weight: float, values: dict[str, Any]) -> Named:
+    return Named(name, weight, build(source_class(values["path"]), VARIANT.own(values), f"data.sources.{name}"))
+
+
+def streams(
+    config: Any, stage: Stage, codec: Codec, tokenizer: Any, vision: VisionConfig | None = None
+) -> list[Stream]:
+    """The sources that a stage mixes, opened.
+
+    tokenizer: lays out conversations. vision: the vision tower, whose sizes let large pictures be decoded smaller. Raises
+    UserError.
+    """
+    images = _reader(codec, vision)
     return [
         Stream(
             name=each.name,
@@ -129,6 +141,28 @@ def _of_codec(named: Named, codec: Codec) -> Source:
             "source again with --codec and this run's directory"
         )
     return source
+
+
+def held_out_streams(config: Any, mix: Mapping[str, float], stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
+    """The sources that an evaluation mixes, opened: the same documents in every run, each read once, with nothing left out
+    and all pictures cropped in the middle. Raises UserError."""
+    return [
+        Stream(
+            name=each.name,
+            weight=each.weight,
+            source=_of_codec(each, codec),
+            prepare=Preparation(unvaried(each.config), _reader(codec, None), False, stage.words_only, tokenizer),
+            seed=stream_seed(0, "held out", each.name),
+            once=True,
+        )
+        for each in mixed(config, mix)
+    ]
+
+
+def _reader(codec: Codec, vision: VisionConfig | None) -> ImageReader:
+    height, width, _ = codec.image_shape
+    seen = max(vision.resized((HUGE, HUGE))) if vision else None
+    return ImageReader(codec.image_channels, (height, width), latents=not codec.is_pixels, seen=seen)
 
 
 def codec_options(config: Any) -> tuple[type[Codec], Any]:

@@ -22,7 +22,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         c.stages[name].update(steps=steps, ema=0.999)
         c.stages[name].optimizer.weight_decay = 0.1
     c.stages.joint.mix.caption = 7.0
-    for source in c.data.sources.values():
-        source.warp = 0.7  # each of the 1,500 scans is seen over a hundred times
+    c.evals.val.every = 500
+    for kind in digits_quick.KINDS:
+        c.data.sources[kind].warp = 0.7  # each of the 1,500 scans is seen over a hundred times
     c.model.shallow.dropout = c.model.deep.dropout = 0.05
     return c

@@ -17,7 +17,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.noise = 0.1  # in pixels of [-1, 1]
     c.max_positions = 256
     c.log_every, c.save_every, c.keep = 10, 500, 2
-    c.data = dict(sources={kind: dict(path="digits", kind=kind) for kind in KINDS})
+    sources = {kind: dict(path="digits", kind=kind) for kind in KINDS}
+    held_out = {f"{kind}_held_out": dict(path="digits", kind=kind, part="held_out") for kind in KINDS}
+    c.data = dict(sources=sources | held_out)
     c.codec = dict(kind="patch", patch=2, image_channels=1)
 
     flow = dict(width=128, heads=2, mlp_hidden=512, norm="rms_zero", activation="relu2", qk_norm="rms_zero")
@@ -41,6 +43,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         image_to_text=stage(20, (0.0, 2.0, 1.0, 0.0, 0.0)),
         joint=stage(580, (5.0, 1.0, 3.0, 2.5, 1.5)),
     )
+    val = dict(mix=dict.fromkeys(held_out, 1.0), every=300, batches=5, stages=("text_to_image", "joint"))
+    c.evals = dict(val=val)
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:
         for stack in (c.model.deep, c.model.shallow, c.model.vlm, c.model.vlm.vision):

@@ -3,7 +3,8 @@
 A sweep is a Python file with
 
     CONFIG    the experiment: a file, relative to the sweep's folder, or the name of one that ships with the package
-    METRIC    the metric, "stage/name" of metrics.jsonl; lower is better
+    METRIC    the metric, "stage/name" of metrics.jsonl; lower is better (optional: else the experiment's `best_metric` in
+              its last stage, which is a held-out loss if it has one)
     ALWAYS    overrides of every point, a dict of config key -> value (optional)
     points()  yields the points: dicts of config key -> value; `grid` and `random` make them
 
@@ -27,10 +28,13 @@ from pathlib import Path
 import numpy as np
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.evals import best_metric
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
+from starflow2_jax.stages import STAGES
 
 AVERAGED = 3  # last logged values of a stage, whose mean is the result: single batches are noisy
+SEED = "seed"  # the key whose values are averaged over
 DONE, FAILED, WAITING, OPEN = "done", "failed", "handed on", "not run"  # states of a point
 Draw = Callable[[np.random.Generator], object]  # draws the value of a key
 
@@ -107,8 +111,8 @@ class Point:
         for name in ("failed", "submitted", "ended"):
             (self.folder / name).unlink(missing_ok=True)
 
-    def result(self, metric: str) -> float | None:
-        """The mean of the last AVERAGED values of the metric "stage/name".
+    def result(self, metric: str, averaged: int = AVERAGED) -> float | None:
+        """The mean of the last `averaged` values of the metric "stage/name".
 
         None if the point is not done, if the metric was never logged, or if the mean is not finite.
         """
@@ -118,7 +122,7 @@ class Point:
         text = (self.run / "metrics/metrics.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         values = [line[name] for line in lines if line["stage"] == stage and name in line]
-        mean = float(np.mean(values[-AVERAGED:])) if values else math.nan
+        mean = float(np.mean(values[-averaged:])) if values else math.nan
         return mean if math.isfinite(mean) else None
 
 
@@ -130,6 +134,11 @@ class Sweep:
     metric: str  # "stage/name"
     points: tuple[Point, ...]
     chip: str | None = None  # TPU generation that the experiment is asked for
+    averaged: int = AVERAGED  # last values of the metric; 1 for an evaluation, whose documents are always the same
+
+    def result(self, point: Point) -> float | None:
+        """The metric of a point; None as for Point.result."""
+        return point.result(self.metric, self.averaged)
 
     @property
     def varied(self) -> dict[str, str]:
@@ -156,7 +165,7 @@ def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str
         names = ", ".join(sorted(p.stem for p in (configs.EXPERIMENTS / "sweeps").glob("[!_]*.py")))
         raise ConfigError(f"there is no sweep file {path}; give another path, or one of the names {names}")
     module = import_file(path, "sweep", ConfigError)
-    if missing := [name for name in ("CONFIG", "METRIC", "points") if not hasattr(module, name)]:
+    if missing := [name for name in ("CONFIG", "points") if not hasattr(module, name)]:
         raise ConfigError(f"{path} has no {missing[0]}; starflow2_jax/sweeps/points.py says what a sweep file holds")
     beside = path.parent / module.CONFIG
     config = beside.resolve() if beside.is_file() else configs.find(module.CONFIG)
@@ -166,10 +175,13 @@ def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str
         raise ConfigError(f"{path} yields no point; let points() yield at least one dict of config key -> value")
     if len({p.folder for p in points}) < len(points):
         raise ConfigError(f"{path} yields a point twice; remove one of the two")
-    stage = module.METRIC.partition("/")[0]
-    if stage not in configs.load(config, points[0].arguments, runlocal, chip).order:
-        raise ConfigError(f'{path}: METRIC={module.METRIC!r} must be "stage/name", with a stage that {config} runs')
-    return Sweep(config, module.METRIC, points, chip)
+    first = configs.load(config, points[0].arguments, runlocal, chip)
+    last = first.order[-1]
+    metric = getattr(module, "METRIC", f"{last}/{best_metric(first, STAGES[last])}")
+    stage, _, name = metric.partition("/")
+    if stage not in first.order:
+        raise ConfigError(f'{path}: METRIC={metric!r} must be "stage/name", with a stage that {config} runs')
+    return Sweep(config, metric, points, chip, 1 if name.partition("/")[0] in first.evals else AVERAGED)
 
 
 def _point(config: Path, overrides: dict, folder: Path, runlocal: bool, chip: str | None) -> Point:
@@ -233,7 +245,7 @@ def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[s
         code = _wait(command(point), point.folder / "log.txt")
         seconds = round(time.monotonic() - begin, 1)
         if point.state == DONE:
-            report(f"{title}: done in {seconds} s, {sweep.metric} {point.result(sweep.metric)}")
+            report(f"{title}: done in {seconds} s, {sweep.metric} {sweep.result(point)}")
         else:
             reason = f"exit code {code}: {_last_line(point.folder / 'log.txt')}"
             (point.folder / "failed").write_text(reason, encoding="utf-8")

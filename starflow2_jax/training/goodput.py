@@ -7,7 +7,7 @@ from typing import Protocol
 
 import jax
 
-KINDS = ("input", "checkpoint", "compile", "restart")  # of time; the rest is spent in steps
+KINDS = ("input", "evals", "checkpoint", "compile", "restart")  # of time; the rest is spent in steps
 
 
 class Result(Protocol):
@@ -22,6 +22,7 @@ class Ledger:
     """Seconds of a run, restarts included, by kind:
 
     input        waiting for a batch while the devices are idle
+    evals        evaluations, apart from their compilation
     checkpoint   the part of saving that the run waits for
     compile      XLA's compilations, and the first call of each task's step
     restart      initialising and restoring; after a crash, all time since the checkpoint that the run resumes from: the

@@ -1,9 +1,11 @@
 """The loop over the tasks of a run; and the Trainer, which trains the stages of STARFlow2 in a checkpoint directory."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -13,6 +15,7 @@ from starflow2_jax.checkpoints.damage import pass_over_damaged, pass_over_unread
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.evals import best_metric, left_out
 from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.errors import ConfigError, UserError, storage_errors
@@ -22,6 +25,8 @@ from starflow2_jax.models.vlm import VlmConfig
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.parallel.hardware import peak_flops
 from starflow2_jax.stages import STAGES
+from starflow2_jax.training.evals.protocol import Evaluation
+from starflow2_jax.training.evals.table import evaluations
 from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
 from starflow2_jax.training.preemption import Preemption
@@ -40,10 +45,13 @@ def train(
     progress: bool = True,
     stop_at: int | None = None,
     profile: int = 0,
+    evals: Callable[[Any], Sequence[Evaluation]] = lambda task: (),
+    best: Callable[[Any], str] = lambda task: "loss",
 ) -> dict:
     """Train the tasks that are not done yet, in their order.
 
     `stop_at`: save and return after this step, counted over all tasks. `profile`: number of steps to profile into profile/.
+    `evals`: the evaluations of a task. `best`: the metric by which a task's steps are ranked.
 
     Returns the speed and the shares of the time (Ledger.summary) and the counts of bad steps (Watch.counts), which are also
     written to metrics/summary.json. Raises Preempted after SIGTERM, when everything is saved, and NonFiniteLoss or
@@ -72,7 +80,7 @@ def train(
                 if latest is not None and latest >= last:
                     bar.update(task.steps)
                 else:
-                    run = Run(task, place, first, checkpoints, mesh, settings, tools)
+                    run = Run(task, place, first, checkpoints, mesh, settings, tools, evals(task), best(task))
                     faults = run.faults
                     with contextlib.closing(run.reader):
                         arrived = run.run(last, stop_at)
@@ -140,12 +148,24 @@ class Trainer:
         """
         c = self.config
         settings = Settings(c.log_every, c.save_every, c.faults, peak_flops(c.peak_flops))
-        tasks = [self.task(name) for name in c.order]
         if not self.begun:
             self._require_stages()  # now, before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
-            return train(tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile)
+            tasks = [self.task(name) for name in c.order]  # with the codec that the directory holds
+            return train(
+                tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile, self._evals, self._best
+            )
+
+    def _evals(self, task: StageTask) -> list[Evaluation]:
+        """A stage's evaluations; says which of the config's are left out."""
+        for name, reason in left_out(self.config, task.stage).items():
+            if processes.primary():
+                print(f"evals.{name} is left out of stage {task.name}: {reason}", file=sys.stderr)
+        return evaluations(task, self.checkpoints.folder)
+
+    def _best(self, task: StageTask) -> str:
+        return best_metric(self.config, task.stage)
 
     def _prepare(self) -> None:
         """Make the directory, or prepare to resume from it. All processes of the run call it together."""
@@ -194,7 +214,8 @@ class Trainer:
             if last <= done:
                 continue
             try:
-                self.task(name).check()
+                (task := self.task(name)).check()
+                evaluations(task, self.checkpoints.folder)
             except UserError as error:
                 raise ConfigError(f"stage {name}: {error}") from None
 

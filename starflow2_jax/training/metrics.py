@@ -3,11 +3,13 @@
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - protobuf makes them
-from tensorboardX.summary import scalar
+from tensorboardX.summary import image, scalar
 
 from starflow2_jax.checkpoints.atomic_folder import write_whole
 
@@ -42,6 +44,15 @@ class Metrics:
         self._lines.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
         for name, value in {**values, **(timings or {})}.items():
             self._board.write_event(Event(step=step, summary=scalar(f"{stage}/{name}", value), wall_time=time.time()))
+        self._board.flush()
+
+    def show(self, step: int, stage: str, pictures: Mapping[str, np.ndarray]) -> None:
+        """Show pictures (height, width, 3) uint8 in TensorBoard."""
+        if not self.writes:
+            return
+        for name, picture in pictures.items():
+            summary = image(f"{stage}/{name}", picture, dataformats="HWC")
+            self._board.write_event(Event(step=step, summary=summary, wall_time=time.time()))
         self._board.flush()
 
     def rewind(self, step: int) -> None:

@@ -42,18 +42,24 @@ def jitted_step(
     codec's latent channels.
     """
     cfg = config.stages[stage.name]
-    objective = Objective(
-        noise=config.noise / np.asarray(deviations, np.float32),
-        text_weight=cfg.text_weight,
-        latent_penalty=cfg.latent_penalty,
-        vlm_length=cfg.vlm_length,
-    )
-    update = make_step(model, stage, optimizer, objective, accumulate=cfg.accumulate, ema_decay=cfg.ema)
+    loss = objective(config, stage, deviations)
+    update = make_step(model, stage, optimizer, loss, accumulate=cfg.accumulate, ema_decay=cfg.ema)
     step = guarded(counted(update, stage), config.faults)
     if cfg.optimizer.offload:
         step = offloaded(step)
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, model, stage, optimizer, mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def objective(config: Config, stage: Stage, deviations: ArrayLike) -> Objective:
+    """The loss of a stage's step. `deviations`: as for `jitted_step`."""
+    cfg = config.stages[stage.name]
+    return Objective(
+        noise=config.noise / np.asarray(deviations, np.float32),
+        text_weight=cfg.text_weight,
+        latent_penalty=cfg.latent_penalty,
+        vlm_length=cfg.vlm_length,
+    )
 
 
 def find_stage(config: Config, text: str | None) -> Stage:

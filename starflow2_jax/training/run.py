@@ -2,6 +2,7 @@
 
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.config.schema import FaultsConfig
 from starflow2_jax.parallel import sharding
+from starflow2_jax.training.evals.protocol import Evaluation
 from starflow2_jax.training.faults import Watch
 from starflow2_jax.training.goodput import Ledger
 from starflow2_jax.training.metrics import Metrics
@@ -45,7 +47,8 @@ class Run(Generic[S]):
     """One task in progress, resumed from the newest checkpoint.
 
     `place`: index of the task in the order. `first`: number of steps of the tasks before it. Steps are counted over all
-    tasks, so the task's first step has the number first + 1.
+    tasks, so the task's first step has the number first + 1. `best`: the metric by which steps are ranked, one of a step or
+    of an evaluation ("NAME/NUMBER").
     """
 
     def __init__(
@@ -57,9 +60,12 @@ class Run(Generic[S]):
         mesh: jax.sharding.Mesh,
         settings: Settings,
         tools: Tools,
+        evals: Sequence[Evaluation] = (),
+        best: str = "loss",
     ):
         self.task, self.place, self.first = task, place, first
         self.checkpoints, self.settings, self.tools = checkpoints, settings, tools
+        self.evals, self.best = evals, best
         latest = checkpoints.steps.latest()
         meta = checkpoints.steps.meta(latest) if latest else {}
         watched = dict(meta.get("watch", {}))
@@ -79,7 +85,10 @@ class Run(Generic[S]):
         self.pending: deque[tuple[int, dict]] = deque()  # numbers and metrics of steps that are not judged yet
         self.seen: dict[str, float] = {}  # metrics of the last step that was judged
         self.since_log = (tools.ledger.split(), tools.ledger.tokens)  # at the last log
-        self.recent: list[float] = []  # losses since the last save
+        self.recent: list[float] = []  # values of `best` since the last save
+        # Whether the step that the run resumes from was saved before its evaluations were done.
+        self.owed = meta.get("stage") == task.name and meta.get("owed", False)
+        self.unranked = False  # a step was saved without a value of `best`
         self.called = False  # the step function, which compiles when it is called first
         self.read: dict[str, int] = {}  # counts of documents, at the last check
 
@@ -91,13 +100,16 @@ class Run(Generic[S]):
         tools, settings = self.tools, self.settings
         tools.bar.update(self.number - self.first)
         logged = self.number
+        if self.owed:
+            self._evaluate(last)
         while self.number < last:
             self._step()
             number = self.number
             ending = tools.preemption.reached(number)
             saves = number < last and (_due(settings.save_every, number) or number == stop_at or ending)
             logs = _due(settings.log_every, number) or (number == last and settings.log_every > 0)
-            if not self._judge(0 if saves or logs else 1):
+            looks = any(each.due(number, last) for each in self.evals)
+            if not self._judge(0 if saves or logs or looks else 1):
                 logged = self.number
                 continue
             if saves or logs or _due(CHECKED if jax.process_count() > 1 else 1, number):
@@ -106,6 +118,9 @@ class Run(Generic[S]):
                 self._log(number - logged)
                 logged = number
             tools.bar.update()
+            self.owed = looks and ending and number < last  # the machine may be taken away before they are done
+            if looks and not self.owed:
+                self._evaluate(last)
             if saves:
                 with tools.ledger.time("checkpoint"):
                     self.save(self.state, self.reader.get_state(), ended=number == stop_at)
@@ -127,7 +142,7 @@ class Run(Generic[S]):
 
     def save(self, state: S, position: object, ended: bool) -> None:
         """Save `state` as the step self.number. `position`: of the data. `ended`: the run ends here, see `Ledger.state`."""
-        finite = [loss for loss in self.recent if np.isfinite(loss)]
+        finite = [value for value in self.recent if np.isfinite(value)]
         self.checkpoints.lock.require_held()
         meta = {
             "stage": self.task.name,
@@ -137,9 +152,12 @@ class Run(Generic[S]):
             "documents": self.reader.documents,
             "watch": self.watch.state(),
             "time": self.tools.ledger.state(ended),
+            "owed": self.owed,
         }
-        # Without a finite loss since the last save there are no metrics, and Keep.best does not count the step.
+        # Without a finite value since the last save there are no metrics, and Keep.best does not count the step.
         metrics = {"stage": self.place, "loss": float(np.mean(finite))} if finite else None
+        if not self.recent and position is not None:
+            self._warn_of_no_rank()
         self.checkpoints.steps.save(self.number, groups(state), meta, metrics)
         self.recent.clear()
         self.watch.saved()
@@ -178,7 +196,7 @@ class Run(Generic[S]):
             if values.get("targets") == 0:
                 self._warn_of_no_targets(number)
             self.seen = values
-            self.recent.append(values["loss"])
+            self.recent += [values[self.best]] if self.best in values else []
             self.tools.ledger.count_tokens(values["tokens"])
         return True
 
@@ -192,6 +210,16 @@ class Run(Generic[S]):
                     "run resumes at the same position in the data, so it may skip documents or read some of them again",
                     file=sys.stderr,
                 )
+
+    def _warn_of_no_rank(self) -> None:
+        """Warns once that a step is saved without a value of `best`, so that `keep_best` cannot rank it."""
+        if not self.unranked and self.checkpoints.steps.keep.best and self.tools.metrics.writes:
+            self.unranked = True
+            print(
+                f"WARNING: step {self.number} ({self.task.name}) is not ranked for keep_best, because no {self.best!r} was "
+                "measured since the step that was saved before; check best_metric, or evaluate as often as steps are saved",
+                file=sys.stderr,
+            )
 
     def _warn_of_no_targets(self, number: int) -> None:
         """Warns at the 1st, 2nd, 4th, 8th, ... step whose batch has no targets."""
@@ -230,6 +258,22 @@ class Run(Generic[S]):
         losses = (f"{name}={value:.3f}" for name, value in self.seen.items() if name.endswith("_loss"))
         self.tools.bar.set_postfix_str(f"{self.task.name} {' '.join(losses)}")
         self.since_log = (now, ledger.tokens)
+
+    def _evaluate(self, last: int) -> None:
+        """Run the evaluations that are due, and log what they find, each on a line of its own."""
+        metrics, name = self.tools.metrics, self.task.name
+        for each in self.evals:
+            if not each.due(self.number, last):
+                continue
+            with self.tools.ledger.time("evals"):
+                found = each.evaluate(self.number, self.state, self.frozen)
+            numbers = {f"{each.name}/{key}": value for key, value in found.numbers.items()}
+            if numbers:
+                metrics.write(self.number, name, numbers)
+            metrics.show(self.number, name, {f"{each.name}/{key}": value for key, value in found.pictures.items()})
+            if self.best in numbers:
+                self.recent = [numbers[self.best]]
+        self.owed = False
 
 
 def restore(task: Task[S], checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[S, object]:

@@ -14,6 +14,7 @@ from starflow2_jax.config.schema import Config
 from starflow2_jax.data import sources
 from starflow2_jax.data.faults import DataFaultsConfig
 from starflow2_jax.data.groups import GroupedBatches, own_rows
+from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.pipeline import Encoder, RowEncoder
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.flops import training_flops
@@ -63,7 +64,7 @@ class StageTask:
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
         self.step()
-        sources.streams(self.config, self.stage, self.codec, self.tokenizer)
+        self.streams()
 
     def continues(self, name: str) -> bool:
         """Whether the stage `name` trains the same tree as this one."""
@@ -119,13 +120,21 @@ class StageTask:
         encoder = Encoder(self.tokenizer, self.codec, vision, remembered=REMEMBERED)
         return RowEncoder(encoder, program.batch_shape(self.config, self.stage))
 
+    def streams(self) -> list[Stream]:
+        """The sources of this stage, opened. Raises UserError."""
+        vision = self.model.cfg.vlm.vision
+        return sources.streams(self.config, self.stage, self.codec, self.tokenizer, vision)
+
     def batches(self) -> GroupedBatches:
         """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
+        return self.reader(self.streams(), self.config.data.workers)
+
+    def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
+        """The same of other streams. `workers`: processes that read ahead."""
         data, encode = self.config.data, self.row_encoder()
-        streams = sources.streams(self.config, self.stage, self.codec, self.tokenizer)
         rows = own_rows(sharding.batch_sharding(self.mesh), encode.shape.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
-        return GroupedBatches(streams, encode, data.groups, data.workers, data.threads, faults, rows)
+        return GroupedBatches(streams, encode, data.groups, workers, data.threads, faults, rows)
 
     def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
         """The state to save at the end: the moving average becomes the parameters, and average and optimizer are dropped.

@@ -102,11 +102,11 @@ class Objective:
 
 
 def loss_sums(
-    model: Pretzel, params: dict, stage: Stage, batch: Sequence, objective: Objective, key: jax.Array
+    model: Pretzel, params: dict, stage: Stage, batch: Sequence, objective: Objective, key: jax.Array | None
 ) -> dict[str, jax.Array]:
     """The terms of the stage's loss, summed over a batch: "image" and "text" in nats, and "penalty" with its weight.
 
-    `key`: of the dropout.
+    `key`: of the dropout; None: there is none.
     """
     output: Any = model.apply(
         {"params": params},
@@ -114,7 +114,7 @@ def loss_sums(
         skips=stage.skips,
         deep=stage.deep,
         vlm_length=objective.vlm_length,
-        rngs={"dropout": key},
+        rngs=None if key is None else {"dropout": key},
     )
     sums = {}
     if stage.image_loss:
@@ -179,10 +179,15 @@ def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, 
     def add(carry, part_and_key):
         return jax.tree.map(jnp.add, carry, gradient(moving, *part_and_key)), None
 
-    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    cut = in_parts(batch, parts)
     shapes = jax.eval_shape(gradient, moving, jax.tree.map(lambda x: x[0], cut), keys[0])
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zero, (cut, keys))[0]
+
+
+def in_parts(batch: Sequence, parts: int) -> Sequence:
+    """The micro-batches (parts, B / parts, ...) of a batch (B, ...)."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def finish(state: TrainState) -> dict:

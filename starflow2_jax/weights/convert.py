@@ -22,7 +22,7 @@ from flax import traverse_util
 from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
 from starflow2_jax.errors import require_one_of
 from starflow2_jax.models.vlm import abstract_params
-from starflow2_jax.text_files import reason
+from starflow2_jax.text_files import read_json_file, reason
 from starflow2_jax.weights.folder import TYPES, Entry, read_entries, read_tensor, same_bits, write_folder
 from starflow2_jax.weights.other_formats import require_unquantised
 from starflow2_jax.weights.store import CHUNK, ArrayStore
@@ -55,6 +55,7 @@ COMPANIONS = (
     "processor_config.json",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder beside them, with chat templates of other names than "default"
 CONFIG = "vlm.json"
 
 Wanted = dict[str, tuple[Rule, tuple[Part, ...]]]
@@ -110,7 +111,7 @@ def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_by
     wanted, faults = expected(VLM_WEIGHTS[kind].rules(cfg, ()), tree)
     refuse(faults)
     try:
-        saved_hash = json.loads((checkpoint / "frozen.json").read_text(encoding="utf-8"))["content_hash"]
+        saved_hash = read_json_file(checkpoint / "frozen.json")["content_hash"]
         config = (checkpoint / "reference_config.json").read_bytes()
         store = ArrayStore(checkpoint / "frozen", tree, create=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -176,10 +177,11 @@ def _export(store: ArrayStore, rule: Rule, parts: tuple[Part, ...]) -> np.ndarra
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy those of COMPANIONS that `source` has."""
-    for file in filter(Path.is_file, (source / name for name in COMPANIONS)):
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(file, target / file.name)
+    """Copy those of COMPANIONS and TEMPLATES that `source` has."""
+    for file in filter(Path.is_file, (*(source / name for name in COMPANIONS), *(source / TEMPLATES).glob("*.jinja"))):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _natural(name: str) -> list:

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 
 from starflow2_jax.text_files import read_json_file, reason
-from starflow2_jax.weights.other_formats import require_folder, require_unquantised, what_it_is
+from starflow2_jax.weights.other_formats import advice, require_folder, require_unquantised, what_it_is
 from starflow2_jax.weights.table import WeightError, refuse
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -98,7 +98,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightError(f"{file} cannot be read: {reason(error)}; fetch it again") from None
+        raise WeightError(f"{file} cannot be read: {reason(error)}; {advice(file)}") from None
     header.pop("__metadata__", None)
     header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
     return {n: Entry(file, 8 + size + h["data_offsets"][0], tuple(h["shape"]), h["dtype"]) for n, h in header.items()}

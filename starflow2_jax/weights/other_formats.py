@@ -66,16 +66,30 @@ def what_it_is(folder: Path) -> str:
         )
         return f"is a cache of the Hugging Face hub; give {which}"
     if pickles := [name for name in files if name.endswith(PICKLES)]:
-        return (
-            f"holds weights as pickles of PyTorch ({_some(pickles)}), which are never unpickled here; load them with "
-            "transformers, write them with save_pretrained(..., safe_serialization=True) and give that folder"
-        )
+        return f"holds weights as pickles of PyTorch ({_some(pickles)}), which are never unpickled here; {_RESAVE}"
     if any(name.endswith(".safetensors") for name in files):
         return "holds neither model.safetensors nor model.safetensors.index.json; fetch the index of its safetensors files too"
     holds = f"it holds {_some(files)}" if files else "it is empty"
     return f"holds neither model.safetensors nor model.safetensors.index.json ({holds}); give the folder that holds the weights"
 
 
+def advice(file: Path) -> str:
+    """What to do about a .safetensors file that cannot be read as one."""
+    try:
+        with file.open("rb") as opened:
+            begin = opened.read(4)
+    except OSError:
+        begin = b""
+    if begin == b"GGUF":
+        return "it is a GGUF file, whose weights are quantised; give the folder of the unquantised safetensors model"
+    if begin.startswith((b"PK", b"\x80")):
+        return f"it is a pickle of PyTorch, which is never unpickled here; {_RESAVE}"
+    if begin.startswith(b"<"):
+        return "it is a web page; fetch the file itself"
+    return "fetch it again"
+
+
+_RESAVE = "load it with transformers, write it with save_pretrained(..., safe_serialization=True) and give that folder"
 _GGUF = "holds weights in the GGUF format, which are quantised; give the folder of the unquantised safetensors model"
 
 

@@ -58,7 +58,9 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
     values = read_json_file(path, WeightError)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "qwen2_5_vl":
-        raise WeightError(f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind))}, not 'qwen2_5_vl'")
+        raise WeightError(
+            f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind), 60)}, not 'qwen2_5_vl'; give a folder of that model"
+        )
     try:
         reference: Any = Qwen2_5_VLConfig.from_dict(values)
         text, vision = reference.text_config, reference.vision_config

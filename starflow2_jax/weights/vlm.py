@@ -9,6 +9,7 @@ from typing import Any
 
 from starflow2_jax.fields import build
 from starflow2_jax.models.vlm import VlmConfig, config_class
+from starflow2_jax.text_files import read_json_file
 from starflow2_jax.weights import qwen
 from starflow2_jax.weights.table import Rule, WeightError
 
@@ -42,15 +43,15 @@ def write_config(path: Path, cfg: Any) -> None:
 
 def load_config(path: Path) -> VlmConfig:
     """The config that `write_config` wrote. Raises WeightError."""
+    if not path.exists():
+        raise WeightError(
+            f"{path.parent} is no converted VLM, because it has no {path.name}; convert the VLM with `starflow2 convert`"
+        )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_file(path)
         if not isinstance(values, dict) or "kind" not in values:
             raise WeightError(f"{path} is damaged (it names no kind of VLM); convert the VLM again")
         return build(config_class(values.get("kind")), values)
-    except FileNotFoundError:
-        raise WeightError(
-            f"{path.parent} is no converted VLM, because it has no {path.name}; convert the VLM with `starflow2 convert`"
-        ) from None
     except WeightError:
         raise
     except (OSError, ValueError, TypeError) as error:

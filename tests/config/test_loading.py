@@ -115,7 +115,7 @@ def test_what_cannot_work_is_refused_when_the_config_is_loaded(name, overrides, 
     ("rows=16", "row=16", ("stages.", "'row'", "'rows'")),
     ("rows=16", "rows=16.0", (".rows takes an int", "16.0")),
     ("joint=stage", "jiont=stage", ("'jiont'", "'joint'")),
-    ('c.data = dict(sources={kind: dict(path="digits", kind=kind) for kind in KINDS})', "c.data = 3", ("data", "group", "3")),
+    ('c.data = dict(sources=sources | held_out)', "c.data = 3", ("data", "group", "3")),
     ("def get_config", "def config", ("has no get_config",)),
     ("vocabulary=416, ", "", ("model.vlm", "lacks vocabulary", "tokens")),
 ])  # fmt: skip

@@ -127,6 +127,40 @@ def test_positions_are_the_same_after_any_number_of_batches():
         assert data.check() == resumed.check() and (data.check() != counts or not batches)
 
 
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_mixtures_and_faults_are_the_same_on_any_number_of_hosts(hosts, monkeypatch):
+    """Also after a resume with another mixture: one host saves, several go on."""
+    a, b, c = Letters("a", broken=range(4)), Letters("b", 90, broken={7}), Letters("c")
+    before, after = [stream(a, 0.3), stream(b, 0.7)], [stream(b, 0.2), stream(c, 0.8)]
+    one = reader(*before, groups=4, most=1.0)
+    told(one, 3)
+    state = saved(one)
+
+    def resumed(rows=None) -> GroupedBatches:
+        data = reader(*after, groups=4, rows=rows, most=1.0)
+        data.set_state(state)
+        return data
+
+    alone, per_host = resumed(), 4 // hosts
+    several = [resumed(range(h * per_host, (h + 1) * per_host)) for h in range(hosts)]
+    for _ in range(3):
+        wanted = next(alone)
+        found = {group: block for host in several for group, block in next(host).items()}
+        assert set(found) == set(wanted)
+        for group, block in found.items():
+            for x, y in zip(jax.tree.leaves(block), jax.tree.leaves(wanted[group]), strict=True):
+                np.testing.assert_array_equal(x, y)
+    counts, reports = alone.check(), []
+    monkeypatch.setattr("starflow2_jax.data.groups.processes.gather", lambda own: reports.append(own) or [own])
+    for host in several:
+        host.check()
+    monkeypatch.setattr(
+        "starflow2_jax.data.groups.processes.gather", lambda own: json.loads(json.dumps(reports[:hosts]))
+    )
+    assert all(host.check() == counts for host in several) and counts["c"] > 20
+    assert sum(count for name, count in counts.items() if "/" in name) > 0
+
+
 def test_documents_that_cannot_be_used_are_skipped_counted_and_said_once(capsys):
     long = Letters("long", 10)
     long.letter = "x " * 40

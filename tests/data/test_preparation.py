@@ -153,6 +153,18 @@ def test_a_large_jpeg_is_scaled_while_it_is_decoded(monkeypatch):
     assert abs(found.pixels.mean() - wanted) < 0.02
 
 
+def test_a_large_jpeg_for_the_vision_tower_is_scaled_while_it_is_decoded():
+    smooth = picture(np.add.outer(np.linspace(0, 120, 800), np.linspace(0, 130, 1600)), via="vit", kind="JPEG")
+    assert ImageReader(1)(smooth).pixels.shape == (800, 1600, 1)
+    assert ImageReader(1, seen=64)(smooth).pixels.shape == (
+        200,
+        400,
+        1,
+    )  # more than the tower sees, for it scales itself
+    [tall] = [picture(np.zeros((1600, 100)), via="vit", kind="JPEG")]
+    assert ImageReader(1, seen=64)(tall).pixels.shape == (1600, 100, 1)
+
+
 def test_latents_are_arrays_and_no_pictures():
     file = io.BytesIO()
     np.save(file, np.ones((2, 3, 5), np.float16))

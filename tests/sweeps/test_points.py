@@ -104,7 +104,7 @@ def test_the_shipped_sweeps_load_by_name(file, tmp_path):
         ("(1.0, 2.0)", "(1.0, 'heavy')", "takes a float"),
         ("(1.0, 2.0)", "(1.0, 1.0)", "a point twice"),
         ("(1.0, 2.0)", "()", "yields no point"),
-        ("METRIC", "MEASURE", "has no METRIC"),
+        ("CONFIG", "EXPERIMENT", "has no CONFIG"),
         ("pretrain/loss", "joint/loss", "with a stage that .* runs"),
         ("digits_quick.py", "digits_quack.py", "there is no experiment file"),
     ],

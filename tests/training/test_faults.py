@@ -147,7 +147,7 @@ def test_time_is_spent_once(monkeypatch):
         with ledger.waiting(Running(ready)):
             clock.now += seconds
     clock.now += 4
-    wanted = {"steps": 9, "input": 1, "checkpoint": 2, "compile": 0, "restart": 3, "total": 15}
+    wanted = {"steps": 9, "input": 1, "evals": 0, "checkpoint": 2, "compile": 0, "restart": 3, "total": 15}
     assert ledger.split() == wanted
 
 
@@ -161,7 +161,15 @@ def test_what_a_fault_cost_is_counted_as_restart(monkeypatch):
     again = Ledger(saved)
     clock.now += 10
     again.steps += 5
-    assert again.split() == {"steps": 20, "input": 0, "checkpoint": 0, "compile": 0, "restart": 30, "total": 50}
+    assert again.split() == {
+        "steps": 20,
+        "input": 0,
+        "evals": 0,
+        "checkpoint": 0,
+        "compile": 0,
+        "restart": 30,
+        "total": 50,
+    }
     assert again.restarts == 1 and again.summary(None)["share"]["restart"] == 0.6
     orderly = Ledger(ended)
     assert orderly.split()["total"] == 10 and orderly.restarts == 0
@@ -185,7 +193,15 @@ def test_steps_that_are_lost_count_nowhere(monkeypatch):
     steps(3)
     ledger.rewind()
     after = ledger.summary(1.0)
-    assert ledger.split() == {"steps": 15, "input": 5, "checkpoint": 0, "compile": 0, "restart": 12, "total": 32}
+    assert ledger.split() == {
+        "steps": 15,
+        "input": 5,
+        "evals": 0,
+        "checkpoint": 0,
+        "compile": 0,
+        "restart": 12,
+        "total": 32,
+    }
     for name in ("steps", "step_seconds", "input_wait_seconds", "tokens_per_second", "mfu"):
         assert after[name] == before[name]
 
@@ -200,7 +216,7 @@ def test_compilation_is_noticed():
 
 
 def test_mfu_is_of_the_time_in_steps_and_input():
-    spent = {"steps": 8.0, "input": 2.0, "checkpoint": 5.0, "compile": 1.0, "restart": 0.0, "total": 16.0}
+    spent = {"steps": 8.0, "input": 2.0, "evals": 0.0, "checkpoint": 5.0, "compile": 1.0, "restart": 0.0, "total": 16.0}
     found = goodput.rates(spent, 5, 1000.0, flops=4e12 * jax.device_count(), peak=1e12)
     assert found == {"step_seconds": 2.0, "input_wait_seconds": 0.4, "tokens_per_second": 100.0, "mfu": 0.4}
     assert "mfu" not in goodput.rates(spent, 5, 1000.0, 1e12, None)

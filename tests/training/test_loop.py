@@ -206,7 +206,10 @@ def test_ones_own_latents(tmp_path):
 @pytest.mark.parametrize("change, saying", (("size", "one size"), ("patch", "does not divide"), ("kind", "'patches'")))
 def test_a_codec_that_does_not_fit_ones_own_pictures(tmp_path, change, saying):
     config = tiny_config()
-    config.data = dict(source=str(own_documents(tmp_path, write_image, (8, 12, 3))))
+    path = str(own_documents(tmp_path, write_image, (8, 12, 3)))
+    config.data = dict(sources=dict(mine=dict(path=path, crop="none")))
+    for stage in config.stages.values():
+        stage.mix = {}
     config.codec.image_channels = 3
     if change == "size":
         write_image(tmp_path / "3", np.zeros((4, 4, 3)))

@@ -1,4 +1,5 @@
-"""Learning rate, weight decay and dropout of digits_quick.py's text_to_image stage: twelve random points.
+"""Learning rate, weight decay and dropout of digits_quick.py's text_to_image stage: twelve random points, compared by their
+losses on held-out scans.
 
 Launch: starflow2 sweep --sweep digits_random --out runs/sweeps/digits_random
 """
@@ -8,7 +9,6 @@ from collections.abc import Iterator
 from starflow2_jax.sweeps.points import choice, log_uniform, random
 
 CONFIG = "digits_quick"
-METRIC = "text_to_image/image_loss"
 ALWAYS = {"order": ("pretrain", "text_to_image")}
 OPTIMIZER = "stages.text_to_image.optimizer"
 
