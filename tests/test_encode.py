@@ -16,7 +16,7 @@ from picture_files import png
 from tiny_experiment import tiny_config
 
 from starflow2_jax import cli
-from starflow2_jax.data import digits
+from starflow2_jax.data import digits, encoding
 from starflow2_jax.data.documents import Image
 from starflow2_jax.data.encoded import EncodedDocuments
 from starflow2_jax.data.images import write_image
@@ -126,3 +126,17 @@ def test_two_processes_that_are_killed_again_and_again(tmp_path):
     assert killed >= 5
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(EncodedDocuments(str(tmp_path / "out"))) == 2995
+
+
+def test_a_full_disk_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
+    class Full:
+        def __init__(self, *args: str):
+            pass
+
+        def write(self, record: bytes) -> None:
+            raise RuntimeError("write() failed: No space left on device; writing a")  # as ArrayRecord words it
+
+    monkeypatch.setattr(encoding, "ArrayRecordWriter", Full)
+    parquet(tmp_path / "a.parquet", 10)
+    assert encode("--source", f"parquet:{tmp_path}/a.parquet", "--out", tmp_path / "out") == 74
+    assert "No space left on device" in capsys.readouterr().err

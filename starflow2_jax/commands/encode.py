@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from starflow2_jax.commands.arguments import Commands, InputFolder, Whole, Words, require_writable
-from starflow2_jax.errors import UserError, require_one_of
+from starflow2_jax.errors import UserError, require_one_of, storage_errors
 
 A_SHARD = 10_000  # documents of a shard, unless --shards says otherwise
 
@@ -114,7 +114,8 @@ def _encode(args: Namespace, _: list[str]) -> None:
             bar.set_postfix(documents=documents, refresh=False)
             bar.update(units)
 
-        index = encoding.encode(reader, out, how, args.process, args.processes, progress)
+        with storage_errors(args.out):
+            index = encoding.encode(reader, out, how, args.process, args.processes, progress)
     if index is None:
         print(f"the shards of this process are in {args.out}; the last process to finish writes index.json")
         return

@@ -88,7 +88,7 @@ def from_conversation(row: Mapping[str, Any], folder: epath.Path) -> Draft:
     turns = row[name]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise DocumentError(f"{name!r} is a list of turns, not {shown(turns)}")
-    given = next((row[key] for key in ("images", "image") if row.get(key) is not None), [])
+    given = next((row[key] for key in ("images", "image") if row.get(key)), [])
     values = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
     images = iter(values)
     draft: Draft = []

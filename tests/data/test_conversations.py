@@ -66,7 +66,7 @@ def test_the_model_ends_each_answer_itself(tmp_path):
 
 
 def test_a_template_that_does_not_mark_ends(tmp_path):
-    text, _ = flat(prepared({"messages": two_messages()}, tmp_path, UNMARKED))
+    text, _ = flat(prepared({"messages": two_messages(), "images": [], "image": ""}, tmp_path, UNMARKED))
     assert text == "<user>one<assistant>two<|im_end|><user>three<assistant>four"
 
 
