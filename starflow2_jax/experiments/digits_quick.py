@@ -7,6 +7,7 @@
 
 from ml_collections import ConfigDict
 
+WHOLE = dict(text_drop=0.0, image_drop=0.0, both_drop=0.0)  # nothing is left out
 KINDS = ("caption", "read", "sum", "mirror", "count")  # of documents
 
 
@@ -17,7 +18,8 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.noise = 0.1  # in pixels of [-1, 1]
     c.max_positions = 256
     c.log_every, c.save_every, c.keep = 10, 500, 2
-    sources = {kind: dict(path="digits", kind=kind) for kind in KINDS}
+    sources = {kind: dict(path="digits", kind=kind, **WHOLE) for kind in KINDS}
+    sources["caption"] = dict(path="digits", kind="caption")  # a tenth without the caption, for guidance
     held_out = {f"{kind}_held_out": dict(path="digits", kind=kind, part="held_out") for kind in KINDS}
     c.data = dict(sources=sources | held_out)
     c.codec = dict(kind="patch", patch=2, image_channels=1)
