@@ -14,6 +14,8 @@ CORE = [
     "grain>=0.2.18",
     "ml-collections>=1.1",
     "tensorflow-datasets>=4.9.10",
+    "array_record>=0.8",
+    "etils[epath]>=1.13",
     "transformers>=5.0,<6",
     "tokenizers>=0.22",
     "jinja2>=3.1",  # transformers' chat templates
@@ -27,15 +29,30 @@ CORE = [
     "matplotlib>=3.10",
 ]
 TORCH = ["torch>=2.9,<3"]  # reads .pt and .pth files; the tests use it as a reference
+GCS = ["gcsfs>=2025.9"]  # reads and writes gs://
+S3 = ["s3fs>=2025.9"]  # reads and writes s3://
+HF = ["datasets>=4.0,<6"]  # reads folders of Hugging Face
+ENCODE = ["pyarrow>=18"]  # reads parquet files
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.14",
+    "basedpyright>=1.40",
     "build>=1.2",
     "openai>=2,<4",
     "httpx>=0.28",
     "selenium>=4.30",
+    "webdataset>=1.0",
+    "importlib_resources>=6",  # TFDS needs it to write a data set
+    "moto[s3]>=5.1",  # a server of S3's protocol, with the next two
+    "flask>=3",
+    "flask-cors>=6",
+    "gcp-storage-emulator>=2026.7",
+    *GCS,
+    *S3,
+    *HF,
+    *ENCODE,
     *SERVE,
     *TORCH,
 ]
@@ -49,8 +66,12 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "serve": SERVE,
+        "gcs": GCS,
+        "s3": S3,
+        "hf": HF,
+        "encode": ENCODE,
         "test": TEST,
         "docs": DOCS,
-        "dev": [*TEST, *DOCS, "pre-commit>=4", "pyright>=1.1.400"],
+        "dev": [*TEST, *DOCS, "pre-commit>=4"],
     },
 )

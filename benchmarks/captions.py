@@ -35,8 +35,8 @@ def main() -> None:
     config.order = ("pretrain", "text_to_image")  # pretraining, 130 steps, teaches the VLM its words
     stage = config.stages.text_to_image
     stage.steps, stage.optimizer.final_fraction, stage.optimizer.weight_decay = a.steps, 0.02, 0.1
-    stage.shares = {kind: float(kind == "caption") for kind in stage.shares}
-    config.data.warp = a.warp
+    stage.mix = {"caption": 1.0}
+    config.data.sources.caption.warp, config.evals.val.stages = a.warp, ("joint",)
     config.model.shallow.dropout = config.model.deep.dropout = a.dropout
     Trainer(config, a.out).run(stop_at=config.stages.pretrain.steps)
     begin = time.perf_counter()

@@ -25,7 +25,7 @@ import openai
 from PIL import Image as Pillow
 
 from starflow2_jax.data import digits
-from starflow2_jax.data.documents import as_pillow
+from starflow2_jax.data.images import as_pillow
 
 WORDS = digits.WORDS[:10]
 

@@ -3,12 +3,14 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 from types import FrameType
 
 from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
+from starflow2_jax.text_files import shorten
 
 ABOUT = (
     "STARFlow2: one causal model that reads and writes text and images. `starflow2 COMMAND --help` explains a command."
@@ -22,6 +24,9 @@ EXIT_CODES = """exit codes:
   130  interrupted (Ctrl-C)
   141  the program that read the output ended first, as in `starflow2 config ... | head`"""
 RESTART, INTERRUPTED, UNREAD = 75, 130, 141
+_OUT_OF_MEMORY = re.compile(
+    "RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE
+)  # the second: a CPU, and some GPU kernels
 UNUSABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -34,7 +39,10 @@ UNUSABLE = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit code. `argv`: the arguments; None: those of this process."""
+    """Run a command, and return its exit code (see EXIT_CODES).
+
+    `argv`: the command's name and arguments; None: those of this process, whose signals then become exceptions.
+    """
     if argv is not None:
         return _run(argv)
     if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
@@ -44,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again when it exits
         code = UNREAD
     for number in (signal.SIGINT, signal.SIGTERM):  # the command has ended; a signal now ends the process at once
         signal.signal(number, lambda *_: os._exit(code))
@@ -52,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    """Run a command; errors with a sentence for the user become that sentence and an exit code."""
     command, args = None, argparse.Namespace()
     try:
         commands, parser = _parser()
@@ -75,12 +84,12 @@ def _run(argv: list[str]) -> int:
         return _said(f"told to end (SIGTERM); {kept}", RESTART)
     except BrokenPipeError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries report a full disk and a full GPU by many kinds; all others are raised again
         if cause := refused_write(error):
-            path = getattr(error, "filename", None) or _written(command, args)
+            path = shorten(getattr(error, "filename", None) or _written(command, args))
             return _said(f"{path} cannot be written: {cause}; {OUT_OF_ROOM}", StorageError.exit_code)
         if isinstance(error, OSError) and error.errno in UNUSABLE:
-            path = error.filename or _written(command, args)
+            path = shorten(error.filename or _written(command, args))
             return _said(f"{path}: {error.strerror}; name another path, or make this one usable", UserError.exit_code)
         if sentence := _memory_fault(error):
             return _said(sentence, 1)
@@ -88,12 +97,25 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _parser():
-    """The parser, and the commands by name."""
+def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
+    """The commands, and the parser of the whole command line."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that PyTorch is missing
     from starflow2_jax import __version__
-    from starflow2_jax.commands import bench, chat, config, evaluation, plan, sampling, serve, sweep, training, weights
+    from starflow2_jax.commands import (
+        bench,
+        chat,
+        config,
+        data,
+        encode,
+        evaluation,
+        plan,
+        sampling,
+        serve,
+        sweep,
+        training,
+        weights,
+    )
     from starflow2_jax.commands.arguments import InputFile, Parser
 
     parser = Parser(
@@ -104,7 +126,7 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"starflow2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (training, evaluation, config, sweep, plan, bench, sampling, chat, serve, weights):
+    for module in (training, evaluation, config, data, encode, sweep, plan, bench, sampling, chat, serve, weights):
         module.add(commands)
     for command in commands.choices.values():
         command.add_argument(
@@ -120,20 +142,24 @@ def _parser():
 
 
 def _said(sentence: str, code: int) -> int:
+    """Print a sentence on stderr; returns the exit code."""
     print(f"starflow2: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
 def _written(command: argparse.ArgumentParser | None, args: argparse.Namespace) -> str:
-    """The paths that the command was asked to write."""
+    """The paths that the command line names for writing, in words."""
     from starflow2_jax.commands.arguments import outputs
 
     return " or ".join(outputs(command, args) if command else []) or "a temporary file"
 
 
 def _memory_fault(error: Exception) -> str | None:
-    """A sentence where a GPU or TPU has no memory left; else None."""
-    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or "RESOURCE_EXHAUSTED" not in str(error):
+    """A sentence for the error of a machine, GPU or TPU without free memory; None for another error."""
+    if isinstance(error, MemoryError):
+        reason = shorten(" ".join(str(error).split()))
+        return f"this machine has no memory left ({reason or 'no more is known'}); free some, or use smaller sizes"
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or not _OUT_OF_MEMORY.search(str(error)):
         return None
     from starflow2_jax.parallel.devices import holders
 
@@ -149,10 +175,12 @@ def _raise_signals() -> None:
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    def again(unraisable) -> None:
-        if unraisable.exc_type in (KeyboardInterrupt, Terminated):  # raised in a destructor or callback, which drops it
+    def again(unraisable: "sys.UnraisableHookArgs") -> None:
+        """Send a signal again whose exception was raised in a destructor or a callback, where Python drops exceptions."""
+        if unraisable.exc_type in (KeyboardInterrupt, Terminated):
             number = signal.SIGINT if unraisable.exc_type is KeyboardInterrupt else signal.SIGTERM
-            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()  # after the destructor has ended
+            # Later, because a signal that comes during this function would be dropped, too.
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
         else:
             sys.__unraisablehook__(unraisable)
 
@@ -161,7 +189,7 @@ def _raise_signals() -> None:
 
 
 def _restart_in_utf8_mode() -> None:
-    """Start this process again with UTF-8 instead of the locale's encoding for arguments, file names and the terminal."""
+    """Start this process again, with UTF-8 in place of the locale's encoding for arguments, file names and the terminal."""
     os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: the command line prints the message alone and exits with the error's exit code."""
+"""Errors that a user can correct. The command line prints their message without a traceback, and ends with their exit code."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A config that cannot be used; the message is one sentence for its author."""
+    """A config that cannot be used."""
 
 
 class StorageError(UserError):
@@ -25,33 +25,33 @@ class StorageError(UserError):
 
 
 class Terminated(BaseException):
-    """The process was told to end (SIGTERM). The message says what is kept, where it is known."""
+    """The process received SIGTERM. The message says which results are kept, if that is known, or is empty."""
 
 
 LONGEST = 90  # characters of a value that a message repeats
-REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no space, over quota, read-only
 OUT_OF_ROOM = "make room there, and start the same command again"
 
 
 def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
-    """Raises UserError, with the nearest allowed value, where `value` is not among the allowed ones."""
+    """Raises UserError, with the most similar allowed value, if `value` is not allowed. `name`: what it is the value of."""
     if value not in allowed:
         [near] = difflib.get_close_matches(str(value), allowed, 1, 0.0)
         raise UserError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}; did you mean {near!r}?")
 
 
 def shown(value: object) -> str:
-    """A value as messages repeat it: quoted, on one line, and cut where it is long."""
+    """A value for a message: quoted, on one line, and at most LONGEST characters of it."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]}...{text[0]}"
 
 
 @contextlib.contextmanager
 def storage_errors(folder: str | Path, standing: Callable[[], str] | None = None) -> Iterator[None]:
-    """Raises StorageError in place of any error that means that the file system refused a write.
+    """A context that raises StorageError in place of any error by which the file system refused a write.
 
-    `folder`: named where the error names no path. `standing`: makes a part of the sentence, about the
-    checkpoints that are left.
+    `folder`: named in the message if the error names no path. `standing`: makes a part of the message, which says what
+    is still there, such as the newest checkpoint.
     """
     try:
         yield
@@ -67,9 +67,9 @@ def storage_errors(folder: str | Path, standing: Callable[[], str] | None = None
 
 
 def refused_write(error: BaseException | None) -> str | None:
-    """Why the file system refused a write, as the system words it; None if `error` and its causes are about something else.
+    """The system's words for why it refused a write, if that is what `error` or one of its causes reports; else None.
 
-    Libraries written in C++ and Rust report such errors as text, so their messages are searched.
+    Libraries in C++ and Rust report such errors as text, so the messages are searched.
     """
     for one in _chain(error):
         if isinstance(one, OSError) and one.errno is not None:
@@ -81,7 +81,7 @@ def refused_write(error: BaseException | None) -> str | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and the errors that it followed."""
+    """An error, its cause, the cause's cause, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

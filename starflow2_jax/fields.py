@@ -8,26 +8,36 @@ from dataclasses import MISSING, dataclass
 
 from starflow2_jax.errors import ConfigError, UserError, require_one_of
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 LARGEST_INT = 2**31 - 1  # of JAX's integers
 LARGEST_FLOAT = 3.4028234e38  # of float32
 # Fields that change how a model is computed, initialised or fed, but not its parameters.
 COMPUTED = ("dtype", "remat", "kernel", "unroll", "dropout", "embedding_std", "min_pixels", "max_pixels")
 SHOWN = 60  # characters of a wrong value that a message shows
+Group = typing.TypeVar("Group", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A group whose class depends on one of its own keys, such as the codec's options on `kind`."""
+    """A group, or each entry of a table of groups, whose dataclass depends on one of its own keys: the options of the codec
+    depend on `codec.kind`."""
 
-    selector: str  # that key
-    choose: Callable[[str | None], type]  # its value (None: not given) -> the dataclass; raises UserError
-    all: Callable[[], Collection[type]]  # the dataclasses of all its values
+    selector: str  # the name of that key
+    choose: Callable[[str | None], type]  # value of the key (None: not given) -> the dataclass; raises UserError
+    all: Callable[[], Collection[type]]  # the dataclasses of all values of the key
 
     def own(self, values: Mapping) -> dict:
-        """`values` without the keys that only another variant has: they are left over when the selector changes."""
+        """`values` without the keys that only other variants have, which remain when the selector changes."""
         chosen = {field.name for field in dataclasses.fields(self.choose(values.get(self.selector)))}
         others = {field.name for each in self.all() for field in dataclasses.fields(each)} - chosen
         return {name: value for name, value in values.items() if name not in others}
+
+
+def joined(common: type, own: type) -> type:
+    """A frozen dataclass with the fields of both."""
+    return dataclasses.make_dataclass(own.__name__, [], bases=(own, common), frozen=True, kw_only=True)
 
 
 def option(
@@ -41,8 +51,11 @@ def option(
     choices: Collection[str] = (),
     variant: Variant | None = None,
 ) -> typing.Any:
-    """A dataclass field with a line of help. Bounds hold for a number and for each number of a tuple; `choices` for a
-    string, for each string of a tuple and for the keys of a dict. Without a default the field must be given."""
+    """A dataclass field with a line of help; without a default, its value must be given.
+
+    The bounds hold for a number, and for each number in a tuple. `choices` holds for a string, for each string in a tuple
+    and for the keys of a dict.
+    """
     bounds = {"least": least, "most": most, "above": above, "below": below}
     metadata = {"help": help, "choices": choices, "variant": variant, **bounds}
     if isinstance(default, dict):
@@ -52,20 +65,22 @@ def option(
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a config: its path, type, declaration, value (MISSING: not given) and default (MISSING: it has none)."""
+    """A key of a config."""
 
-    path: str
-    type: typing.Any  # a dataclass where the key is a group of others
+    path: str  # such as "model.deep.layers"
+    type: typing.Any  # the annotation of its field; the dataclass if the key is a group
     field: dataclasses.Field
-    value: object
-    default: object
+    value: object  # MISSING: not given
+    default: object  # MISSING: none
 
     @property
     def group(self) -> bool:
+        """Whether the key is a group of other keys."""
         return dataclasses.is_dataclass(self.type)
 
     @property
     def help(self) -> str:
+        """The line of help."""
         return self.field.metadata["help"]
 
 
@@ -76,8 +91,11 @@ def check(config: typing.Any) -> None:
             require_allowed(field.name, getattr(config, field.name), field)
 
 
-def require_allowed(name: str, value, field: dataclasses.Field) -> None:
-    """Raises UserError if a value is outside the field's bounds or choices, or does not fit into 32 bits."""
+def require_allowed(name: str, value: object, field: dataclasses.Field) -> None:
+    """Raises UserError if a value is outside the field's bounds or choices, or is a number that does not fit into 32 bits.
+
+    `name`: the value's name in the message.
+    """
     if isinstance(value, tuple):
         for part in value:
             require_allowed(f"each entry of {name}", part, field)
@@ -103,9 +121,22 @@ def _require_within(name: str, value: float, least, most, above, below) -> None:
         raise UserError(f"{name} is at most {most}, not {abbreviated(value)}")
 
 
-def build(cls: type, values: Mapping, path: str = ""):
-    """A dataclass from the values of its fields, nested dataclasses included. Lists become tuples, and integers become floats
-    if the field takes floats. `path`: key of the group. Raises ConfigError that names the key and the type."""
+def require_options(cls: type) -> None:
+    """Raises ConfigError if a field of a config's dataclass was not made by `option`, and so has no line of help."""
+    for field in dataclasses.fields(cls):
+        if "help" not in field.metadata:
+            raise ConfigError(
+                f"{cls.__name__}.{field.name} has no line of help; declare it as {field.name} = option(HELP, DEFAULT), with "
+                "`option` of starflow2_jax/fields.py"
+            )
+
+
+def build(cls: type[Group], values: object, path: str = "") -> Group:
+    """An instance of a dataclass from plain values of its fields, with nested dataclasses built from nested mappings.
+
+    Lists become tuples, and integers become floats where the field takes floats. `path`: the group's key in the config,
+    for messages. Raises ConfigError for unknown and missing keys, and for values of the wrong type or out of bounds.
+    """
     place = f"{path} ({cls.__name__})" if path else cls.__name__
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is a group of keys, not {abbreviated(values)}")
@@ -124,37 +155,38 @@ def build(cls: type, values: Mapping, path: str = ""):
         raise ConfigError(f"{path}: {error}" if path else str(error)) from None
 
 
-def _built(path: str, hint, field: dataclasses.Field, value):
-    """`value` in the field's type; a group is built."""
+def _built(path: str, hint: typing.Any, field: dataclasses.Field, value: typing.Any) -> typing.Any:
+    """`value` in the type of its field; a group becomes a dataclass."""
     if value is None and is_optional(hint):
         return None
-    group, table = group_of(hint, field, value), table_of(hint)
-    if group:
+    table = table_of(hint)
+    if group := group_of(hint, field, value, path):
         variant = field.metadata.get("variant")
         return build(group, variant.own(value) if variant and isinstance(value, Mapping) else value, path)
-    named = table and isinstance(value, Mapping)
-    value = value if named else _fitted(value, hint)
-    if not named and not _fits(value, hint):
-        raise mismatch(path, hint, field, value)
     try:
-        for key in value if named and field.metadata["choices"] else ():
-            require_one_of(f"each key of {path}", key, field.metadata["choices"])
-        if field.metadata and not named:
+        if table and isinstance(value, Mapping):
+            for key in value if field.metadata["choices"] else ():
+                require_one_of(f"each key of {path}", key, field.metadata["choices"])
+            return {key: _built(f"{path}.{key}", table, field, part) for key, part in value.items()}
+        value = _fitted(value, hint)
+        if not _fits(value, hint):
+            raise mismatch(path, hint, field, value)
+        if field.metadata:
             require_allowed(path, value, field)
     except UserError as error:
         raise ConfigError(str(error)) from None
-    return {key: _built(f"{path}.{key}", table, field, part) for key, part in value.items()} if named else value
+    return value
 
 
-def differences(there: object, here: object, prefix: str = "") -> list[str]:
-    """The differences between two configs that change the parameters, such as "deep.layers is 6, not 8"."""
+def differences(there: "DataclassInstance", here: "DataclassInstance", prefix: str = "") -> list[str]:
+    """The differences between two configs that change the parameters, such as "deep.layers is 6 (there), not 8 (here)"."""
     if type(there) is not type(here):
         kinds = (getattr(cfg, "kind", type(cfg).__name__) for cfg in (there, here))
         return ["{}kind is {}, not {}".format(prefix, *kinds)]
     found = []
     for field in dataclasses.fields(there):
         a, b = getattr(there, field.name), getattr(here, field.name)
-        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+        if dataclasses.is_dataclass(type(a)) and dataclasses.is_dataclass(type(b)):
             found += differences(a, b, f"{prefix}{field.name}.")
         elif a != b and field.name not in COMPUTED:
             found.append(f"{prefix}{field.name} is {a}, not {b}")
@@ -162,10 +194,12 @@ def differences(there: object, here: object, prefix: str = "") -> list[str]:
 
 
 def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
-    """All keys of a config in the order of their declaration. In each group, plain keys come before nested groups.
+    """All keys of a config, in the order of their declaration, but in each group plain keys come before nested groups.
 
-    `values`: the values that are given, as nested dicts.
+    `values`: the values that are given, as nested dicts. `path`: the group's key, if `cls` is a group. Raises ConfigError
+    as `require_options` does.
     """
+    require_options(cls)
     hints, groups = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
         hint, value, place = hints[field.name], values.get(field.name, MISSING), place_below(path, field.name)
@@ -177,7 +211,10 @@ def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
         if group and (entries or not is_optional(hint)):
             groups.append((Key(place, group, field, value, default), entries))
         elif table and dataclasses.is_dataclass(table):
-            groups += [(Key(f"{place}.{name}", table, field, part, MISSING), part) for name, part in entries.items()]
+            groups += [
+                (Key(f"{place}.{name}", group_of(table, field, part), field, part, MISSING), part)
+                for name, part in entries.items()
+            ]
         elif table and entries:
             yield from (Key(f"{place}.{name}", table, field, part, MISSING) for name, part in entries.items())
         else:
@@ -188,34 +225,42 @@ def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
 
 
 def keys(cls: type, values: Mapping) -> list[Key]:
-    """All keys of a config that are not groups."""
+    """The keys that `walk` yields, without the groups."""
     return [key for key in walk(cls, values) if not key.group]
 
 
-def _fitted(value, hint):
-    """`value` with tuples for lists, and floats for integers if the type has them."""
+def _fitted(value: typing.Any, hint: typing.Any) -> typing.Any:
+    """`value` with lists and single texts turned into tuples, and integers into floats, where the type `hint` has tuples and
+    floats."""
     hint = without_none(hint)
+    if isinstance(value, str) and hint == tuple[str, ...]:
+        return (value,)
     if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
         return tuple(_fitted(part, typing.get_args(hint)[0]) for part in value)
-    small = type(value) is int and abs(value) <= LARGEST_FLOAT
-    return float(value) if hint is float and (small or isinstance(value, float)) else value
+    if hint is float and (isinstance(value, float) or type(value) is int and abs(value) <= LARGEST_FLOAT):
+        return float(value)
+    return value
 
 
-def _fits(value, hint) -> bool:
+def _fits(value: object, hint: typing.Any) -> bool:
     if value is None:
         return is_optional(hint)
     hint = without_none(hint)
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
-        right = isinstance(value, tuple) and (inner[-1] is Ellipsis or len(inner) == len(value))
-        return right and all(_fits(part, inner[0]) for part in value)
+        if not isinstance(value, tuple) or (inner[-1] is not Ellipsis and len(inner) != len(value)):
+            return False
+        return all(_fits(part, inner[0]) for part in value)
     return type(value) is hint
 
 
 def mismatch(
     name: str, hint: typing.Any, field: dataclasses.Field, given: object, present: object = MISSING
 ) -> ConfigError:
-    """The error for a value of another type than `hint`; its example is the value that is `present`, or the default."""
+    """The error for a value `given` of another type than `hint`.
+
+    The message shows an example: the value that is `present`, the default, or a value of the type.
+    """
     plain = without_none(hint)
     kind = typing.get_origin(plain) or plain
     article = "an" if kind is int else "a"
@@ -230,7 +275,7 @@ _EXAMPLES = {int: 1, float: 0.5, bool: True, str: "text"}
 
 
 def abbreviated(value: object) -> str:
-    """A value as Python prints it, cut after SHOWN characters."""
+    """A value as Python prints it, with at most SHOWN characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -239,7 +284,7 @@ def abbreviated(value: object) -> str:
 
 
 def place_below(path: str, name: str) -> str:
-    """The key `name` of the group at `path`."""
+    """The path of the key `name` in the group at `path`, which is "" for a whole config."""
     return f"{path}.{name}" if path else name
 
 
@@ -248,21 +293,25 @@ def _near(name: str, names: Collection[str]) -> str:
 
 
 def is_optional(hint: typing.Any) -> bool:
-    """Whether None is allowed."""
+    """Whether the type `hint` allows None."""
     return type(None) in typing.get_args(hint)
 
 
 def without_none(hint: typing.Any) -> typing.Any:
-    """X of `X | None`."""
+    """X for `X | None`; other types stay as they are."""
     return next(t for t in typing.get_args(hint) if t is not type(None)) if is_optional(hint) else hint
 
 
-def group_of(hint: typing.Any, field: dataclasses.Field, value: object) -> type | None:
-    """The dataclass that a key holds, or None where it is no group."""
-    if variant := field.metadata.get("variant"):
+def group_of(hint: typing.Any, field: dataclasses.Field, value: object, path: str = "") -> type | None:
+    """The dataclass of a key that is a group, or None for another key.
+
+    `value`: the key's value, from which a `Variant` chooses its dataclass. `path`: the key, for messages. Raises ConfigError
+    if it cannot choose one.
+    """
+    if (variant := field.metadata.get("variant")) and not table_of(hint):
         chosen = value.get(variant.selector) if isinstance(value, Mapping) else None
         if not isinstance(chosen, str | None):
-            raise ConfigError(f"{field.name}.{variant.selector} takes a str, not {abbreviated(chosen)}")
+            raise ConfigError(f"{path or field.name}.{variant.selector} takes a str, not {abbreviated(chosen)}")
         try:
             return variant.choose(chosen)
         except UserError as error:

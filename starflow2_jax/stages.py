@@ -9,14 +9,16 @@ FLOW_GROUPS = ("shallow", "embed_u", "embed_slot", "embed_y", "deep", "deep_norm
 
 @dataclass(frozen=True)
 class Stage:
+    """What a stage of training trains and computes."""
+
     name: str
     trains: tuple[str, ...]  # parameter groups that the stage trains; the others have no optimizer state
     skips: bool  # the skips W_vlm and W_D are used
     deep: bool  # the deep flow runs
     image_loss: bool  # L_NF: nats per latent dimension
     text_loss: bool  # L_NTP: nats per token
-    vlm_on_images: bool = True  # the loss needs the VLM at flow images; if False, vlm_length may leave those out
-    words_only: bool = False  # all images are shown through the vision tower, and all text is predicted
+    vlm_on_images: bool = True  # False: the loss needs no VLM output at flow images, so vlm_length can leave them out
+    words_only: bool = False  # all images are given to the vision tower, and all text is predicted
 
 
 STAGES = {
@@ -39,7 +41,7 @@ def find_saved(name: str) -> Stage:
     """The stage that a checkpoint names. Raises UserError if the table has no stage of that name."""
     if name not in STAGES:
         raise UserError(
-            f"the checkpoint was trained in the stage {name!r}, but the stages are {', '.join(STAGES)}; if a Python file of "
-            "yours adds it, name that file with --import"
+            f"the checkpoint was trained in the stage {name!r}, but the known stages are {', '.join(STAGES)}; if a Python file of "
+            "yours adds this stage, name that file with --import"
         )
     return STAGES[name]

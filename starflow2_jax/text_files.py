@@ -1,4 +1,7 @@
-"""Text that users hand in. It is UTF-8 whatever the locale, with or without a byte order mark."""
+"""Text and JSON files of users. They are UTF-8 in every locale, with or without a byte order mark.
+
+All functions raise `error`, a class of UserError that the caller chooses, for a file or text that cannot be used.
+"""
 
 import json
 import re
@@ -7,12 +10,12 @@ from typing import Any
 
 from starflow2_jax.errors import UserError
 
-# Escapes in JSON: a surrogate pair, or anything that is no surrogate; what is left over is a lone surrogate (group 1).
+# Escapes in JSON: a pair of surrogates, another escape, or (group 1) a surrogate without its other half.
 _ESCAPES = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\[^u]|\\u(?![dD][89a-fA-F])....|(\\u....)")
 
 
 def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
-    """The text of a UTF-8 file, without a byte order mark, its lines ended by "\\n". Raises `error`."""
+    """The text of a UTF-8 file, without a byte order mark. Lines end with "\\n"."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -20,25 +23,25 @@ def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
             f"{shorten(path)} cannot be read as text (byte {fault.start} is not UTF-8); save it as UTF-8"
         ) from None
     except FileNotFoundError:
-        raise error(f"{shorten(path)} does not exist") from None
+        raise error(f"{shorten(path)} does not exist; check the path") from None
     except (OSError, ValueError) as fault:
         raise error(f"{shorten(path)} cannot be read as text ({reason(fault)})") from None
 
 
 def read_lines(path: str | Path, error: type[UserError] = UserError) -> list[str]:
-    """The lines of a text file that are not blank. Raises `error`."""
+    """The lines of a text file that are not blank, without their ends."""
     return [line for line in read_text_file(path, error).split("\n") if line.strip()]
 
 
 def read_json_file(path: str | Path, error: type[UserError] = UserError) -> Any:
-    """The value in a JSON file. Raises `error`."""
+    """The value in a JSON file."""
     return parse_json(path, read_text_file(path, error), error)
 
 
 def parse_json(where: str | Path, text: str, error: type[UserError] = UserError, one_line: bool = False) -> Any:
-    """The value of a JSON text. Raises `error`.
+    """The value of a JSON text.
 
-    where: the name of the text in messages. one_line: the text is a single line, so messages give only the column.
+    `where`: the name of the text in messages. `one_line`: the text is a single line, so messages give only the column.
     """
 
     def place(at: int) -> str:
@@ -52,7 +55,7 @@ def parse_json(where: str | Path, text: str, error: type[UserError] = UserError,
     except RecursionError:
         fault = "is nested too deeply to be read as JSON"
     except ValueError:  # Python reads no integer of more than 4,300 digits
-        fault = "holds a number with thousands of digits, which is not read"
+        fault = "holds a number with thousands of digits; write a shorter one"
     else:
         lone = next((match for match in _ESCAPES.finditer(text) if match[1]), None) if "\\u" in text else None
         if lone is None:
@@ -64,12 +67,12 @@ def parse_json(where: str | Path, text: str, error: type[UserError] = UserError,
 
 
 def shorten(value: object, limit: int = 200) -> str:
-    """The value as one line of printable text, cut to about `limit` characters."""
+    """A value as one line of printable text, cut after about `limit` characters."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, as one short line; of an OSError without its path."""
+    """The message of an exception as one short line. That of an OSError leaves out the path."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return shorten(" ".join(said.split())) or type(error).__name__

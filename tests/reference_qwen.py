@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from starflow2_jax import cli
 
 INDEX, COMPANION = "model.safetensors.index.json", b'{"model": "\xc3\xa4"}\r\n'
+STAND_INS = ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/tools.jinja")
 VISION = dict(depth=3, hidden_size=32, intermediate_size=44, num_heads=2, out_hidden_size=48, patch_size=4,
               fullatt_block_indexes=[1], window_size=16)  # fmt: skip
 TEXT = dict(vocab_size=160, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=3,
@@ -32,7 +33,8 @@ def make(folder: Path, dtype=torch.bfloat16, tied=False, vision_dtype=None, shar
         for parameter in model.parameters():
             parameter.normal_()
     model.save_pretrained(folder, max_shard_size=shard)
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    (folder / "additional_chat_templates").mkdir()
+    for name in STAND_INS:
         (folder / name).write_bytes(COMPANION + name.encode())
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=3))
     return folder

@@ -4,12 +4,17 @@ import json
 import math
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import tiny
 from tiny_experiment import tiny_config
 
+from starflow2_jax.data import mixture
 from starflow2_jax.data.documents import Text
+from starflow2_jax.data.images import ImageReader
+from starflow2_jax.data.mixture import Stream
+from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.training import program, stage_task
 from starflow2_jax.training.loop import Trainer
@@ -39,7 +44,7 @@ class Documents:
     bad, bad_loss = -1, math.nan
 
     def __len__(self) -> int:
-        return 2**40
+        return 2**32
 
     def __getitem__(self, i: int):
         return [Text(f"document number {i} " + (BAD if i == self.bad else ""), predict=True)]
@@ -47,7 +52,12 @@ class Documents:
 
 def with_stand_ins(monkeypatch, folder: Path, **changes) -> Trainer:
     monkeypatch.setattr(program, "make_step", stand_in)
-    monkeypatch.setattr(stage_task.sources, "documents", lambda *_: Documents())
+    prepare = Preparation(SourceConfig(path="numbers"), ImageReader(1))
+    stream = Stream("numbers", 1.0, Documents(), prepare, seed=0)
+    monkeypatch.setattr(stage_task.sources, "streams", lambda *_: [stream])
+    monkeypatch.setattr(
+        mixture, "order", lambda stream: grain.MapDataset.range(len(stream.source)).repeat()
+    )  # unshuffled
     c = tiny_config(order=("pretrain",), save_every=4, keep=3, **changes)
     c.stages.pretrain.update(steps=16, ema=0.5)
     return Trainer(c, folder)

@@ -29,6 +29,7 @@ from starflow2_jax.commands.arguments import (
     Words,
 )
 from starflow2_jax.config import loading as configs
+from starflow2_jax.data import encoding
 from starflow2_jax.fields import Key
 from starflow2_jax.parallel import devices
 from starflow2_jax.planning import compiling
@@ -44,9 +45,18 @@ WORDS = {
     "host": "127.0.0.1",
     "api_key": "secret",
     "remat": "full",
+    "source": "json:FILES/documents",  # FILES: the folder of the fixture
 }
 DOCUMENT = [{"text": "draw a seven"}, {"text": " seven", "predict": True}]
 ABSURD = ("", "x", "nan", "inf", "-inf", "1e999", "9" * 5000, "1" + "0" * 30, "-1" + "0" * 30)
+ADDRESSES = (
+    "gs://bucket/run",
+    "https://host.example/a.png",
+    "file:///tmp/x",
+    "data:text/plain," + "x" * 9000,
+    "~",
+    "~/run",
+)
 HARD_NAME = "with spaces, ünïcode 文 and 'quotes'"
 DAMAGED = ("garbage", "truncated")  # files of which some commands can use what is left
 
@@ -67,6 +77,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "start", begin)
     monkeypatch.setattr(training, "start_devices", begin)
     monkeypatch.setattr(compiling, "described_devices", begin)
+    monkeypatch.setattr(encoding, "encode", begin)
     monkeypatch.setattr(points, "run", begin)
     monkeypatch.setattr(points, "submit", begin)
     monkeypatch.chdir(tmp_path)
@@ -77,6 +88,8 @@ def files(tmp_path_factory) -> Path:
     """Right files and folders by the name of the option that takes them, and wrong ones in `wrong`."""
     folder = tmp_path_factory.mktemp("files")
     CheckpointDirectory(folder / "checkpoint").create(configs.load("digits_quick"), tiny.CODEC, tiny.tokenizer())
+    for name in ("codec", "images", "data_dir"):  # of `encode`
+        (folder / name).symlink_to("checkpoint")
     (folder / "vlm").mkdir()
     write_config(folder / "vlm" / "vlm.json", tiny.CONFIG.vlm)
     (folder / "source").mkdir()
@@ -128,7 +141,7 @@ def right(action: argparse.Action, files: Path) -> str:
     if isinstance(kind, OutputFile | OutputFolder):
         return "new folder/new"
     if isinstance(kind, Words):
-        return WORDS.get(action.dest, "some words")
+        return WORDS.get(action.dest, "some words").replace("FILES", str(files))
     python = isinstance(kind, Shipped) or action.dest == "imports"
     return str(files / (f"{action.dest}.py" if python else action.dest))
 
@@ -176,6 +189,7 @@ def wrong(action: argparse.Action, files: Path) -> Iterator[tuple[str, str]]:
         yield "no UTF-8", "\udc80"
     elif isinstance(kind, OutputFile | OutputFolder):
         yield "empty path", ""
+        yield from (("address", text) for text in ADDRESSES)
         yield "below a file", str(bad / "empty" / "below")
         yield "too long", str(bad / ("x" * 300))
         yield "unwritable", "/proc/nothing/here"
@@ -184,6 +198,7 @@ def wrong(action: argparse.Action, files: Path) -> Iterator[tuple[str, str]]:
     else:
         suffix = Path(right(action, files)).suffix
         yield "empty path", ""
+        yield from (("address", text) for text in ADDRESSES)
         yield "missing", str(bad / f"none{suffix}")
         yield "below a file", str(bad / "empty" / "below")
         yield "too long", str(bad / ("x" * 300 + suffix))
@@ -207,7 +222,11 @@ def wrong(action: argparse.Action, files: Path) -> Iterator[tuple[str, str]]:
 
 def may_work(action: argparse.Action, what: str) -> bool:
     """Wrong values that leave something to work with: the first lines of a file, the package's own name for "empty"."""
-    return what in DAMAGED and action.dest in ("captions", "imports") or (what == "empty" and action.dest == "imports")
+    return (
+        what in DAMAGED
+        and action.dest in ("captions", "imports", "images", "data_dir")
+        or (what == "empty" and action.dest == "imports")
+    )
 
 
 @pytest.mark.parametrize("name, dest", OPTIONS)

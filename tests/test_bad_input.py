@@ -125,8 +125,8 @@ def test_a_flow_block_that_there_is_not(option, value, near):
         (dict(rows=15), ("stages.joint.rows=15", "multiple of 8")),
         (dict(rows=0), ("rows", "at least 1")),
         (dict(accumulate=0), ("accumulate", "at least 1")),
-        (dict(shares=dict.fromkeys(KINDS, 0.0)), ("share of 0",)),
-        (dict(shares=dict(raed=1.0)), ("'raed'", "read")),
+        (dict(mix=dict.fromkeys(KINDS, 0.0)), ("weight of 0",)),
+        (dict(mix=dict(raed=1.0)), ("'raed'", "read")),
         (dict(vlm_length=9), ("stages.joint.vlm_length", "0")),
     ],
 )
@@ -142,6 +142,7 @@ def test_what_stops_a_late_stage_is_refused_before_the_first_begins(tmp_path, mo
     "change, saying",
     [
         (dict(data=dict(groups=5)), ("data.groups=5", "16 rows")),
+        (dict(stages=dict(joint=dict(rows=2**30))), ("stages.joint", "rows=1073741824 of length=", "2147483647")),
         (dict(faults=dict(spike="rolback")), ("faults.spike", "rollback", "'rolback'")),
     ],
 )
@@ -211,7 +212,7 @@ def test_a_checkpoint_of_another_format(copy, number):
     values = json.loads((copy / "config.json").read_text())
     values.pop("format")
     (copy / "config.json").write_text(json.dumps(values if number is None else {**values, "format": number}))
-    saying = (str(copy), f"format {number or 1}", "reads 2", "train again")
+    saying = (str(copy), f"format {number or 1}", "reads format 2", "train again")
     refused(CheckpointError, everything, copy, saying=saying)
     refused(CheckpointError, Trainer, configs.load(QUICK), copy, saying=saying)
 
@@ -222,10 +223,38 @@ def test_a_checkpoint_without_steps(copy):
 
 
 @pytest.mark.parametrize("name", ("config.json", "codec.json", "frozen.json"))
-@pytest.mark.parametrize("content", (b"", b'{"model": ', b"[1, 2]", b'{"kind": "patch"}', b"\xff\xfe\x00"))
+@pytest.mark.parametrize(
+    "content",
+    (
+        b"",
+        b'{"model": ',
+        b"[1, 2]",
+        b'{"kind": "patch"}',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"seed": %s}' % (b"9" * 5000),
+    ),
+    ids=lambda content: str(content[:12]),
+)
 def test_a_damaged_description(copy, name, content):
     (copy / name).write_bytes(content)
     refused(CheckpointError, everything, copy, saying=(str(copy),))
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    refused(CheckpointError, everything, copy, saying=(str(copy),))
+
+
+def test_byte_order_marks_do_no_harm(copy):
+    for path in (*copy.glob("*.json"), *copy.glob("tokenizer/*.json"), *copy.glob("steps/*/files.json")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert content_hash(everything(copy).params) == content_hash(PARAMS)
+
+
+@pytest.mark.parametrize("content", (b"", b"[" * 100_000, b"9" * 5000, b"\xff\xfe[\0", b"[3]"))
+def test_a_damaged_list_of_files(copy, capsys, content):
+    (copy / "steps/3/files.json").write_bytes(content)
+    refused(CheckpointError, everything, copy, saying=("every saved step", "damaged"))
+    assert "files.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ("config.json", "codec.json", "frozen.json", "tokenizer", "frozen"))

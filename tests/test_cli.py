@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     stages = [json.loads(line)["stage"] for line in (folder / "run/metrics/metrics.jsonl").read_text().splitlines()]
-    assert stages == ["pretrain", "joint"]
+    assert stages == ["pretrain", "joint", "joint"]  # and the losses on held-out scans
     return folder / "run"
 
 
@@ -159,7 +159,7 @@ def test_a_document_that_does_not_fit_is_named_and_an_image_cut_off_is_told(
 def test_every_option_of_sampling_arrives(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(sampling, "image_channels", lambda args: 1)
-    monkeypatch.setattr(sampling, "restore", lambda args: seen.append(sampling._options(args)) or sys.exit())
+    monkeypatch.setattr(sampling, "restore", lambda args: seen.append(sampling.sample_options(args)) or sys.exit())
     options = {
         "guidance": 2.0, "image-guidance": 1.5, "temperature": 0.7, "text-temperature": 0.3, "top-k": 5, "top-p": 0.8,
         "max-tokens": 33, "max-images": 2, "jacobi": 4, "tolerance": 0.25,

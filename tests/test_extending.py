@@ -55,10 +55,11 @@ def test_they_train(trained):
     assert lines[-1]["stage"] == "deep_alone" and np.isfinite(lines[-1]["image_loss"])
     import_file(OUTSIDE)
     assert CheckpointDirectory(trained).steps.meta(4)["stage"] == "deep_alone"
-    source = SOURCES["squares"]("squares", 1, SOURCES["squares"].Options(side=3))
+    source = SOURCES["squares"]("squares", SOURCES["squares"].Options(side=3))
     codec = CheckpointDirectory(trained).codec()
     assert codec.kind == "pca" and (codec.grid, codec.channels) == ((2, 2), 6)
-    again = CODECS["pca"].make(CODECS["pca"].Options(), source.images())  # fitted to the source that the config names
+    images = (image.pixels for image in source.images())
+    again = CODECS["pca"].make(CODECS["pca"].Options(), images)  # fitted to the source that the config names
     for name, array in again.weights.items():
         np.testing.assert_array_equal(codec.weights[name], array)
     sampler = Sampler.restore(trained)
@@ -119,7 +120,7 @@ def test_a_codecs_weights_are_checked(trained, tmp_path):
     folder.create(original.config(), codec, original.tokenizer())
     again = folder.codec()
     jax.tree.map(np.testing.assert_array_equal, dict(again.weights), dict(codec.weights))
-    images = np.stack([SOURCES["squares"]("", 1, SOURCES["squares"].Options())[i][1].pixels for i in range(4)])
+    images = np.stack([SOURCES["squares"]("", SOURCES["squares"].Options())[i][1].pixels for i in range(4)])
     np.testing.assert_array_equal(again.decode(again.encode(images)), codec.decode(codec.encode(images)))
     path = tmp_path / "copy/codec.safetensors"
     arrays = safetensors.numpy.load_file(path)

@@ -94,7 +94,7 @@ def test_a_config_of_another_vlm_is_refused(vlm, tmp_path):
     wrong.model.vlm.layers = 3
     for config, saying in (
         (wrong, "layers is 2, not 3"),
-        (config_for(vlm, order=("pretrain",)), "take the stage pretrain out"),
+        (config_for(vlm, order=("pretrain",)), "remove the stage pretrain"),
     ):
         with pytest.raises(UserError, match=saying):
             Trainer.begin(config, tmp_path / "run", vlm, load_config)

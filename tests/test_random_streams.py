@@ -7,6 +7,7 @@ from tiny_experiment import tiny_config
 
 from starflow2_jax.data import sources
 from starflow2_jax.data.documents import Image
+from starflow2_jax.data.mixture import order
 from starflow2_jax.random_streams import stream_key, stream_seed
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.loop import Trainer
@@ -31,8 +32,8 @@ def test_a_stream_is_the_same_in_every_process():
 def drawn(folder, name: str) -> tuple:
     """The key of a stage's training and the first documents that it reads."""
     config = tiny_config()
-    documents = sources.documents(config, STAGES[name], 1)
-    parts = [part for i in range(5) for part in documents[i]]
+    streams = sources.streams(config, STAGES[name], sources.make_codec(config), None)
+    parts = [part for stream in streams for i in range(5) for part in stream.source[order(stream)[i]]]
     said = [part.pixels.tobytes() if isinstance(part, Image) else part.text for part in parts]
     state = Trainer(config, folder).task(name).new_state(None)
     return np.asarray(jax.random.key_data(state.key)).tobytes(), *said

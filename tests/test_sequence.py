@@ -8,7 +8,6 @@ import tiny
 
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
-from starflow2_jax.data.pipeline import batches
 from starflow2_jax.sequence import Shape
 
 
@@ -162,7 +161,7 @@ def test_vision_ids_are_unique_to_an_image_and_a_window_of_the_row(batch):
 
 def test_every_document_comes_once_in_a_round():
     """Over many batches each document comes as often as any other (a packer that drops some would not)."""
-    data = iter(batches(tiny.documents(), tiny.encoder(), Shape(2, 64, 4, 32)))
+    data = tiny.batches(tiny.documents(), tiny.encoder(), Shape(2, 64, 4, 32))
     counts = np.zeros(5)
     for _ in range(10):
         for index, _, _ in tiny.places(next(data)):

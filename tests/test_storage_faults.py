@@ -1,8 +1,9 @@
-"""A disk that is full or read-only: one sentence with path and cause, and exit code 74 or 2."""
+"""A disk that is full or read-only, or no memory left: one sentence with path and cause, and exit code 74, 2 or 1."""
 
 import errno
 import os
 
+import jax
 import pytest
 
 from starflow2_jax import cli
@@ -64,3 +65,31 @@ def test_other_errors_stay_errors(monkeypatch):
     monkeypatch.setattr(convert, "to_checkpoint", fail)
     with pytest.raises(ValueError, match="an error in the program"):
         cli.main(LINE)
+
+
+@pytest.mark.parametrize(
+    "error, saying",
+    [
+        (
+            MemoryError("Unable to allocate 8.00 GiB for an array"),
+            "this machine has no memory left (Unable to allocate 8.00",
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GB"),
+            "the device has no memory left (RESOURCE_EX",
+        ),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+            "memory left",
+        ),
+    ],
+    ids=["machine", "device", "CPU"],
+)
+def test_no_memory_left(error, saying, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(convert, "to_checkpoint", fail)
+    assert cli.main(LINE) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("starflow2: ") and saying in said and said.count("\n") == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from refused import refused
 
+from starflow2_jax.commands.chat import converse
 from starflow2_jax.errors import UserError
 from starflow2_jax.text_files import read_json_file, read_lines, read_text_file
 
@@ -80,3 +81,10 @@ def test_text_that_cannot_be_used(tmp_path, content, saying):
 def test_files_that_cannot_be_opened(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     refused(UserError, read_text_file, path, saying=())
+
+
+def test_a_line_of_a_chat_that_is_no_text(tmp_path, monkeypatch, capsys):
+    lines = iter(["nice \udcff", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    converse(None, tmp_path)
+    assert "! the line is not valid UTF-8" in capsys.readouterr().out

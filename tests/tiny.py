@@ -1,7 +1,9 @@
 """A tiny Pretzel with everything around it: codec, tokenizer, encoder, documents, random parameters."""
 
+from collections.abc import Iterator
 from functools import cache
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, Image, Text
-from starflow2_jax.data.pipeline import Encoder, batches, collate
+from starflow2_jax.data.pipeline import Encoder, RowEncoder, collate
+from starflow2_jax.data.pipeline import packed as pack
 from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, init_params
 from starflow2_jax.models.qwen import QwenConfig
@@ -72,6 +75,12 @@ def pixels(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (*size, 1)).astype(np.float32)
 
 
+def batches(documents: list[Document], encoder: Encoder, shape: Shape) -> Iterator[Sequence]:
+    """Endless packed rows of these documents, in their order."""
+    source = grain.MapDataset.source(documents).map(RowEncoder(encoder, shape)).repeat()
+    return iter(pack(source.to_iter_dataset(), RowEncoder(encoder, shape)))
+
+
 def documents() -> list[Document]:
     """Five documents of every kind of part; two begin with what counts as a prediction."""
     return [
@@ -93,7 +102,7 @@ def alone(document: Document, length: int = 40, images: int = 2, patches: int = 
 
 def packed(rows: int = 2, length: int = 64, images: int = 4, patches: int = 32) -> Sequence:
     """The documents packed by the pipeline."""
-    return next(iter(batches(documents(), encoder(), Shape(rows, length, images, patches))))
+    return next(batches(documents(), encoder(), Shape(rows, length, images, patches)))
 
 
 def places(batch: Sequence) -> list[tuple[int, int, np.ndarray]]:

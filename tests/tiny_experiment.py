@@ -18,7 +18,8 @@ def tiny_config(**changes) -> ConfigDict:
     for s in c.stages.values():
         s.update(rows=8, length=72, images=5, steps=4)
     c.stages.pretrain.patches = 80
-    c.order, c.log_every = ("pretrain", "joint"), 1
+    c.order, c.log_every, c.evals = ("pretrain", "joint"), 1, {}
+    c.data.sources = {name: each for name, each in c.data.sources.items() if each.part == "train"}
     c.update(changes)
     return c
 

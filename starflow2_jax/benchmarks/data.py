@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from starflow2_jax import sequence
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.config.schema import Config
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.training.loop import Trainer
@@ -13,7 +14,9 @@ from starflow2_jax.training.program import find_stage
 
 
 def measure(config: Config, stage: str | None, steps: int, folder: Path) -> dict:
-    """Documents and tokens per second over `steps` batches, without other work; times the first batch separately.
+    """Documents, tokens, pixels and patches per second over `steps` batches, without other work; times the first batch separately.
+
+    A reader is a process that reads ahead (`data.workers`), or the run's own.
 
     `stage`: a name or number, see `find_stage`. `folder`: of the Trainer, to which nothing is written. Raises
     ConfigError.
@@ -26,18 +29,37 @@ def measure(config: Config, stage: str | None, steps: int, folder: Path) -> dict
     begin = time.perf_counter()
     batches = [block for _ in range(steps) for block in next(stream).values()]
     seconds = time.perf_counter() - begin
+    stream.close()
     documents, tokens = (sum(count(b) for b in batches) for count in (documents_in, tokens_in))
+    pixels = sum(pixels_in(b, trainer.codec) for b in batches)
+    patches = sum(patches_in(b) for b in batches)
+    readers = max(config.data.workers, 1)
     return {
         "stage": chosen_stage.name,
         "batches": steps,
+        "workers": config.data.workers,
         "threads": config.data.threads,
         "first_batch_seconds": first,
         "batch_seconds": seconds / steps,
         "documents_per_second": documents / seconds,
+        "documents_per_second_and_reader": documents / seconds / readers,
+        "pixels_per_second_and_reader": pixels / seconds / readers,
+        "patches_per_second_and_reader": patches / seconds / readers,
         "tokens_per_second": tokens / seconds,
         "packing_efficiency": tokens / sum(b.tokens.size for b in batches),
         "documents_per_row": documents / sum(len(b.tokens) for b in batches),
     }
+
+
+def pixels_in(batch: Sequence, codec: Codec) -> int:
+    """Pixels of a batch's flow images; for a codec of latents, their tokens."""
+    (height, width, _), (rows, columns) = codec.image_shape, codec.grid
+    return int(np.sum(np.asarray(batch.modality) == sequence.FLOW)) * height * width // (rows * columns)
+
+
+def patches_in(batch: Sequence) -> int:
+    """Patches that the vision tower sees of a batch."""
+    return 0 if batch.vision is None else int(np.sum(np.asarray(batch.vision.image) > 0))
 
 
 def documents_in(batch: Sequence) -> int:

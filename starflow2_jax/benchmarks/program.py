@@ -11,7 +11,7 @@ from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import Stage
 from starflow2_jax.training.loop import Trainer
-from starflow2_jax.training.program import find_stage, fresh_params, held, makes_vlm, other_tree, require_rows
+from starflow2_jax.training.program import find_stage, fresh_params, makes_vlm, other_tree, require_rows, trained_tree
 from starflow2_jax.training.step import TrainState
 
 
@@ -51,8 +51,8 @@ def build(config: Config, stage: str | None, folder: str | Path) -> Program:
     require_rows(config, chosen, trainer.mesh)
     task = trainer.task(chosen.name)
     with jax.set_mesh(trainer.mesh):
-        state = task.new_state(fresh(trainer, held(chosen)))
-        rest = fresh(trainer, other_tree(held(chosen)))
+        state = task.new_state(fresh(trainer, trained_tree(chosen)))
+        rest = fresh(trainer, other_tree(trained_tree(chosen)))
         reader = task.batches()
         batch = reader.place(next(reader), sharding.batch_sharding(trainer.mesh))
         compiled = task.step().lower(state, rest, batch).compile()

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent."""
+"""Files and folders that are written whole or not at all."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from starflow2_jax.errors import OUT_OF_ROOM, StorageError, UserError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file (UTF-8). If that fails, for example on a full disk, the old file stays as it was."""
+    """Write a text file (UTF-8). Raises OSError, for example on a full disk; then the old file stays as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -29,9 +29,9 @@ def require_new(target: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A temporary folder for `size` bytes. It becomes `target` if the block succeeds, and is removed if it fails.
+    """A temporary folder, which is renamed to `target` at the end of the block, or removed if the block fails.
 
-    Raises UserError if `target` exists or the disk has too little free space.
+    Raises UserError if `target` exists, and StorageError if the disk has less than `size` bytes of free space.
     """
     require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        require_new(target)  # another process may have made it in the meantime
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -47,8 +48,10 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
 
 
 def require_room(folder: Path, size: int, standing: str = "") -> None:
-    """Raises StorageError if the disk of `folder` has less than `size` bytes of free space. `standing`: a sentence part
-    that says what is left."""
+    """Raises StorageError if the disk of `folder` has less than `size` bytes of free space.
+
+    `standing`: part of the message about what is saved already.
+    """
     total, _, free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     if total and free < size:  # some mounted buckets report 0 of 0
         left = f" ({standing})" if standing else ""

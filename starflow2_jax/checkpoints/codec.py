@@ -1,6 +1,6 @@
-"""A checkpoint's codec: codec.json, and codec.safetensors where it has weights, whose content hash is checked.
+"""A checkpoint's codec: codec.json, and codec.safetensors if it has weights.
 
-These are plain files, because one process alone writes them when it makes the directory.
+These files are not written by orbax, because process 0 alone writes them when it makes the directory.
 """
 
 import json
@@ -23,6 +23,7 @@ DESCRIPTION, WEIGHTS = "codec.json", "codec.safetensors"
 
 
 def write_codec(folder: Path, codec: Codec) -> None:
+    """Write the codec's description with the content hash of its weights, and its weights. Raises OSError."""
     values = {"kind": codec.kind, **codec.description()}
     if codec.weights:
         flat = {name: jax.numpy.asarray(x) for name, x in flatten_dict(dict(codec.weights), sep="/").items()}
@@ -34,13 +35,14 @@ def write_codec(folder: Path, codec: Codec) -> None:
 def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:
     """The codec of a checkpoint directory. `description`: the values of codec.json, with tuples in place of lists.
 
-    Raises UserError."""
+    Raises UserError for an unknown kind of codec, and for files that are damaged or do not belong together.
+    """
     kind, wanted = description.pop("kind", None), description.pop("content_hash", None)
     path = folder / DESCRIPTION
     if kind not in CODECS:
         raise UserError(
-            f"{path} is a codec of the kind {kind!r}, and there are {', '.join(CODECS)}; if a Python file of yours adds it, "
-            "name that file with --import"
+            f"{path} describes a codec of the kind {kind!r}, but the known kinds are {', '.join(CODECS)}; if a Python file of "
+            "yours adds this kind, name that file with --import"
         )
     weights = {}
     if wanted is not None:
@@ -49,7 +51,10 @@ def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); restore it from a copy") from None
         if content_hash(flat) != wanted:
-            raise UserError(f"{folder / WEIGHTS} does not hold the codec's weights (content hash differs)")
+            raise UserError(
+                f"{folder / WEIGHTS} does not hold the weights that {DESCRIPTION} describes (content hash differs); restore both "
+                "from a copy"
+            )
         weights = unflatten_dict(jax.tree.map(np.asarray, flat), sep="/")
     try:
         return CODECS[kind].restored(description, weights)

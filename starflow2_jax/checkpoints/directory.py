@@ -1,13 +1,13 @@
-"""A checkpoint directory: enough to sample from it anywhere, restorable on another mesh than it was saved on.
+"""A checkpoint directory. It has all that sampling needs, and can be restored on another mesh than it was saved on.
 
 config.json     the experiment's config, and the number of this format
-codec.json      the codec; codec.safetensors: its weights, where it has any
+codec.json      the codec; codec.safetensors: its weights, if it has any
 tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax); frozen.json: their content hash
-vlm.json        only on a converted VLM: its config; reference_config.json: the config of the published model
+vlm.json        of a converted VLM: its config; reference_config.json: the config of the published model
 steps/<n>/      params, ema, optimizer (orbax); meta (JSON): stage, step, random key, data position; files.json (file_list.py)
-damaged/        steps that a run found damaged and passed over
-lock.json       while a run trains here: which process does (lock.py)
+damaged/        damaged steps that a run moved here
+lock.json       the process that trains here (lock.py)
 inversion.json  after `starflow2 calibrate`: the fastest way to invert both flows
 """
 
@@ -34,11 +34,16 @@ from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import ConfigError, UserError, storage_errors
 from starflow2_jax.parallel import processes
 
-FORMAT = 2  # 2: rotary pairs are halves of a head in the flows, too; weights of format 1 mean something else here
+FORMAT = (
+    2  # since 2, rotary positions pair the halves of a head in the flows, too; weights of format 1 would be misread
+)
 
 
 class CheckpointDirectory:
-    """Its files. `steps` and `frozen` hold the weights; the other files do not change during a run."""
+    """Reads and writes the files of a checkpoint directory. Making this object touches no file.
+
+    `steps` and `frozen` hold the weights, `lock` keeps a second run out. The other files do not change during a run.
+    """
 
     def __init__(self, folder: str | Path, keep: Keep = Keep()):  # noqa: B008 - it is frozen
         self.folder = Path(folder).resolve()
@@ -47,24 +52,28 @@ class CheckpointDirectory:
         self.lock = Lock(self.folder)
 
     def exists(self) -> bool:
+        """Whether the directory has been made."""
         return (self.folder / "config.json").is_file()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Keep other runs from writing here. All processes of a run call it together. Raises LockedError."""
+        """Hold the lock during the block. All processes of a run call it together. Raises LockedError if another run holds it."""
         with contextlib.ExitStack() as stack:
             processes.on_primary(lambda: stack.enter_context(self.lock.held()))
             yield
 
     def create(self, config: Config, codec: Codec, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises StorageError."""
+        """Make the directory of a run that pretrains its own VLM. Raises StorageError."""
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             tokenizer.save_pretrained(str(self.folder / "tokenizer"))
         self._create(config, codec)
 
     def create_on(self, vlm: Path, config: Config, codec: Codec) -> None:
-        """Make the directory of a run on a converted VLM: copy its weights, tokenizer and processor files as they are."""
+        """Make the directory of a run on the converted VLM in the folder `vlm`, of which all files are copied.
+
+        Raises StorageError.
+        """
         with storage_errors(self.folder):
             shutil.copytree(vlm, self.folder, dirs_exist_ok=True)
         self._create(config, codec)
@@ -75,29 +84,30 @@ class CheckpointDirectory:
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
-        """Raises StorageError; then the old config stays."""
+        """Write config.json. Raises StorageError; then the old file stays."""
         with storage_errors(self.folder):
             write_whole(self.folder / "config.json", json.dumps({"format": FORMAT, **config.to_dict()}, indent=1))
 
     def config(self) -> Config:
-        """The experiment's config, locked. Raises CheckpointError."""
+        """The experiment's config, locked. Raises CheckpointError if it is missing, damaged or of another format."""
         values = read_json(self.folder / "config.json")
         if not isinstance(values, dict) or not {"model", "stages"} <= set(values):
             raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
         if (number := values.pop("format", 1)) != FORMAT:
             raise CheckpointError(
-                f"{self.folder} has the checkpoint format {number}, but this version of starflow2 reads {FORMAT}, in which the "
-                "same weights mean something else; use the version that wrote it, or train again"
+                f"{self.folder} has the checkpoint format {number}, but this version of starflow2 reads format {FORMAT}, in which "
+                "the same weights mean something else; use the version that wrote it, or train again"
             )
         try:
             return configs.complete(with_tuples(values))
         except ConfigError as error:
             raise CheckpointError(
-                f"{self.folder / 'config.json'} is not a config of this version: {error}; if a Python file of yours adds what it names, name that file with --import"
+                f"{self.folder / 'config.json'} is not a config of this version: {error}; if a Python file of yours adds what it "
+                "names, name that file with --import"
             ) from None
 
     def codec(self) -> Codec:
-        """Raises CheckpointError."""
+        """The codec with its weights. Raises CheckpointError."""
         values = read_json(self.folder / "codec.json")
         if not isinstance(values, dict):
             raise CheckpointError(f"{self.folder / 'codec.json'} is not a codec of this program")
@@ -107,18 +117,17 @@ class CheckpointDirectory:
             raise CheckpointError(str(error)) from None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises CheckpointError."""
+        """The tokenizer. Raises CheckpointError."""
         path = self.folder / "tokenizer"
         try:
             return tokenizers.load(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} holds no readable tokenizer ({reason})") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds no readable tokenizer ({error}); restore it from a copy") from None
 
     def require_latest(self) -> int:
-        """The newest whole step, to sample from. Damaged steps after it are named on stderr.
+        """The newest whole step, to sample from. Warns on stderr of damaged steps after it.
 
-        The optimizer's files, which take most of a step's bytes, are not checked. Raises CheckpointError.
+        The optimizer's files, which are most of a step's bytes, are not checked. Raises CheckpointError if there is no step.
         """
         read_json(self.folder / "config.json")
         number, _ = damage.newest_whole(self.steps, unread=("optimizer",))

@@ -1,4 +1,4 @@
-"""The frozen weights of a checkpoint directory: frozen/ (orbax), and their content hash in frozen.json."""
+"""The frozen weights of a checkpoint directory: frozen/, saved by orbax, and their content hash in frozen.json."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from starflow2_jax.checkpoints.atomic_folder import require_room, write_whole
 from starflow2_jax.checkpoints.content_hash import content_hash
-from starflow2_jax.checkpoints.reading import CheckpointError, read_json, restored
+from starflow2_jax.checkpoints.reading import CheckpointError, read_json, restored, saved_shapes
 from starflow2_jax.errors import storage_errors
 from starflow2_jax.parallel import processes
 
@@ -23,10 +23,11 @@ class FrozenWeights:
         self.folder = folder
 
     def exists(self) -> bool:
+        """Whether frozen weights were saved."""
         return processes.on_primary((self.folder / "frozen").is_dir)
 
     def save(self, frozen: dict[str, Any]) -> None:
-        """Raises StorageError."""
+        """Save the weights and their content hash. Raises StorageError."""
         processes.on_primary(partial(require_room, self.folder, sum(x.nbytes for x in jax.tree.leaves(frozen))))
         with storage_errors(self.folder), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.folder / "frozen", frozen, force=True)
@@ -46,19 +47,20 @@ class FrozenWeights:
         with ocp.StandardCheckpointer(restore_concurrent_gb=_concurrent_gb(abstract)) as checkpointer:
 
             def read():
-                saved = checkpointer.metadata(self.folder / "frozen").item_metadata.tree
+                saved = saved_shapes(checkpointer, self.folder / "frozen")
                 typed = jax.tree.map(lambda x, s: x.update(dtype=s.dtype), abstract, saved)
                 return checkpointer.restore(self.folder / "frozen", typed)
 
             frozen = restored(read, "frozen weights", self.folder)
         if content_hash(frozen) != wanted:
             raise CheckpointError(
-                f"the frozen weights in {self.folder} are not those it was trained on (content hash differs)"
+                f"the frozen weights in {self.folder} are not those that it was trained with (content hash differs); restore "
+                "frozen/ and frozen.json from a copy"
             )
         return frozen
 
 
 def _concurrent_gb(tree: Any) -> int:
-    """GB that orbax may read at a time: enough for the largest shard. Without a limit it buffers almost a second model."""
+    """GB that orbax may read at a time, enough for the largest shard. Without a limit, orbax buffers almost a whole model."""
     shards = (x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in jax.tree.leaves(tree))
     return 1 + int(2 * max((4 * math.prod(shape) for shape in shards), default=0) / 1e9)

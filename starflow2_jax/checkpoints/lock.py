@@ -1,4 +1,4 @@
-"""One writer per checkpoint directory: lock.json names the run that writes there."""
+"""lock.json, which names the run that writes into a directory, so that no second one does."""
 
 import contextlib
 import json
@@ -10,10 +10,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from starflow2_jax.errors import UserError
 
-RENEWED, EXPIRES = 60, 600  # seconds: between two renewals of a lock; without one, until another run may take it
+RENEWED, EXPIRES = 60, 600  # seconds: between two renewals; without a renewal, until another run may take the lock
 
 
 class LockedError(UserError):
@@ -21,26 +22,26 @@ class LockedError(UserError):
 
 
 class UncertainLockError(LockedError):
-    """A run on a machine that cannot be asked wrote into the directory a few minutes ago; trying again later can help."""
+    """A run on another machine wrote into the directory a few minutes ago and may have ended; trying again later can help."""
 
     exit_code = 75  # EX_TEMPFAIL
 
 
 class Lock:
-    """The lock of a checkpoint directory. Only process 0 of a run uses it.
+    """The lock of a directory. Only process 0 of a run uses it.
 
     The file is created with open(..., "x"), which local and network file systems do atomically. On a mounted bucket that
     cannot do so, two runs that start in the same second may both get in; `require_held`, which a run calls before each
     save, then stops the one whose lock was overwritten.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "lock.json"
+    def __init__(self, folder: Path, name: str = "lock.json"):
+        self.folder, self.path = folder, folder / name
         self._id: str | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock during the block. Raises LockedError, before anything is written, if another run holds it."""
+        """Hold the lock during the block. Raises LockedError if another run holds it; then nothing is written."""
         self.require_free()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._id = uuid.uuid4().hex
@@ -58,12 +59,12 @@ class Lock:
             self._id = None
 
     def require_free(self) -> None:
-        """Raises LockedError if another run holds the lock. A lock whose run is dead counts as free."""
+        """Raises LockedError if another run holds the lock. A lock whose run has ended counts as free."""
         if (owner := self._read()) is not None and not _dead(owner):
             self._refuse(owner)
 
     def require_held(self) -> None:
-        """Raises LockedError if the lock, which this run holds, was removed or taken over."""
+        """Raises LockedError if this run's lock was removed, or taken by another run."""
         if self._id is not None and (self._read() or {}).get("id") != self._id:
             raise LockedError(
                 f"the lock {self.path} of this run was removed or taken by another run; nothing more is saved, so that the "
@@ -92,37 +93,38 @@ class Lock:
             raise
 
     def _renew(self, ended: threading.Event) -> None:
-        """Set the file's time now and then; it needs no space on the disk."""
+        """Renew the lock until `ended` is set, by setting the file's time, which needs no space on the disk."""
         while not ended.wait(RENEWED):
             with contextlib.suppress(OSError):  # a removed lock is noticed at the next save
                 os.utime(self.path)
 
     def _read(self) -> dict | None:
-        """The owner and "age", the seconds since the last renewal; None where there is no lock."""
+        """The owner of the lock, and "age", the seconds since its last renewal; None if there is no lock."""
         try:
             age = time.time() - self.path.stat().st_mtime
             owner = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:  # its run was killed, or is just now writing it
+        except ValueError:  # the run that writes it is not done, or was killed
             owner = {}
         return {"age": age, **(owner if isinstance(owner, dict) else {})}
 
-    def _refuse(self, owner: dict) -> None:
+    def _refuse(self, owner: dict) -> NoReturn:
+        """Raises LockedError about the run that holds the lock."""
         name = f"process {owner.get('process', '?')} on {owner.get('host', 'an unknown host')}"
         since = f"{name}, started {owner.get('started', 'at an unknown time')},"
         if _here(owner):
             raise LockedError(
-                f"{since} trains in {self.folder} already; wait until it has ended, or name another --out"
+                f"{since} writes into {self.folder} already; wait until it has ended, or name another --out"
             )
         raise UncertainLockError(
             f"{since} wrote into {self.folder} {owner['age']:.0f} s ago and may still run; if you have checked that it has "
-            f"ended, remove {self.path}, else try again: the lock expires after {EXPIRES} s without a sign of life"
+            f"ended, remove {self.path}, else try again later: the lock expires after {EXPIRES} s without renewal"
         )
 
 
 def _dead(owner: dict) -> bool:
-    """Whether the run that holds a lock has ended for certain, or showed no sign of life for EXPIRES seconds."""
+    """Whether the run that holds a lock has certainly ended, or has not renewed the lock for EXPIRES seconds."""
     if _here(owner):
         process = owner.get("process")
         return not isinstance(process, int) or _place(process).get("born") != owner.get("born") or not _alive(process)
@@ -131,21 +133,21 @@ def _dead(owner: dict) -> bool:
 
 
 def _here(owner: dict) -> bool:
-    """Whether the owner's process number means something here: same host, same boot, same namespace of processes."""
+    """Whether the owner's process number is one of ours: same host, same boot, same namespace of processes."""
     own = _place(os.getpid())
     same = all(owner.get(name) == own.get(name) for name in ("boot", "namespace"))
     return owner.get("host") == socket.gethostname() and same
 
 
 def _place(process: int) -> dict[str, str]:
-    """What tells a process from others with the same number: the machine's boot, the namespace of processes, and when
-    the process was born (Linux; elsewhere empty)."""
+    """What distinguishes a process from others with the same number: "boot", the machine's boot; "namespace", of process
+    numbers; "born", the start of the process, missing if it has ended. Empty on systems other than Linux."""
     found = {}
     with contextlib.suppress(OSError, IndexError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         found["namespace"] = os.readlink("/proc/self/ns/pid")
         state, *rest = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        if state not in "ZX":  # these have ended; their parent has not asked for the exit code yet
+        if state not in "ZX":  # zombies: they have ended, but their parent has not asked for the exit code
             found["born"] = rest[18]
     return found
 

@@ -1,4 +1,4 @@
-"""The rule by which saved steps are kept or deleted."""
+"""Which saved steps are kept, and which are deleted."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,15 @@ policies = checkpoint_managers.preservation_policy
 
 @dataclass(frozen=True)
 class Keep:
-    """Keep the newest steps, a step at regular intervals, and the steps of the lowest loss. One of these reasons is enough."""
+    """A saved step is kept if it is one of the newest, or at a multiple of `every`, or one of the best."""
 
-    latest: int | None = None  # number of newest steps; None: all
-    every: int = 0  # steps between two that are kept; 0: none
-    best: int = 0  # number of steps of the lowest loss
+    latest: int | None = None  # number of newest steps that are kept; None: all
+    every: int = 0  # steps; 0: this rule keeps none
+    best: int = 0  # number of steps of the lowest loss, or of another metric that the run ranks by, that are kept
 
     def policy(self) -> policies.PreservationPolicy:
-        rules = [policies.LatestN(self.latest)]
+        """The same rule for orbax."""
+        rules: list[policies.PreservationPolicy] = [policies.LatestN(self.latest)]
         if self.every:
             rules.append(policies.EveryNSteps(self.every))
         if self.best:
@@ -25,5 +26,6 @@ class Keep:
 
 
 def _goodness(metrics: dict[str, float]) -> float:
-    """Orders steps by stage, then by loss: the losses of different stages cannot be compared, so a later stage is better."""
+    """A number by which steps are compared: by stage, then by loss (or that metric). Losses of different stages are not
+    comparable, so every step of a later stage is better."""
     return 1e9 * metrics["stage"] - metrics["loss"]

@@ -1,4 +1,4 @@
-"""The saved steps of a run, steps/<n>/. Orbax saves them while training goes on, and restores them onto any mesh."""
+"""The saved steps of a run, steps/<n>/. Orbax saves them in the background, and restores them onto any mesh."""
 
 import contextlib
 import logging
@@ -34,31 +34,32 @@ class Steps:
 
     @property
     def manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager; the first use creates the folder."""
+        """Orbax's checkpoint manager. The first use makes it, and creates the folder."""
         if self._manager is None:
             report_once()
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self.keep.policy(),
-                single_host_load_and_broadcast=True,  # process 0 decides which steps exist
+                single_host_load_and_broadcast=True,  # all processes see the steps that process 0 sees
             )
             self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
         return self._manager
 
     def open(self) -> None:
-        """Create the folder if it does not exist, so that the processes cannot disagree on whether it does."""
+        """Create the folder if it does not exist, so that all processes agree that it does. Raises StorageError."""
         with storage_errors(self.folder):
             self.manager  # noqa: B018 - the property creates it
 
     def path(self, number: int) -> Path:
+        """The folder of a step."""
         return self.folder / "steps" / str(number)
 
     def on_disk(self) -> list[int]:
-        """The whole steps that this process sees, in ascending order. A folder gets a step's name when it is complete."""
+        """The complete steps that this process sees, in ascending order. Orbax renames a folder to the step when it is complete."""
         folder = self.folder / "steps"
         return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit()) if folder.is_dir() else []
 
     def latest(self) -> int | None:
-        """The newest step that process 0 saw when the manager was made, or that was saved since; None if there is no step."""
+        """The newest step that process 0 saw when the manager was made, or that was saved since; None if there is none."""
         if self._manager is None and not processes.on_primary((self.folder / "steps").is_dir):
             return None
         return self.manager.latest_step()
@@ -66,15 +67,15 @@ class Steps:
     def save(
         self, number: int, trees: dict[str, Any], meta: dict[str, Any], metrics: dict[str, float] | None = None
     ) -> None:
-        """Save `trees` by name and `meta` as step `number`. `metrics`, for Keep.best: "stage" (its place in the order) and
-        "loss".
+        """Save named trees of arrays and a JSON value as step `number`. Returns before the files are written; see `wait`.
 
-        Returns before the files are written; `wait` for them. Raises CheckpointError if the directory holds this step or
-        a later one, and StorageError if this step has no room, or the step before could not be written.
+        `metrics` are for Keep.best: "stage", its place in the order, and "loss". Raises CheckpointError if the directory
+        holds this step or a later one, and StorageError if the disk has no room for it, or if the last step could not be
+        written.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
-        self.wait()  # for the step before; orbax would wait for it now, too
+        self.wait()  # for the last step; orbax would wait for it, too
         size = sum(x.nbytes for x in jax.tree.leaves(list(trees.values())))
         processes.on_primary(lambda: require_room(self.folder, size, self._standing()))
         with self._storage_errors():
@@ -90,7 +91,7 @@ class Steps:
             self._lister.start()
 
     def wait(self) -> None:
-        """Wait until the last saved step and its list of files are written. Raises StorageError if they could not be."""
+        """Wait until the last saved step and its list of files are written. Raises StorageError if that failed."""
         try:
             if self._manager is not None:
                 with self._storage_errors():
@@ -124,16 +125,16 @@ class Steps:
             self._manager.reload()
 
     def _list_files(self, number: int, written: threading.Event) -> None:
-        """Runs in a thread: when step `number` is whole, list its files, and those of older steps without a list."""
+        """Write the lists of files of step `number`, when it is complete, and of older steps without one. Runs in a thread."""
         while not (self.path(number).is_dir() or written.wait(1)):
             pass
-        for step in self.manager.all_steps():  # orbax removes a step from these before it deletes its files
+        for step in self.manager.all_steps():  # without steps that orbax is deleting
             try:
                 if self.path(step).is_dir() and not file_list.has(self.path(step)):
                     file_list.write(self.path(step))
             except OSError as error:
                 reason = f"{self.path(step) / file_list.NAME} cannot be written ({error.strerror})"
-                print(f"WARNING: {reason}; it is written with the next saved step", file=sys.stderr)
+                print(f"WARNING: {reason}; the run tries again when it saves the next step", file=sys.stderr)
 
     def meta(self, number: int) -> dict[str, Any]:
         """The `meta` that `save` was given. Raises CheckpointError."""
@@ -159,8 +160,8 @@ class Steps:
 
 
 def report_once() -> None:
-    """Keep orbax's background threads from printing pages about refused writes, which `Steps.wait` raises as well. From
-    here on, for some of these reports come when the process ends."""
+    """Silence the reports of orbax's threads about refused writes, because `Steps.wait` raises those errors. This lasts
+    until the process ends, because some of the reports come then."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_no_report)
     sys.unraisablehook = _without_closed_loops

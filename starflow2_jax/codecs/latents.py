@@ -1,4 +1,4 @@
-"""A codec for data that are already latents, computed by some other encoder."""
+"""A codec for image files that hold latents of another encoder."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,22 +12,23 @@ from starflow2_jax.fields import option
 
 @dataclass(frozen=True)
 class LatentOptions:
-    """Image files hold latents."""
+    """Image files hold arrays (h, w, D) of latents."""
 
     grid: tuple[int, int] = option("rows and columns of tokens", least=1)
     channels: int = option("channels of a token", least=1)
     shift: float = option("number that is subtracted from the latents in the files", 0.0)
     scale: float = option("number that the shifted latents are divided by", 1.0, above=0)
 
-    image_channels: ClassVar[int] = 3  # of image files, which only the vision tower sees
+    image_channels: ClassVar[int] = 3  # of pictures, which only the vision tower sees
 
     def image_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """(h, w, D): an array of latents has the shape of its tokens."""
         return (*grid, self.channels)
 
 
 @dataclass(frozen=True)
 class LatentCodec(Codec):
-    """Arrays (h, w, D), from which `shift` is subtracted and which are then divided by `scale`."""
+    """Arrays (h, w, D) of latents in files, which it only shifts and scales: (array - shift) / scale."""
 
     grid: tuple[int, int]
     channels: int
@@ -41,28 +42,35 @@ class LatentCodec(Codec):
 
     @classmethod
     def make(cls, options: LatentOptions, images: Iterable[np.ndarray]) -> "LatentCodec":
+        """The codec that the options describe. It reads no image."""
         h, w = options.grid
         return cls((h, w), options.channels, options.shift, options.scale)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, D)."""
         return (*self.grid, self.channels)
 
     @property
     def mean(self) -> tuple[float, ...]:
+        """(D,): `shift` for each channel."""
         return (self.shift,) * self.channels
 
     @property
     def std(self) -> tuple[float, ...]:
+        """(D,): `scale` for each channel."""
         return (self.scale,) * self.channels
 
     def encode(self, images: Any) -> Any:
+        """Arrays (B, h, w, D) of files -> latents of the same shape. Raises ValueError for another shape."""
         require_shape(images, self.image_shape, "latents")
         return (images - self.shift) / self.scale
 
     def decode(self, latents: Any) -> Any:
+        """Latents (B, h, w, D) -> arrays of the same shape, as in the files."""
         return latents * self.scale + self.shift
 
     @property
     def log_volume(self) -> float:
+        """Log-determinant of `encode` per dimension: -log(scale)."""
         return -float(np.log(self.scale))

@@ -16,7 +16,7 @@ LEAST_STD = 1e-2  # of a latent channel; about one level of an 8-bit pixel
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """Image files hold pixels; a square patch of them becomes one token."""
+    """Image files hold pixels; each square patch becomes one token."""
 
     patch: int = option("side of a patch, in pixels; each becomes one token", 2, least=1)
     image_channels: int = option("channels of an image: 1 gray, 3 red, green and blue", 3, least=1, most=3)
@@ -27,12 +27,13 @@ class PatchOptions:
         return self.image_channels * self.patch**2
 
     def image_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
+        """(height, width, C) of the images with this grid (h, w) of patches."""
         return grid[0] * self.patch, grid[1] * self.patch, self.image_channels
 
 
 @dataclass(frozen=True)
 class PatchCodec(Codec):
-    """Patches of pixels in [-1, 1]; each latent channel has mean 0 and standard deviation 1 over the fitted images."""
+    """Pixels in [-1, 1] -> patches, whose channels have mean 0 and standard deviation 1 over the fitted images."""
 
     image_size: tuple[int, int]
     image_channels: int
@@ -46,14 +47,18 @@ class PatchCodec(Codec):
 
     @classmethod
     def make(cls, options: PatchOptions, images: Iterable[np.ndarray]) -> "PatchCodec":
+        """A codec fitted to `images`, each (height, width, C) in [-1, 1].
+
+        Raises ConfigError if there are none, if their sizes differ, or if the options do not fit them.
+        """
         images = list(images)
         shapes = sorted({image.shape for image in images})
         if not shapes:
             raise ConfigError(
-                'the source has no image via "flow" among the documents that the codec is fitted to; add some'
+                'the source has no images via "flow" among the documents that the codec is fitted to; add some'
             )
         if len(sizes := sorted({shape[:2] for shape in shapes})) > 1:
-            raise ConfigError(f"the source has flow images of sizes {sizes}; bring them to one size")
+            raise ConfigError(f"the source has flow images of the sizes {sizes}; bring them to one size")
         if sides := [side for side in sizes[0] if side % options.patch]:
             raise ConfigError(f"codec.patch={options.patch} does not divide an image's side of {sides[0]} pixels")
         if wrong := [shape[2] for shape in shapes if shape[2] != options.image_channels]:
@@ -63,31 +68,37 @@ class PatchCodec(Codec):
 
     @classmethod
     def fit(cls, images: np.ndarray, patch: int) -> "PatchCodec":
-        """A codec fitted to `images` (n, height, width, C). A channel that hardly varies is scaled by 1 / LEAST_STD."""
+        """A codec fitted to `images` (n, height, width, C) in [-1, 1]. A channel's standard deviation is at least LEAST_STD."""
         latents = patchify(images, patch).reshape(-1, images.shape[-1] * patch * patch)
         mean, std = latents.mean(0), np.maximum(latents.std(0), LEAST_STD)
         return cls(images.shape[1:3], images.shape[-1], patch, tuple(mean.tolist()), tuple(std.tolist()))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, C) in pixels."""
         return (*self.image_size, self.image_channels)
 
     @property
     def grid(self) -> tuple[int, int]:
+        """(h, w): rows and columns of patches."""
         return self.image_size[0] // self.patch, self.image_size[1] // self.patch
 
     @property
     def channels(self) -> int:
+        """Numbers in one token (D)."""
         return len(self.mean)
 
     def encode(self, images: Any) -> Any:
+        """Pixels (B, height, width, C) -> latents (B, h, w, D). Raises ValueError for another shape."""
         require_shape(images, self.image_shape, "pixels")
         return (patchify(images, self.patch) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def decode(self, latents: Any) -> Any:
+        """Latents (B, h, w, D) -> pixels (B, height, width, C), which are not clipped."""
         latents = latents * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return unpatchify(latents, self.patch, self.image_channels)
 
     @property
     def log_volume(self) -> float:
+        """Log-determinant of `encode` per dimension: the mean of -log(std)."""
         return -float(np.mean(np.log(self.std)))

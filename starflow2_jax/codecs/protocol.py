@@ -1,4 +1,4 @@
-"""The contract of a codec: a frozen map between images and the latent tokens that the flow models."""
+"""The protocol of a codec: a frozen map between images and the latent tokens that the flow models."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -6,11 +6,13 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+PIXEL_BITS = 7.0  # log2 of 128: one of 256 levels in [-1, 1] has the width 1/128
+
 
 class Options(Protocol):
     """The keys of a config's `codec` section, apart from `kind`: a frozen dataclass with a default for each field."""
 
-    image_channels: int  # image files are read with these channels: 1 (gray) or 3 (RGB)
+    image_channels: int  # pictures are read with these channels: 1 (gray) or 3 (RGB)
 
     def image_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
         """(height, width, C) of the images whose latents have this grid (h, w)."""
@@ -20,33 +22,33 @@ class Options(Protocol):
 class Codec(Protocol):
     """Images (B, *image_shape) <-> latents (B, h, w, D) with mean 0 and standard deviation 1 in each channel.
 
-    The nats per dimension of an image are those of its latents minus `log_volume`. If `log_volume` is None, only
-    latents have a density. `encode` and `decode` take NumPy and JAX arrays; a codec with weights compiles them.
-    A codec that inherits from this class and is a frozen dataclass of JSON values may leave out `weights`,
-    `description` and `restored`.
+    The negative log-likelihood of an image, in nats per dimension, is that of its latents minus `log_volume`. If
+    `log_volume` is None, only latents have a density. `encode` and `decode` take NumPy and JAX arrays; a codec with weights
+    compiles them.
+
+    A codec that inherits from this class and is a frozen dataclass of JSON values can leave out `weights`, `description`
+    and `restored`.
     """
 
     kind: ClassVar[str]  # the codec's name in the table
-    Options: ClassVar[type]
-    is_pixels: ClassVar[
-        bool
-    ]  # True: images are pixels in [-1, 1], written as PNG; False: other arrays, written as .npy
+    Options: ClassVar[type]  # a class as the protocol above
+    # True: images are pixels in [-1, 1], written as PNG files; False: images are other arrays, written as .npy files
+    is_pixels: ClassVar[bool]
 
     image_shape: tuple[int, int, int]  # (height, width, C) of the images that `encode` takes
-    image_channels: int  # image files are read with these channels: 1 (gray) or 3 (RGB)
+    image_channels: int  # pictures are read with these channels: 1 (gray) or 3 (RGB)
     grid: tuple[int, int]  # (h, w) of the latents
     channels: int  # D
     mean: tuple[float, ...]  # (D,): `encode` subtracts it from each channel
-    std: tuple[float, ...]  # (D,): `encode` then divides by it; training noise is given in the images' units
+    std: tuple[float, ...]  # (D,): `encode` then divides by it, as training divides `config.noise`
     log_volume: float | None  # log-determinant of `encode` per dimension; None if `encode` is no bijection
-    weights: Mapping[str, Any] = {}  # nested dicts of arrays, saved beside the description with their content hash
+    weights: Mapping[str, Any] = {}  # nested dicts of arrays, which a checkpoint saves with their content hash
 
     @classmethod
     def make(cls, options: Any, images: Iterable[np.ndarray]) -> Self:
-        """A new codec.
+        """A new codec from an instance of `Options` and the source's images (height, width, C), read as they are iterated.
 
-        options: an instance of `Options`. images: the source's (height, width, C), each read when it is iterated.
-        Raises ConfigError.
+        Raises ConfigError if they do not fit each other.
         """
         ...
 
@@ -59,7 +61,7 @@ class Codec(Protocol):
         ...
 
     def description(self) -> dict[str, Any]:
-        """JSON values from which `restored`, with the weights, makes this codec again."""
+        """JSON values from which, together with the weights, `restored` makes this codec again."""
         codec: Any = self  # a dataclass
         return asdict(codec)
 
@@ -69,8 +71,14 @@ class Codec(Protocol):
         return cls(**description)
 
 
+def level_bits(codec: Codec) -> float:
+    """-log2 of the width of one level of the data: added to a density's bits per dimension, it gives those of 8-bit pixels.
+    0 for data without such levels, and for a codec that is lossy."""
+    return PIXEL_BITS if codec.is_pixels and codec.log_volume is not None else 0.0
+
+
 def require_shape(images: Any, wanted: tuple[int, int, int], what: str) -> None:
-    """Raises ValueError unless images have the shape (B, *wanted). what: their unit, "pixels" or "latents"."""
+    """Raises ValueError unless `images` has the shape (B, *wanted). what: for the message, "pixels" or "latents"."""
     if tuple(images.shape[1:]) != wanted:
         given, takes = ("x".join(map(str, shape)) for shape in (images.shape[1:], wanted))
         advice = "; resize it" if what == "pixels" else ""

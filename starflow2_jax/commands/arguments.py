@@ -1,4 +1,4 @@
-"""What the value of each option may be. Values are checked while the command line is parsed, before anything is loaded.
+"""Kinds of options: each says which values an option takes. The parser checks them before anything is loaded.
 
 Every option that takes a value has one of these kinds as its `type`, or has `choices`. tests/test_arguments.py makes its
 cases from them.
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from starflow2_jax.errors import LONGEST, REFUSED_WRITES, UserError, shown
 
 MOST = 10**9  # largest count of anything
+Commands = argparse._SubParsersAction  # the commands of the parser, as `add_subparsers` returns them
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError. argparse calls this for arguments that it cannot parse."""
         message = " ".join(message.removeprefix("argument ").split())
         raise UserError(f"{message}; `{self.prog} --help` lists the options")
 
@@ -105,7 +107,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class InputFolder:
-    """A folder whose entries can be listed. `what`: the word for it in messages."""
+    """A folder that can be listed and is not empty. `what`: the word for it in messages."""
 
     what: str = "folder"
 
@@ -134,7 +136,7 @@ class InputPath:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A Python file, or the name of one in this package. `config.loading` and `sweeps.points` find and check it."""
+    """A Python file, or the name of one that ships with the package. `config.loading` and `sweeps.points` look for it."""
 
     def __call__(self, text: str) -> str:
         return text
@@ -142,7 +144,7 @@ class Shipped:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that can be written. Folders above it need not exist yet."""
+    """A file that can be written. The folders above it need not exist yet."""
 
     def __call__(self, text: str) -> str:
         if _exists(text) and Path(text).is_dir():
@@ -153,7 +155,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that can be written to, or made."""
+    """A folder that can be written into, or that can be created."""
 
     def __call__(self, text: str) -> str:
         if _exists(text) and not Path(text).is_dir():
@@ -167,7 +169,7 @@ KINDS = (Words, Whole, Number, WholeNumbers, InputFile, InputFolder, InputPath, 
 
 
 def require_writable(option: str, folder: str) -> None:
-    """Raises UserError where nothing can be written into a folder that an option names for another purpose."""
+    """Raises UserError if a folder that `option` names for reading cannot be written into."""
     try:
         OutputFolder()(folder)
     except argparse.ArgumentTypeError as error:
@@ -175,7 +177,7 @@ def require_writable(option: str, folder: str) -> None:
 
 
 def outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """The files and folders that the command line names to be written."""
+    """The files and folders to write that the command line names. `parser`: the command's."""
     actions = [action for action in parser._actions if isinstance(action.type, OUTPUTS)]
     return [value for action in actions if (value := getattr(args, action.dest, None))]
 
@@ -187,6 +189,14 @@ def _range(kind: Whole | Number) -> str:
 def _exists(text: str) -> bool:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    if "://" in text or text.startswith("data:"):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is an address; give a path on this machine, mounted or downloaded"
+        )
+    if text.split("/")[0] == "~":
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} begins with ~, which the shell has not replaced; write the whole path"
+        )
     return _asked(text, Path(text).exists)
 
 
@@ -199,20 +209,18 @@ def _there(text: str, what: str = "file or folder") -> Path:
 def _asked(text: str, question: Callable[[], bool]) -> bool:
     try:
         return question()
-    except (OSError, ValueError) as error:  # too long, not to be reached, or with a NUL character
+    except (OSError, ValueError) as error:  # a path that is too long, cannot be reached or holds a NUL character
         reason = getattr(error, "strerror", None) or str(error)
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no path that can be used ({reason})") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} cannot be used as a path ({reason})") from None
 
 
 def _try_to_write(text: str, folder: Path) -> None:
-    """Write a nameless file into the nearest folder that exists."""
+    """Write an unnamed file into `folder`, or into the nearest folder above it that exists."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        if (
-            error.errno not in REFUSED_WRITES
-        ):  # a full or read-only disk is reported by the command, with its own exit code
+        if error.errno not in REFUSED_WRITES:  # these have an exit code of their own, with which the command will end
             raise argparse.ArgumentTypeError(f"{text[:LONGEST]}: {error.strerror}; name another path") from None

@@ -2,15 +2,17 @@
 
 import json
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import OutputFile, OutputFolder, Whole, Words
+from starflow2_jax.commands.arguments import Commands, OutputFile, OutputFolder, Whole, Words
 from starflow2_jax.commands.experiment import add_config
 
 STEPS = {"train": 20, "data": 50, "checkpoint": 3}
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 bench` to the command line."""
     p = commands.add_parser("bench", help="measure the speed of training, data or checkpoints on this machine")
     p.add_argument("what", choices=STEPS, help="what to measure")
     add_config(p)
@@ -41,7 +43,7 @@ def add(commands) -> None:
     p.set_defaults(run=_bench)
 
 
-def _bench(args, overrides) -> None:
+def _bench(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.commands.training import start_devices
     from starflow2_jax.config import loading as configs
     from starflow2_jax.training.program import find_stage

@@ -1,19 +1,27 @@
 """`starflow2 chat`: a conversation in the terminal."""
 
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from starflow2_jax.commands.arguments import Number, OutputFolder, Whole
+from starflow2_jax.commands.arguments import Commands, OutputFolder
 from starflow2_jax.commands.model import SEED, add_model, restore
-from starflow2_jax.data.documents import Document, Image, Text, read_image, write_image
+from starflow2_jax.commands.sampling_options import add_images, add_sampling, sample_options
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.images import read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.events import Event, Picture, Words
+
+if TYPE_CHECKING:
+    from starflow2_jax.sampling.chat import Chat
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 chat` to the command line."""
     p = commands.add_parser("chat", help="chat with a model in the terminal")
     add_model(p)
     p.add_argument(
@@ -23,57 +31,38 @@ def add(commands) -> None:
         metavar="DIR",
         help="folder for the images that the model draws (default: chat)",
     )
-    p.add_argument(
-        "--temperature",
-        type=Number(0),
-        default=0.0,
-        metavar="T",
-        help="temperature of text; 0 takes the most likely token (default: 0)",
-    )
-    p.add_argument(
-        "--image-temperature", type=Number(0), default=0.9, metavar="T", help="temperature of images (default: 0.9)"
-    )
-    p.add_argument(
-        "--guidance",
-        type=Number(0),
-        default=1.0,
-        metavar="W",
-        help="guidance weight of images; 0 turns guidance off (default: 1)",
-    )
-    p.add_argument(
-        "--max-tokens",
-        type=Whole(1),
-        metavar="N",
-        help="length of an answer in tokens, image tokens included (default: enough for two images, at least 128)",
-    )
-    p.add_argument(
-        "--images",
-        choices=("flow", "vit"),
-        default="flow",
-        help="how the model sees your images: as flow tokens (default), or through its vision tower, to understand only",
-    )
+    add_sampling(p, ("temperature", "image_temperature", "guidance", "max_tokens"))
+    add_images(p, "your images")
     p.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed (default: 0)")
     p.set_defaults(run=run)
 
 
-def run(args, _) -> None:
+def run(args: Namespace, _: list[str]) -> None:
+    """Chat until the user ends it. `args`: the command's options."""
     from starflow2_jax.sampling.chat import Chat
-    from starflow2_jax.sampling.rows import SampleOptions
 
-    options = SampleOptions(args.temperature, args.image_temperature, args.guidance, args.max_tokens)
+    options = sample_options(args)
     converse(Chat(restore(args), options, args.seed), Path(args.out), args.images)
 
 
-def converse(chat, out: Path, via: str = "flow") -> None:
-    """Read lines and print answers until /quit, the end of the input, or Ctrl-C. `via`: how the model sees the user's images."""
-    print("Say something; an image is /image PATH or a path to one, in quotes where it has spaces; /quit ends it.")
+def converse(chat: "Chat", out: Path, via: str = "flow") -> None:
+    """Read lines and print answers until /quit, the end of the input, or Ctrl-C.
+
+    `out`: folder for the images that the model draws. `via`: how the model sees the user's images, "flow" or "vit".
+    """
+    print('Say something. To show an image, write "/image PATH" or just its path, in "quotes" if it has spaces.')
+    print("/quit ends the chat.")
     number = 1 + max((int(file.stem) for file in out.glob("*") if file.stem.isdigit()), default=-1)
     while True:
         try:
             line = input("> ").strip()
+            line.encode()  # bytes that are not UTF-8 arrive as lone surrogates
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeError:
+            print("! the line is not valid UTF-8; check the terminal's encoding")
+            continue
         if line == "/quit":
             return
         if not line:
@@ -89,9 +78,9 @@ def converse(chat, out: Path, via: str = "flow") -> None:
 
 
 def show(answer: Iterator[Event], out: Path, number: int, is_pixels: bool = True) -> int:
-    """Print an answer while the model writes it, and save its images in `out`, numbered from `number` on.
+    """Print an answer while the model writes it, and save its images in `out`. Returns the number of images.
 
-    Returns the number of images.
+    `number`: of the first image, in the names of the files.
     """
     images, begun = 0, False  # begun: whether the current line has words
     for event in answer:
@@ -109,9 +98,10 @@ def show(answer: Iterator[Event], out: Path, number: int, is_pixels: bool = True
 
 
 def parse(line: str, channels: int, via: str = "flow") -> Document:
-    """A line -> a document. "/image PATH", or a word that is the path of an image, becomes an image; other words are text.
+    """The document that a line stands for. "/image PATH", or a word that is an image's path, is an image; the rest is text.
 
-    A path with spaces stands in double quotes. `channels`: of the model's images. Raises DocumentError.
+    A path with spaces is in double quotes. `channels`: of the model's images. `via`: of the images, see `converse`.
+    Raises DocumentError for a file that is no image.
     """
     parts: Document = []
     words: list[str] = []

@@ -2,8 +2,10 @@
 
 import shutil
 import textwrap
+from argparse import Namespace
 from dataclasses import MISSING
 
+from starflow2_jax.commands.arguments import Commands
 from starflow2_jax.commands.experiment import add_config
 from starflow2_jax.config.overrides import spelled
 from starflow2_jax.fields import Key
@@ -11,14 +13,15 @@ from starflow2_jax.fields import Key
 LEFT = 50  # columns of a key and its value, before its help
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 config` to the command line."""
     p = commands.add_parser("config", help="print every key of an experiment's config")
     add_config(p)
     p.add_argument("--runlocal", action="store_true", help="show the experiment as --runlocal shrinks it")
     p.set_defaults(run=_config)
 
 
-def _config(args, overrides) -> None:
+def _config(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.config import loading as configs
 
     config = configs.load(args.config, overrides, args.runlocal, args.chip)

@@ -3,14 +3,16 @@
 import json
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import InputPath, OutputFolder, Whole, Words
+from starflow2_jax.commands.arguments import Commands, InputPath, OutputFolder, Whole, Words
 from starflow2_jax.commands.model import SEED, add_model, restore
 from starflow2_jax.errors import UserError
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 eval` to the command line."""
     p = commands.add_parser("eval", help="run a benchmark on a checkpoint: numbers, and a page that shows the answers")
     add_model(p)
     p.add_argument("--benchmark", type=Words(), required=True, metavar="NAME", help="benchmark to run, such as digits")
@@ -53,16 +55,17 @@ def add(commands) -> None:
     p.set_defaults(run=_eval, kept="finished answers are kept in --out")
 
 
-def _eval(args, _) -> None:
+def _eval(args: Namespace, _: list[str]) -> None:
     if args.out is None and args.processes > 1:
-        raise UserError("several processes share the tasks through a folder; name it with --out")
+        raise UserError("--processes needs --out: several processes share the tasks through that folder")
     report(args)
 
 
-def report(args, trained: float | None = None, **more) -> None:
-    """Evaluate, print the numbers and `more`, and write the page into `args.out` if it is set.
+def report(args: Namespace, trained: float | None = None, **more: object) -> None:
+    """Run a benchmark and print its numbers. If `args.out` is set, write them and the page into that folder.
 
-    `args`: the command's options. `trained`: seconds of the training, to report them among the numbers.
+    `args`: the command's options. `trained`: seconds of the training, which then are among the numbers. `more`: further
+    entries to print and write beside the numbers. Raises UserError.
     """
     from starflow2_jax.evaluation import engine
     from starflow2_jax.evaluation.report import write_report

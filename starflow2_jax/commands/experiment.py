@@ -1,9 +1,12 @@
 """Options of all commands that take an experiment."""
 
+from argparse import ArgumentParser
+
 from starflow2_jax.commands.arguments import Shipped, Words
 
 
-def add_config(parser) -> None:
+def add_config(parser: ArgumentParser) -> None:
+    """Add --config and --chip. Every command with --config also takes --config.KEY=VALUE, see cli.py."""
     parser.add_argument(
         "--config",
         type=Shipped(),
@@ -15,7 +18,8 @@ def add_config(parser) -> None:
     add_chip(parser)
 
 
-def add_chip(parser) -> None:
+def add_chip(parser: ArgumentParser) -> None:
+    """Add --chip."""
     parser.add_argument(
         "--chip",
         type=Words(),

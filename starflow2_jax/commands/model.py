@@ -12,7 +12,7 @@ SEED = Whole(0, 2**32 - 1)
 
 
 def add_model(parser: argparse.ArgumentParser, fsdp: bool = True) -> None:
-    """`fsdp`: whether the command takes --fsdp. A server does not, because its rows come one by one."""
+    """Add --checkpoint, --dtype, --tensor and, if `fsdp`, --fsdp, which a server does not take: its rows come one by one."""
     parser.add_argument(
         "--checkpoint",
         type=InputFolder("checkpoint directory"),
@@ -43,7 +43,7 @@ def add_model(parser: argparse.ArgumentParser, fsdp: bool = True) -> None:
 
 
 def image_channels(args: argparse.Namespace) -> int:
-    """The number of channels of the checkpoint's images. Needs no device, so that images can be read before the model.
+    """The channels of the checkpoint's images. This needs no device, so images can be read before the model is loaded.
 
     Raises CheckpointError.
     """
@@ -55,13 +55,13 @@ def image_channels(args: argparse.Namespace) -> int:
 
 
 def restore(args: argparse.Namespace, data: int = -1) -> "Sampler":
-    """The Sampler, with `data` copies of the model (-1: as many as there are devices for). Raises UserError."""
+    """The sampler of `args.checkpoint`, with `data` copies of the model; -1: as many as the devices hold. Raises UserError."""
     from starflow2_jax.checkpoints.directory import CheckpointDirectory
     from starflow2_jax.parallel import devices
     from starflow2_jax.parallel.sharding import make_mesh
     from starflow2_jax.sampling.engine import Sampler
 
-    CheckpointDirectory(args.checkpoint).config()  # a wrong folder is refused before the devices start
+    CheckpointDirectory(args.checkpoint).config()  # refuses a wrong folder before the devices start
     found = devices.start()
     used = found if data < 0 else found[: data * args.fsdp * args.tensor]
     return Sampler.restore(args.checkpoint, make_mesh(data, args.fsdp, args.tensor, used), args.dtype)

@@ -2,13 +2,15 @@
 
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import OutputFile, Whole, WholeNumbers, Words
+from starflow2_jax.commands.arguments import Commands, OutputFile, Whole, WholeNumbers, Words
 from starflow2_jax.commands.experiment import add_config
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 plan` to the command line."""
     p = commands.add_parser("plan", help="predict memory and time of a training step on TPUs or GPUs, without them")
     add_config(p)
     p.add_argument(
@@ -52,7 +54,7 @@ def add(commands) -> None:
     p.set_defaults(run=_plan)
 
 
-def _plan(args, overrides) -> None:
+def _plan(args: Namespace, overrides: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; the devices are only described
     from starflow2_jax.config import loading as configs
     from starflow2_jax.parallel import hardware

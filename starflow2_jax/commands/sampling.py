@@ -3,21 +3,33 @@
 import hashlib
 import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import InputFile, Number, OutputFile, OutputFolder, Whole, Words, require_writable
+from starflow2_jax.commands.arguments import (
+    Commands,
+    InputFile,
+    Number,
+    OutputFile,
+    OutputFolder,
+    Whole,
+    Words,
+    require_writable,
+)
 from starflow2_jax.commands.model import SEED, add_model, image_channels, restore
+from starflow2_jax.commands.sampling_options import add_sampling, sample_options
 from starflow2_jax.errors import UserError
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 sample`, `score`, `rank`, `invert` and `calibrate` to the command line."""
     for command in (_add_sample, _add_score, _add_rank, _add_invert, _add_calibrate):
         command(commands)
 
 
-def _add_sample(commands) -> None:
+def _add_sample(commands: Commands) -> None:
     p = commands.add_parser("sample", help="let a model answer prompts with text and images")
     add_model(p)
     what = p.add_mutually_exclusive_group(required=True)
@@ -41,79 +53,7 @@ def _add_sample(commands) -> None:
     p.add_argument(
         "--batch", type=Whole(1), default=16, metavar="N", help="prompts of --documents to run at a time (default: 16)"
     )
-    p.add_argument(
-        "--guidance",
-        type=Number(0),
-        default=1.0,
-        metavar="W",
-        help="guidance weight of images; 0 turns guidance off (default: 1)",
-    )
-    p.add_argument(
-        "--image-guidance",
-        type=Number(0),
-        metavar="W",
-        help="guidance weight of the images in the prompt; --guidance then weighs the text alone",
-    )
-    p.add_argument(
-        "--linear", action="store_true", help="extrapolate linearly for guidance, instead of mixing Gaussians"
-    )
-    p.add_argument("--annealed", action="store_true", help="let guidance grow from an image's first token to its last")
-    p.add_argument(
-        "--temperature", type=Number(0), default=0.9, metavar="T", help="temperature of images (default: 0.9)"
-    )
-    p.add_argument(
-        "--text-temperature",
-        type=Number(0),
-        default=0.0,
-        metavar="T",
-        help="temperature of text; 0 takes the most likely token (default: 0)",
-    )
-    p.add_argument(
-        "--top-k",
-        type=Whole(0),
-        default=0,
-        metavar="K",
-        help="draw text from the K most likely tokens; 0 draws from all (default: 0)",
-    )
-    p.add_argument(
-        "--top-p",
-        type=Number(0, 1),
-        default=1.0,
-        metavar="P",
-        help="draw text from the fewest tokens whose probability adds up to P (default: 1)",
-    )
-    p.add_argument(
-        "--max-tokens",
-        type=Whole(1),
-        metavar="N",
-        help="length of an answer in tokens, image tokens included (default: enough for two images, at least 128)",
-    )
-    p.add_argument(
-        "--max-images", type=Whole(0), metavar="N", help="most images in an answer; 0: text only (default: no limit)"
-    )
-    p.add_argument("--image-first", action="store_true", help="begin the answer with an image")
-    p.add_argument(
-        "--stop",
-        type=Words(),
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer at this text; may be repeated",
-    )
-    p.add_argument(
-        "--jacobi",
-        type=Whole(0, 10**6),
-        default=0,
-        metavar="N",
-        help="image tokens to solve for at once (default: as `starflow2 calibrate` measured, or else 1)",
-    )
-    p.add_argument(
-        "--tolerance",
-        type=Number(0),
-        default=1e-3,
-        metavar="E",
-        help="with --jacobi above 1: stop when the mean squared change over the mean square is below this (default: 0.001)",
-    )
+    add_sampling(p, names={"image_temperature": "--temperature", "temperature": "--text-temperature"})
     p.add_argument(
         "--denoise", action="store_true", help="remove the training noise from the images by one step along the score"
     )
@@ -124,24 +64,26 @@ def _add_sample(commands) -> None:
     p.set_defaults(run=_sample, kept="finished answers are kept in --out")
 
 
-def _sample(args, _) -> None:
-    from starflow2_jax.data.documents import Text, read_document
+def _sample(args: Namespace, _: list[str]) -> None:
+    from starflow2_jax.data.documents import Text
+    from starflow2_jax.data.images import ImageReader
+    from starflow2_jax.data.json_documents import read_document
     from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling import batch_files
 
-    options = _options(args)
+    options = sample_options(args)
     channels, out = image_channels(args), Path(args.out)
     documents = document = None
     if args.documents:
-        documents = JsonlDocuments(args.documents, channels)
-        documents[0]  # a file of another kind is refused before the model is loaded
+        documents, images = JsonlDocuments(args.documents), ImageReader(channels)
+        documents.read(0, images)  # a file of another kind is refused before the model is loaded
     else:
         document = read_document(args.document, channels) if args.document else [Text(args.prompt)]
     sampler = restore(args)
     options = options.sized(sampler.model.cfg.tokens)
     if documents is not None:
         prompts = [
-            _prompt(args, sampler, options, partial(documents.__getitem__, i), i, f"{args.documents}, document {i}: ")
+            _prompt(args, sampler, options, partial(documents.read, i, images), i, f"{args.documents}, document {i}: ")
             for i in range(len(documents))
         ]
         batch_files.begin(out, _run(args, options, sampler))
@@ -179,29 +121,7 @@ def _run(args, options, sampler) -> dict:
     return asdict(options) | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed) | own
 
 
-def _options(args):
-    """The command line as SampleOptions."""
-    from starflow2_jax.sampling.rows import SampleOptions
-
-    return SampleOptions(
-        temperature=args.text_temperature,
-        image_temperature=args.temperature,
-        guidance=args.guidance,
-        max_tokens=args.max_tokens,
-        image_first=args.image_first,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        image_guidance=args.image_guidance,
-        linear=args.linear,
-        annealed=args.annealed,
-        max_images=args.max_images,
-        stop=tuple(args.stop),
-        jacobi=args.jacobi,
-        tolerance=args.tolerance,
-    )
-
-
-def _add_score(commands) -> None:
+def _add_score(commands: Commands) -> None:
     p = commands.add_parser("score", help="compute the exact log-likelihood of the marked parts of documents")
     add_model(p)
     p.add_argument(
@@ -220,27 +140,29 @@ def _add_score(commands) -> None:
     p.set_defaults(run=_score)
 
 
-def _score(args, _) -> None:
-    from starflow2_jax.data.documents import read_document
+def _score(args: Namespace, _: list[str]) -> None:
+    from starflow2_jax.data.images import ImageReader
+    from starflow2_jax.data.json_documents import read_document
     from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling.scoring import score
 
     channels = image_channels(args)
     if args.document.endswith(".jsonl"):
-        documents = list(JsonlDocuments(args.document, channels))
+        lines = JsonlDocuments(args.document)
+        documents = [lines.read(i, ImageReader(channels)) for i in range(len(lines))]
     else:
         documents = [read_document(args.document, channels)]
     scores = score(restore(args), documents)
-    lines = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
+    written = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        Path(args.out).write_text("\n".join(written) + "\n", encoding="utf-8")
         print(f"written: {args.out}")
     else:
-        print("\n".join(lines))
+        print("\n".join(written))
 
 
-def _add_rank(commands) -> None:
+def _add_rank(commands: Commands) -> None:
     p = commands.add_parser("rank", help="rank captions by how well they fit an image")
     add_model(p)
     p.add_argument("--image", type=InputFile(), required=True, metavar="FILE", help="image file")
@@ -256,8 +178,8 @@ def _add_rank(commands) -> None:
     p.set_defaults(run=_rank)
 
 
-def _rank(args, _) -> None:
-    from starflow2_jax.data.documents import read_image
+def _rank(args: Namespace, _: list[str]) -> None:
+    from starflow2_jax.data.images import read_image
     from starflow2_jax.sampling.scoring import describe, illustrate, rank
     from starflow2_jax.text_files import read_lines
 
@@ -270,7 +192,7 @@ def _rank(args, _) -> None:
         print(json.dumps({"caption": caption, "nats": nats}))
 
 
-def _add_invert(commands) -> None:
+def _add_invert(commands: Commands) -> None:
     p = commands.add_parser(
         "invert",
         help="turn an image into noise under one prompt, and that noise into an image under another",
@@ -291,8 +213,8 @@ def _add_invert(commands) -> None:
     p.set_defaults(run=_invert)
 
 
-def _invert(args, _) -> None:
-    from starflow2_jax.data.documents import read_image, write_image
+def _invert(args: Namespace, _: list[str]) -> None:
+    from starflow2_jax.data.images import read_image, write_image
     from starflow2_jax.sampling.noise_space import decode, encode
     from starflow2_jax.sampling.prompts import spoken
 
@@ -305,7 +227,7 @@ def _invert(args, _) -> None:
     print(f"written: {write_image(Path(args.out), image, sampler.codec.is_pixels)}")
 
 
-def _add_calibrate(commands) -> None:
+def _add_calibrate(commands: Commands) -> None:
     about = "find the fastest way to sample on this machine, and store it in the checkpoint"
     p = commands.add_parser("calibrate", help=about)
     add_model(p, fsdp=False)
@@ -335,7 +257,7 @@ def _add_calibrate(commands) -> None:
     p.set_defaults(run=_calibrate)
 
 
-def _calibrate(args, _) -> None:
+def _calibrate(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.sampling.calibration import calibrate_checkpoint, table
     from starflow2_jax.sampling.prompts import spoken
 

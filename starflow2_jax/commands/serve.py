@@ -3,14 +3,17 @@
 import logging
 import os
 import re
+from argparse import Namespace
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import Number, Whole, Words
+from starflow2_jax.commands.arguments import Commands, Number, Whole, Words
 from starflow2_jax.commands.model import add_model, restore
+from starflow2_jax.commands.sampling_options import add_images, add_sampling
 from starflow2_jax.errors import UserError
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 serve` to the command line."""
     p = commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's interface and a web page")
     add_model(p, fsdp=False)
     p.add_argument(
@@ -71,13 +74,7 @@ def add(commands) -> None:
         metavar="SECONDS",
         help="seconds that running requests get when the server is stopped (default: 20)",
     )
-    p.add_argument(
-        "--jacobi",
-        type=Whole(0, 10**6),
-        default=0,
-        metavar="N",
-        help="image tokens to solve for at once (default: as `starflow2 calibrate` measured, or else 1)",
-    )
+    add_sampling(p, ("jacobi",))
     p.add_argument(
         "--keep",
         type=Whole(0),
@@ -85,13 +82,8 @@ def add(commands) -> None:
         metavar="N",
         help="number of conversations whose caches are kept; others are read again from their start (default: 4)",
     )
-    p.add_argument(
-        "--images",
-        choices=("flow", "vit"),
-        default="flow",
-        help="how the model sees images of requests that set no `via`: as flow tokens (default), or through its vision "
-        "tower, to understand only; models that work on latents always use the vision tower",
-    )
+    latents = "; models that work on latents always use the vision tower"
+    add_images(p, "images of requests that set no `via`", latents)
     p.add_argument(
         "--editing",
         action="store_true",
@@ -106,7 +98,8 @@ def add(commands) -> None:
     p.set_defaults(run=run)
 
 
-def run(args, _) -> None:
+def run(args: Namespace, _: list[str]) -> None:
+    """Serve until a signal ends the server. Raises UserError. `args`: the command's options."""
     key = os.environ.get("STARFLOW2_API_KEY") if args.api_key is None else args.api_key
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise UserError(

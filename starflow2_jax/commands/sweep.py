@@ -1,14 +1,16 @@
 """`starflow2 sweep`."""
 
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from starflow2_jax.commands.arguments import OutputFolder, Shipped, Words
+from starflow2_jax.commands.arguments import Commands, OutputFolder, Shipped, Words
 from starflow2_jax.commands.experiment import add_chip
 from starflow2_jax.errors import UserError
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 sweep` to the command line."""
     p = commands.add_parser("sweep", help="train one experiment with many settings")
     p.add_argument(
         "--sweep",
@@ -41,13 +43,15 @@ def add(commands) -> None:
     p.set_defaults(run=_sweep, kept="finished points are kept, and the same command trains the rest")
 
 
-def _sweep(args, _) -> None:
+def _sweep(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.sweeps import points, report
 
     if args.launcher and args.runlocal:
-        raise UserError("--runlocal is for runs here; put it into the launcher's command")
+        raise UserError(
+            "--runlocal shrinks points that are trained here; with --launcher, put it into the launcher's command"
+        )
     if args.again and not args.launcher:
-        raise UserError("--again is for points that a --launcher was given")
+        raise UserError("--again submits points to a launcher again; name the launcher with --launcher")
     sweep = points.load(args.sweep, args.out, args.runlocal, args.chip)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     try:
@@ -60,4 +64,6 @@ def _sweep(args, _) -> None:
     print(report.markdown(rows), end="")
     if failed := sum(point.state == points.FAILED for point in sweep.points):
         again = " with --again" if args.launcher else " again"
-        raise UserError(f"{failed} of {len(sweep.points)} points failed; mend them and run the same command{again}")
+        raise UserError(
+            f"{failed} of {len(sweep.points)} points failed; the table says why; correct this and run the same command{again}"
+        )

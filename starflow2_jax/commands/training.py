@@ -1,24 +1,26 @@
 """`starflow2 train`, `init` and `quickstart`."""
 
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from starflow2_jax.commands import evaluation
-from starflow2_jax.commands.arguments import InputFolder, OutputFolder, Whole, Words
+from starflow2_jax.commands.arguments import Commands, InputFolder, OutputFolder, Whole, Words
 from starflow2_jax.commands.experiment import add_config
 from starflow2_jax.errors import Terminated
 
 KEPT = "the last checkpoint is kept, and the same command resumes from it"
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 train`, `init` and `quickstart` to the command line."""
     for command in (_add_train, _add_init, _add_quickstart):
         command(commands)
 
 
-def _add_train(commands) -> None:
+def _add_train(commands: Commands) -> None:
     p = commands.add_parser("train", help="train an experiment, or resume it")
     add_config(p)
     p.add_argument(
@@ -66,7 +68,7 @@ def _add_train(commands) -> None:
     p.set_defaults(run=_train, kept=KEPT)
 
 
-def _train(args, overrides) -> None:
+def _train(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.config import loading as configs
     from starflow2_jax.parallel import processes
 
@@ -110,7 +112,7 @@ def _keep_compiled(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).resolve()))
 
 
-def _add_init(commands) -> None:
+def _add_init(commands: Commands) -> None:
     p = commands.add_parser("init", help="start a run from a converted VLM, with untrained flows")
     p.add_argument(
         "--vlm", type=InputFolder(), required=True, metavar="DIR", help="checkpoint written by `starflow2 convert`"
@@ -120,7 +122,7 @@ def _add_init(commands) -> None:
     p.set_defaults(run=_init)
 
 
-def _init(args, overrides) -> None:
+def _init(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.config import loading as configs
     from starflow2_jax.training.loop import Trainer
     from starflow2_jax.weights.vlm import load_config
@@ -134,7 +136,7 @@ def _init(args, overrides) -> None:
     print(f"ready: starflow2 train --config {args.config}{chip} --out {args.out}")
 
 
-def _add_quickstart(commands) -> None:
+def _add_quickstart(commands: Commands) -> None:
     p = commands.add_parser(
         "quickstart",
         help="train a small model on handwritten digits, sample from it and evaluate it",
@@ -157,7 +159,7 @@ def _add_quickstart(commands) -> None:
     )
 
 
-def _quickstart(args, _) -> None:
+def _quickstart(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.config import loading as configs
 
     if args.smoke:  # it mostly compiles; XLA reads this variable when JAX starts, which is below

@@ -1,11 +1,13 @@
 """`starflow2 convert`."""
 
 import os
+from argparse import Namespace
 
-from starflow2_jax.commands.arguments import InputPath, Number, OutputFolder, Words
+from starflow2_jax.commands.arguments import Commands, InputPath, Number, OutputFolder, Words
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
+    """Add `starflow2 convert` to the command line."""
     p = commands.add_parser("convert", help="convert published weights to a checkpoint, or back")
     p.add_argument(
         "kind",
@@ -35,7 +37,7 @@ def add(commands) -> None:
     p.set_defaults(run=_convert)
 
 
-def _convert(args, _) -> None:
+def _convert(args: Namespace, _: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting only reads and writes files
     from starflow2_jax.weights import convert
 

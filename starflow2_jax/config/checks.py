@@ -1,19 +1,29 @@
-"""Checks that a config's values fit together, as far as this is known without devices and files."""
+"""Checks across the keys of a config, as far as they need neither devices nor files."""
 
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.config.schema import ExperimentConfig, StageConfig
 from starflow2_jax.data.groups import rows_of_a_group
+from starflow2_jax.data.sources import held_out
 from starflow2_jax.errors import ConfigError
+from starflow2_jax.fields import LARGEST_INT
 from starflow2_jax.stages import STAGES, Stage
 
 
 def require_consistent(config: ExperimentConfig) -> None:
-    """Raises ConfigError for the first two values that do not fit together, with the keys to change."""
+    """Raises ConfigError for the first values that contradict each other; the message names the keys to change."""
     if not config.order or len(set(config.order)) < len(config.order):
         raise ConfigError(f"order must name at least one stage, and each stage once, of {', '.join(STAGES)}")
     if missing := [name for name in config.order if name not in config.stages]:
         raise ConfigError(
-            f"order names the stage {missing[0]}, and the config has no stages.{missing[0]}; give its steps, or take it out"
+            f"order names the stage {missing[0]}, but the config has no stages.{missing[0]}; set stages.{missing[0]}.steps, or "
+            "remove the stage from order"
         )
+    _require_sources(config)
+    _require_evals(config)
     _require_codec(config)
     for name, cfg in config.stages.items():
         _require_stage(config, STAGES[name], cfg)
@@ -21,23 +31,75 @@ def require_consistent(config: ExperimentConfig) -> None:
         _require_rows(config, name, config.stages[name])
 
 
+def _require_sources(config: ExperimentConfig) -> None:
+    """There are documents for every stage, and each stage's mix names sources that there are."""
+    data = config.data
+    if data.source is not None:
+        return
+    if not data.sources:
+        raise ConfigError(
+            "the config names no training data; set data.source=FILE, or data.sources.NAME.path=FILE for several"
+        )
+    _require_names("a source's", "data.sources", data.sources)
+    if set(data.sources) <= (held := held_out(config)):
+        raise ConfigError(
+            f"every source is held out by an evaluation's mix ({', '.join(sorted(held))}); add one to train on to data.sources"
+        )
+    for stage, cfg in config.stages.items():
+        if unknown := [name for name in cfg.mix if name not in data.sources]:
+            raise ConfigError(
+                f"stages.{stage}.mix names the source {unknown[0]!r}; data.sources has {', '.join(data.sources)}"
+            )
+        if cfg.mix and not any(cfg.mix.values()):
+            raise ConfigError(f"every source of stages.{stage}.mix has a weight of 0; give one of them more")
+
+
+def _require_evals(config: ExperimentConfig) -> None:
+    """The mix of each evaluation names sources that there are, and pictures are drawn only if the codec makes some."""
+    _require_names("an evaluation's", "evals", config.evals)
+    for name, cfg in config.evals.items():
+        mix = getattr(cfg, "mix", None)
+        if mix is not None and not any(mix.values()):
+            raise ConfigError(f"evals.{name}.mix gives no source a weight; name one of data.sources in it")
+        if config.data.source is None and (unknown := [each for each in mix or () if each not in config.data.sources]):
+            raise ConfigError(
+                f"evals.{name}.mix names the source {unknown[0]!r}; data.sources has {', '.join(config.data.sources)}"
+            )
+        if cfg.kind == "sheet" and not CODECS[config.codec.kind].is_pixels:
+            raise ConfigError(
+                f"evals.{name} draws pictures, and the codec {config.codec.kind!r} makes none; take it out of the config"
+            )
+
+
+def _require_names(whose: str, table: str, names: Iterable[str]) -> None:
+    """Each name fits into the name of a file and of a metric."""
+    if wrong := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ConfigError(f"{whose} name has letters, digits, '_', '-' and '.', not {wrong[0]!r}; rename it in {table}")
+
+
 def _require_codec(config: ExperimentConfig) -> None:
-    """The codec and the model agree on channels and grid, as far as the codec's options give them."""
-    codec, model = config.codec, config.model
+    """Codec and model have the same channels, and the same grid if the codec's options set one."""
+    codec: Any = config.codec  # of the codec's own dataclass, which has `channels`
+    model = config.model
     if codec.channels != model.channels:
         raise ConfigError(
-            f"the codec {codec.kind!r} makes tokens of {codec.channels} channels, and model.channels is {model.channels}; "
+            f"the codec {codec.kind!r} makes tokens of {codec.channels} channels, but model.channels is {model.channels}; "
             f"set model.channels={codec.channels}, or change the codec's options"
         )
-    grid = getattr(codec, "grid", model.grid)  # the patch codec takes its grid from the images
+    grid = getattr(codec, "grid", model.grid)  # the patch codec has no such option: images determine its grid
     if grid != model.grid:
-        raise ConfigError(f"codec.grid is {grid}, and model.grid is {model.grid}; set both to the same")
+        raise ConfigError(f"codec.grid is {grid}, but model.grid is {model.grid}; set both to the same value")
 
 
 def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
-    """A batch's rows can be cut into micro-batches, over the mesh (where its sizes are given), and into groups."""
+    """A batch's positions fit into 32 bits, and its rows divide into micro-batches, over the mesh, and into groups."""
+    if cfg.rows * cfg.length > LARGEST_INT:
+        raise ConfigError(
+            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has at most "
+            f"{LARGEST_INT}"
+        )
     mesh = config.mesh
-    spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # -1: all remaining devices, at least one
+    spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # an axis of -1 has an unknown size and counts as 1
     if cfg.rows % spread:
         raise ConfigError(
             f"stages.{name}.rows={cfg.rows} must be a multiple of {spread} (mesh.data, mesh.fsdp and accumulate)"
@@ -49,15 +111,21 @@ def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None
 
 
 def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> None:
+    """The lengths of a stage fit each other and the vision-language model."""
     place, vision = f"stages.{stage.name}", config.model.vlm.vision
     if cfg.vlm_length > cfg.length:
-        raise ConfigError(f"{place}.vlm_length={cfg.vlm_length} must not be above length={cfg.length}")
+        raise ConfigError(f"{place}.vlm_length={cfg.vlm_length} must be at most {place}.length={cfg.length}")
     if cfg.vlm_length and stage.vlm_on_images:
-        raise ConfigError(f"{place}.vlm_length must be 0: the stage's loss needs the VLM at flow images")
-    if cfg.patches and not vision:
-        raise ConfigError(f"{place}.patches={cfg.patches} needs a vision tower, and model.vlm.vision is None")
-    if cfg.patches and cfg.patches % vision.merge**2:
+        raise ConfigError(f"{place}.vlm_length must be 0, because this stage's loss needs the VLM at flow images")
+    if not cfg.patches:
+        return
+    if vision is None:
         raise ConfigError(
-            f"{place}.patches={cfg.patches} must be a multiple of {vision.merge**2}, the patches that model.vlm.vision.merge "
-            "joins into one token"
+            f"{place}.patches={cfg.patches} needs a vision tower, but model.vlm.vision is None; set {place}.patches=0, or "
+            "give the model a vision tower"
+        )
+    if cfg.patches % vision.merge**2:
+        raise ConfigError(
+            f"{place}.patches={cfg.patches} must be a multiple of {vision.merge**2}, the square of "
+            "model.vlm.vision.merge: the vision tower joins so many patches into one token"
         )

@@ -1,6 +1,5 @@
-"""Loads experiments: Python files that return an ml_collections config with the values that differ from the schema's defaults.
-
-Overrides are applied, the defaults are filled in, and the whole config is checked."""
+"""Loads experiments. An experiment is a Python file that returns an ml_collections ConfigDict of the keys that differ from
+the defaults. Loading applies overrides, fills in the defaults of the schema, and checks the whole config."""
 
 import dataclasses
 import inspect
@@ -11,11 +10,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from starflow2_jax.config.checks import require_consistent
+from starflow2_jax.config.evals import EVAL_OPTIONS, with_kinds
 from starflow2_jax.config.overrides import assign
-from starflow2_jax.config.schema import ExperimentConfig
+from starflow2_jax.config.schema import Config, ExperimentConfig
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
-from starflow2_jax.fields import Key, build, walk
+from starflow2_jax.fields import Key, abbreviated, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -23,63 +23,79 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 def load(
     path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, chip: str | None = None
-) -> ConfigDict:
-    """The whole config of an experiment, locked: the values of its file, then "key.sub=value" overrides, then the defaults.
+) -> Config:
+    """The whole config of an experiment, locked. Raises ConfigError. Starts no device.
 
-    `path`: a file with `get_config(runlocal)`, or the name of an experiment of this package. `chip`: a TPU generation, for
-    experiments whose `get_config` takes it. Raises ConfigError, before any device is touched.
+    `path`: a file with a function `get_config(runlocal)`, or the name of an experiment that ships with the package.
+    `overrides`: texts "key.sub=value", which take precedence over the experiment. `runlocal`: ask the experiment for a
+    small version of itself. `chip`: a TPU generation such as "v5p", for experiments whose `get_config` takes it.
     """
     path = find(path)
     module = import_file(path, "experiment", ConfigError)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} has no get_config(runlocal); see {EXPERIMENTS} for experiments")
+        raise ConfigError(f"{path} has no get_config(runlocal); {EXPERIMENTS} holds examples")
     arguments = {}
     if chip is not None:
         if "chip" not in inspect.signature(module.get_config).parameters:
-            raise ConfigError(f"{path} is the same for all chips; leave out --chip {chip}")
+            raise ConfigError(f"{path} has the same settings for all chips; leave out --chip {chip}")
         arguments["chip"] = chip
     config = module.get_config(runlocal, **arguments)
     if not isinstance(config, ConfigDict | Mapping):
-        raise ConfigError(f"{path}: get_config returns {config!r}, not an ml_collections ConfigDict")
-    values = _plain(config)
+        raise ConfigError(f"{path}: get_config must return an ml_collections ConfigDict, not {abbreviated(config)}")
+    values = _values(config, overrides)
     assign(ExperimentConfig, values, overrides)
     return complete(values)
 
 
 def find(path: str | Path) -> Path:
-    """An experiment's file: `path` itself, or the file of the experiment of this package with that name ("digits_quick")."""
+    """The file of an experiment: `path`, or the file that ships with the package if `path` is its name ("digits_quick").
+
+    Raises ConfigError if there is neither.
+    """
     found = shipped(path, EXPERIMENTS)
     if not found.is_file():
         names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("[!_]*.py")))
-        raise ConfigError(f"there is no experiment file {path}; this package has {names}")
+        raise ConfigError(f"there is no experiment file {path}; give another path, or one of the names {names}")
     return found
 
 
 def shipped(path: str | Path, folder: Path) -> Path:
-    """`path` if it exists; otherwise the file in this package's `folder` with that name."""
+    """The file `path` if it exists, or else the file of that name in this package's `folder`, if it exists."""
     inside = folder / f"{path}.py"
     return inside if inside.is_file() and not Path(path).exists() else Path(path)
 
 
-def complete(values: Mapping | ConfigDict) -> ConfigDict:
-    """The whole config, locked: `values`, and defaults for the keys that they leave out. Raises ConfigError for unknown keys,
-    values that are not allowed, and values that do not fit together."""
-    experiment = build(ExperimentConfig, _plain(values))
+def complete(values: Mapping | ConfigDict | Config) -> Config:
+    """The whole config, locked: `values`, and the defaults of the keys that `values` leaves out.
+
+    Raises ConfigError for unknown keys, for values that are not allowed, and for values that contradict each other.
+    """
+    experiment = build(ExperimentConfig, _values(values))
     require_consistent(experiment)
-    return ConfigDict(dataclasses.asdict(experiment)).lock()
+    return typing.cast(Config, ConfigDict(dataclasses.asdict(experiment)).lock())
 
 
-def described(config: ConfigDict) -> list[Key]:
+def described(config: Config) -> list[Key]:
     """Every key of a whole config with its help and default. A group comes before its keys."""
     return list(walk(ExperimentConfig, _plain(config)))
 
 
-def _plain(values) -> dict:
-    """A copy as nested dicts, without ConfigDicts."""
+def _values(config: typing.Any, overrides: typing.Sequence[str] = ()) -> dict[str, typing.Any]:
+    """The values of a config as nested dicts, with the kind of each evaluation, also of those that overrides begin."""
+    values = _plain(config)
+    if isinstance(evals := values.get("evals", {}), dict):
+        begun = {override.split(".")[1]: {} for override in overrides if override.startswith("evals.")}
+        values["evals"] = with_kinds({name: each for name, each in begun.items() if name in EVAL_OPTIONS} | evals)
+    return values
+
+
+def _plain(values: typing.Any) -> dict[str, typing.Any]:
+    """A copy of nested ConfigDicts and mappings as nested dicts."""
     if isinstance(values, ConfigDict):
         values = values.to_dict()
     return {name: _plain(value) if isinstance(value, Mapping | ConfigDict) else value for name, value in values.items()}
 
 
-def pretzel(config: ConfigDict) -> PretzelConfig:
+def pretzel(config: Config) -> PretzelConfig:
+    """The sizes of the networks of a whole config. Raises ConfigError."""
     return build(PretzelConfig, _plain(config.model), "model")

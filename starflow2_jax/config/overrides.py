@@ -1,4 +1,4 @@
-"""Overrides: a config's keys set by text, as a user types it on the command line."""
+"""Overrides: keys of a config that users set on the command line, as text."""
 
 import dataclasses
 import difflib
@@ -17,20 +17,22 @@ from starflow2_jax.fields import (
     mismatch,
     place_below,
     require_allowed,
+    require_options,
     table_of,
     without_none,
 )
 
 
 def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
-    """Apply overrides of the form "a.b.c=TEXT" to nested dicts; "*" stands for all entries of a table (`stages.*.rows`).
+    """Set keys in `values`, the nested dicts of a config of the dataclass `cls`, from overrides of the form "a.b.c=TEXT".
 
-    Keys that choose a variant are set first. Raises ConfigError for an unknown key, with the nearest known one, and for
-    text that does not fit the key's type.
+    "*" stands for all entries of a table (`stages.*.rows`). Keys that choose a variant, such as `codec.kind`, are set
+    first. Raises ConfigError for an unknown key, with the most similar known one, and for text that does not fit the
+    key's type.
     """
-    choosing = set(_selectors(cls))
+    choosing = list(_selectors(cls))
     pairs = [override.partition("=") for override in overrides]
-    for key, equals, text in sorted(pairs, key=lambda pair: pair[0] not in choosing):
+    for key, equals, text in sorted(pairs, key=lambda pair: not any(fnmatch.fnmatchcase(pair[0], c) for c in choosing)):
         if not equals:
             raise ConfigError(f"--config.{key} needs a value: --config.{key}=VALUE")
         try:
@@ -45,14 +47,14 @@ def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
 
 
 def _selectors(cls: type, path: str = "") -> Iterator[str]:
-    """The keys that choose a variant."""
+    """The paths of the keys that choose a variant."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         place = place_below(path, field.name)
         if variant := field.metadata.get("variant"):
-            yield f"{place}.{variant.selector}"
-        elif dataclasses.is_dataclass(plain := without_none(hints[field.name])):
-            yield from _selectors(plain, place)
+            yield f"{place}.{'*.' if table_of(hints[field.name]) else ''}{variant.selector}"
+        elif group := group_of(hints[field.name], field, None):
+            yield from _selectors(group, place)
 
 
 class _UnknownKeyError(Exception):
@@ -64,6 +66,8 @@ class _GroupError(Exception):
 
 
 def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> None:
+    """Set the key of path `names` in the group `values` of dataclass `cls`. `key`: the whole path as the user typed it."""
+    require_options(cls)
     name, *rest = names
     field = next((f for f in dataclasses.fields(cls) if f.name == name), None)
     if field is None:
@@ -71,21 +75,17 @@ def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> N
     hint = typing.get_type_hints(cls)[name]
     group, table = group_of(hint, field, values.get(name)), table_of(hint)
     if group and rest:
-        inner = _entry(values, name)
-        _assign(group, inner, rest, key, text)
-        if (variant := field.metadata["variant"]) and rest == [variant.selector]:
-            allowed = {f.name for f in dataclasses.fields(variant.choose(inner[rest[0]]))}
-            for other in set(inner) - allowed:  # the experiment's values for another variant
-                del inner[other]
-    elif table and rest and dataclasses.is_dataclass(table):
+        _assign_in(hint, _entry(values, name), field, rest, key, text)
+    elif rest and isinstance(table, type) and dataclasses.is_dataclass(table):
         entries, (entry, *rest) = _entry(values, name), rest
         chosen = list(entries) if entry == "*" else [entry]
-        if not chosen or not set(chosen) <= set(field.metadata["choices"]):
+        allowed = field.metadata["choices"] or chosen
+        if not chosen or not set(chosen) <= set(allowed):
             raise _UnknownKeyError
         if not rest:
             raise _GroupError
         for each in chosen:
-            _assign(table, _entry(entries, each), rest, key, text)
+            _assign_in(table, _entry(entries, each), field, rest, key, text)
     elif table and len(rest) == 1:
         entries = _entry(values, name)
         entries[rest[0]] = _parsed(key, table, field, text, entries.get(rest[0], MISSING))
@@ -97,8 +97,19 @@ def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> N
         values[name] = _parsed(key, hint, field, text, values.get(name, MISSING))
 
 
+def _assign_in(hint, inner: dict, field: dataclasses.Field, rest: list[str], key: str, text: str) -> None:
+    """Assign within a group: the values `inner` of a key of the type `hint`."""
+    group = group_of(hint, field, inner)
+    assert group is not None, "the key is no group"
+    _assign(group, inner, rest, key, text)
+    if (variant := field.metadata["variant"]) and rest == [variant.selector]:
+        allowed = {f.name for f in dataclasses.fields(variant.choose(inner[rest[0]]))}
+        for other in set(inner) - allowed:  # the experiment's values for another variant
+            del inner[other]
+
+
 def _entry(values: dict, name: str) -> dict:
-    """The group `name` of nested dicts; it is created if it does not exist."""
+    """The group `name` in `values`; it is created if it does not exist. Raises ConfigError if the key holds a value."""
     if values.get(name) is None:
         values[name] = {}
     if not isinstance(values[name], dict):
@@ -106,8 +117,8 @@ def _entry(values: dict, name: str) -> dict:
     return values[name]
 
 
-def _parsed(key: str, hint, field: dataclasses.Field, text: str, present):
-    """The value that a user typed as `text`, in the key's type. Raises ConfigError."""
+def _parsed(key: str, hint: typing.Any, field: dataclasses.Field, text: str, present: object) -> object:
+    """The value that a user typed as `text`, in the type `hint`. `present`: the key's value so far. Raises ConfigError."""
     try:
         value = _read(text.strip(), hint)
     except ValueError:
@@ -119,8 +130,8 @@ def _parsed(key: str, hint, field: dataclasses.Field, text: str, present):
     return value
 
 
-def _read(text: str, hint):
-    """Raises ValueError."""
+def _read(text: str, hint: typing.Any) -> object:
+    """The text as a value of type `hint`. Raises ValueError."""
     if is_optional(hint):
         return None if text.lower() == "none" else _read(text, without_none(hint))
     if hint is bool:
@@ -141,14 +152,14 @@ def _no(text: str) -> typing.NoReturn:
     raise ValueError(text)
 
 
-def _entries(hint, count: int) -> tuple:
-    """The types of a tuple's `count` entries. Raises ValueError if the tuple takes another number of entries."""
+def _entries(hint: typing.Any, count: int) -> tuple:
+    """The types of the entries of a tuple of type `hint`. Raises ValueError if it takes another number of entries."""
     inner = typing.get_args(hint)
     return (inner[0],) * count if inner[-1] is Ellipsis else inner if len(inner) == count else _no(str(hint))
 
 
-def spelled(value) -> str:
-    """A key's value as a user types it."""
+def spelled(value: object) -> str:
+    """A key's value as a user types it on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(spelled, value)) or "()"
     return str(value)

@@ -3,16 +3,15 @@
 scikit-learn and SciPy are imported when the first scan is read, so runs on other sources do not need them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.documents import Document, Draft, Image, Text
 from starflow2_jax.data.protocol import Source
-from starflow2_jax.errors import UserError
 from starflow2_jax.fields import option
 
 WORDS = (
@@ -32,7 +31,7 @@ SUM_ANSWER = " {a} plus {b} is {total}"
 MIRROR = ("mirror it", "flip it left to right", "now its mirror image")
 COUNT = ("count from {first} to {last}", "from {first} up to {last}", "count on from {first} to {last}")
 KINDS = ("caption", "read", "sum", "mirror", "count")
-EVEN: Mapping[str, float] = {kind: 1.0 for kind in KINDS}  # equal shares
+PARTS = {"train": slice(0, TRAIN), "held_out": slice(TRAIN, None)}
 
 
 @cache
@@ -50,9 +49,8 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 def split(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and labels of the "train" (1,500) or "held_out" (297) scans."""
-    part = {"train": slice(0, TRAIN), "held_out": slice(TRAIN, None)}[name]
     pixels, labels = scans()
-    return pixels[part], labels[part]
+    return pixels[PARTS[name]], labels[PARTS[name]]
 
 
 def caption(label: int, pixels: np.ndarray, wording: int, askew: bool = False) -> Document:
@@ -114,56 +112,39 @@ def warped(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DigitOptions:
+    """Which documents are made of the scans."""
+
+    kind: str = option("kind of documents", "caption", choices=KINDS)
+    part: str = option("scans that are shown", "train", choices=PARTS)
     warp: float = option(
         "share of the scans that are turned, sheared, scaled, shifted and bent a little", 0.0, least=0, most=1
     )
 
 
 class Digits(Source):
-    """An endless, deterministic source: document i depends only on `seed` and i.
-
-    shares: kind -> share of documents. part: "train" or "held_out" scans. Raises UserError.
-    """
+    """2**32 documents of one kind. Document i depends only on the options and i."""
 
     Options = DigitOptions
 
-    def __init__(
-        self,
-        where: str = "digits",
-        channels: int = 1,
-        options: DigitOptions = DigitOptions(),  # noqa: B008 - it is frozen
-        shares: Mapping[str, float] = EVEN,
-        seed: int = 0,
-        part: str = "train",
-    ):
-        if unknown := set(shares) - set(KINDS):
-            raise UserError(f"unknown kinds of documents {sorted(unknown)} in shares; there are {', '.join(KINDS)}")
-        shares = {kind: share for kind, share in shares.items() if share}
-        if not sum(shares.values()) > 0:
-            raise UserError("every kind of document has a share of 0; give one of them more")
-        self.pixels, self.labels = split(part)
+    def __init__(self, path: str = "digits", options: DigitOptions = DigitOptions()):  # noqa: B008 - it is frozen
+        self.options = options
+        self.pixels, self.labels = split(options.part)
         self.of_label = [np.flatnonzero(self.labels == digit) for digit in range(10)]
-        self.kinds = list(shares)
-        self.shares = np.array(list(shares.values())) / sum(shares.values())
-        self.options, self.seed, self.part = options, seed, part
 
-    def for_stage(self, shares: Mapping[str, float], seed: int) -> "Digits":
-        return Digits(options=self.options, shares=shares, seed=seed, part=self.part)
-
-    def images(self) -> np.ndarray:
-        """All scans of this part (n, 8, 8, 1)."""
-        return self.pixels
+    def images(self) -> list[Image]:
+        """All scans of this part."""
+        return [Image(pixels) for pixels in self.pixels]
 
     def texts(self) -> list[str]:
-        """All wordings; see `texts`."""
+        """All wordings of every kind, so that each stage's tokenizer is the same."""
         return texts()
 
     def __len__(self) -> int:
-        return 2**40
+        return 2**32
 
-    def __getitem__(self, index: int) -> Document:
-        rng = np.random.default_rng((self.seed, index))
-        return getattr(self, "_" + self.kinds[rng.choice(len(self.kinds), p=self.shares)])(rng)
+    def __getitem__(self, index: int) -> Draft:
+        rng = np.random.default_rng((KINDS.index(self.options.kind), index))
+        return getattr(self, "_" + self.options.kind)(rng)
 
     def _scan(self, rng, digit: int) -> np.ndarray:
         return self._warped(rng, rng.choice(self.of_label[digit]))

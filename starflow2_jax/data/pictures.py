@@ -39,11 +39,15 @@ class Picture:
             self._image = self._open_without_metadata(error)
         self.size: tuple[int, int] = self._image.size
 
-    def opaque(self, channels: int) -> Pillow.Image:
+    def opaque(self, channels: int, side: int | None = None) -> Pillow.Image:
         """The picture as its camera was held, with transparency laid on white; `channels` 1: gray ("L"), 3: "RGB".
 
+        side: the picture will be scaled down, and none of its sides below this length in pixels; a format that can be
+            decoded at a lower resolution (JPEG) then is, with sides of at least twice this length. None: whole.
         Levels have 8 bits. Raises ValueError for a file with 32 bits per level, and the exceptions above.
         """
+        if side is not None:
+            self._image.draft(None, (2 * side, 2 * side))
         try:
             image = _opaque(self._image)
         except Exception as error:

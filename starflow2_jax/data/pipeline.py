@@ -1,4 +1,4 @@
-"""Documents -> packed batches of Sequences, with grain: deterministic, from a position that can be saved."""
+"""Documents -> the features of a sequence, and features of many documents -> packed rows."""
 
 from functools import lru_cache, partial
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 from starflow2_jax import sequence
 from starflow2_jax.codecs.protocol import Codec
-from starflow2_jax.data.documents import Document, DocumentError, Documents, Image, counts
+from starflow2_jax.data.documents import Document, DocumentError, Image, LengthError, counts
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
@@ -24,9 +24,19 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, codec: Codec, vision: VisionConfig | None = None, remembered: int = 0):
         self.tokenizer, self.codec, self.vision = tokenizer, codec, vision
-        self.ids = TokenIds.of(tokenizer)
-        tokenize = partial(tokenizer.encode, add_special_tokens=False)
-        self.tokenize = lru_cache(remembered)(tokenize) if remembered else tokenize
+        self.ids, self.remembered = TokenIds.of(tokenizer), remembered
+        self._make_tokenize()
+
+    def _make_tokenize(self) -> None:
+        tokenize = partial(self.tokenizer.encode, add_special_tokens=False)
+        self.tokenize = lru_cache(self.remembered)(tokenize) if self.remembered else tokenize
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "tokenize"}  # a cache is not pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._make_tokenize()
 
     def __call__(self, document: Document, closed: bool = True) -> dict[str, np.ndarray]:
         """Features, each with one leading axis: positions (s), flow images (m) or patches (p). Raises DocumentError.
@@ -70,6 +80,8 @@ class Encoder:
         else:
             if self.vision is None:
                 raise DocumentError('this model has no vision tower; show the image via "flow"')
+            if part.encoded:
+                raise DocumentError('an encoded image is shown via "flow" only; encode its source with --via vit')
             if part.generate:
                 raise DocumentError('an image shown via "vit" cannot be generated; use via "flow"')
             if (channels := part.pixels.shape[-1]) not in (1, self.vision.channels):
@@ -95,6 +107,13 @@ class Encoder:
         return self.codec.grid
 
     def _latents(self, part: Image) -> np.ndarray:
+        shape = (*self.codec.grid, self.codec.channels)
+        if part.encoded:
+            if part.pixels.shape != shape:
+                raise DocumentError(
+                    f"an image's latents have the shape {part.pixels.shape}, and the codec's are {shape}"
+                )
+            return part.pixels.reshape(-1, self.codec.channels).astype(np.float32)
         try:
             return self.codec.encode(part.pixels[None])[0].reshape(-1, self.codec.channels).astype(np.float32)
         except ValueError as error:
@@ -177,47 +196,44 @@ def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
     return np.zeros(np.count_nonzero(modality != sequence.FLOW), np.int8)
 
 
-def batches(
-    source: Documents, encoder: Encoder, shape: Shape, threads: int = 0, group: int = 0, groups: int = 1
-) -> grain.IterDataset:
-    """An endless grain dataset of Sequences. A row holds several whole documents, within the limits of `shape`.
+KEYS = {"tokens": "length", "latents": "images"}  # feature of a row -> the stage's key that bounds it
 
-    threads: that read and encode documents ahead; 0: the caller's thread reads when it takes a batch.
-    group, groups: every `groups`-th document of the endlessly repeated source, from document `group` on (see groups.py).
 
-    Reading raises DocumentError for a document that a row cannot hold.
-    """
-    want = lengths(shape, encoder.vision is not None)
-    if shape.vlm_length:
-        want["vlm_length"] = shape.vlm_length
-    room = {"patches": 0, **want} if encoder.vision else want  # a stage may have no room for images via "vit"
+class RowEncoder:
+    """Turns a Document into the features of a part of a row, within the limits of `shape`."""
 
-    def encode(document: Document) -> dict[str, np.ndarray]:
-        features = encoder(document)
+    def __init__(self, encoder: Encoder, shape: Shape):
+        self.encoder, self.shape = encoder, shape
+        self.lengths = lengths(shape, encoder.vision is not None)  # of the packed features
         if shape.vlm_length:
-            features["vlm_length"] = _off_images(document, features["modality"])
-        for name, most in room.items():
-            if len(features[name]) > most:
-                raise DocumentError(
-                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise stages.NAME.{name}"
-                )
-        return {name: features[name] for name in want}
+            self.lengths["vlm_length"] = shape.vlm_length
+        # A stage may have no room for images via "vit"; then a document without any fits.
+        self.room = {"patches": 0, **self.lengths} if encoder.vision else self.lengths
 
-    rows: Any = source  # grain's own type for it also allows keys that are no int
-    dataset = (
-        grain.MapDataset.source(rows)
-        .map(encode)
-        .repeat()[group::groups]
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
-    )
-    packed = grain.experimental.FirstFitPackIterDataset(
-        dataset,
-        length_struct=want,
-        num_packing_bins=shape.rows,
+    def __call__(self, document: Document) -> dict[str, np.ndarray]:
+        """Features by name. Raises DocumentError, and LengthError for a document that a row cannot hold."""
+        features = self.encoder(document)
+        if self.shape.vlm_length:
+            features["vlm_length"] = _off_images(document, features["modality"])
+        for name, most in self.room.items():
+            if len(features[name]) > most:
+                raise LengthError(
+                    f"a document needs {len(features[name])} {name} but a row holds {most}; raise "
+                    f"stages.NAME.{KEYS.get(name, name)}"
+                )
+        return {name: features[name] for name in self.lengths}
+
+
+def packed(features: grain.IterDataset, encoder: RowEncoder) -> grain.IterDataset:
+    """Features of documents -> Sequences of `shape.rows` rows, each with several whole documents."""
+    rows = grain.experimental.FirstFitPackIterDataset(
+        features,
+        length_struct=encoder.lengths,
+        num_packing_bins=encoder.shape.rows,
         shuffle_bins=False,
-        max_sequences_per_bin=shape.documents or None,
+        max_sequences_per_bin=encoder.shape.documents or None,
     )
-    return packed.batch(shape.rows).map(to_sequence)
+    return rows.batch(encoder.shape.rows).map(to_sequence)
 
 
 def collate(features: list[dict[str, np.ndarray]], shape: Shape) -> Sequence:

@@ -3,15 +3,20 @@
 If a VLM's tokenizer has other names for these tokens, the VLM's converter renames them in the tokenizer's files.
 """
 
+import contextlib
 import json
+import shutil
+import tempfile
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from starflow2_jax.data.documents import Document, DocumentError, Image, Text
+from starflow2_jax.data.documents import DocumentError, Image, StoredImage, Text
 from starflow2_jax.text_files import read_json_file, reason
 
 SPECIAL_TOKENS = (
@@ -20,7 +25,9 @@ SPECIAL_TOKENS = (
 IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # an image in the output of a chat template
 PROCESSOR_FILES = ("processor_config.json", "chat_template.json")  # of `transformers` 4; the key is chat_template
 
-Turn = tuple[str, Document]  # who speaks, and what was said
+END = "<|im_end|>"  # of a turn, and of a document
+AnyImage = TypeVar("AnyImage", bound=Image | StoredImage)  # images that were read, or may not have been
+Turn = tuple[str, Sequence[Text | AnyImage]]  # who speaks, and what was said
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,14 @@ class TokenIds:
 
 def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `size` tokens, special tokens included, trained on these texts."""
+    most = (
+        len(SPECIAL_TOKENS) + 256 + sum(len(text.encode()) for text in corpus)
+    )  # the trainer reserves memory for `size`
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=min(size, most),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -67,17 +77,45 @@ def train(corpus: list[str], size: int) -> PreTrainedTokenizerFast:
 def load(folder: str | Path) -> Any:
     """The tokenizer that `transformers` saved in a folder, with the chat template of the tokenizer or of its processor.
 
-    Raises OSError or ValueError if there is none that can be read.
+    Raises ValueError if there is none that can be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        with _without_marks(Path(folder)) as plain:
+            tokenizer = AutoTokenizer.from_pretrained(str(plain), local_files_only=True)
+    except Exception as error:  # damaged files raise many kinds of exceptions
+        raise ValueError(reason(error)) from None
     for file in (Path(folder) / name for name in PROCESSOR_FILES):
         if not tokenizer.chat_template and file.is_file():
             values = read_json_file(file)
-            tokenizer.chat_template = values.get("chat_template") if isinstance(values, dict) else None
+            tokenizer.chat_template = _by_name(values.get("chat_template") if isinstance(values, dict) else None)
     return tokenizer
 
 
-def chat(tokenizer: Any, turns: list[Turn]) -> Document:
+@contextlib.contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or where files in it begin with a UTF-8 byte order mark, a temporary copy without these marks."""
+    marked = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and _is_marked(path)]
+    with tempfile.TemporaryDirectory() if marked else contextlib.nullcontext() as copy:
+        if copy is not None:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            for path in marked:
+                (Path(copy) / path).write_bytes((folder / path).read_bytes().removeprefix(BOM_UTF8))
+        yield Path(copy or folder)
+
+
+def _is_marked(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
+
+
+def _by_name(template: Any) -> Any:
+    """A chat template of a processor; one of several, [{"name": ..., "template": ...}, ...], as a dict by name."""
+    if not isinstance(template, list):
+        return template
+    return {each["name"]: each["template"] for each in template if isinstance(each, dict) and len(each) == 2}
+
+
+def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImage]:
     """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
 
     turns: role ("system", "user" or "assistant") and what it said.
@@ -87,7 +125,7 @@ def chat(tokenizer: Any, turns: list[Turn]) -> Document:
     """
     if not tokenizer.chat_template:
         raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
-    images = [part for _, said in turns for part in said if isinstance(part, Image)]
+    images = [part for _, said in turns for part in said if not isinstance(part, Text)]
     words = [part.text.strip() for _, said in turns for part in said if isinstance(part, Text)]
     rendered, fault = [], ""
     for content in (_as_list, _as_string):
@@ -108,19 +146,52 @@ def chat(tokenizer: Any, turns: list[Turn]) -> Document:
     return unflat((complete or rendered)[0], images)
 
 
-def flat(document: Document) -> tuple[str, list[Image]]:
+def conversation(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImage]:
+    """A whole conversation as `chat` lays it out turn by turn, so that a model is trained on what it reads and writes later.
+
+    The assistant's turns keep their own parts. Each is ended by END, which counts as a prediction; the last one's END comes
+    when the document is encoded. What follows the last answer is left out. Raises DocumentError.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DocumentError(
+            "the tokenizer has no chat template, which lays out conversations; begin from a converted vision-language model"
+        )
+    if not any(role == "assistant" for role, _ in turns):
+        raise DocumentError("the conversation has no turn of the assistant, so there is nothing to learn from it")
+    for part in (part for _, said in turns for part in said):
+        if found := next((mark for mark in SPECIAL_TOKENS if isinstance(part, Text) and mark in part.text), None):
+            raise DocumentError(f"a text of the conversation holds {found}, which only the chat template may write")
+    document: list[Text | AnyImage] = []
+    known = ""  # the document so far, as one text
+    for i, (role, said) in enumerate(turns):
+        if role != "assistant":
+            continue
+        text, images = flat(chat(tokenizer, turns[:i]))
+        if not text.startswith(known):
+            raise DocumentError("the chat template changes an earlier turn when another one comes")
+        added = text.removeprefix(known)
+        if document:
+            document.append(Text(END, predict=True))
+            added = added.removeprefix(END)
+        document += unflat(added, images[known.count(IMAGE_MARK) :])
+        document += said
+        known = text + flat(said)[0]
+    return document
+
+
+def flat(document: Sequence[Text | AnyImage]) -> tuple[str, list[AnyImage]]:
     """A document as one text, with IMAGE_MARK for each image, and the images."""
-    images = [part for part in document if isinstance(part, Image)]
+    images = [part for part in document if not isinstance(part, Text)]
     return "".join(p.text if isinstance(p, Text) else IMAGE_MARK for p in document), images
 
 
-def unflat(text: str, images: list[Image]) -> Document:
+def unflat(text: str, images: Sequence[AnyImage]) -> list[Text | AnyImage]:
     """The inverse of `flat`."""
-    parts: Document = []
+    parts: list[Text | AnyImage] = []
     first, *texts = text.split(IMAGE_MARK)
     for image, after in zip(images, texts, strict=True):
         parts += [image, Text(after)]
-    return [part for part in [Text(first), *parts] if isinstance(part, Image) or part.text]
+    return [part for part in [Text(first), *parts] if not isinstance(part, Text) or part.text]
 
 
 def _printed(content: list | str) -> list[str]:
@@ -130,9 +201,9 @@ def _printed(content: list | str) -> list[str]:
     return [str(content), json.dumps(content), json.dumps(content, ensure_ascii=False)]
 
 
-def _as_list(said: Document) -> list[dict[str, str]]:
-    return [{"type": "image"} if isinstance(p, Image) else {"type": "text", "text": p.text} for p in said]
+def _as_list(said: Sequence[Text | Image | StoredImage]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": p.text} if isinstance(p, Text) else {"type": "image"} for p in said]
 
 
-def _as_string(said: Document) -> str:
+def _as_string(said: Sequence[Text | Image | StoredImage]) -> str:
     return flat(said)[0]

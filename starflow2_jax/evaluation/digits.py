@@ -72,7 +72,7 @@ class DigitsBenchmark(Benchmark):
             add("read", i, digits.read(labels[i], pixels[i], i), digits.WORDS[labels[i]], ANSWER)
         for i, pair in enumerate(np.random.default_rng(0).integers(0, len(labels), (n, 2))):
             total = labels[pair].sum()
-            add("sum", i, digits.add(labels[pair], pixels[pair], None, i), total, ADD)
+            add("sum", i, digits.add(labels[pair].tolist(), list(pixels[pair]), None, i), total, ADD)
         for i in range(n):
             add("mirror", i, digits.mirror(pixels[i], i), pixels[i, :, ::-1], MIRROR)
         spans = [(a, b) for a in range(9) for b in range(a + 1, min(10, a + digits.LONGEST_COUNT))]
@@ -83,9 +83,7 @@ class DigitsBenchmark(Benchmark):
     def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
         """The numbers of AIMS without the seconds: shares of right answers, and the images' NLL."""
         found = {kind: [(a.document, a.task.target) for a in of_kind(answers, kind)] for kind in ("write", *TITLES)}
-        small = [
-            (document, total) for document, total in found["sum"] if total < 10
-        ]  # the sums that are drawn as a digit
+        small = [(document, total) for document, total in found["sum"] if total < 10]  # sums that a digit can show
         right = {
             "digit_accuracy": [_shows(images_of(d)[:1], [digit]) for d, digit in found["write"]],
             "read_accuracy": [words_of(d) == [word] for d, word in found["read"]],

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data.documents import Document, Image, Text, read_image
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.images import read_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task, seed_of
 from starflow2_jax.sampling import batch_files

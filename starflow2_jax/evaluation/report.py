@@ -12,11 +12,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.evaluation.protocol import Page
 
 ZOOM, MARGIN = 8, 4  # samples.png enlarges each pixel ZOOM times and leaves MARGIN pixels between images
-SHOWN = 10  # most images in a row of the page's grid
+SHOWN = 10  # largest number of images in a row of the page's grid
 LOWER_IS_BETTER = ("nll", "seconds")  # for keys that hold one of these; for all others, higher is better
 UNITS = {"image_loss": "nats per latent dimension", "text_loss": "nats per token"}
 INK, LINE = "#808080", "#3b82c4"  # readable on light and on dark
@@ -40,6 +41,7 @@ td.number, th.number { text-align: right; } .met { color: var(--good); } .missed
 .example { margin: .8rem 0; padding: .9rem 1.1rem; border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); line-height: 4.6; white-space: pre-wrap; } .example h3 { line-height: 1.4; }
 .example img { width: 64px; height: 64px; border: 3px solid transparent; border-radius: 4px; margin: 0 .15rem; }
+span.token { border-left: 1px dotted var(--soft); }
 img.made, .example img.made { border: 3px solid var(--made); border-radius: 4px; }
 span.made { padding: .15em .1em; background: var(--tint); color: var(--made); border-bottom: 2px solid var(--made); }
 """
@@ -64,12 +66,16 @@ def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Pa
         about = f"<p>{escape(page.about)}</p>\n"
     sections.append(("Training", _training(read_metrics(metrics_path))))
     body = "".join(f"<h2>{escape(title)}</h2>\n{content}\n" for title, content in sections)
-    (folder / "index.html").write_text(
+    (folder / "index.html").write_text(html_page("STARFlow2 report", about + body), encoding="utf-8")
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page, readable on light and on dark screens. body: HTML."""
+    return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>STARFlow2 report</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>STARFlow2 report</h1>\n{about}{body}</body>\n</html>\n",
-        encoding="utf-8",
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n{body}</body>\n</html>\n"
     )
 
 
@@ -146,7 +152,7 @@ def _grid(page: Page) -> str:
     """The table of generated images."""
     rows = []
     for name, images in zip(page.names, page.grid, strict=True):
-        cells = "".join(f"<td>{_pixels(image, f'generated {name}')}</td>" for image in images[:SHOWN])
+        cells = "".join(f"<td>{image_element(image, f'generated {name}')}</td>" for image in images[:SHOWN])
         rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
     return (
         f'<p class="soft">{escape(page.note)}</p>\n'
@@ -170,12 +176,12 @@ def _examples(examples: Sequence[tuple[str, Sequence[Text | Image]]]) -> str:
 def _part(part: Text | Image) -> str:
     """A part of a document, marked if the model made it."""
     if isinstance(part, Image):
-        return _pixels(part.pixels, "generated image" if part.generate else "given image", part.generate)
+        return image_element(part.pixels, "generated image" if part.generate else "given image", part.generate)
     text = escape(part.text)
     return f'<span class="made">{text}</span>' if part.predict else text
 
 
-def _pixels(pixels: np.ndarray, alt: str, made: bool = False) -> str:
+def image_element(pixels: np.ndarray, alt: str, made: bool = False) -> str:
     """An image element that holds its PNG; `made`: with the frame of the model's images."""
     file = io.BytesIO()
     as_pillow(np.asarray(pixels)).save(file, "png")

@@ -11,4 +11,5 @@ from starflow2_jax.experiments.starflow2_7b_t2i import paper_size
 
 
 def get_config(runlocal: bool = False, chip: str = "") -> ConfigDict:
+    """The config of stages 1 and 2. `runlocal`, `chip`: as in starflow2_7b_t2i.py."""
     return paper_size("7b", "image_to_text", runlocal, chip)

@@ -25,15 +25,19 @@ STEPS = dict(text_to_image=200_000, image_to_text=20_000, joint=100_000)
 
 
 def get_config(runlocal: bool = False, chip: str = "") -> ConfigDict:
+    """The config of stage 1. `runlocal`: tiny networks, one step of each stage, digits as data. `chip`: a key of ROWS."""
     return paper_size("7b", "text_to_image", runlocal, chip)
 
 
 def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDict:
-    """The stages up to `last`; stages that a directory has done already are skipped. `vlm`: a size of Qwen2.5-VL."""
+    """The config of the stages up to `last`. A run skips those that its checkpoint directory has done already.
+
+    `vlm`: the size of Qwen2.5-VL, a key of QWEN2_5_VL. `runlocal`, `chip`: see `get_config`. Raises ConfigError.
+    """
     c = ConfigDict()
     c.mesh = dict(data=1, fsdp=-1)
     c.order = tuple(STEPS)[: list(STEPS).index(last) + 1]
-    c.data = dict(threads=16, groups=64)
+    c.data = dict(source="documents.jsonl", workers=16, groups=64)
     c.keep_every = 20_000
     c.faults = dict(nonfinite="skip", spike="skip")
     c.codec = dict(kind="latents", grid=(16, 16), channels=32)
@@ -45,8 +49,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     c.model.deep = dict(layers=24, **flow)
     c.model.vlm = asdict(QWEN2_5_VL[vlm]) | dict(remat="full")
     c.stages = {name: dict(steps=steps, optimizer={}) for name, steps in STEPS.items()}
-    c.stages.text_to_image.vlm_length = 512  # the positions that are no flow image
-    c.stages.image_to_text.caption_drop = 0.0
+    c.stages.text_to_image.vlm_length = 512  # positions outside flow images
     c.stages.joint.optimizer.learning_rate = 5e-5
     if runlocal:
         return small(c)
@@ -54,9 +57,11 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
 
 
 def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
-    """The settings that the plans found to fit, and to be fast, on these chips."""
+    """`c` with the settings that fit on these chips, and are fast there, by the plans. Raises ConfigError."""
     if chip not in ROWS:
-        raise ConfigError(f"this experiment knows the chips {', '.join(ROWS)}, not {chip!r}")
+        raise ConfigError(
+            f"this experiment has settings for the chips {', '.join(ROWS)}, not for {chip!r}; give one of these"
+        )
     for stage in c.stages.values():
         stage.rows = ROWS[chip]
     if chip in PACKED:
@@ -72,7 +77,7 @@ def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
 
 
 def small(c: ConfigDict) -> ConfigDict:
-    """The same path with two layers of everything, one step of each stage, and digits instead of one's own data."""
+    """`c` with two layers in each network, one step of each stage, and digits as data."""
     tiny, quick = dict(layers=2, width=32, heads=2), digits_quick.get_config()
     c.order = ("pretrain", *c.order)
     c.data, c.codec = quick.data, quick.codec
@@ -82,10 +87,10 @@ def small(c: ConfigDict) -> ConfigDict:
     c.model.vlm.vision.full_attention_layers = (1,)
     for flow in (c.model.shallow, c.model.deep):
         flow.update(tiny, mlp_hidden=64)
-    c.stages.pretrain = dict(patches=96, shares=dict(caption=1.0, read=1.0))
-    c.stages.text_to_image.update(vlm_length=40, shares=dict(caption=1.0))
-    c.stages.image_to_text.shares = dict(read=1.0)
-    c.stages.joint.shares = dict(caption=1.0, read=1.0, mirror=1.0)
+    c.stages.pretrain = dict(patches=96, mix=dict(caption=1.0, read=1.0))
+    c.stages.text_to_image.update(vlm_length=40, mix=dict(caption=1.0))
+    c.stages.image_to_text.mix = dict(read=1.0)
+    c.stages.joint.mix = dict(caption=1.0, read=1.0, mirror=1.0)
     for stage in c.stages.values():
         stage.update(rows=8, length=64, images=4, steps=1)
     return c

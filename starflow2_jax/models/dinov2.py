@@ -1,4 +1,4 @@
-"""DINOv2, the frozen image encoder whose patch features an FAE codec compresses (arXiv 2304.07193)."""
+"""DINOv2, a frozen image encoder (arXiv 2304.07193)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -312,16 +312,6 @@ class Flow(nn.Module):
         )
 
 
-def nll(z: jax.Array, logdet: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each sample (B,) in nats per dimension, without the constant 0.5 ln 2 pi.
-
-    It is 0.5 mean(z^2) - mean(logdet) over the tokens and channels of z, logdet (B, N, D) (arXiv 2412.06329,
-    2506.06276).
-    """
-    axes = tuple(range(1, z.ndim))
-    return 0.5 * jnp.mean(z**2, axes) - jnp.mean(logdet, axes)
-
-
 def alternating(first: FlowBlockConfig, count: int, flip_odd: bool = True) -> tuple[FlowBlockConfig, ...]:
     """`count` copies of a block, of which the odd ones (TarFlow) or the even ones (STARFlow) are flipped."""
     return tuple(replace(first, flip=bool(i % 2) == flip_odd) for i in range(count))

@@ -199,11 +199,6 @@ class Pretzel(nn.Module):
         y, _ = self.vlm(VlmInputs(tokens, modality, positions, segments, None, inputs.vision, reads))
         return jnp.where(here[..., None], gather_positions(y, jnp.cumsum(here, axis=1) - 1), 0)
 
-    def encode(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The shallow flow: latents (B, M, N, D) -> u and its elementwise log-determinant, both (B, M, N, D) fp32."""
-        states, logdet = self._trace(latents)
-        return states[-1], logdet
-
     def _trace(self, latents: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         """Latents (B, M, N, D) -> outputs of the shallow flow's blocks and its log-determinant, (B, M, N, D) each."""
         B, M, N, D = latents.shape

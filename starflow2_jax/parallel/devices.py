@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,12 +15,12 @@ DEVICE_FILES = {"GPU": re.compile(r"/dev/nvidia\d+"), "TPU": re.compile(r"/dev/(
 IN_USE = re.compile(r"already in use|is in use|resource busy|lockfile|CUDA_ERROR_DEVICE_UNAVAILABLE", re.IGNORECASE)
 
 
-def start() -> list[jax.Device]:
-    """All devices of all processes. Raises UserError where JAX cannot start them."""
+def start() -> list[Any]:
+    """All JAX devices of all processes. Raises UserError if JAX cannot start them."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(explanation(str(error), jax.config.jax_platforms or "")) from None
+        raise UserError(explanation(str(error), os.environ.get("JAX_PLATFORMS", ""))) from None
 
 
 def explanation(error: str, platforms: str) -> str:

@@ -7,10 +7,10 @@ samples.jsonl          a line for each answer: {"document": key, "seed": int, "p
 samples.I-of-N.jsonl   the same from process I, if N processes share the work; process i mod N answers prompt i
 samples.json           the parts of all answers in the order of the prompts, written when all answers are there
 NNN_K.png or .npy      image K of answer NNN; a prompt's answers have consecutive numbers
+lock.json              while a process writes samples.jsonl: which one (checkpoints/lock.py); else lock.I-of-N.json
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -19,11 +19,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from starflow2_jax.data.documents import Document, DocumentError, Image, write_image
+from starflow2_jax.checkpoints.atomic_folder import write_whole
+from starflow2_jax.checkpoints.lock import Lock
+from starflow2_jax.data.documents import Document, DocumentError, Image
+from starflow2_jax.data.images import write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.noise_space import denoise
 from starflow2_jax.sampling.rows import SampleOptions
+from starflow2_jax.text_files import read_text_file
 
 Line = dict[str, Any]  # a line of samples.jsonl
 
@@ -55,7 +59,16 @@ class Share:
     @property
     def file(self) -> str:
         """Name of the file that this process writes its answers to."""
-        return "samples.jsonl" if self.processes == 1 else f"samples.{self.process}-of-{self.processes}.jsonl"
+        return f"samples.{self._part}jsonl"
+
+    @property
+    def lock(self) -> str:
+        """Name of the file that keeps another process from the same share."""
+        return f"lock.{self._part}json"
+
+    @property
+    def _part(self) -> str:
+        return "" if self.processes == 1 else f"{self.process}-of-{self.processes}."
 
 
 def about(sampler: Sampler, checkpoint: str | Path, dtype: str | None, seed: int) -> dict[str, Any]:
@@ -72,7 +85,7 @@ def begin(out: Path, run: dict[str, Any]) -> None:
     """
     run, described = json.loads(json.dumps(run)), out / "run.json"
     if described.is_file():
-        before = _object(described.read_text(encoding="utf-8"), str(described))
+        before = _object(read_text_file(described), str(described))
         if wrong := [name for name in run if run[name] != before.get(name)]:
             raise UserError(
                 f"{out} holds samples of another run, whose {wrong[0]} was {before.get(wrong[0])!r} and not "
@@ -84,7 +97,7 @@ def begin(out: Path, run: dict[str, Any]) -> None:
         )
     else:
         out.mkdir(parents=True, exist_ok=True)
-        _replace(described, json.dumps(run, indent=1))
+        write_whole(described, json.dumps(run, indent=1))
 
 
 def write(
@@ -101,8 +114,16 @@ def write(
     Returns whether all prompts are answered now.
 
     Consecutive prompts with equal options run together, at most `batch` at a time. With `denoised` the training noise
-    is removed from the images. Raises DocumentError, which names the prompt, if a prompt does not fit the model.
+    is removed from the images. Raises DocumentError, which names the prompt, if a prompt does not fit the model, and
+    LockedError if another process writes the same share.
     """
+    with Lock(out, share.lock).held():
+        return _write(sampler, prompts, out, batch, denoised, share, progress)
+
+
+def _write(
+    sampler: Sampler, prompts: Sequence[Prompt], out: Path, batch: int, denoised: bool, share: Share, progress: bool
+) -> bool:
     done = answered(out, prompts)
     mine = list(range(share.process, len(prompts), share.processes))
     todo = [i for i in mine if prompts[i].key not in done]
@@ -117,23 +138,23 @@ def write(
     done = answered(out, prompts)
     if complete := len(done) == len(prompts):
         listing = [line["parts"] for prompt in prompts for line in done[prompt.key]]
-        _replace(out / "samples.json", json.dumps(listing, indent=1))
+        write_whole(out / "samples.json", json.dumps(listing, indent=1))
     return complete
 
 
 def write_anew(sampler: Sampler, prompt: Prompt, out: Path, denoised: bool = False) -> list[Line]:
     """Answer one prompt, replacing the answers to an earlier single prompt in `out`. Returns the lines of the answers.
 
-    Raises DocumentError for a prompt that does not fit the model, and UserError if `out` holds the answers to a file of
-    prompts; both leave the folder's samples as they are.
+    Raises DocumentError for a prompt that does not fit the model, UserError if `out` holds the answers to a file of
+    prompts, and LockedError if another process writes there; all leave the folder's samples as they are.
     """
     if (out / "run.json").is_file():
         raise UserError(f"{out} holds samples of --documents; name another --out, or remove the folder")
-    out.mkdir(parents=True, exist_ok=True)
-    [documents] = _answers(sampler, [prompt], denoised, 1)
-    lines = _lines(sampler, prompt, 0, documents, out)
-    _replace(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    _replace(out / "samples.json", json.dumps([line["parts"] for line in lines], indent=1))
+    with Lock(out).held():
+        [documents] = _answers(sampler, [prompt], denoised, 1)
+        lines = _lines(sampler, prompt, 0, documents, out)
+        write_whole(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(out / "samples.json", json.dumps([line["parts"] for line in lines], indent=1))
     return lines
 
 
@@ -202,19 +223,19 @@ def _whole_lines(path: Path) -> Iterator[Line]:
 
     Raises UserError for a bad line.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(read_text_file(path).split("\n")[:-1], 1):
         if line:
-            yield _object(line, f"{path}, line {number},")
+            yield _object(line, f"{path}, line {number},", ("document", "seed", "parts"))
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object that this module wrote. Raises UserError if it is damaged."""
+def _object(text: str, where: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A JSON object that this module wrote, with these keys. Raises UserError if it is damaged."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is damaged (it is no JSON object); remove the folder, or name another --out")
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise UserError(f"{where} is damaged (it is not what was written); remove the folder, or name another --out")
     return value
 
 
@@ -222,11 +243,4 @@ def _keep_complete(path: Path, done: dict[int | str, list[Line]]) -> None:
     """Drop from a file a line that was cut off, and the lines of prompts that are not completely answered."""
     if path.is_file():
         lines = [line for line in _whole_lines(path) if line in done.get(line["document"], ())]
-        _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that other processes see either all of it or none of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from starflow2_jax.checkpoints.atomic_folder import write_whole
 from starflow2_jax.checkpoints.reading import CheckpointError, read_json
 from starflow2_jax.models.jacobi import SEQUENTIAL, Jacobi, Schedule
 
@@ -22,7 +23,7 @@ class Inversion:
 
 def write(folder: Path, report: dict) -> None:
     """Write the report of a calibration into a checkpoint directory."""
-    (folder / NAME).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_whole(folder / NAME, json.dumps(report, indent=1))
 
 
 def read(folder: Path, blocks: int, step: int | None = None) -> Inversion:

@@ -32,21 +32,19 @@ class SampleOptions:
 
     temperature: float = 1.0  # of text; 0: always take the most likely token
     image_temperature: float = 1.0  # tau in u = mu + tau sigma z
-    guidance: float = 0.0  # weight w >= 0 of the images' guidance; 0: no guidance
+    guidance: float = (
+        0.0  # weight w >= 0 against a branch without text (and images, if image_guidance is None); 0: none
+    )
     max_tokens: int | None = None  # positions to write, image tokens included; None: those of two images, at least 128
     image_first: bool = False  # begin with an image
     top_k: int = 0  # draw text from the k most likely tokens; 0: from all
     top_p: float = 1.0  # draw text from the fewest tokens whose probabilities sum to this; 0: the most likely token
-    image_guidance: float | None = (
-        None  # weight against a branch without text and images; `guidance` then drops text only
-    )
+    image_guidance: float | None = None  # weight against a branch without text and images; see `guidance`
     linear: bool = False  # guidance by extrapolation (TarFlow) instead of Gaussian mixing (STARFlow)
     annealed: bool = False  # the guidance weight grows over the image, w (i + 1) / (N - 1)
-    max_images: int | None = None  # most images of a turn, one begun in the turn before included; None: any number
+    max_images: int | None = None  # most images of a turn, with one begun in the turn before; None: any number
     stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
-    jacobi: int = (
-        0  # image tokens that are solved for at once; 1: token by token; 0: as calibrated, else token by token
-    )
+    jacobi: int = 0  # image tokens solved for at once; 1: token by token; 0: as calibrated, else token by token
     tolerance: float = 1e-3  # Jacobi passes end at this mean squared change / mean square; not used with jacobi 0
 
     def __post_init__(self):

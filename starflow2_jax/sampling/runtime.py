@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class Runtime:
     """A model, its parameters, tokenizer and codec, and the mesh that they run on.
 
-    `skips`: whether the stage that trained the parameters had its skips open. `max_positions`: most positions of a row.
+    `skips`: whether the stage that trained the parameters had its skips open. `max_positions`: largest length of a row.
     `mesh`: None for the first device alone. `inversion`: the solvers of both flows. `noise`: standard deviation of the
     noise that was added to images in training, in their units. `step`: the checkpoint's step.
     """

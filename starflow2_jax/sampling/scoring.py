@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.codecs.protocol import level_bits
 from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models.likelihood import CHUNK, image_noise, text_nll
@@ -20,7 +21,6 @@ from starflow2_jax.sampling.rows import bucket, power
 from starflow2_jax.sequence import Sequence, Shape
 
 BATCH = 16  # documents that run at once
-PIXEL_BITS = 7.0  # log2 of 128: one of 256 levels in [-1, 1] has the width 1/128
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +198,7 @@ def _parts(
     """The scores of a document's parts. owner (S,): the part of each position; images (M, N), words (S,): log p."""
     found: list[Score] = []
     flow = iter(images)
-    levels = sampler.codec.is_pixels and sampler.codec.log_volume is not None  # the density is that of 8-bit pixels
-    bits = PIXEL_BITS if levels else 0.0
+    bits = level_bits(sampler.codec)
     for i, part in enumerate(document):
         if isinstance(part, Text):
             at = np.flatnonzero(owner == i)

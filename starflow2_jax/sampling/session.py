@@ -34,8 +34,8 @@ class Session:
     """A batch of conversations with one sampler. The caches of both streams keep everything that was read or written.
 
     `options`: those of all rows, or a list with those of each; the rows share `stop`, `jacobi`, `tolerance` and
-    `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch. `rows`: least rows
-    of the batch; idle rows fill it up. `state`: rows that have read something already; None: empty rows. Raises
+    `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch. `rows`: smallest size
+    of the batch, filled up by idle rows. `state`: rows that have read something already; None: empty rows. Raises
     UserError for options that do not go together.
     """
 
@@ -72,7 +72,7 @@ class Session:
 
     @property
     def to_write(self) -> np.ndarray:
-        """(rows,): most positions that each row may write in a turn, idle rows included."""
+        """(rows,): largest number of positions that each row can write in a turn, idle rows included."""
         return np.array([o.max_tokens for o in self.options])
 
     @property
@@ -84,8 +84,8 @@ class Session:
         """Read one more document in each row; None or an empty one: the row reads nothing.
 
         `room`: positions to keep free after it, for all rows or one number for each. If `max_tokens` cut off an image
-        in a row that reads more, that image, which nobody has seen, is removed first; if the image lacks only its
-        <|vision_end|>, that is added. Raises DocumentError for a document that does not fit the model; nothing has
+        in a row that reads more, the unfinished image is removed first; if it lacks only its <|vision_end|>, that token
+        is added instead. Raises DocumentError for a document that does not fit the model; nothing has
         changed then.
         """
         padded = [d or [] for d in documents] + [[]] * (len(self.options) - self.size)
@@ -230,7 +230,7 @@ class Session:
     def fork(self, indices: Many[int] | np.ndarray, seeds: Many[int], rows: int = 0) -> "Session":
         """A session whose row i continues this session's row indices[i] with seeds[i]; nothing is run again.
 
-        `rows`: least rows of the new batch.
+        `rows`: smallest size of the new batch.
         """
         spare = _spare(self.sampler, len(indices), rows)
         taken = np.array([*indices, *[indices[-1]] * spare])

@@ -214,9 +214,8 @@ def _accept(
     some, last = count > 0, jnp.maximum(count - 1, 0)
     image, slot = slots[:, 0] >= 0, jnp.take_along_axis(slots, last[:, None], 1)[:, 0]
     of_image = image | (token == ids.vision_start) | (token == ids.vision_end)
-    lanes = jnp.where(
-        (_lane(program, rows) == 0) | program.spread(of_image), program.spread(count), 0
-    )  # positions kept; a branch reads no text that the row writes
+    # The positions that each lane keeps. Branches do not read the text that the row writes.
+    lanes = jnp.where((_lane(program, rows) == 0) | program.spread(of_image), program.spread(count), 0)
     ahead = jnp.where(image, jnp.where(slot == h * w - 1, max(h, w), 0), 1)  # how far the rotary offset advances
 
     def pick(old: jax.Array, new: jax.Array, kept: jax.Array, at: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The HTTP endpoints: OpenAI's chat completions with images in prompts and answers, ranking, and the web page."""
+"""The HTTP endpoints: OpenAI's chat completions with images in prompts and answers, ranking of captions, the web page."""
 
 import asyncio
 import functools
@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -41,17 +42,17 @@ SAFETY = {
 
 @dataclass(frozen=True)
 class Service:
-    """State that all endpoints share."""
+    """What all endpoints share."""
 
     worker: Worker
     name: str  # of the model
     limits: RequestLimits
-    key: str | None
-    max_body: int  # bytes
-    host: str  # that the server listens on
+    key: str | None  # that clients must send
+    max_body: int  # bytes of a request
+    host: str  # the name of the address that the server listens on
 
     async def body(self, request: Request) -> object:
-        """The JSON of a request. Raises ApiError."""
+        """The JSON value in the body of a request for this model. Raises ApiError."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise bad("the body must be JSON; send it with Content-Type: application/json")
         data = bytearray()
@@ -74,6 +75,7 @@ class Service:
         return body
 
     def check_key(self, request: Request) -> None:
+        """Raises ApiError if the server has a key and the request does not bring it."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key is not None and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise ApiError(
@@ -93,6 +95,7 @@ def _parsed(data: bytearray) -> object:
 
 
 def make_app(service: Service) -> Starlette:
+    """The ASGI application."""
     page = PAGE.read_text(encoding="utf-8")
 
     async def index(request: Request) -> Response:
@@ -124,10 +127,17 @@ def make_app(service: Service) -> Starlette:
 
         return checked
 
-    places = service.worker.size + service.worker.max_queue
+    places = service.worker.size + service.worker.max_queue  # for requests that are answered, and that wait
     guards = [Middleware(AtMost, places)]
     if service.key is None:
         guards.insert(0, Middleware(KnownHosts, (service.host,)))
+    handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
+        ApiError: _api_error,
+        DocumentError: _api_error,
+        HTTPException: _http_error,
+        ClientDisconnect: _gone,
+        Exception: _fault,
+    }
     return Starlette(
         routes=[
             Route("/", index),
@@ -136,13 +146,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/chat/completions", guarded(functools.partial(_chat, service)), methods=["POST"]),
             Route("/v1/rank", guarded(functools.partial(_rank, service)), methods=["POST"]),
         ],
-        exception_handlers={
-            ApiError: _api_error,
-            DocumentError: _api_error,
-            HTTPException: _http_error,
-            ClientDisconnect: _gone,
-            Exception: _fault,
-        },
+        exception_handlers=handlers,
         middleware=guards,
     )
 
@@ -176,11 +180,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(
-    worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future
-) -> AsyncGenerator[Started | Event, None]:
-    """The events of a job until all its choices have ended. If the client disconnects, the job is cancelled and its rows are
-    freed."""
+async def _events(worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future) -> AsyncGenerator[Any, None]:
+    """Yields Started and then the Events of a job, until all its choices have ended.
+
+    Raises the ApiError of a Fault. If the client disconnects, or nobody reads on, the job is cancelled, which frees its rows.
+    """
     open_choices, coming = len(job.request.seeds), gone
     try:
         while open_choices:

@@ -6,7 +6,7 @@ order of the answer. A stream sends `delta.content`, `delta.images` and, while t
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from starlette.requests import ClientDisconnect
 
@@ -17,7 +17,10 @@ from starflow2_jax.serving.jobs import Started
 
 
 async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choices: int) -> dict:
-    """The chat.completion object."""
+    """The chat.completion object of a whole answer.
+
+    `story`: the events after `first`. `frame`: "id", "created" and "model". `choices`: number of answers.
+    """
     parts: list[list[dict]] = [[] for _ in range(choices)]
     ends: dict[int, End] = {}
     async for event in story:
@@ -49,13 +52,20 @@ def _picture(event: Picture) -> dict:
 def _usage(first: Started, ends: list[End]) -> dict:
     written = sum(end.tokens for end in ends)
     return {
-        "prompt_tokens": first.prompt_tokens, "completion_tokens": written, "total_tokens": first.prompt_tokens + written,
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": first.prompt_tokens + written,
         "prompt_tokens_details": {"cached_tokens": first.cached},
-    }  # fmt: skip
+    }
 
 
-async def stream(story: AsyncIterator[Event], first: Started, frame: dict, include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. If the answer fails on the way, the last event is {"error": ...}."""
+async def stream(
+    story: AsyncGenerator[Event, None], first: Started, frame: dict, include_usage: bool
+) -> AsyncIterator[str]:
+    """Yields chat.completion.chunk objects as server-sent events. The arguments are those of `whole`.
+
+    `include_usage`: send the counts of tokens at the end. If the model fails on the way, the last event is {"error": ...}.
+    """
     frame, ends, greeted = {**frame, "object": "chat.completion.chunk"}, [], set()
     try:
         async for event in story:

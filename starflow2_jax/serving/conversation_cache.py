@@ -1,4 +1,4 @@
-"""Caches of finished conversations, so that the next turn of one reads only its new part."""
+"""Caches of finished conversations. A request that continues one reads only its new turns."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,21 +18,24 @@ from starflow2_jax.serving.prompts import Turns, identity, prompt
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A conversation whose last answer is finished, and the row whose caches hold all of it."""
+    """A conversation that ends with a finished answer, and a batch of one row whose caches hold all of it."""
 
     turns: Turns
     rows: Rows
 
 
 class Conversations:
-    """The `most` conversations that were used last. Earlier states of a kept conversation are dropped first."""
+    """Keeps the `most` conversations that were used last.
+
+    If there are too many, it first drops a conversation that another one continues, then the one that was used longest ago.
+    """
 
     def __init__(self, sampler: Sampler, options: SampleOptions, most: int):
         self.sampler, self.options, self.most = sampler, options, most
-        self.kept: OrderedDict[tuple, Kept] = OrderedDict()  # by `identity`; the one used last is at the end
+        self.kept: OrderedDict[tuple, Kept] = OrderedDict()  # by prompts.identity; the one used last is at the end
 
     def keep(self, turns: Turns, batch: Rows, index: int) -> None:
-        """Keep a copy of a row of the batch, and drop a conversation if there are too many."""
+        """Keep a copy of row `index` of the batch, whose caches hold the conversation `turns`."""
         if not self.most:
             return
         rows = self._copy(batch, index)
@@ -47,8 +50,11 @@ class Conversations:
         self.kept.clear()
 
     def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, list[dict]] | None:
-        """If `turns`, of identity `asked`, continue a kept conversation: the turns with the kept images, a copy of the kept row,
-        and the features that its lanes have yet to read. None if no kept conversation fits."""
+        """Continue a kept conversation. Returns None if `turns`, whose identity is `asked`, continue none.
+
+        Returns the turns, with the kept images in place of those that the client sent back; a copy of the kept row; and
+        for each lane the features that it has yet to read.
+        """
         known = max((k for k in self.kept if asked[: len(k)] == k), key=len, default=None)
         if known is None:
             return None
@@ -63,20 +69,21 @@ class Conversations:
                 ended = int(kept.rows.token[0]) == self.sampler.ids.end
                 added = [] if ended else [Text("<|im_end|>")]
                 added += prompt(self.sampler, turns[len(known) :])
-        except DocumentError:  # the template writes earlier turns differently now
+        except DocumentError:  # the chat template writes earlier turns differently once another turn follows
             return None
         lanes = talk.session.encode(added)
         talk.session.settle()
-        # Draws count from 0, as in a row that reads the whole prompt, so a seed gives the same answer with and without the caches.
+        # Draws count from 0, as in a row that reads the whole prompt: a seed gives the same answer with and without caches.
         rows = talk.session.rows.replace(drawn=jnp.zeros(1, jnp.int32))
         return (turns, rows, lanes) if len(lanes[0]["tokens"]) else None
 
     def _copy(self, rows: Rows, index: int) -> Rows:
+        """A batch of one row: a copy of row `index`."""
         return self.sampler.run(row.take, rows, np.array([index]), np.zeros(1, np.uint32))
 
 
 @partial(jax.jit, static_argnums=1)
 def _cut(rows: Rows, capacity: int) -> Rows:
-    """The rows with caches of at most `capacity` positions, and without the record of written tokens."""
+    """The rows with caches cut to `capacity` positions, and without the record of the tokens that they wrote."""
     caches = jax.tree.map(lambda x: x[:, :, :capacity] if x.ndim > 1 else x, rows.caches)
     return rows.replace(caches=caches, tokens=rows.tokens[:, :0], u=rows.u[:, :0])

@@ -1,4 +1,4 @@
-"""Errors of requests, in OpenAI's JSON form."""
+"""Errors that the server answers requests with, in OpenAI's JSON form."""
 
 import logging
 
@@ -9,9 +9,10 @@ log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """An error response. `status`: HTTP status; `code`: a word for programs; `param`: the field that is wrong.
+    """An error response.
 
-    The message is one sentence for people.
+    `status`: of HTTP. `message`: one sentence for the user. `code`: a word for programs. `param`: the field of the request
+    that is wrong.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
@@ -19,16 +20,18 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
 
     def body(self) -> dict:
+        """The JSON body of the response."""
         kind = TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def bad(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """The error for a request that is wrong (400). The arguments are those of ApiError."""
     return ApiError(400, message, code, param)
 
 
 def told(error: Exception) -> ApiError:
-    """The error that the client receives for an exception."""
+    """The error that the client receives for an exception. One that is not the client's fault is logged, and becomes a 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, DocumentError):

@@ -1,4 +1,4 @@
-"""Middleware in front of the endpoints: allowed host names, and the number of requests at the same time."""
+"""Middleware in front of the endpoints. It refuses unknown host names, and too many requests at the same time."""
 
 import ipaddress
 
@@ -10,19 +10,20 @@ from starflow2_jax.serving.errors import ApiError, bad
 
 
 class KnownHosts:
-    """Allows only requests to `names`, localhost or an IP address.
+    """Refuses requests unless their Host header is one of `names`, localhost or an IP address.
 
-    This stops web pages of other sites that let their own name resolve to this server (DNS rebinding).
+    So a web page of another site cannot reach this server by letting the site's name resolve to it (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, names: tuple[str, ...]):
         self.app, self.names = app, {"localhost", *(name.lower() for name in names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an ASGI request: refuse it, or pass it on."""
         if scope["type"] == "http" and not self._known(Request(scope).headers.get("host", "")):
             error = bad(
-                "this server does not accept the host name of this request; use localhost, an IP address or the name given as --host, or "
-                "start the server with an API key"
+                "this server does not accept the host name of this request; use localhost, an IP address or the name given as "
+                "--host, or start the server with an API key"
             )
             await refusal(error)(scope, receive, send)
         else:
@@ -37,12 +38,13 @@ class KnownHosts:
 
 
 class AtMost:
-    """Allows `count` POST requests at the same time. The others are refused before their bodies are read."""
+    """Allows `count` POST requests at the same time, and refuses more before it reads their bodies."""
 
     def __init__(self, app: ASGIApp, count: int):
         self.app, self.count, self.inside = app, count, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an ASGI request: refuse it, or pass it on."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
         elif self.inside >= self.count:
@@ -59,5 +61,6 @@ class AtMost:
 
 
 def refusal(error: ApiError) -> JSONResponse:
+    """The response for an error, with the headers that belong to its status."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
     return JSONResponse(error.body(), error.status, headers.get(error.status))

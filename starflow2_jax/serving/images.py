@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from starflow2_jax.data.documents import as_pillow, from_pillow
+from starflow2_jax.data.images import as_pillow, from_pillow
 from starflow2_jax.data.pictures import Picture
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.request_limits import RequestLimits
@@ -18,43 +18,48 @@ FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG"}
 
 
 class Budget:
-    """Pixels and positions that the remaining images of a request may take.
+    """The pixels and positions that are left for the images of a request.
 
-    Pixels are counted from the file's header, before it is decoded, or after resizing, whichever is more.
+    An image counts with the pixels that its file's header states, read before the file is decoded, or with those after
+    resizing, if they are more.
     """
 
     def __init__(self, limits: RequestLimits):
         self.limits, self.pixels, self.positions = limits, limits.max_pixels, limits.positions
 
     def take(self, size: tuple[int, int], via: str, param: str) -> None:
-        """size: (width, height) of the file. Raises ApiError."""
-        if via == "flow":
-            shown, positions = self.limits.size, self.limits.tokens
-        else:
+        """Count one image. Raises ApiError if not enough is left.
+
+        `size`: (width, height) of the file in pixels. `via`: "flow", or "vit" for a model with a vision tower. `param`:
+        the image's place in the request, for messages.
+        """
+        shown, positions, vision = self.limits.size, self.limits.tokens, self.limits.vision
+        if via == "vit" and vision:
+            width, height = size
             try:
-                shown = self.limits.vision.resized(size[::-1])
-                positions = math.prod(self.limits.vision.merged_grid(size[::-1]))
+                shown = vision.resized((height, width))
+                positions = math.prod(vision.merged_grid((height, width)))
             except ValueError as error:
                 raise bad(str(error), param) from None
-        self.pixels -= max(math.prod(size), math.prod(shown))
+        self.pixels -= max(math.prod(size), math.prod(shown or ()))
         self.positions -= positions + 2  # with the tokens that open and close an image
         if self.pixels < 0:
             raise self.refusal(param)
         if self.positions < 0:
-            message = (
-                f"the images of a request take more than the {self.limits.positions} positions of a row; send fewer"
-            )
+            message = f"the images of a request take more than the {self.limits.positions} positions of a row; send fewer images"
             raise ApiError(400, message, "context_length_exceeded", param)
 
     def refusal(self, param: str) -> ApiError:
+        """The error for too many pixels."""
         message = f"the images of a request may have {self.limits.max_pixels} pixels together; send smaller ones"
         return ApiError(413, message, "too_large", param)
 
 
 def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
-    """A data: URL of a PNG or JPEG file -> (height, width, channels) fp32 in [-1, 1]. Raises ApiError.
+    """The pixels of a data: URL that holds a PNG or JPEG file: (height, width, channels) fp32 in [-1, 1]. Raises ApiError.
 
-    For `via` "flow" the image is scaled to the model's size, and cropped around its middle if the proportions differ.
+    An image via "flow" is scaled to the model's size, and cropped around its centre if the proportions differ. `budget`
+    counts the image before it is decoded. `param`: the image's place in the request, for messages.
     """
     channels, size = budget.limits.channels, budget.limits.size if via == "flow" else None
     if not isinstance(url, str) or not url.startswith("data:"):
@@ -71,8 +76,8 @@ def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
         picture = Picture(io.BytesIO(data), formats=list(FORMATS.values()))
         budget.take(picture.size, via, param)
         image = picture.opaque(channels)
-        if size is not None and image.size != size[::-1]:
-            image = ImageOps.fit(image, size[::-1], Pillow.Resampling.LANCZOS)
+        if size is not None and image.size != (wanted := (size[1], size[0])):
+            image = ImageOps.fit(image, wanted, Pillow.Resampling.LANCZOS)
         return from_pillow(image)
     except Pillow.DecompressionBombError:  # Pillow's own limit, which it also reads from the header
         raise budget.refusal(param) from None
@@ -81,7 +86,7 @@ def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
 
 
 def to_url(pixels: np.ndarray) -> str:
-    """(height, width, C) in [-1, 1], C 1 or 3 -> a data: URL of a PNG file."""
+    """Pixels (height, width, C) in [-1, 1], C 1 or 3, as a data: URL of a PNG file."""
     file = io.BytesIO()
     as_pillow(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

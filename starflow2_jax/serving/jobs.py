@@ -1,4 +1,4 @@
-"""Work for the worker's thread: chat requests and other tasks for the device, and the events that they receive."""
+"""Work for the worker's thread: chat requests, other tasks for the device, and the events that they send."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -13,33 +13,33 @@ from starflow2_jax.serving.requests import ChatRequest
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt has been read; its first `cached` positions were in the caches of an earlier request."""
+    """The prompt has been read."""
 
-    prompt_tokens: int
-    cached: int
+    prompt_tokens: int  # positions of the prompt
+    cached: int  # of these, the first positions that were in the caches of an earlier request
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The request has failed; no more events follow."""
+    """The request has failed. This is its last event."""
 
     error: ApiError
 
 
 @dataclass(eq=False)
 class Job:
-    """A chat request, its conversation's `identity`, and its prompt encoded for each lane of a row.
-
-    The worker's thread calls `tell` with each event.
-    """
+    """A chat request with its encoded prompt."""
 
     request: ChatRequest
-    identity: tuple
-    lanes: list[dict[str, np.ndarray]]
-    tell: Callable[[Started | Event | Fault], None]
+    identity: tuple  # of its conversation, see prompts.identity
+    lanes: list[
+        dict[str, np.ndarray]
+    ]  # the features of the prompt for each lane of a row: the answer's, and its guidance's
+    tell: Callable[[Started | Event | Fault], None]  # the worker's thread calls it with each event
     cancelled: bool = False
 
     def say(self, event: Started | Event | Fault) -> None:
+        """Send an event, unless the job was cancelled."""
         try:
             if not self.cancelled:
                 self.tell(event)
@@ -47,29 +47,31 @@ class Job:
             self.cancelled = True
 
     def cancel(self) -> None:
-        """Drop the job: nobody waits for it any more."""
+        """Drop the job, because its client has gone."""
         self.cancelled = True
 
     def fail(self, error: ApiError) -> None:
+        """Send the error as the last event."""
         self.say(Fault(error))
         self.cancelled = True
 
 
 @dataclass(eq=False)
 class Task:
-    """Other work for the device, as a generator. Rows go on between its pieces; its return value is the result."""
+    """Other work for the device, in pieces. The rows of the batch write on between two pieces."""
 
-    pieces: Generator[None, None, object]
+    pieces: Generator[None, None, object]  # does a piece per `next`, and returns the result
     result: Future = field(default_factory=Future)
     cancelled: bool = False
 
     def __post_init__(self):
-        self.result.set_running_or_notify_cancel()  # the future then accepts a result even if nobody waits
+        self.result.set_running_or_notify_cancel()  # a running future cannot be cancelled, so it always takes a result
 
     def cancel(self) -> None:
-        """Drop the task: nobody waits for its result any more."""
+        """Drop the task, because its client has gone."""
         self.cancelled = True
 
     def fail(self, error: ApiError) -> None:
+        """Raise the error where the result is awaited."""
         self.cancelled = True
         self.result.set_exception(error)

@@ -1,4 +1,4 @@
-"""The prompt of a request: turns -> document -> features -> pieces that are read one after the other."""
+"""The prompt of a request: its turns become a document, the document features, the features pieces to read in order."""
 
 import hashlib
 from collections.abc import Iterator
@@ -6,15 +6,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from starflow2_jax import sequence
-from starflow2_jax.data.documents import Document, Image, Text, as_pillow
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.sampling.engine import Sampler
 
-Turns = list[tuple[str, Document]]
+Turns = list[tuple[str, Document]]  # a conversation: the role and the content of each message
 
 
 def prompt(sampler: Sampler, turns: Turns) -> Document:
-    """The document that the answer continues, by the chat template.
+    """The document that the answer continues: the turns in the tokenizer's chat template.
 
     Without a template, the turns are joined as they are, with <|im_end|> after each answer of the model.
     """
@@ -25,14 +26,13 @@ def prompt(sampler: Sampler, turns: Turns) -> Document:
 
 
 def pieces(features: dict[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
-    """Features of a document, cut into pieces of `most` positions, or more where a cut would split an image.
+    """Yields a document's features in pieces of `most` positions, or of more where a cut would split an image.
 
-    Reading them one after the other reads the document. The rotary positions of each piece begin at 0.
+    To read the pieces in order is to read the document. The rotary positions of each piece begin at 0.
     """
     modality, begin = features["modality"], 0
-    inside = (modality[1:] == modality[:-1]) & (
-        modality[1:] != sequence.TEXT
-    )  # whether a cut after position t would split an image
+    # Whether a cut after position t would split an image. Two images are never neighbours: markers are between them.
+    inside = (modality[1:] == modality[:-1]) & (modality[1:] != sequence.TEXT)
     while begin < len(modality):
         end = min(begin + most, len(modality))
         while end < len(modality) and inside[end - 1]:
@@ -42,10 +42,11 @@ def pieces(features: dict[str, np.ndarray], most: int) -> Iterator[dict[str, np.
 
 
 def _piece(features: dict[str, np.ndarray], begin: int, end: int) -> dict[str, np.ndarray]:
-    def images(kind: int) -> tuple[int, int]:
+    def images(kind: int) -> list[int]:
+        """The number of images of this kind that start before `begin`, and before `end`."""
         of_kind = features["modality"] == kind
         starts = np.cumsum(np.diff(of_kind.astype(np.int8), prepend=0) == 1)
-        return tuple(int(starts[t - 1]) if t else 0 for t in (begin, end))
+        return [int(starts[t - 1]) if t else 0 for t in (begin, end)]
 
     found = {name: features[name][begin:end] for name in ("tokens", "modality", "text_weight", "positions")}
     found["positions"] = found["positions"] - found["positions"][0, 0]
@@ -61,7 +62,7 @@ def _piece(features: dict[str, np.ndarray], begin: int, end: int) -> dict[str, n
 
 
 def identity(turns: Turns) -> tuple:
-    """A key that is equal for conversations with the same roles, texts and images. Images count by their 8-bit pixels."""
+    """A key that is equal for conversations with the same roles, texts and images, which are compared as 8-bit pixels."""
     return tuple((role, _said(document)) for role, document in turns)
 
 

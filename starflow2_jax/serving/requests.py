@@ -1,8 +1,9 @@
-"""Chat and ranking requests: JSON -> checked values. All functions here raise ApiError."""
+"""Chat and ranking requests: the JSON of a body becomes checked values. All functions here raise ApiError."""
 
 import math
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,42 +15,69 @@ from starflow2_jax.serving.images import Budget, from_url
 from starflow2_jax.serving.request_limits import RequestLimits
 
 ROLES = ("system", "developer", "user", "assistant")
+# Fields that have no effect here.
 IGNORED = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "modalities", "reasoning_effort", "verbosity", "prediction", "tool_choice",
-)  # fmt: skip
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("modalities", "reasoning_effort", "verbosity", "prediction", "tool_choice"),
+)
+# Fields that are accepted with this value alone, which has no effect.
 NEUTRAL = {
-    "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "tools": [],
-    "functions": [], "parallel_tool_calls": True, "response_format": {"type": "text"},
-    # sent by clients of other OpenAI-compatible servers
-    "repetition_penalty": 1, "length_penalty": 1, "min_p": 0, "best_of": 1, "num_beams": 1, "use_beam_search": False,
-    "ignore_eos": False, "skip_special_tokens": True, "stop_token_ids": [],
-}  # fmt: skip
-# name -> least, most
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "logit_bias": {},
+    "tools": [],
+    "functions": [],
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+    # Clients of other OpenAI-compatible servers send these.
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "min_p": 0,
+    "best_of": 1,
+    "num_beams": 1,
+    "use_beam_search": False,
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "stop_token_ids": [],
+}
+# Fields with numbers, and with whole numbers: the least and the largest value.
 NUMBERS = {
-    "temperature": (0, 10), "top_p": (0, 1), "image_temperature": (0, 10), "guidance": (0, 100),
+    "temperature": (0, 10),
+    "top_p": (0, 1),
+    "image_temperature": (0, 10),
+    "guidance": (0, 100),
     "image_guidance": (0, 100),
-}  # fmt: skip
+}
 INTEGERS = {
-    "max_tokens": (1, 2**31), "max_completion_tokens": (1, 2**31), "n": (1, 10**6), "seed": (-(2**63), 2**63 - 1),
-    "top_k": (0, 10**6), "max_images": (0, 10**6),
-}  # fmt: skip
+    "max_tokens": (1, 2**31),
+    "max_completion_tokens": (1, 2**31),
+    "n": (1, 10**6),
+    "seed": (-(2**63), 2**63 - 1),
+    "top_k": (0, 10**6),
+    "max_images": (0, 10**6),
+}
 FLAGS = ("stream", "image_first", "linear", "annealed")
 OTHERS = ("model", "messages", "stop", "stream_options")
+JSON_TYPES = {bool: "true or false", dict: "an object", list: "a list"}
 LATENTS = "this model's own images are latents, not pictures"
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    turns: list[tuple[str, Document]]
+    """A request for an answer to a conversation."""
+
+    turns: list[tuple[str, Document]]  # role and content of each message
     options: SampleOptions
-    max_tokens: int | None
+    max_tokens: int | None  # length of the answer in positions; None: the server's limit
     seeds: list[int]  # one for each choice
-    stream: bool
-    include_usage: bool
+    stream: bool  # send the answer as events while the model writes it
+    include_usage: bool  # send the counts of tokens at the end of a stream
 
 
 def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
+    """The body of a chat request, checked."""
     body = _fields(body, {*NUMBERS, *INTEGERS, *FLAGS, *OTHERS})
     given = {name: _number(body, name, *NUMBERS[name], (int, float)) for name in NUMBERS}
     whole = {name: _number(body, name, *INTEGERS[name], (int,)) for name in INTEGERS}
@@ -68,20 +96,25 @@ def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
         options = SampleOptions(
             **{name: value for name, value in given.items() if value is not None},
             **{name: flags[name] for name in ("image_first", "linear", "annealed")},
-            top_k=whole["top_k"] or 0, max_images=whole["max_images"] if limits.draws else 0, stop=_stop(body),
-        )  # fmt: skip
+            top_k=whole["top_k"] or 0,
+            max_images=whole["max_images"] if limits.draws else 0,
+            stop=_stop(body),
+        )
     except ValueError as error:
         raise bad(str(error)) from None
     extras = _typed(body, "stream_options", dict) or {}
     return ChatRequest(
-        _turns(body.get("messages"), limits), options, whole["max_completion_tokens"] or whole["max_tokens"],
-        [(seed + i) % 2**32 for i in range(n)],
-        flags["stream"], _typed(extras, "include_usage", bool) or False,
-    )  # fmt: skip
+        turns=_turns(body.get("messages"), limits),
+        options=options,
+        max_tokens=whole["max_completion_tokens"] or whole["max_tokens"],
+        seeds=[(seed + i) % 2**32 for i in range(n)],
+        stream=flags["stream"],
+        include_usage=_typed(extras, "include_usage", bool) or False,
+    )
 
 
 def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[str], bool]:
-    """The image, the captions, and whether it is the image that counts."""
+    """The body of a ranking request, checked: the image, the captions, and whether to rank by the image's likelihood."""
     if not limits.draws:
         raise bad(f"{LATENTS}, so it cannot rank captions of a picture")
     body = _fields(body, {"model", "image", "captions", "by"})
@@ -98,6 +131,7 @@ def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[
 
 
 def _fields(body: object, known: set[str]) -> dict:
+    """The body, if all its fields are known or have no effect."""
     if not isinstance(body, dict):
         raise bad("the body must be a JSON object")
     for name, value in body.items():
@@ -108,14 +142,16 @@ def _fields(body: object, known: set[str]) -> dict:
     return body
 
 
-def _typed(body: dict, name: str, kind: type):
+def _typed(body: dict, name: str, kind: type) -> Any:
+    """The field's value, which is of this type, or None."""
     value = body.get(name)
     if value is not None and not isinstance(value, kind):
-        raise bad(f"{name} has the wrong type; it must be a {kind.__name__}", name, "invalid_type")
+        raise bad(f"{name} has the wrong type; it must be {JSON_TYPES[kind]}", name, "invalid_type")
     return value
 
 
-def _number(body: dict, name: str, least, most, kinds: tuple):
+def _number(body: dict, name: str, least: float, most: float, kinds: tuple[type, ...]) -> Any:
+    """The field's value, which is a finite number of one of these types from `least` to `most`, or None."""
     value = body.get(name)
     if value is None:
         return None
@@ -131,14 +167,16 @@ def _number(body: dict, name: str, least, most, kinds: tuple):
 
 
 def _stop(body: dict) -> tuple[str, ...]:
+    """The strings that end an answer."""
     stop = body.get("stop")
     strings = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(s, str) and s for s in strings):
-        raise bad("stop must be a text or a list of up to 4 texts", "stop")
+        raise bad("stop must be a text or a list of up to 4 texts, none of them empty", "stop")
     return tuple(strings)
 
 
 def _turns(messages: object, limits: RequestLimits) -> list[tuple[str, Document]]:
+    """The role and the content of each message."""
     if not isinstance(messages, list) or not messages:
         raise bad("messages must be a list of at least one message", "messages")
     budget, turns, room = Budget(limits), [], limits.max_text
@@ -163,7 +201,7 @@ def _turns(messages: object, limits: RequestLimits) -> list[tuple[str, Document]
 
 
 def _content(message: dict, where: str) -> list:
-    """A message's parts. Clients may send back the `parts` or `images` of an earlier answer unchanged."""
+    """The parts of a message. Clients may send back the `parts` or the `images` of an earlier answer as they are."""
     content = message.get("parts") or message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(parts, list):
@@ -177,21 +215,24 @@ def _content(message: dict, where: str) -> list:
 
 
 def _part(part: object, limits: RequestLimits, budget: Budget, via: str, where: str) -> Text | Image:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return Text(part["text"])
-    if kind != "image_url" or not isinstance(part.get("image_url"), dict):
+    """A part of a message. `via`: how the model sees an image that does not say it. `where`: the part's place."""
+    fields: dict = part if isinstance(part, dict) else {}
+    kind, text, image = fields.get("type"), fields.get("text"), fields.get("image_url")
+    if kind == "text" and isinstance(text, str):
+        return Text(text)
+    if kind != "image_url" or not isinstance(image, dict):
         raise bad('a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}', where)
     if not limits.draws and not limits.vision:
         raise bad(f"{LATENTS}, and it has no vision tower to see yours; send text alone", where)
-    via = part["image_url"].get("via", via)
+    via = image.get("via", via)
     if via == "flow" and not limits.draws:
-        raise bad(f"{LATENTS}; leave via out, and its vision tower sees yours", f"{where}.image_url.via")
+        raise bad(f"{LATENTS}; leave via out, so that its vision tower reads yours", f"{where}.image_url.via")
     if via not in ("flow", "vit") or (via == "vit" and not limits.vision):
-        raise bad('via is "flow", or "vit" where the model has a vision tower', f"{where}.image_url.via")
-    return Image(from_url(part["image_url"].get("url"), via, budget, where), via=via)
+        raise bad('via must be "flow", or "vit" if the model has a vision tower', f"{where}.image_url.via")
+    return Image(from_url(image.get("url"), via, budget, where), via=via)
 
 
 def check_model(body: object, name: str) -> None:
+    """Refuse a request for another model than `name`."""
     if isinstance(body, dict) and (asked := body.get("model") or name) != name:
         raise ApiError(404, f"this server has no model {asked!r}; its model is {name!r}", "model_not_found", "model")

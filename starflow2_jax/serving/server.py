@@ -1,4 +1,4 @@
-"""The HTTP server: a sampler, its worker thread and uvicorn. SIGTERM and SIGINT end it in order."""
+"""The HTTP server: a sampler, its worker thread and uvicorn. After SIGTERM or SIGINT it finishes running requests."""
 
 import signal
 import socket
@@ -34,9 +34,9 @@ class Limits:
 
 
 def bind(host: str, port: int) -> tuple[socket.socket, ...]:
-    """Sockets bound to all addresses of `host`. They do not listen yet: clients are refused until the server runs.
+    """Sockets bound to all addresses of `host`, so that no other program takes them. They do not listen yet.
 
-    port 0 takes a free one. Raises UserError where an address cannot be used.
+    `port`: 0 takes a free one. Raises UserError if an address cannot be used.
     """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -46,16 +46,14 @@ def bind(host: str, port: int) -> tuple[socket.socket, ...]:
     for family, kind, protocol, _, address in dict.fromkeys(found):
         listener = socket.socket(family, kind, protocol)
         bound.append(listener)
-        listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # or a restart waits until old connections expire
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             listener.bind((address[0], port or bound[0].getsockname()[1], *address[2:]))
         except OSError as error:
-            for one in bound:
-                one.close()
+            for each in bound:
+                each.close()
             raise _taken(host, port, error) from None
     return tuple(bound)
 
@@ -69,10 +67,12 @@ def _reason(error: Exception) -> str:
 
 
 class Server(uvicorn.Server):
-    """`run` serves until the process is told to end: running requests may finish within the grace time, others get 503.
+    """Serves a sampler until a signal ends it, or until the device fails and does not recover (`worker.lost`).
 
-    It also ends when the device has failed and did not recover (`worker.lost`). `listeners`: sockets from `bind`. `host`:
-    the name that the user gave for their address. `ready` is called with the address once the server accepts requests.
+    After a signal, running requests may finish within `limits.grace` seconds; waiting ones get 503. `name`: the model's,
+    in requests. `host`: the name of the address as the user gave it. `listeners`: sockets from `bind`. `key`: that clients
+    must send; None: none. `ready`: called with the server's URL once it accepts requests. Raises UserError for limits that
+    do not fit the model.
     """
 
     def __init__(
@@ -122,21 +122,23 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End after a signal. uvicorn calls this."""
         self.worker.close(self.limits.grace)
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept requests, and call `ready`. uvicorn calls this."""
         await super().startup(sockets)
         if self.started:
             host, port = self.config.host, self.listeners[0].getsockname()[1]
             self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether the server ends: it also does when the worker has ended."""
+        """Whether the server ends, which it also does if the worker has ended. uvicorn calls this ten times a second."""
         return await super().on_tick(counter) or not self.worker.is_alive()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve. Raises UserError where another server has begun to listen on the address since `bind`."""
+        """Serve until the end. Raises UserError if another server has begun to listen on the address since `bind`."""
         for listener in self.listeners:
             try:
                 listener.listen(BACKLOG)
@@ -151,6 +153,6 @@ class Server(uvicorn.Server):
 
 
 def end_quietly() -> None:
-    """Ignore the signal that uvicorn raises again after it has ended in order. Call it in the main thread."""
+    """Ignore the signal that uvicorn raises again after it has ended. Call this in the main thread."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

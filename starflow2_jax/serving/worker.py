@@ -1,6 +1,8 @@
-"""Continuous batching: one thread owns the device and writes the answers of all requests as rows of one batch.
+"""Continuous batching: one thread owns the device and writes the answers to all requests as rows of one batch.
 
-The batch runs in chunks of a few positions. Between two chunks, new requests enter free rows and finished ones leave."""
+The batch is written in chunks of a few positions. Between two chunks, finished answers leave their rows, and the answers to
+new requests enter free rows.
+"""
 
 import logging
 import threading
@@ -20,6 +22,7 @@ from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.events import Answer, End, Event, Picture, as_document
 from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
+from starflow2_jax.sampling.session import Session
 from starflow2_jax.sequence import Shape
 from starflow2_jax.serving.conversation_cache import Conversations
 from starflow2_jax.serving.errors import ApiError, told
@@ -36,23 +39,23 @@ _put = jax.jit(row.put, donate_argnums=0)
 
 @dataclass(eq=False)
 class Writing:
-    """One choice of a job, while a row writes it."""
+    """An answer that a row is writing: one choice of a job."""
 
     job: Job
     options: SampleOptions
     answer: Answer
     turns: Turns  # the conversation that it answers
-    heard: list[Event] = field(default_factory=list)
+    heard: list[Event] = field(default_factory=list)  # its events so far
 
 
 class Worker(threading.Thread):
     """The thread that owns the device.
 
-    `rows`: number of answers to write at the same time. `max_queue`: number of requests that may wait. `max_tokens`: longest
-    answer in positions. `chunk`: positions to write between two looks at the queue. `jacobi`: image tokens to solve for at
-    once. `keep`: number of conversations whose caches are kept, so that a request that continues one reads only its new
-    part. `editing`: rows also have the guidance branch that leaves out the text alone. `draws`: whether the model writes
-    images; without them rows have no guidance.
+    `rows`: number of answers that are written at the same time. `max_tokens`: longest answer, in positions. `max_queue`:
+    number of requests that may wait. `chunk`: positions that are written between two looks at the queue. `jacobi`: image
+    tokens that are solved for at once; 0: as calibrated. `keep`: number of conversations whose caches are kept, so that a
+    request that continues one reads only its new part. `editing`: rows also have the guidance branch that drops the text
+    but keeps the images. `draws`: whether the model writes images; if not, rows have no guidance branch.
     """
 
     def __init__(
@@ -75,22 +78,24 @@ class Worker(threading.Thread):
         guidance, image_guidance = float(draws), 1.0 if editing else None
         self.widest = replace(WIDEST, jacobi=jacobi, guidance=guidance, image_guidance=image_guidance)
         self.fresh = self._session(1)  # an empty conversation
-        # A step writes up to `jacobi` positions after the last one; a piece of a prompt is padded to a multiple of BUCKET.
+        # A step may write `jacobi` positions beyond the last one, and a piece of a prompt is padded to a multiple of BUCKET.
         beyond = max(self.fresh.program.jacobi, BUCKET - 1)
         self.capacity, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
-        self.entering: tuple[Job | Task, Iterator[None]] | None = (
-            None  # the work whose prompt is being read, or that runs piece by piece
-        )
+        # The one job whose prompt is being read, or the one task that is being done, with its remaining pieces.
+        self.entering: tuple[Job | Task, Iterator[None]] | None = None
         self.conversations = Conversations(sampler, self.widest, keep)
-        self.news = threading.Condition()
-        self.closing: float | None = None  # the time at which running requests are given up
+        self.news = threading.Condition()  # guards `waiting` and `closing`
+        self.closing: float | None = None  # the time at which running requests are given up; None: the server is open
         self.lost = False  # whether the device failed and did not recover
         self.batch = self._empty()
         self.writing: list[Writing | None] = [None] * rows
 
     def job(self, request: ChatRequest, tell: Callable[[Started | Event | Fault], None]) -> Job:
-        """The request with its encoded prompt. Needs no device. Raises ApiError and DocumentError."""
+        """A request with its encoded prompt, ready for `submit`. Needs no device.
+
+        `tell`: called on this thread with each event. Raises ApiError and DocumentError for a prompt that does not fit.
+        """
         lanes = self.fresh.encode(prompt(self.sampler, request.turns))
         length = len(lanes[0]["tokens"])
         if not length and not request.options.image_first:
@@ -101,10 +106,8 @@ class Worker(threading.Thread):
     def _left(self, length: int) -> int:
         """Number of positions that may be written after a prompt. Raises ApiError if there is none."""
         if length >= self.positions:
-            raise ApiError(
-                400, f"a prompt of {length} positions leaves none of the {self.positions} of a row for an answer; shorten "
-                "the prompt", "context_length_exceeded", "messages",
-            )  # fmt: skip
+            message = f"a prompt of {length} positions leaves none of the {self.positions} of a row for an answer"
+            raise ApiError(400, f"{message}; shorten the prompt", "context_length_exceeded", "messages")
         return min(self.max_tokens, self.positions - length)
 
     def warm(self) -> None:
@@ -117,14 +120,12 @@ class Worker(threading.Thread):
             self._turn()
         self.conversations.forget()
         if self.draws:
-            for count in {
-                power(n + 1) for n in range(self.size)
-            }:  # numbers of images that may be complete at the same time
-                cfg = self.sampler.model.cfg
+            cfg = self.sampler.model.cfg
+            for count in {power(n + 1) for n in range(self.size)}:  # numbers of images that are decoded together
                 self.sampler.decode(np.zeros((count, cfg.tokens, cfg.channels)), self.widest.calibrated)
 
     def submit(self, work: Job | Task) -> None:
-        """Queue work. Raises ApiError: 429 if too many requests wait, 503 if the server is closing."""
+        """Put work into the queue. Raises ApiError: 429 if too many requests wait, 503 if the server is closing."""
         with self.news:
             if self.closing is not None:
                 raise _closing()
@@ -134,7 +135,7 @@ class Worker(threading.Thread):
             self.news.notify()
 
     def cancel(self, work: Job | Task) -> None:
-        """Remove work from the queue at once, or from its row before the next chunk."""
+        """Drop work: if it waits, at once; if it has a row, before the next chunk."""
         with self.news:
             work.cancel()
             if work in self.waiting:
@@ -142,27 +143,29 @@ class Worker(threading.Thread):
             self.news.notify()
 
     def close(self, seconds: float) -> None:
-        """Accept no more work. Waiting requests get 503 now, running ones after `seconds`; then the thread ends."""
+        """Accept no more work, and end the thread. Waiting requests get 503 now, running ones after `seconds`."""
         with self.news:
             self.closing = time.monotonic() + seconds
             self.news.notify()
 
     @property
     def running(self) -> int:
+        """Number of rows that write an answer."""
         return sum(w is not None for w in self.writing)
 
     def run(self) -> None:
+        """The thread's loop: work until `close`, or until the device fails and no new batch can be made."""
         try:
             while self._wait():
                 try:
                     self._turn()
-                except Exception:
+                except Exception:  # of any kind: one failed step must not end the server
                     log.exception("a step of the batch failed; its requests get an error")
                     self._give_up(
                         ApiError(500, "the model failed while it wrote this answer; try again", "model_failed")
                     )
                     self.batch = self._empty()
-        except Exception:
+        except Exception:  # of any kind: the thread must still answer those who wait for it
             log.exception("the device failed and did not recover")
             self.lost = True
         finally:
@@ -184,6 +187,7 @@ class Worker(threading.Thread):
         return self.running > 0 or self.entering is not None
 
     def _turn(self) -> None:
+        """Free the rows of cancelled jobs, do one piece of entering work, and write one chunk."""
         if self.closing is not None:
             self._refuse_waiting()
         self._free([i for i, w in enumerate(self.writing) if w and w.job.cancelled])
@@ -193,30 +197,30 @@ class Worker(threading.Thread):
             self._report()
 
     def _advance(self) -> None:
-        """Do one piece of the work that enters."""
-        if self.entering is None and not self._next():
+        """Do one piece of the work in `entering`, after taking work from the queue if there is none."""
+        self.entering = self.entering or self._next()
+        if self.entering is None:
             return
-        work, coming = self.entering
+        work, pieces_left = self.entering
         try:
-            if work.cancelled or next(coming, True):
+            if work.cancelled or next(pieces_left, True):  # True: no piece is left
                 self.entering = None
-        except Exception as error:
+        except Exception as error:  # of any kind: it concerns this work alone
             self.entering = None
             work.fail(told(error))
             if any(x.is_deleted() for x in jax.tree.leaves(self.batch)):
-                raise  # the batch's buffers were donated and are lost
+                raise  # unless the batch was donated to the program that failed, and is lost
 
-    def _next(self) -> bool:
-        """Take the first work from the queue, if there is room for it. Returns whether there was any."""
+    def _next(self) -> tuple[Job | Task, Iterator[None]] | None:
+        """Take the first work from the queue, with its pieces. A job waits until a row is free."""
         with self.news:
             if not self.waiting or (isinstance(self.waiting[0], Job) and None not in self.writing):
-                return False
+                return None
             work = self.waiting.popleft()
-        self.entering = work, self._enter(work) if isinstance(work, Job) else _solve(work)
-        return True
+        return work, self._enter(work) if isinstance(work, Job) else _solve(work)
 
     def _enter(self, job: Job) -> Iterator[None]:
-        """Read the job's prompt piece by piece, then give each choice a row as rows become free."""
+        """Read the job's prompt piece by piece, then put each of its choices into a row as rows become free."""
         turns, rows, lanes = self._beginning(job)
         cached = int(rows.caches.length[0])
         length = cached + len(lanes[0]["tokens"])
@@ -242,7 +246,7 @@ class Worker(threading.Thread):
             self.writing[index] = Writing(job, options, answer, turns)
 
     def _beginning(self, job: Job) -> tuple[Turns, Rows, list[dict]]:
-        """The conversation, a row that holds the part already read, and the features of the rest, for each lane."""
+        """The conversation, a row whose caches hold the part that was read before, and for each lane the features to read."""
         if found := self.conversations.go_on(job.request.turns, job.identity):
             turns, rows, lanes = found
             return turns, self._with_room(rows), lanes
@@ -258,6 +262,7 @@ class Worker(threading.Thread):
         return self.sampler.run_step(self.program, steps.read, rows, given[0], lane, *given[1:])
 
     def _report(self) -> None:
+        """Send the events of the last chunk to their jobs, and free the rows of finished answers."""
         tokens, count, done = jax.device_get((self.batch.tokens, self.batch.count, self.batch.done))
         records = [tokens[i, : count[i]] for i in range(self.size)]
         whole = [w.answer.whole(record) if w else [] for w, record in zip(self.writing, records, strict=True)]
@@ -268,15 +273,15 @@ class Worker(threading.Thread):
             job, answer = writing.job, writing.answer
             try:
                 for event in answer.read(records[i], bool(done[i]), pictures[i]):
-                    self._heard(i, event)
+                    self._heard(i, writing, event)
                     job.say(event)
-            except Exception as error:
+            except Exception as error:  # of any kind: it concerns this answer alone
                 job.fail(told(error))
             if answer.ended or job.cancelled:
                 self._free([i])
 
-    def _heard(self, index: int, event: Event) -> None:
-        writing = self.writing[index]
+    def _heard(self, index: int, writing: Writing, event: Event) -> None:
+        """Note an event of the answer in row `index`, and keep the conversation if it ends the answer. Raises ApiError."""
         if isinstance(event, Picture) and not np.isfinite(event.pixels).all():
             raise ApiError(
                 500, "the model wrote an image with values that are not finite; try another seed", "model_failed"
@@ -286,6 +291,7 @@ class Worker(threading.Thread):
             self.conversations.keep([*writing.turns, ("assistant", as_document(writing.heard))], self.batch, index)
 
     def _free(self, indices: list[int]) -> None:
+        """Drop the answers of these rows, and mark all free rows as done, so that steps skip them."""
         for i in indices:
             self.writing[i] = None
         if indices:
@@ -293,6 +299,7 @@ class Worker(threading.Thread):
             self.batch = self.batch.replace(done=self.batch.done | free)
 
     def _refuse_waiting(self) -> None:
+        """Empty the queue; its work gets 503."""
         with self.news:
             refused, self.waiting = self.waiting, deque()
         for work in refused:
@@ -304,26 +311,32 @@ class Worker(threading.Thread):
             job.fail(error)
         self.writing = [None] * self.size
 
-    def _session(self, size: int):
+    def _session(self, size: int) -> Session:
         return self.sampler.session(self.widest, [0] * size)
 
     def _empty(self) -> Rows:
+        """A batch of free rows."""
         session = self._session(self.size)
         self.program = session.program
         rows = self._new_turn(self._with_room(session.rows), [self.widest] * self.size)
         return rows.replace(done=jnp.ones_like(rows.done))
 
     def _new_turn(self, rows: Rows, options: list[SampleOptions]) -> Rows:
+        """The rows, ready to write a new answer with these options."""
         begun, idle = np.zeros(len(options), np.int32), np.zeros(len(options), bool)
         controls = Controls.of(options, self.widest.branches, idle)
         return rows.replace(**self.sampler.run(row.new_turn, rows, controls, self.written, begun, idle))
 
     def _with_room(self, rows: Rows) -> Rows:
+        """The rows, with caches of the batch's capacity."""
         return self.sampler.run(row.with_room, rows, self.capacity)
 
 
 def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOptions:
-    """The options for rows with these branches. With both, plain guidance is taken against the unconditional branch."""
+    """The options for rows with these guidance branches.
+
+    With both branches, plain guidance compares with the unconditional one, which `image_guidance` weighs.
+    """
     if len(branches) < 2 or options.image_guidance is not None:
         return options
     return replace(options, guidance=0.0, image_guidance=options.guidance)

@@ -1,14 +1,15 @@
-"""Sweeps: one experiment at many points of its config, run one after another or handed to a launcher, then compared.
+"""Sweeps: one experiment, trained at many points of its config, here or by a launcher, and compared by a metric.
 
 A sweep is a Python file with
 
-    CONFIG    the experiment: a file, relative to the sweep's, or the name of one of this package
-    METRIC    the value to compare, "stage/name" of metrics.jsonl; lower is better
-    ALWAYS    overrides of every point (optional)
+    CONFIG    the experiment: a file, relative to the sweep's folder, or the name of one that ships with the package
+    METRIC    the metric, "stage/name" of metrics.jsonl; lower is better (optional: else the experiment's `best_metric` in
+              its last stage, which is a held-out loss if it has one)
+    ALWAYS    overrides of every point, a dict of config key -> value (optional)
     points()  yields the points: dicts of config key -> value; `grid` and `random` make them
 
-Each point is trained in a folder of its own, named by a hash of its overrides. So the same command resumes after an
-interruption, and if points are added to the file, only these are run.
+Each point is trained in a folder of its own, whose name is a hash of its overrides. So the same command resumes after an
+interruption, and trains only the new points after some were added to the file.
 """
 
 import hashlib
@@ -20,60 +21,72 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.evals import best_metric
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
+from starflow2_jax.stages import STAGES
 
-AVERAGED = 3  # logged values at the end of a stage that are averaged: single batches are noisy
+AVERAGED = 3  # last logged values of a stage, whose mean is the result: single batches are noisy
+SEED = "seed"  # the key whose values are averaged over
+DONE, FAILED, WAITING, OPEN = "done", "failed", "handed on", "not run"  # states of a point
+Draw = Callable[[np.random.Generator], object]  # draws the value of a key
 
-DONE, FAILED, WAITING, OPEN = "done", "failed", "handed on", "not run"
 
-
-def grid(axes: dict[str, Sequence]) -> Iterator[dict]:
-    """Yields every combination of the keys' values."""
+def grid(axes: Mapping[str, Sequence]) -> Iterator[dict]:
+    """Yields a point for every combination of the keys' values."""
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
 
-def random(draws: dict[str, Callable[[np.random.Generator], object]], count: int, seed: int) -> Iterator[dict]:
-    """Yields `count` points. Each key's function, such as `log_uniform(1e-4, 1e-2)`, draws its value from (seed, index)."""
+def random(draws: Mapping[str, Draw], count: int, seed: int) -> Iterator[dict]:
+    """Yields `count` random points. `draws`: what draws each key's value, such as `log_uniform(1e-4, 1e-2)`.
+
+    Point i depends on `seed` and i alone, so a larger `count` adds points to the same ones.
+    """
     for i in range(count):
         rng = np.random.default_rng((seed, i))
         yield {key: draw(rng) for key, draw in draws.items()}
 
 
-def uniform(low: float, high: float):
+def uniform(low: float, high: float) -> Draw:
+    """Draws numbers between `low` and `high`, all equally likely."""
     return lambda rng: float(rng.uniform(low, high))
 
 
-def log_uniform(low: float, high: float):
-    """Draws are rounded to three significant digits, so that they are easy to read and type."""
+def log_uniform(low: float, high: float) -> Draw:
+    """Draws numbers whose logarithm is uniform, rounded to three significant digits to be easy to read and type."""
     return lambda rng: float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.3g}")
 
 
-def choice(values: Sequence):
+def choice(values: Sequence) -> Draw:
+    """Draws one of the values, all equally likely."""
     return lambda rng: values[int(rng.integers(len(values)))]
 
 
 @dataclass(frozen=True)
 class Point:
-    overrides: dict
-    arguments: tuple[str, ...]  # of the config: "key=value"
+    """A point of a sweep, and the folder that it is trained in."""
+
+    overrides: dict  # config key -> value
+    arguments: tuple[str, ...]  # the same as text: "key=value"
     folder: Path
-    steps: int  # of the whole run
+    steps: int  # of all stages together
 
     @property
     def run(self) -> Path:
+        """The checkpoint directory of its training."""
         return self.folder / "run"
 
     @property
     def state(self) -> str:
+        """One of DONE, FAILED, WAITING and OPEN, by the files in its folder."""
         if (self.run / "steps" / str(self.steps)).is_dir():  # the folder gets this name when the checkpoint is complete
             return DONE
         if self.failure:
@@ -82,7 +95,7 @@ class Point:
 
     @property
     def failure(self) -> str:
-        """Why it failed when it was last run; empty if it did not."""
+        """Why its last run failed; "" if it did not fail."""
         if code := self._file_text("ended"):
             return f"its job ended with exit code {code.strip()}"
         return self._file_text("failed")
@@ -92,35 +105,44 @@ class Point:
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def begin(self) -> None:
-        """Create its folder, and remove the notes of earlier runs from it; the run itself stays."""
+        """Create its folder, and remove what an earlier run noted there about its end. Its checkpoints stay."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "point.json").write_text(json.dumps(self.overrides, indent=1), encoding="utf-8")
         for name in ("failed", "submitted", "ended"):
             (self.folder / name).unlink(missing_ok=True)
 
-    def result(self, metric: str) -> float | None:
-        """The mean of the last logged values of "stage/name" once the point is done; None if there are none or it is not finite."""
+    def result(self, metric: str, averaged: int = AVERAGED) -> float | None:
+        """The mean of the last `averaged` values of the metric "stage/name".
+
+        None if the point is not done, if the metric was never logged, or if the mean is not finite.
+        """
         stage, _, name = metric.partition("/")
         if self.state != DONE:
             return None
-        lines = (
-            json.loads(line) for line in (self.run / "metrics/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        )
+        text = (self.run / "metrics/metrics.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
         values = [line[name] for line in lines if line["stage"] == stage and name in line]
-        mean = float(np.mean(values[-AVERAGED:])) if values else math.nan
+        mean = float(np.mean(values[-averaged:])) if values else math.nan
         return mean if math.isfinite(mean) else None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    config: Path
-    metric: str
+    """The content of a sweep file."""
+
+    config: Path  # the experiment's file
+    metric: str  # "stage/name"
     points: tuple[Point, ...]
-    chip: str | None = None  # of the experiment
+    chip: str | None = None  # TPU generation that the experiment is asked for
+    averaged: int = AVERAGED  # last values of the metric; 1 for an evaluation, whose documents are always the same
+
+    def result(self, point: Point) -> float | None:
+        """The metric of a point; None as for Point.result."""
+        return point.result(self.metric, self.averaged)
 
     @property
     def varied(self) -> dict[str, str]:
-        """The keys that differ between points -> their shortest unambiguous names."""
+        """The keys whose values differ between points, each with its shortest unambiguous name."""
         keys = list(dict.fromkeys(key for p in self.points for key in p.overrides))
         keys = [k for k in keys if len({repr(p.overrides.get(k)) for p in self.points}) > 1]
         names = {}
@@ -133,26 +155,33 @@ class Sweep:
 
 
 def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str | None = None) -> Sweep:
-    """Read a sweep file, or the sweep of that name that ships with the package ("digits_lr"), and check the config of each
-    point before anything runs. Raises ConfigError."""
+    """Read a sweep, and check the config of each point before anything is trained. Raises ConfigError.
+
+    `path`: its file, or the name of a sweep that ships with the package ("digits_lr"). `folder`: for the points' folders.
+    `runlocal`, `chip`: see config.loading.load.
+    """
     path, folder = configs.shipped(path, configs.EXPERIMENTS / "sweeps"), Path(folder)
     if not path.is_file():
-        raise ConfigError(f"there is no sweep file {path}")
+        names = ", ".join(sorted(p.stem for p in (configs.EXPERIMENTS / "sweeps").glob("[!_]*.py")))
+        raise ConfigError(f"there is no sweep file {path}; give another path, or one of the names {names}")
     module = import_file(path, "sweep", ConfigError)
-    if missing := [name for name in ("CONFIG", "METRIC", "points") if not hasattr(module, name)]:
-        raise ConfigError(f"{path} has no {missing[0]}; see starflow2_jax/sweeps/points.py for what a sweep file holds")
+    if missing := [name for name in ("CONFIG", "points") if not hasattr(module, name)]:
+        raise ConfigError(f"{path} has no {missing[0]}; starflow2_jax/sweeps/points.py says what a sweep file holds")
     beside = path.parent / module.CONFIG
     config = beside.resolve() if beside.is_file() else configs.find(module.CONFIG)
     always = getattr(module, "ALWAYS", {})
     points = tuple(_point(config, {**always, **overrides}, folder, runlocal, chip) for overrides in module.points())
     if not points:
-        raise ConfigError(f"{path} yields no point")
+        raise ConfigError(f"{path} yields no point; let points() yield at least one dict of config key -> value")
     if len({p.folder for p in points}) < len(points):
-        raise ConfigError(f"{path} yields a point twice; take one away")
-    stage = module.METRIC.partition("/")[0]
-    if stage not in configs.load(config, points[0].arguments, runlocal, chip).order:
-        raise ConfigError(f'METRIC={module.METRIC!r} is not "stage/name" of a stage that {config} runs')
-    return Sweep(config, module.METRIC, points, chip)
+        raise ConfigError(f"{path} yields a point twice; remove one of the two")
+    first = configs.load(config, points[0].arguments, runlocal, chip)
+    last = first.order[-1]
+    metric = getattr(module, "METRIC", f"{last}/{best_metric(first, STAGES[last])}")
+    stage, _, name = metric.partition("/")
+    if stage not in first.order:
+        raise ConfigError(f'{path}: METRIC={metric!r} must be "stage/name", with a stage that {config} runs')
+    return Sweep(config, metric, points, chip, 1 if name.partition("/")[0] in first.evals else AVERAGED)
 
 
 def _point(config: Path, overrides: dict, folder: Path, runlocal: bool, chip: str | None) -> Point:
@@ -166,14 +195,17 @@ def _point(config: Path, overrides: dict, folder: Path, runlocal: bool, chip: st
 
 
 def train_command(sweep: Sweep, point: Point, runlocal: bool = False) -> list[str]:
-    """The command that trains a point here."""
+    """The command that trains a point on this machine. `runlocal`: the small version of its experiment."""
     command = [sys.executable, "-m", "starflow2_jax.cli", "train", "--config", str(sweep.config)]
     return [*command, "--out", str(point.run), *(["--runlocal"] if runlocal else []), *_flags(sweep, point)]
 
 
 def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
-    """A launcher's command with {config}, {out}, {name} (of the point's folder) and {overrides} filled in. A word that is
-    just {overrides} becomes one word per override."""
+    """The command of a launcher for a point: `template` with {config}, {out}, {name} and {overrides} filled in.
+
+    {name} is made from the name of the point's folder. The word {overrides} alone becomes one word for each override;
+    within a word, it becomes all of them, quoted for a shell.
+    """
     filled = []
     for word in shlex.split(template):
         if word == "{overrides}":
@@ -192,14 +224,15 @@ def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
 
 
 def _flags(sweep: Sweep, point: Point) -> list[str]:
-    """The arguments of `starflow2 train` that select the point."""
+    """The arguments of `starflow2 train` that make a point of its experiment."""
     return [*(["--chip", sweep.chip] if sweep.chip else []), *(f"--config.{text}" for text in point.arguments)]
 
 
 def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[str], None] = print) -> None:
-    """Train the points that are not done, one after another. A point that fails is reported, and the next one runs.
+    """Train the points that are not done, one after another; after one that fails, go on with the next.
 
-    After a KeyboardInterrupt the running point gets SIGTERM, saves its state, and is waited for.
+    `command`: makes the command that trains a point. `report`: called with lines about the progress. An exception such as
+    KeyboardInterrupt ends the running point with SIGTERM, and is raised when that point has saved its state.
     """
     for number, point in enumerate(sweep.points, 1):
         title = f"point {number} of {len(sweep.points)} ({_described(sweep, point)})"
@@ -212,7 +245,7 @@ def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[s
         code = _wait(command(point), point.folder / "log.txt")
         seconds = round(time.monotonic() - begin, 1)
         if point.state == DONE:
-            report(f"{title}: done in {seconds} s, {sweep.metric} {point.result(sweep.metric)}")
+            report(f"{title}: done in {seconds} s, {sweep.metric} {sweep.result(point)}")
         else:
             reason = f"exit code {code}: {_last_line(point.folder / 'log.txt')}"
             (point.folder / "failed").write_text(reason, encoding="utf-8")
@@ -220,7 +253,10 @@ def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[s
 
 
 def _wait(command: list[str], log: Path) -> int:
-    """Run `command` and append its output to `log`. It runs in its own session, so that Ctrl-C reaches only this process."""
+    """Run a command, with its output appended to `log`; returns its exit code.
+
+    It runs in a session of its own, so that Ctrl-C reaches this process only, which then ends it by SIGTERM.
+    """
     with log.open("a", encoding="utf-8") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -232,16 +268,17 @@ def _wait(command: list[str], log: Path) -> int:
 
 
 def submit(sweep: Sweep, template: str, again: str | None = None, report: Callable[[str], None] = print) -> None:
-    """Hand every point that is neither done nor handed on yet to a launcher.
+    """Hand each point that is neither done nor handed on to a launcher, as a job.
 
-    `again`: "ended" also hands on points whose jobs ended early; "all" hands on every point that is not done. A job has
-    ended if it left its exit code in the file that the environment variable ENDED names.
+    `template`: the launcher's command, see `launch_command`. `again`: "ended" also hands on points whose jobs have ended
+    without finishing; "all" hands on every point that is not done. A job tells that it has ended by writing its exit code
+    to the file that the environment variable ENDED names. `report`: called with a line about each point.
     """
     for number, point in enumerate(sweep.points, 1):
         title = f"point {number} of {len(sweep.points)} ({_described(sweep, point)})"
         state, handed_on = point.state, (point.folder / "submitted").exists()
-        free = not handed_on or again == "all" or (again == "ended" and state == FAILED)
-        if state == DONE or not free:
+        wanted = not handed_on or again == "all" or (again == "ended" and state == FAILED)
+        if state == DONE or not wanted:
             report(f"{title}: {point.failure if state == FAILED else f'{state} already'}")
             continue
         point.begin()
@@ -265,6 +302,7 @@ def submit(sweep: Sweep, template: str, again: str | None = None, report: Callab
 
 
 def _described(sweep: Sweep, point: Point) -> str:
+    """The values of a point, for messages."""
     return ", ".join(f"{name}={point.overrides.get(key)}" for key, name in sweep.varied.items())
 
 

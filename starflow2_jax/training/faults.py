@@ -1,7 +1,7 @@
-"""Steps that go wrong: a loss or gradient that is not finite, or a loss far above the last ones. A policy decides what to do."""
+"""Bad steps: the loss or gradient is not finite, or the loss jumps far above the last ones. A policy decides what to do."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,32 +9,31 @@ import numpy as np
 
 from starflow2_jax.config.schema import FaultsConfig
 from starflow2_jax.errors import UserError
-from starflow2_jax.fields import build
 
 
 class NonFiniteLoss(UserError):
-    """The loss or the gradient is not finite; the last good checkpoint is kept."""
+    """The loss or the gradient is not finite. The last good checkpoint stays."""
 
 
 class LossSpike(UserError):
-    """The loss is far above the last ones, or too many steps went wrong. The last good checkpoint is kept."""
+    """The loss is far above the last ones, or too many steps were bad. The last good checkpoint stays."""
 
 
 class Watch:
-    """Judges the losses of a stage's steps, in order, by `config.faults`:
+    """Judges the losses of a task's steps, in order, by a policy (`config.faults`):
 
     nonfinite, spike   the action: "abort" ends the run; "skip" does not apply the update; "rollback" restores the last
                        checkpoint and continues with the data after the bad batch; "ignore" (spike only) does nothing
     deviations         a loss is a spike if it exceeds the median of the last `window` good losses by more than this
                        number of standard deviations, which are estimated from the median distance to the median
-    most               if more steps than this go wrong between two checkpoints, the run ends whatever the action
+    most               if more steps than this are bad between two checkpoints, the run ends whatever the action
 
-    `counts`: steps that were not finite, spikes, skipped updates, rollbacks, and steps whose batch had no targets.
+    `counts` has the numbers of steps that were not finite, spikes, skipped updates, rollbacks, and steps without targets.
     """
 
-    def __init__(self, cfg: Mapping | None, state: dict | None = None):
-        """`state`: the value of `state()` in the checkpoint that the run resumes from."""
-        self.cfg, state = build(FaultsConfig, dict(cfg or {}), "faults"), state or {}
+    def __init__(self, cfg: FaultsConfig, state: dict | None = None):
+        """`state`: the value of `state()` in the checkpoint that the run resumes from; None for a new run."""
+        self.cfg, state = cfg, state or {}
         self.losses: list[tuple[int, float]] = [tuple(pair) for pair in state.get("losses", ())]
         self.counts = dict.fromkeys(("nonfinite", "spikes", "skipped", "rollbacks", "without_targets"), 0) | state.get(
             "counts", {}
@@ -46,22 +45,24 @@ class Watch:
         self.since_save = 0
 
     def state(self) -> dict:
+        """JSON values for the checkpoint that is saved now: the last good losses with their steps, and the counts."""
         return {"losses": self.losses, "counts": self.counts}
 
     def limit(self, step: int) -> float:
-        """The loss above which `step` is a spike. It uses losses up to two steps before, which are known when the step begins."""
+        """The loss above which `step` is a spike, from the losses up to two steps before, which are known when it begins."""
         window = [loss for number, loss in self.losses if number < step - 1][-self.cfg.window :]
         if self.cfg.spike == "ignore" or len(window) < min(20, self.cfg.window):
             return math.inf
         median = float(np.median(window))
         deviation = 1.4826 * float(np.median(np.abs(np.array(window) - median)))  # of a normal distribution
         limit = median + self.cfg.deviations * max(deviation, 1e-3 * (1 + abs(median)))
-        return float(np.float32(limit))  # as `guarded` compares it
+        return float(np.float32(limit))  # rounded as in the compiled step
 
     def judge(self, step: int, values: dict[str, float], standing: str) -> str | None:
-        """The action for a step: "skip" (`guarded` has done it already), "rollback", or None if nothing is wrong.
+        """The action for a step: "skip" (`guarded` has done so already), "rollback", or None if the step is good.
 
-        `standing`: text for messages: the step, and the checkpoint that is left. Raises NonFiniteLoss, LossSpike.
+        `values`: its metrics. `standing`: the step and the last checkpoint, for messages. Raises NonFiniteLoss or LossSpike
+        if the run must end.
         """
         loss, limit = values["loss"], self.limit(step)
         self.counts["without_targets"] += values.get("targets") == 0
@@ -78,7 +79,10 @@ class Watch:
             kind = NonFiniteLoss if bad else LossSpike
             raise kind(f"{seen} at {standing}: lower the learning rate and start again")
         if self.since_save > self.cfg.most:
-            raise LossSpike(f"{seen} at {standing}; more than faults.most={self.cfg.most} steps since then went wrong")
+            raise LossSpike(
+                f"{seen} at {standing}; more than faults.most={self.cfg.most} steps since then were bad, so lower the learning "
+                "rate and start again"
+            )
         self.counts["skipped" if action == "skip" else "rollbacks"] += 1
         return action
 
@@ -90,10 +94,12 @@ class Watch:
         self.losses = [pair for pair in self.losses if pair[0] <= step]
 
 
-def guarded(step: Callable, cfg: Mapping | None) -> Callable:
-    """(state, frozen, batch, limit) -> (state, metrics): a training step that does not apply its update if the policy is
-    "skip" and the loss is above `limit` or not finite. Then only `state.step` changes."""
-    cfg = build(FaultsConfig, dict(cfg or {}), "faults")
+def guarded(step: Callable, cfg: FaultsConfig) -> Callable:
+    """A training step (state, frozen, batch) -> (state, metrics) with one more argument, `limit`, a loss.
+
+    If the loss or gradient is not finite, or the loss is above `limit`, and `cfg` says "skip", it does not apply the update:
+    only `state.step` changes.
+    """
 
     def run(state, frozen, batch, limit=math.inf):
         new, metrics = step(state, frozen, batch)

@@ -1,29 +1,38 @@
-"""Goodput: the share of a run's time that is spent in training steps, and the speed of those steps."""
+"""Goodput: the share of a run's time that goes into training steps, and the speed of those steps."""
 
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 
-KINDS = ("input", "checkpoint", "compile", "restart")  # the rest of the time is spent in steps
+KINDS = ("input", "evals", "checkpoint", "compile", "restart")  # of time; the rest is spent in steps
+
+
+class Result(Protocol):
+    """A JAX array. Its computation may still run."""
+
+    def is_ready(self) -> bool:
+        """Whether the computation is done."""
+        ...
 
 
 class Ledger:
     """Seconds of a run, restarts included, by kind:
 
     input        waiting for a batch while the devices are idle
+    evals        evaluations, apart from their compilation
     checkpoint   the part of saving that the run waits for
-    compile      XLA's compilations, and the first call of each stage's step
+    compile      XLA's compilations, and the first call of each task's step
     restart      initialising and restoring; after a crash, all time since the checkpoint that the run resumes from: the
                  steps that were lost, and the time until the new start
     steps        everything else
-
-    `meta`: the value of `state()` in that checkpoint. If the run ended normally (`state(ended=True)`), no time was lost.
     """
 
     def __init__(self, meta: dict | None = None):
-        self.seconds = dict.fromkeys(KINDS, 0.0)
+        """`meta`: the value of `state()` in the checkpoint that the run resumes from; None for a new run."""
+        self.seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self.steps, self.tokens, self.flops, self.restarts = 0, 0.0, 0.0, 0
         self._inside: list[float] = []  # for each open `time` block: seconds of inner blocks and compilations
         self._began, self._before = time.time(), 0.0
@@ -41,17 +50,24 @@ class Ledger:
         self._save()
 
     def count_step(self, flops: float) -> None:
+        """Count a step of `flops` FLOP, all devices together."""
         self.steps += 1
         self.flops += flops
 
     def count_tokens(self, tokens: float) -> None:
+        """Add to the tokens that the run has read, padding left out."""
         self.tokens += tokens
 
     @property
     def total(self) -> float:
+        """Seconds since the run began, restarts included."""
         return self._before + time.time() - self._began
 
     def state(self, ended: bool = False) -> dict:
+        """JSON values for the checkpoint that is saved now: seconds, counts and the time of day.
+
+        `ended`: the run ends here. Then the time until the next start is not lost, and is not counted as restart.
+        """
         counts = {"steps": self.steps, "tokens": self.tokens, "flops": self.flops, "restarts": self.restarts}
         self._save()
         return {"seconds": dict(self.seconds), "total": self.total, "at": time.time(), "ended": ended, **counts}
@@ -68,6 +84,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def time(self, kind: str) -> Iterator[None]:
+        """Count the time of the block as `kind`, one of KINDS. Inner blocks and compilations keep their own kind."""
         begin, _ = time.time(), self._inside.append(0.0)
         try:
             yield
@@ -80,8 +97,8 @@ class Ledger:
             self._inside[-1] += whole
 
     @contextlib.contextmanager
-    def waiting(self, running: jax.Array | None) -> Iterator[None]:
-        """Time spent on input. It does not count if `running`, the result of the step before, is still being computed at the end."""
+    def waiting(self, running: Result | None) -> Iterator[None]:
+        """Count the time of the block as "input", unless `running`, a result of the last step, is still computed at its end."""
         begin = time.time()
         yield
         if running is None or running.is_ready():
@@ -89,13 +106,11 @@ class Ledger:
 
     @contextlib.contextmanager
     def noticing_compilations(self) -> Iterator[None]:
-        """During the block, count the time of XLA's compilations wherever they happen."""
+        """During the block, count the time of XLA's compilations, wherever they happen, as "compile"."""
 
-        def listen(event: str, duration: float, **_) -> None:
+        def listen(event: str, duration_secs: float, **_: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
-                self.seconds["compile"] += duration
-                if self._inside:
-                    self._inside[-1] += duration
+                self._spend("compile", duration_secs, duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
@@ -104,21 +119,21 @@ class Ledger:
             jax.monitoring.unregister_event_duration_listener(listen)
 
     def split(self) -> dict[str, float]:
-        """Seconds so far by kind, with "steps" and "total"."""
+        """Seconds so far by kind, "steps" and "total" included."""
         total = self.total
         return {"steps": max(0.0, total - sum(self.seconds.values())), **self.seconds, "total": total}
 
     def speed(
         self, before: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None
     ) -> dict:
-        """Rates of the last `steps` steps. `before`: the value of `split()` when they began; `flops`: of one step, all devices
-        together; `peak`: FLOP/s of one device."""
+        """Rates of the last `steps` steps, see `rates`. `before`: the value of `split()` when they began; `flops`: of one step,
+        all devices together; `peak`: FLOP/s of one device."""
         now = self.split()
         spent = {kind: now[kind] - before[kind] for kind in now}
         return rates(spent, steps, tokens, flops * steps if flops else None, peak)
 
     def summary(self, peak: float | None) -> dict:
-        """Counts, seconds, shares and rates of the whole run. `peak`: FLOP/s of one device."""
+        """Counts, seconds and shares by kind of time, and rates of the whole run. `peak`: FLOP/s of one device."""
         spent = self.split()
         whole = spent["total"] or 1.0
         share = {kind: seconds / whole for kind, seconds in spent.items() if kind != "total"}

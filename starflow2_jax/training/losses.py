@@ -1,4 +1,6 @@
-"""The two losses as sums, and the counts that they are divided by, so that any split of a batch adds up to the same."""
+"""The losses as sums over a batch, and the counts that divide them. Sums of parts of a batch add up to those of the whole."""
+
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,14 @@ from starflow2_jax.stages import Stage
 
 
 def image_nll(output: Output, sequence: Sequence) -> jax.Array:
-    """Negative log-likelihood of each image (B, M), in nats summed over its N * D dimensions, without the 0.5 ln 2 pi."""
+    """Negative log-likelihood of each image (B, M): nats, summed over its N * D dimensions, without 0.5 ln 2 pi for each."""
     z, logdet = image_noise(output, sequence)
     return jnp.sum(0.5 * z**2 - logdet, axis=(2, 3))
 
 
 def latent_squares(output: Output) -> jax.Array:
     """Squares of each image's intermediate latents (B, M), summed over its dimensions and the blocks of the shallow flow."""
-    return sum(jnp.sum(h**2, axis=(2, 3)) for h in output.states)
+    return reduce(jnp.add, (jnp.sum(h**2, axis=(2, 3)) for h in output.states))
 
 
 def text_cross_entropy(
@@ -28,7 +30,7 @@ def text_cross_entropy(
 
 
 def counts(sequence: Sequence) -> dict[str, jax.Array]:
-    """The numbers that a step's sums are divided by: latent dimensions and text tokens that count as predictions."""
+    """The counts () of a batch by the name of the loss: latent dimensions or text tokens that are predicted."""
     _, _, N, D = sequence.latents.shape
     _, weights = sequence.text_targets()
     dimensions = jnp.sum(sequence.image_weight) * N * D
@@ -36,6 +38,6 @@ def counts(sequence: Sequence) -> dict[str, jax.Array]:
 
 
 def targets(sequence: Sequence, stage: Stage) -> jax.Array:
-    """(): latent dimensions and text tokens that the stage's losses are computed from; 0: the batch teaches nothing."""
+    """Number () of latent dimensions and text tokens in the stage's losses; 0: the stage learns nothing from the batch."""
     found = counts(sequence)
     return stage.image_loss * found["image"] + stage.text_loss * found["text"]

@@ -1,13 +1,17 @@
-"""The optimizers a config can name, all with warm-up, cosine decay and clipping."""
+"""The optimizers that a config can name, all with warm-up, cosine decay and gradient clipping."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers, muon
 
+from starflow2_jax.config.schema import OptimizerConfig
 from starflow2_jax.parallel import sharding
 
-# The kernels of a stack, whose axis 0 is the layer: the axes that a product sums over, and the axes of its result.
+# Kernels of a Transformer stack, whose axis 0 is the layer: axes of the map's input, and axes of its output.
 MUON_AXES = {
     "query": MuonDimensionNumbers((1,), (2, 3)),
     "key": MuonDimensionNumbers((1,), (2, 3)),
@@ -19,14 +23,16 @@ MUON_AXES = {
 }
 
 
-def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
-    """The optimizer `cfg.name` for `steps` steps. Matrices and embeddings decay, norms and biases do not.
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer `cfg.name` for `steps` steps. Weight decay applies to matrices and embeddings, not to norms and biases.
 
-    adamw: decoupled weight decay (arXiv 1711.05101). muon: orthogonalised momentum for the matrices of the Transformer
-    stacks, scaled to AdamW's usual step so that both take the same learning rate (arXiv 2502.16982); AdamW for the rest.
-    adafactor: factored second moments, no first one (arXiv 1804.04235), without its scaling by the parameters' size, so
-    that it takes AdamW's learning rate. `cfg.moments` "bfloat16": moments are kept in it, computed with in fp32.
-    (`cfg.offload` is the step's matter: `step.offloaded`.) `cfg`: the fields of OptimizerConfig, which checks them.
+    adamw: decoupled weight decay (arXiv 1711.05101).
+    muon: orthogonalised momentum for the matrices of the Transformer stacks, scaled like AdamW's updates so that both use
+        the same learning rate (arXiv 2502.16982); AdamW for the rest.
+    adafactor: factored second moments and no first ones (arXiv 1804.04235). Updates are not scaled by the parameters'
+        size, so AdamW's learning rate fits.
+
+    If `cfg.moments` is "bfloat16", moments are stored in it and updated in fp32. `cfg.offload` is for `step.offloaded`.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, min(cfg.warmup, steps // 2), max(steps, 1), cfg.learning_rate * cfg.final_fraction
@@ -49,7 +55,7 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
 
 
-def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+def kept_in(inner: optax.GradientTransformation, dtype: DTypeLike) -> optax.GradientTransformation:
     """`inner` with its fp32 moments stored in `dtype` between updates."""
 
     def cast(tree, source, target):
@@ -59,8 +65,8 @@ def kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransfo
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
-    def update(grads, state, params=None):
-        updates, state = inner.update(grads, cast(state, dtype, jnp.float32), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, cast(state, dtype, jnp.float32), params)
         return updates, cast(state, jnp.float32, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), jnp.float32, dtype), update)

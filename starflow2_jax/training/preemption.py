@@ -1,4 +1,4 @@
-"""A machine that will be taken away sends SIGTERM. The run then saves and exits, and its launcher starts it again."""
+"""Preemption: SIGTERM announces that the machine will be taken away. The run saves and exits; its launcher restarts it."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-RESTART = 75  # exit code (EX_TEMPFAIL): everything is saved; start the run again
+RESTART = 75  # exit code (EX_TEMPFAIL) after a preemption; starting the same command again resumes the run
 
 
 class Preempted(Exception):
@@ -16,13 +16,15 @@ class Preempted(Exception):
 
 
 class Preemption:
+    """Whether this run was told to end. Made by `listening`."""
+
     def __init__(self):
         self._received = threading.Event()
 
     @classmethod
     @contextlib.contextmanager
     def listening(cls) -> Iterator["Preemption"]:
-        """Notice SIGTERM during the block. In a distributed run JAX's own service notices it and informs all processes."""
+        """Catch SIGTERM during the block. In a distributed run, JAX's preemption service catches it for all processes."""
         notice = cls()
         if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
             yield notice
@@ -34,9 +36,9 @@ class Preemption:
             signal.signal(signal.SIGTERM, before)
 
     def reached(self, step: int) -> bool:
-        """Whether the run should end after `step`. Every process asks after every step; all get True after the same step.
+        """Whether the run should end after `step`. Every process calls it after every step, and all get True after the same.
 
-        From then on the answer stays True, because JAX's service answers so for one step only, which may end a stage.
+        From then on it returns True: JAX's service reports one step only, which may be the last one of a task.
         """
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
             self._received.set()

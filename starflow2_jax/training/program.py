@@ -1,4 +1,4 @@
-"""A stage's compiled step, and the shapes and shardings of its arguments. The loop runs it; the planner needs no devices."""
+"""A stage's compiled step, and the shapes and shardings of its arguments, which need no devices."""
 
 from functools import partial
 
@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Wrapped
+from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 from optax import GradientTransformation
 
 from starflow2_jax.config.schema import Config
@@ -26,28 +29,21 @@ from starflow2_jax.training.step import (
     offloaded,
     state_shardings,
 )
-from starflow2_jax.training.task import Step
 
 PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
 def jitted_step(
-    config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations, mesh: Mesh
-) -> Step:
-    """(state, frozen, batch, limit) -> (state, metrics), compiled when it is first called; the state is donated.
+    config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations: ArrayLike, mesh: Mesh
+) -> Wrapped:
+    """The step of a stage as `task.Step` describes it, compiled when it is first called.
 
-    Input and output state share one sharding, so steps can be chained.
-
-    `deviations` (D,): standard deviations of the codec's latent channels. `limit` (): see `faults.guarded`.
+    Input and output state share one sharding, so steps can be chained. `deviations` (D,): standard deviations of the
+    codec's latent channels.
     """
     cfg = config.stages[stage.name]
-    objective = Objective(
-        noise=config.noise / np.asarray(deviations, np.float32),
-        text_weight=cfg.text_weight,
-        latent_penalty=cfg.latent_penalty,
-        vlm_length=cfg.vlm_length,
-    )
-    update = make_step(model, stage, optimizer, objective, accumulate=cfg.accumulate, ema_decay=cfg.ema)
+    loss = objective(config, stage, deviations)
+    update = make_step(model, stage, optimizer, loss, accumulate=cfg.accumulate, ema_decay=cfg.ema)
     step = guarded(counted(update, stage), config.faults)
     if cfg.optimizer.offload:
         step = offloaded(step)
@@ -55,46 +51,57 @@ def jitted_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
 
-def find_stage(config: Config, text: str | None) -> Stage:
-    """A stage of the config by name, or by number in the paper's order (1, 2, 3); None: the last stage of its order.
+def objective(config: Config, stage: Stage, deviations: ArrayLike) -> Objective:
+    """The loss of a stage's step. `deviations`: as for `jitted_step`."""
+    cfg = config.stages[stage.name]
+    return Objective(
+        noise=config.noise / np.asarray(deviations, np.float32),
+        text_weight=cfg.text_weight,
+        latent_penalty=cfg.latent_penalty,
+        vlm_length=cfg.vlm_length,
+    )
 
-    Raises ConfigError.
+
+def find_stage(config: Config, text: str | None) -> Stage:
+    """A stage of the config by name, or by its number in the paper (1, 2, 3); None: the last stage of the config's order.
+
+    Raises ConfigError if the config has no such stage.
     """
     name = config.order[-1] if text is None else PAPER.get(text, text)
     if name not in STAGES or name not in config.stages:
         known = ", ".join(sorted(config.stages))
-        raise ConfigError(f"there is no stage {text!r} in this config; there are {known}, or 1, 2, 3")
+        raise ConfigError(f"there is no stage {text!r} in this config; name one of {known}, or 1, 2 or 3")
     return STAGES[name]
 
 
 def require_rows(config: Config, stage: Stage, mesh: Mesh) -> None:
-    """Raises UserError if a stage's rows cannot be cut into groups and micro-batches and spread over the mesh."""
+    """Raises ConfigError if a stage's rows cannot be divided into groups and micro-batches and over the mesh."""
     cfg = config.stages[stage.name]
     spread = sharding.row_shards(mesh) * cfg.accumulate
     if cfg.rows % spread:
-        raise ConfigError(f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread} (mesh and accumulate)")
+        raise ConfigError(
+            f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread}, which is mesh.data x mesh.fsdp x accumulate"
+        )
     rows_of_a_group(cfg.rows, config.data.groups)
 
 
-def held(stage: Stage) -> str:
-    """Which of the two trees, "frozen" or "trainable", the stage's state and checkpoints hold."""
+def trained_tree(stage: Stage) -> str:
+    """The tree that the stage trains, "frozen" or "trainable". Its state and checkpoints have all groups of this tree."""
     return "frozen" if set(stage.trains) <= set(FROZEN) else "trainable"
 
 
 def other_tree(tree: str) -> str:
+    """The other one of the two trees."""
     return "trainable" if tree == "frozen" else "frozen"
 
 
 def makes_vlm(config: Config) -> bool:
-    """Whether one of the config's stages trains the VLM itself, so that no pretrained one is needed."""
-    return any(held(STAGES[name]) == "frozen" for name in config.order)
-
-
-def in_tree(group: str, tree: str) -> bool:
-    return (group in FROZEN) == (tree == "frozen")
+    """Whether one of the config's stages trains the VLM, so that no published one is needed."""
+    return any(trained_tree(STAGES[name]) == "frozen" for name in config.order)
 
 
 def batch_shape(config: Config, stage: Stage) -> Shape:
+    """The sizes of a stage's batch. With the kernel cudnn_packed, the number of documents in a row is limited."""
     cfg = config.stages[stage.name]
     packed = any(getattr(config.model, stream).kernel == "cudnn_packed" for stream in ("vlm", "deep"))
     documents = most_documents(cfg.length) if packed else 0
@@ -102,27 +109,27 @@ def batch_shape(config: Config, stage: Stage) -> Shape:
 
 
 def abstract_params(model: Pretzel, tree: str) -> dict:
-    """Shapes and types of one of the two trees, "frozen" or "trainable". It uses no memory and no devices."""
+    """Shapes and types of the parameters of one of the two trees, "frozen" or "trainable". Uses no memory and no devices."""
     return jax.eval_shape(lambda: _initial(model, 0, tree))
 
 
-def fresh_params(model: Pretzel, seed: int, tree: str, mesh: Mesh, dtype=None) -> dict:
-    """Fresh parameters of one of the two trees, made on their shards. `dtype`: of all parameters; None: fp32."""
+def fresh_params(model: Pretzel, seed: int, tree: str, mesh: Mesh, dtype: DTypeLike | None = None) -> dict:
+    """Fresh parameters of one of the two trees, each made on its shards. `dtype`: of all parameters; None: fp32."""
     make = partial(_initial, model, seed, tree, dtype)
     return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
 
 
-def _initial(model: Pretzel, seed: int, tree: str, dtype=None) -> dict:
+def _initial(model: Pretzel, seed: int, tree: str, dtype: DTypeLike | None = None) -> dict:
     params = init_params(model, jax.random.key(seed))
-    params = {name: group for name, group in params.items() if in_tree(name, tree)}
+    params = {name: group for name, group in params.items() if (name in FROZEN) == (tree == "frozen")}
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def abstract_state(
     config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shapes, types and shardings of a stage's state. It uses no memory and no devices."""
-    params = abstract_params(model, held(stage))
+    """Shapes, types and shardings of a stage's state. Uses no memory and no devices."""
+    params = abstract_params(model, trained_tree(stage))
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(partial(new_state, stage=stage, optimizer=optimizer), params, key=key)
     layout = state_shardings(state, mesh, config.stages[stage.name].optimizer.offload)
@@ -136,7 +143,7 @@ def abstract_arguments(
 
     If the config does not pretrain the VLM itself, the VLM comes from a published checkpoint, which is bfloat16.
     """
-    rest = _as_published(config, abstract_params(model, other_tree(held(stage))))
+    rest = _as_published(config, abstract_params(model, other_tree(trained_tree(stage))))
     batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
     return abstract_state(config, model, stage, optimizer, mesh), sharding.abstract(rest, mesh), batch
 
@@ -159,14 +166,17 @@ def empty_batch(cfg: PretzelConfig, shape: Shape) -> Sequence:
     """Shapes and types of the arrays of a batch."""
     B, S, M, P = shape.rows, shape.length, shape.images, shape.patches
 
-    def number(*sizes):
-        return jax.ShapeDtypeStruct((B, *sizes), jnp.int32)
+    def number(*sizes: int) -> jax.Array:
+        return jnp.zeros((B, *sizes), jnp.int32)
 
-    def real(*sizes):
-        return jax.ShapeDtypeStruct((B, *sizes), jnp.float32)
+    def real(*sizes: int) -> jax.Array:
+        return jnp.zeros((B, *sizes), jnp.float32)
 
-    vision = None
-    if P and cfg.vlm.vision:
-        vision = VisionInput(real(P, cfg.vlm.vision.patch_width), number(P, 2), number(P), number(P))
-    latents = real(M, cfg.tokens, cfg.channels)
-    return Sequence(number(S), number(S), number(S), number(S, 3), real(S), latents, real(M), vision)
+    def batch() -> Sequence:
+        vision = None
+        if P and cfg.vlm.vision:
+            vision = VisionInput(real(P, cfg.vlm.vision.patch_width), number(P, 2), number(P), number(P))
+        latents = real(M, cfg.tokens, cfg.channels)
+        return Sequence(number(S), number(S), number(S), number(S, 3), real(S), latents, real(M), vision)
+
+    return jax.eval_shape(batch)

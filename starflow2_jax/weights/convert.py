@@ -1,7 +1,9 @@
-"""The reference library's folder of a VLM -> our checkpoint of it, and back, with one tensor in memory at a time.
+"""Converts the reference library's folder of a VLM into our checkpoint of it, and back, with one tensor in memory at a time.
+
+Our checkpoint is a folder:
 
 frozen/                 the parameters {"vlm": ...} (orbax) in the source's types; frozen.json: their content hash
-vlm.json                the VLM's config and its kind
+vlm.json                the VLM's kind and config
 reference_config.json   the source's config.json
 tokenizer/              the source's tokenizer, chat template and processor files
 """
@@ -20,7 +22,7 @@ from flax import traverse_util
 from starflow2_jax.checkpoints.atomic_folder import new_folder, require_new
 from starflow2_jax.errors import require_one_of
 from starflow2_jax.models.vlm import abstract_params
-from starflow2_jax.text_files import reason
+from starflow2_jax.text_files import read_json_file, reason
 from starflow2_jax.weights.folder import TYPES, Entry, read_entries, read_tensor, same_bits, write_folder
 from starflow2_jax.weights.other_formats import require_unquantised
 from starflow2_jax.weights.store import CHUNK, ArrayStore
@@ -38,7 +40,7 @@ from starflow2_jax.weights.table import (
 )
 from starflow2_jax.weights.vlm import VLM_WEIGHTS, load_config, write_config
 
-# Files of tokenizer and processor, which are copied as they are.
+# Files of the tokenizer and the processor, which are copied.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,16 +55,17 @@ COMPANIONS = (
     "processor_config.json",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder beside them, with chat templates of other names than "default"
 CONFIG = "vlm.json"
 
 Wanted = dict[str, tuple[Rule, tuple[Part, ...]]]
 
 
 def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
-    """The reference's folder `source` of a VLM of this kind -> a new checkpoint `target`.
+    """Convert the reference's folder `source`, of a VLM of this kind, into a new checkpoint `target`.
 
-    Names, shapes and types are checked before anything is written, numbers while they are written. Raises UserError,
-    and then leaves nothing behind.
+    Names, shapes and types are checked before anything is written, numbers while they are written. Raises UserError; then
+    no folder `target` is left.
     """
     require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
     weights = VLM_WEIGHTS[kind]
@@ -92,10 +95,9 @@ def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
 
 
 def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_bytes: int = 4 * 10**9) -> None:
-    """A checkpoint that `to_checkpoint` made -> a new folder `target` as the reference library saves it, bit for bit.
+    """Convert a checkpoint that `to_checkpoint` made into a new folder `target`, bit for bit as the reference saves it.
 
-    A weight file has at most `shard_bytes`, or a single larger tensor. Raises UserError, and then leaves nothing
-    behind.
+    A weight file has at most `shard_bytes`, or a single larger tensor. Raises UserError; then no folder `target` is left.
     """
     require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
     checkpoint, target = Path(checkpoint).resolve(), Path(target).resolve()
@@ -109,7 +111,7 @@ def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_by
     wanted, faults = expected(VLM_WEIGHTS[kind].rules(cfg, ()), tree)
     refuse(faults)
     try:
-        saved_hash = json.loads((checkpoint / "frozen.json").read_text(encoding="utf-8"))["content_hash"]
+        saved_hash = read_json_file(checkpoint / "frozen.json")["content_hash"]
         config = (checkpoint / "reference_config.json").read_bytes()
         store = ArrayStore(checkpoint / "frozen", tree, create=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,7 +127,7 @@ def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_by
 
 
 def _compute_type(entries: dict[str, Entry]) -> str:
-    """The type of most of the numbers."""
+    """The type that most of the numbers have."""
     sizes: dict[str, int] = {}
     for entry in entries.values():
         sizes[entry.kind] = sizes.get(entry.kind, 0) + math.prod(entry.shape)
@@ -134,7 +136,7 @@ def _compute_type(entries: dict[str, Entry]) -> str:
 
 
 def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
-    """Every fault of the tensors' names, shapes and types, one sentence each."""
+    """One sentence for each fault of the tensors' names, shapes and types."""
     faults = name_faults((), wanted, entries, lambda name: entries[name].shape)
     kinds = {}
     for name, (rule, parts) in wanted.items():
@@ -143,7 +145,7 @@ def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
         if fault := shape_fault(rule, parts, entry.shape):
             faults.append(f"tensor {name} {fault}")
         if entry.kind not in TYPES:
-            faults.append(f"tensor {name} is of type {entry.kind}; there are {', '.join(TYPES)}")
+            faults.append(f"tensor {name} is of type {entry.kind}; supported are {', '.join(TYPES)}")
         for part in parts:
             other, kind = kinds.setdefault(part.path, (name, entry.kind))
             if kind != entry.kind:
@@ -152,7 +154,7 @@ def _faults(entries: dict[str, Entry], wanted: Wanted) -> list[str]:
 
 
 def _typed(tree: dict, entries: dict[str, Entry], wanted: Wanted) -> dict:
-    """The shapes of the tree, each with the type of the tensors that fill it."""
+    """The shapes of the tree, with the types of the tensors that fill them."""
     types = {part.path: entries[name].dtype for name, (_, parts) in wanted.items() for part in parts}
     leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
     typed = {path: jax.ShapeDtypeStruct(x.shape, types[path]) for path, x in leaves.items()}
@@ -160,7 +162,7 @@ def _typed(tree: dict, entries: dict[str, Entry], wanted: Wanted) -> dict:
 
 
 def _import(store: ArrayStore, name: str, entry: Entry, rule: Rule, parts: tuple[Part, ...]) -> None:
-    """Read one tensor and write its pieces. Raises WeightError for numbers that are not finite."""
+    """Read a tensor and write its pieces into the store. Raises WeightError for numbers that are not finite."""
     value = read_tensor(entry)
     flat, step = value.reshape(-1), CHUNK // value.itemsize
     if bad := sum(np.count_nonzero(~np.isfinite(flat[i : i + step])) for i in range(0, flat.size, step)):
@@ -170,15 +172,16 @@ def _import(store: ArrayStore, name: str, entry: Entry, rule: Rule, parts: tuple
 
 
 def _export(store: ArrayStore, rule: Rule, parts: tuple[Part, ...]) -> np.ndarray:
-    """One source tensor, joined from its pieces in the store."""
+    """A source tensor, made of its pieces in the store."""
     return join(rule, parts, [store.read(part.path, part.layer) for part in parts])
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy those of COMPANIONS that `source` has."""
-    for file in filter(Path.is_file, (source / name for name in COMPANIONS)):
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(file, target / file.name)
+    """Copy those of COMPANIONS and TEMPLATES that `source` has."""
+    for file in filter(Path.is_file, (*(source / name for name in COMPANIONS), *(source / TEMPLATES).glob("*.jinja"))):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _natural(name: str) -> list:

@@ -1,4 +1,4 @@
-"""TarFlow's and STARFlow's checkpoints: the options, named as there, become our blocks, the tensors our parameters."""
+"""TarFlow's and STARFlow's checkpoints: their options become our blocks, and their tensors our parameters."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -84,7 +84,7 @@ STARFLOW_DEFAULTS = {
     "cond_top_only": False,
     "seq_order": "R2L",
 }
-# Options of which only one value is supported.
+# Options that are supported with this value only.
 ONLY = {
     "nvp": True,
     "patch_size": 1,
@@ -109,11 +109,11 @@ def _options(config: Mapping, required: tuple[str, ...], defaults: Mapping, only
 
 
 def _depths(layers: int | list[int], count: int) -> list[int]:
-    """Layers of each of `count` blocks; a number, or a list of one, holds for all. Raises WeightError."""
+    """The number of layers of each of `count` blocks. `layers`: one number for all, or one for each. Raises WeightError."""
     layers = [layers] if isinstance(layers, int) else list(layers)
     layers = layers * count if len(layers) == 1 else layers
     if len(layers) != count or min(layers) < 1:
-        raise WeightError(f"the flow's options do not fit: layers_per_block {layers} of {count} blocks")
+        raise WeightError(f"the flow's options do not fit: layers_per_block is {layers}, but there are {count} blocks")
     return layers
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 
 from starflow2_jax.text_files import read_json_file, reason
-from starflow2_jax.weights.other_formats import require_folder, require_unquantised, what_it_is
+from starflow2_jax.weights.other_formats import advice, require_folder, require_unquantised, what_it_is
 from starflow2_jax.weights.table import WeightError, refuse
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,17 +30,17 @@ class Entry:
 
     @property
     def dtype(self) -> np.dtype:
-        """Its type. KeyError for one that we do not know."""
+        """The tensor's type. Raises KeyError if `kind` is not in TYPES."""
         return TYPES[self.kind]
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The tensor's size in bytes. Raises KeyError as `dtype` does."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder, in the order of the files' bytes. Reads only headers. Raises WeightError."""
+    """Every tensor of a folder by name, in the order in which the files hold them. Reads only headers. Raises WeightError."""
     require_folder(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
@@ -62,13 +62,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
             faults.append(f"{folder / file} is missing; {INDEX} names it for {len(named)} tensors")
             continue
         try:
-            held = _read_header(folder / file)
+            present = _read_header(folder / file)
         except WeightError as error:
             faults.append(str(error))
             continue
-        faults += [f"{INDEX} says that {file} holds {name}, but it does not" for name in sorted(named - set(held))]
-        faults += [f"{file} holds {name}, but {INDEX} does not say so" for name in sorted(set(held) - named)]
-        entries |= {name: entry for name, entry in held.items() if name in named}
+        faults += [f"{INDEX} says that {file} holds {name}, but it does not" for name in sorted(named - set(present))]
+        faults += [f"{file} holds {name}, but {INDEX} does not say so" for name in sorted(set(present) - named)]
+        entries |= {name: entry for name, entry in present.items() if name in named}
     refuse(faults)
     return entries
 
@@ -98,23 +98,23 @@ def _read_header(file: Path) -> dict[str, Entry]:
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
     except (OSError, safetensors.SafetensorError) as error:
-        raise WeightError(f"{file} cannot be read: {reason(error)}; fetch it again") from None
+        raise WeightError(f"{file} cannot be read: {reason(error)}; {advice(file)}") from None
     header.pop("__metadata__", None)
     header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
     return {n: Entry(file, 8 + size + h["data_offsets"][0], tuple(h["shape"]), h["dtype"]) for n, h in header.items()}
 
 
 def read_tensor(entry: Entry) -> np.ndarray:
-    """A tensor, read into memory of its own: a mapped file would count as memory until it is closed.
+    """A tensor, read into new memory. (A memory-mapped file would count as used memory until it is closed.)
 
-    Raises WeightError.
+    Raises WeightError if the file ends too early.
     """
     value = next(_read(entry, math.prod(entry.shape)), np.empty(0, entry.dtype))
     return value.reshape(entry.shape)
 
 
 class FolderTensors(Mapping):
-    """The folder's tensors by name, each read on access. Raises WeightError as `read_entries` does."""
+    """The tensors of a folder by name, each read on access. Raises WeightError as `read_entries` does."""
 
     def __init__(self, folder: Path):
         self.entries = read_entries(folder)
@@ -130,14 +130,14 @@ class FolderTensors(Mapping):
 
 
 def same_bits(a: Entry, b: Entry, numbers: int = 2**22) -> bool:
-    """Whether two tensors are equal bit for bit; reads `numbers` at a time of each."""
+    """Whether two tensors are equal bit for bit. Reads `numbers` numbers of each at a time."""
     if (a.shape, a.kind) != (b.shape, b.kind):
         return False
     return all(x.tobytes() == y.tobytes() for x, y in zip(_read(a, numbers), _read(b, numbers), strict=True))
 
 
 def _read(entry: Entry, numbers: int) -> Iterator[np.ndarray]:
-    """The tensor's numbers, flat, `numbers` at a time."""
+    """The tensor's numbers in flat arrays of at most `numbers` numbers. Raises WeightError if the file ends too early."""
     total = math.prod(entry.shape)
     for start in range(0, total, max(numbers, 1)):
         count = min(numbers, total - start)

@@ -1,4 +1,4 @@
-"""What a folder is that holds no plain safetensors model, and what its user can do about it."""
+"""Recognises folders that hold no plain safetensors model, and says what the user can do."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,19 +10,12 @@ from starflow2_jax.weights.table import WeightError
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LONGEST_POINTER = 1024  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-PLAIN_TYPES = {
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "I64",
-    "BOOL",
-}  # as safetensors names them; no quantiser stores weights in these
+PLAIN_TYPES = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}  # types in safetensors that no quantiser stores weights in
 QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def require_folder(folder: Path) -> None:
-    """Raises WeightError unless `folder` is one, and its files are the files themselves, not Git LFS pointers."""
+    """Raises WeightError unless `folder` is a folder whose files are not Git LFS pointers."""
     if folder.is_file():
         raise WeightError(
             f"{folder} {_GGUF if folder.suffix == '.gguf' else 'is a file; give the folder that holds it'}"
@@ -36,9 +29,10 @@ def require_folder(folder: Path) -> None:
 
 
 def require_unquantised(folder: Path, types: Iterable[str], fits: bool = True) -> None:
-    """Raises WeightError if the tensors' types are those of quantised weights.
+    """Raises WeightError if a folder's weights are quantised.
 
-    fits: False if names or shapes are wrong; then a quantiser's settings in the folder are enough.
+    types: of its tensors, as safetensors names them. fits: whether names and shapes are right; if not, a quantiser's
+    settings in the folder are enough evidence.
     """
     strange, method = sorted(set(types) - PLAIN_TYPES), _quantiser(folder)
     if strange or (method and not fits):
@@ -49,7 +43,7 @@ def require_unquantised(folder: Path, types: Iterable[str], fits: bool = True) -
 
 
 def what_it_is(folder: Path) -> str:
-    """A folder without the files of a safetensors model: the rest of a sentence that says what it is and what to do."""
+    """What a folder without a safetensors model holds, and what to do: a sentence whose subject, the folder, is left out."""
     files = sorted(path.name for path in folder.iterdir())
     snapshots = sorted(path.parent for path in folder.glob("**/snapshots/*/config.json"))
     if "vlm.json" in files:
@@ -72,16 +66,30 @@ def what_it_is(folder: Path) -> str:
         )
         return f"is a cache of the Hugging Face hub; give {which}"
     if pickles := [name for name in files if name.endswith(PICKLES)]:
-        return (
-            f"holds weights as pickles of PyTorch ({_some(pickles)}), which are never unpickled here; load them with "
-            "transformers, write them with save_pretrained(..., safe_serialization=True) and give that folder"
-        )
+        return f"holds weights as pickles of PyTorch ({_some(pickles)}), which are never unpickled here; {_RESAVE}"
     if any(name.endswith(".safetensors") for name in files):
         return "holds neither model.safetensors nor model.safetensors.index.json; fetch the index of its safetensors files too"
     holds = f"it holds {_some(files)}" if files else "it is empty"
     return f"holds neither model.safetensors nor model.safetensors.index.json ({holds}); give the folder that holds the weights"
 
 
+def advice(file: Path) -> str:
+    """What to do about a .safetensors file that cannot be read as one."""
+    try:
+        with file.open("rb") as opened:
+            begin = opened.read(4)
+    except OSError:
+        begin = b""
+    if begin == b"GGUF":
+        return "it is a GGUF file, whose weights are quantised; give the folder of the unquantised safetensors model"
+    if begin.startswith((b"PK", b"\x80")):
+        return f"it is a pickle of PyTorch, which is never unpickled here; {_RESAVE}"
+    if begin.startswith(b"<"):
+        return "it is a web page; fetch the file itself"
+    return "fetch it again"
+
+
+_RESAVE = "load it with transformers, write it with save_pretrained(..., safe_serialization=True) and give that folder"
 _GGUF = "holds weights in the GGUF format, which are quantised; give the folder of the unquantised safetensors model"
 
 
@@ -92,7 +100,7 @@ def _is_pointer(file: Path) -> bool:
 
 
 def _quantiser(folder: Path) -> str | None:
-    """The name of the method that quantised the folder's weights; None if its files name none."""
+    """The evidence in a folder's files that its weights are quantised, as part of a message; None if there is none."""
     config = _values(folder / "config.json")
     for values in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
@@ -103,7 +111,7 @@ def _quantiser(folder: Path) -> str | None:
 
 
 def _values(file: Path) -> dict:
-    """The JSON object in a file; empty if there is none."""
+    """The JSON object in a file; empty if the file has none or cannot be read."""
     try:
         values = read_json_file(file)
     except UserError:
@@ -112,5 +120,5 @@ def _values(file: Path) -> dict:
 
 
 def _some(names: list[str]) -> str:
-    """The first names of a list, and how many there are if that is more."""
+    """The first three names of a list, and the number of the others."""
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:3])} and {len(names) - 3} more"

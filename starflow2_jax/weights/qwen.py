@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's checkpoints as our VLM: its options become a QwenConfig, its tensors our parameters, and back."""
+"""Qwen2.5-VL's checkpoints: config.json becomes a QwenConfig, and a weight table maps tensors to our parameters."""
 
 import dataclasses
 from collections.abc import Collection
@@ -13,6 +13,7 @@ from starflow2_jax.weights.table import Rule, WeightError, from_heads, linear, n
 
 
 def _published(vision_hidden: int = 3420, **text) -> QwenConfig:
+    """A published size, by the options in which sizes differ."""
     vision = VisionConfig(
         layers=32, width=1280, heads=16, mlp_hidden=vision_hidden, out_width=text["width"], dtype="bfloat16"
     )
@@ -26,7 +27,7 @@ QWEN2_5_VL = {
         vocabulary=152064, layers=64, width=5120, heads=40, kv_heads=8, mlp_hidden=27648, vision_hidden=3456
     ),
 }
-# How the names of text and vision tensors begin: the reference library saves the older form and reads both.
+# Prefixes of the names of text and vision tensors. The reference library saves OLDER and reads both.
 OLDER, NEWER = ("model.", "visual."), ("model.language_model.", "model.visual.")
 EMBEDDING, HEAD = "vlm/token_embedding/embedding", "lm_head.weight"
 STACK, HEADS = "stack/layers/", ("query", "key", "value")
@@ -35,7 +36,7 @@ STACK, HEADS = "stack/layers/", ("query", "key", "value")
 def read_folder(folder: Path, dtype: str) -> QwenConfig:
     """The reference's config.json and settings of its image processor -> our config that computes in `dtype`.
 
-    Prints the defaults that stand in for settings of the processor. Raises WeightError.
+    Warns on stderr if the folder lacks settings of the processor, for which defaults are used. Raises WeightError.
     """
     cfg = read_config(folder / "config.json", dtype)
     if cfg.vision is None:
@@ -46,8 +47,8 @@ def read_folder(folder: Path, dtype: str) -> QwenConfig:
 def read_config(path: Path, dtype: str) -> QwenConfig:
     """The reference's config.json -> our config that computes in `dtype`.
 
-    An option that the file leaves out has the reference's default. Raises WeightError for a file that cannot be read,
-    or that asks for something we do not support.
+    An option that the file leaves out has the reference's default. Raises WeightError for a file that cannot be read, or
+    has options that we do not support.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2_5_VLConfig
@@ -57,7 +58,9 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
     values = read_json_file(path, WeightError)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "qwen2_5_vl":
-        raise WeightError(f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind))}, not 'qwen2_5_vl'")
+        raise WeightError(
+            f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind), 60)}, not 'qwen2_5_vl'; give a folder of that model"
+        )
     try:
         reference: Any = Qwen2_5_VLConfig.from_dict(values)
         text, vision = reference.text_config, reference.vision_config
@@ -116,11 +119,12 @@ def _refuse_unsupported(path: Path, text: Any, vision: Any) -> None:
         ),
     }
     if faults := [f"{name} = {have!r}" for name, (have, want) in found.items() if have != want]:
-        raise WeightError(f"{path} asks for what is not supported: {', '.join(faults)}")
+        raise WeightError(f"{path} has options that are not supported: {', '.join(faults)}")
 
 
 def table(cfg: QwenConfig, names: Collection[str] = ()) -> tuple[Rule, ...]:
-    """The weight table of `abstract_params(cfg)`, for a folder that holds tensors of these names (none: OLDER)."""
+    """The weight table of `abstract_params(cfg)`. `names`: of the folder's tensors, which have the OLDER or NEWER prefixes;
+    empty: OLDER."""
     text, vision = generation(names)
     layer = text + "layers.{layer}."
     rules = (
@@ -136,7 +140,7 @@ def table(cfg: QwenConfig, names: Collection[str] = ()) -> tuple[Rule, ...]:
 
 
 def copies(cfg: QwenConfig) -> dict[str, str]:
-    """Tensors that a folder may hold twice: the text head where it is tied to the token embeddings."""
+    """Tensors that a folder may hold as copies of parameters: the text head, if it is tied to the token embeddings."""
     return {HEAD: EMBEDDING} if cfg.tied_head else {}
 
 
@@ -168,5 +172,5 @@ def _vision(v: VisionConfig, source: str) -> tuple[Rule, ...]:
 
 
 def generation(names: Collection[str]) -> tuple[str, str]:
-    """OLDER or NEWER, by the names of a folder's tensors."""
+    """OLDER or NEWER, whichever prefixes the names of a folder's tensors have."""
     return NEWER if any(name.startswith(NEWER) for name in names) else OLDER

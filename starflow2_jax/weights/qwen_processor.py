@@ -1,4 +1,4 @@
-"""Image sizes and normalisation of Qwen2.5-VL's processor, in all forms in which `transformers` 4 and 5 save them."""
+"""Reads the image sizes and normalisation of Qwen2.5-VL's processor, as `transformers` 4 and 5 save them."""
 
 import dataclasses
 import sys
@@ -9,8 +9,8 @@ from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.text_files import read_json_file, reason, shorten
 from starflow2_jax.weights.table import WeightError
 
-# The first of these files that holds settings of an image processor counts. `transformers` 5 writes them to
-# processor_config.json, under the key image_processor; `transformers` 4 writes preprocessor_config.json.
+# Files with the settings; the first one that has some is used. `transformers` 5 writes them to processor_config.json,
+# under the key image_processor; `transformers` 4 writes preprocessor_config.json.
 FILES = ("processor_config.json", "preprocessor_config.json")
 NESTED = "image_processor"
 BICUBIC = 3
@@ -19,8 +19,8 @@ BICUBIC = 3
 def read_processor(folder: Path, vision: VisionConfig) -> VisionConfig:
     """`vision` with the settings of the folder's image processor.
 
-    Prints to stderr the defaults that stand in for settings that the folder does not have. Raises WeightError for files
-    that cannot be read, do not fit `vision`, or ask for something that we do not support.
+    Warns on stderr if the folder lacks settings, for which the values in `vision` are used. Raises WeightError for files
+    that cannot be read, contradict `vision`, or have settings that we do not support.
     """
     path, values = _find(folder)
     try:
@@ -33,13 +33,15 @@ def read_processor(folder: Path, vision: VisionConfig) -> VisionConfig:
         raise WeightError(f"{path} cannot be read as a processor's options: {reason(error)}") from None
     if missing := [name for name in ("min_pixels", "max_pixels", "mean", "std") if name not in found]:
         used = ", ".join(f"{name} {getattr(cfg, name)}" for name in missing)
-        where = f"{path} does not say them" if values else f"there is neither {' nor '.join(FILES)} in {folder}"
-        print(f"WARNING: these settings of the image processor are defaults, because {where}: {used}", file=sys.stderr)
+        where = f"{path} lacks them" if values else f"there is neither {' nor '.join(FILES)} in {folder}"
+        print(
+            f"WARNING: defaults are used for settings of the image processor, because {where}: {used}", file=sys.stderr
+        )
     return cfg
 
 
 def _find(folder: Path) -> tuple[Path, dict]:
-    """The file with the settings of the image processor, and those settings; none if no file has any."""
+    """The file with the settings of the image processor, and the settings; these are empty if no file has any."""
     for path in (folder / name for name in FILES):
         if not path.is_file():
             continue
@@ -55,10 +57,11 @@ def _find(folder: Path) -> tuple[Path, dict]:
 
 
 def _refuse_unsupported(path: Path, values: dict, vision: VisionConfig) -> None:
+    """Raises WeightError for settings that contradict config.json, and for those that we do not support."""
     sizes = {"patch_size": vision.patch, "merge_size": vision.merge, "temporal_patch_size": vision.temporal_patch}
     for name, have in sizes.items():
         if (given := values.get(name)) not in (None, have):
-            raise WeightError(f"{path} has {name} {shorten(given)} where config.json has {have}")
+            raise WeightError(f"{path} has {name} {shorten(given)}, but config.json has {have}")
     faults = [
         f"{name} = {values[name]}" for name in ("do_resize", "do_rescale", "do_normalize") if values.get(name) is False
     ]
@@ -67,11 +70,11 @@ def _refuse_unsupported(path: Path, values: dict, vision: VisionConfig) -> None:
     if (factor := values.get("rescale_factor")) is not None and abs(factor * 255 - 1) > 1e-3:
         faults.append(f"rescale_factor = {factor} (only 1/255)")
     if faults:
-        raise WeightError(f"{path} asks for what is not supported: {', '.join(faults)}")
+        raise WeightError(f"{path} has settings that are not supported: {', '.join(faults)}")
 
 
 def _settings(values: dict, channels: int) -> dict:
-    """The fields of a VisionConfig that the settings give."""
+    """The fields of VisionConfig that the settings have, with their values. Raises TypeError or ValueError."""
     size = values.get("size") or {}
     if not isinstance(size, dict):
         raise ValueError(f"its size is {size!r}; it must have shortest_edge and longest_edge")

@@ -1,8 +1,7 @@
-"""The arrays of an orbax checkpoint, written and read slice by slice, so that no array has to fit in memory.
+"""The arrays of an orbax checkpoint, written and read in slices, so that no array has to fit in memory.
 
-Without OCDBT, orbax keeps each array in a zarr folder of its own beside a description of the tree. Here orbax writes
-the description, with single numbers as placeholders, and TensorStore then writes arrays of the real shapes in their
-places.
+Without its option OCDBT, orbax saves each array in a zarr folder of its own, beside a description of the tree. Here orbax
+saves a tree of single numbers, which makes the description; TensorStore then replaces these by arrays of the real shapes.
 """
 
 import itertools
@@ -25,13 +24,16 @@ CHUNK = 2**24  # bytes that are read, hashed and written at a time, at most
 
 
 class ArrayStore:
-    """The arrays of a checkpoint by path ("vlm/norm/scale").
+    """Writes or reads the arrays of a checkpoint by path, such as "vlm/norm/scale".
 
-    `content_hash` is right once every array has been written, or read, exactly once.
+    `content_hash` is valid when every array has been written, or read, exactly once.
     """
 
     def __init__(self, folder: Path, tree: dict, create: bool):
-        """`tree`: shapes and types of all arrays. Raises ValueError if an existing checkpoint has other shapes."""
+        """Make the checkpoint `folder` if `create`, else open it. `tree`: shapes and types of all arrays.
+
+        Raises ValueError if an existing checkpoint has other shapes.
+        """
         leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
         if create:
             _describe(folder, tree)
@@ -42,7 +44,7 @@ class ArrayStore:
         """Write an array, or its slice `layer`, chunk by chunk."""
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
-            piece = np.array(value[index], order="C")  # a copy: JAX frees it late, and must not keep `value` alive
+            piece = np.array(value[index], order="C")  # a copy: JAX may keep it for a while, and `value` is large
             done = array[index].write(piece)
             self._count(path, layer, index, piece)
             done.result()
@@ -61,15 +63,16 @@ class ArrayStore:
         return value
 
     def dtype(self, path: str) -> np.dtype:
-        """The type of an array in the files."""
+        """The type of an array in the checkpoint."""
         return self._arrays[path].dtype.numpy_dtype
 
     def content_hash(self) -> str:
-        """The content hash of all that was written or read."""
+        """The content hash of the arrays that were written or read."""
         arrays = self._arrays.items()
         return combine((path, a.dtype.numpy_dtype, a.shape, self._sums[path]) for path, a in arrays)
 
     def _count(self, path: str, layer: int | None, index: tuple[slice, ...], piece: np.ndarray) -> None:
+        """Add a piece to the sums of its array, for the content hash."""
         start = tuple(i.start for i in index)
         if layer is not None:
             start, piece = (layer, *start), piece[None]
@@ -77,7 +80,7 @@ class ArrayStore:
 
 
 def _describe(folder: Path, tree: dict) -> None:
-    """Write a checkpoint of the tree with a single number for each array."""
+    """Save a checkpoint of the tree, with a single number in place of each array."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # orbax warns that a checkpoint without OCDBT has no OCDBT files to merge
     try:
@@ -88,6 +91,7 @@ def _describe(folder: Path, tree: dict) -> None:
 
 
 def _open(folder: Path, path: str, x: jax.ShapeDtypeStruct, create: bool) -> ts.TensorStore:
+    """The zarr array of a parameter; `create`: replaces what is there by an empty one. Raises ValueError for another shape."""
     name = path.replace("/", ".")  # as orbax names it
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / name}/"}}
     if not create:
@@ -102,7 +106,7 @@ def _open(folder: Path, path: str, x: jax.ShapeDtypeStruct, create: bool) -> ts.
 
 
 def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of a chunk: the longest sides are halved until it has at most CHUNK bytes."""
+    """The shape of a chunk of at most CHUNK bytes: the array's shape, of which the longest side is halved repeatedly."""
     chunk = list(shape)
     while math.prod(chunk) * itemsize > CHUNK:
         longest = chunk.index(max(chunk))
@@ -111,7 +115,7 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def _blocks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """The index of every chunk of an array."""
+    """The index of every chunk of an array, as slices."""
     ranges = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
     for starts in itertools.product(*ranges):
         yield tuple(slice(a, min(a + c, n)) for a, c, n in zip(starts, chunk, shape, strict=True))

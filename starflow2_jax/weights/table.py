@@ -1,7 +1,7 @@
-"""Weight tables: data that say which tensor of another project's checkpoint is which of our parameters.
+"""Weight tables: which tensor of another project's checkpoint corresponds to which of our parameters.
 
-A table is a sequence of rules. Together with the shapes of our parameters it gives the name and shape of every tensor
-that the checkpoint must hold. Import and export both walk this list.
+A table is a sequence of rules. From it and the shapes of our parameters, `expected` lists every tensor that the checkpoint
+must hold, with its name and shape. Import and export both follow this list.
 """
 
 import math
@@ -13,29 +13,30 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from flax import traverse_util
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.text_files import reason
 
-SHOWN, SHOWN_OF_A_KIND = 20, 5  # faults in a message, at most
+SHOWN, SHOWN_OF_A_KIND = 20, 5  # largest number of faults in a message, in all and of one kind
 FIELD = re.compile(r"\{(\w+)\}")
 
 
 class WeightError(UserError):
-    """Weights that cannot be read or do not fit the model. The message counts the faults and lists the first ones."""
+    """Weights that cannot be read or do not fit the model. The message has the number of faults and the first ones."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One source tensor <-> one of our parameters, or several that the source joins along its first axis.
+    """One source tensor <-> one of our parameters, or several that the source concatenates along its first axis.
 
-    source: name with numbered fields, as in "blocks.{block}.layers.{layer}.qkv.weight".
-    target: path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel". A field that only the
-        source has (at most one) is an index into the target's leading axis: the layers of a scan.
-    axes: the axes of source and target (without a leading layer axis), as in "(h k) e -> e h k". "1" is an axis of
-        size 1 that the target does not have. None: both have the same axes.
-    sizes: sizes of axes that appear only within groups, as in {"p": 14}; a missing one is taken from the given tensor.
+    source: the tensor's name with fields for numbers, as in "blocks.{block}.layers.{layer}.qkv.weight".
+    target: the parameter's path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel". At most one
+        field can be in the source alone. It is an index into the target's first axis, which has the layers of a scan.
+    axes: the axes of source and target (without the axis of layers), as in "(h k) e -> e h k". "1" is an axis of size 1
+        that the target does not have. None: both have the same axes.
+    sizes: sizes of axes that appear only within groups, as in {"p": 14}; a missing one follows from the tensor's shape.
     """
 
     source: str
@@ -51,25 +52,25 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ignore:
-    """Source tensors whose whole name matches the regular expression `pattern` are not imported (e.g. buffers)."""
+    """Source tensors that are not imported, such as buffers: their whole name matches the regular expression `pattern`."""
 
     pattern: str
 
 
 @dataclass(frozen=True)
 class Part:
-    """The place of one piece of a source tensor: a parameter, or its slice `layer`, of this shape."""
+    """The parameter, or one layer of a parameter, that a piece of a source tensor fills."""
 
-    path: str
-    layer: int | None
-    shape: tuple[int, ...]
+    path: str  # of the parameter
+    layer: int | None  # index into the parameter's first axis; None: the whole parameter
+    shape: tuple[int, ...]  # of the parameter or of its layer
 
 
 Table = Sequence[Rule | Ignore]
 
 
 class Head(NamedTuple):
-    """The order of a head's channels, which rotary positions pair, in the source and in ours; `sizes` as in Rule."""
+    """The order of a head's channels in the source and in ours, as axes of a Rule. Rotary positions rotate pairs of them."""
 
     theirs: str
     ours: str
@@ -87,14 +88,14 @@ def linear(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
 
 
 def norm(source: str, target: str, bias: bool = True, head: Head = HALVES) -> tuple[Rule, ...]:
-    """Rules of a norm's scale and bias. `head` is the order of channels if it norms heads of queries or keys."""
+    """Rules of a norm's scale and bias. `head`: the order of channels, for a norm of the heads of queries or keys."""
     leaves = (("weight", "scale"), ("bias", "bias")) if bias else (("weight", "scale"),)
     axes = f"({head.theirs}) -> {head.ours}"
     return tuple(Rule(f"{source}.{theirs}", f"{target}/{ours}", axes, head.sizes) for theirs, ours in leaves)
 
 
 def to_heads(source: str, target: str | tuple[str, ...], head: Head = HALVES) -> tuple[Rule, ...]:
-    """Rules of a query, key or value map, (H K, E) -> (E, H, K), and its bias; of several if the source joins them."""
+    """Rules of a query, key or value map, (H K, E) -> (E, H, K), and its bias. Several targets: the source concatenates them."""
     targets = (target,) if isinstance(target, str) else target
     kernels, biases = (tuple(f"{t}/{leaf}" for t in targets) for leaf in ("kernel", "bias"))
     return (
@@ -104,15 +105,16 @@ def to_heads(source: str, target: str | tuple[str, ...], head: Head = HALVES) ->
 
 
 def from_heads(source: str, target: str, bias: bool = True, head: Head = HALVES) -> tuple[Rule, ...]:
-    """Rules of the map after attention's heads, (E, H K) -> (H, K, E), and its bias."""
+    """Rules of attention's output map, (E, H K) -> (H, K, E), and its bias."""
     kernel = Rule(f"{source}.weight", f"{target}/kernel", f"e (h {head.theirs}) -> h {head.ours} e", head.sizes)
     return (kernel, Rule(f"{source}.bias", f"{target}/bias")) if bias else (kernel,)
 
 
 def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[Part, ...]]], list[str]]:
-    """The source tensors that fill `tree` (nested dicts of arrays or shapes), and the faults of the table itself.
+    """The source tensors that fill `tree` (nested dicts of arrays or shapes), and the faults of the table.
 
-    The tensors are by name: their rule, and the parts of `tree` that they fill. The faults are sentences.
+    The first result maps a tensor's name to its rule and the parts of `tree` that it fills. The second has one sentence for
+    each parameter that no rule or two rules fill, and for each tensor that two rules name.
     """
     leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
     shapes = {path: tuple(x.shape) for path, x in leaves.items()}
@@ -141,8 +143,8 @@ def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[P
 def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mapping) -> dict:
     """The tensors of a checkpoint as our parameters: nested dicts of NumPy arrays with the shapes and types of `tree`.
 
-    Raises WeightError, which counts the faults, unless each tensor belongs to exactly one rule, each parameter is filled, all
-    shapes fit and all numbers are finite.
+    Raises WeightError unless each tensor belongs to exactly one rule, each parameter is filled, all shapes fit and all
+    numbers are finite.
     """
     wanted, faults = expected(table, tree)
     faults += name_faults(table, wanted, tensors, lambda name: np.shape(tensors[name]))
@@ -167,7 +169,7 @@ def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mappin
 
 
 def refuse(faults: Sequence[str]) -> None:
-    """Raises WeightError, if there are faults, with their number and the first of each kind (that is, first word)."""
+    """Raises WeightError if there are faults, with their number and the first of each kind. A fault's first word is its kind."""
     if not faults:
         return
     kinds: dict[str, list[str]] = {}
@@ -181,16 +183,16 @@ def refuse(faults: Sequence[str]) -> None:
 
 
 def name_faults(table: Table, wanted: Mapping, names: Collection[str], shape_of: Callable) -> list[str]:
-    """Unexpected and missing names among a checkpoint's tensors, one sentence each.
+    """One sentence for each tensor that a checkpoint lacks, or has without need.
 
-    wanted: what `expected` gave for the table. shape_of: a name -> the tensor's shape, for the message.
+    names: of the checkpoint's tensors. wanted: the result of `expected`. shape_of: name -> shape, for the sentences.
     """
     faults = []
     ignored = [re.compile(rule.pattern) for rule in table if isinstance(rule, Ignore)]
     for name in names:
         ignores = any(pattern.fullmatch(name) for pattern in ignored)
         if name in wanted and ignores:
-            faults.append(f"tensor {name} belongs to a rule and is to be ignored")
+            faults.append(f"tensor {name} belongs to a rule, but another rule says to ignore it")
         elif name not in wanted and not ignores:
             faults.append(f"unexpected tensor {name} {tuple(shape_of(name))}")
     for name, (_, parts) in wanted.items():
@@ -200,7 +202,7 @@ def name_faults(table: Table, wanted: Mapping, names: Collection[str], shape_of:
 
 
 def _compile(template: str) -> re.Pattern:
-    """A template with {fields} -> a pattern that matches it, with a group of digits for each field."""
+    """A pattern that matches a template with {fields}; each field matches digits, as a group of the same name."""
     pieces = re.split(r"(\{\w+\})", template)
     return re.compile("".join(f"(?P<{p[1:-1]}>\\d+)" if FIELD.fullmatch(p) else re.escape(p) for p in pieces))
 
@@ -211,7 +213,7 @@ def _groups(side: str) -> list[list[str]]:
 
 
 def source_shape(rule: Rule, parts: Sequence[Part], given: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """The shape that the source tensor of `parts` must have; axes that nothing else fixes are taken from `given`."""
+    """The shape that the source tensor of `parts` must have. `given`: its actual shape, for sizes that nothing else fixes."""
     shapes = [_plan(rule, given, part.shape)[0] for part in parts]
     return shapes[0] if len(parts) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -225,7 +227,7 @@ def shape_fault(rule: Rule, parts: Sequence[Part], shape: tuple[int, ...]) -> st
 
 
 def cut(rule: Rule, parts: Sequence[Part], value: np.ndarray) -> list[np.ndarray]:
-    """Cut a source tensor of the right shape into the pieces for `parts`; they are views if possible."""
+    """Cut a source tensor of the right shape into the pieces that fill `parts`. They are views if possible."""
     pieces, start = [], 0
     for part in parts:
         shape, split, order = _plan(rule, value.shape, part.shape)
@@ -236,7 +238,7 @@ def cut(rule: Rule, parts: Sequence[Part], value: np.ndarray) -> list[np.ndarray
 
 
 def join(rule: Rule, parts: Sequence[Part], pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `cut`: join the pieces of `parts` to the source tensor."""
+    """The inverse of `cut`: the source tensor, made of the pieces that fill `parts`."""
     whole = []
     for part, piece in zip(parts, pieces, strict=True):
         shape, split, order = _plan(rule, (), part.shape)
@@ -245,9 +247,11 @@ def join(rule: Rule, parts: Sequence[Part], pieces: Sequence[np.ndarray]) -> np.
 
 
 def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple, list, list]:
-    """The source shape that fits `target`, that shape with its groups split, and the permutation of the split axes.
+    """How a source tensor becomes a piece of shape `target`: its own shape, its shape with the groups split into axes, and
+    the permutation of these axes.
 
-    Sizes come from the target; those that the target shows only within a group come from the rule, or from `source`.
+    Sizes come from `target`. Sizes of axes that `target` has only within a group come from the rule, or from the source
+    tensor's shape, `source`.
     """
     if rule.axes is None:
         return target, list(target), list(range(len(target)))
@@ -270,12 +274,13 @@ def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple
 def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
     """The arrays of a .npz, .safetensors, .pt or .pth file by name. Never unpickles. Raises WeightError.
 
-    If a .npz has names "param/...", only these are weights. A .safetensors file is read tensor by tensor, on access.
+    If a .npz file has names "param/...", only these arrays are returned, without this prefix. A .safetensors file is read
+    tensor by tensor, on access.
     """
     path = Path(path)
     reader = {".npz": _read_npz, ".safetensors": _Safetensors, ".pt": _read_torch, ".pth": _read_torch}.get(path.suffix)
     if reader is None:
-        raise WeightError(f"{path} is no .npz, .safetensors, .pt or .pth file")
+        raise WeightError(f"{path} is no .npz, .safetensors, .pt or .pth file; convert it to one of these")
     if not path.is_file():
         raise WeightError(f"there is no file {path}")
     return reader(path)
@@ -298,10 +303,8 @@ class _Safetensors(Mapping):
     """The tensors of a .safetensors file, each read on access."""
 
     def __init__(self, path: Path):
-        import safetensors
-
         try:
-            self._path, self._file = path, safetensors.safe_open(path, "np")
+            self._file = safetensors.safe_open(path, "np")
         except (OSError, safetensors.SafetensorError) as e:
             raise _unreadable(path, e) from e
         self._names = frozenset(self._file.keys())
@@ -327,9 +330,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds of errors for a damaged file
         raise WeightError(
-            f"{path} cannot be read: it is damaged or holds more than tensors, and is not unpickled"
+            f"{path} cannot be read: it is damaged or holds objects other than tensors, which are never unpickled here; "
+            "save its tensors as .safetensors"
         ) from e
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise WeightError(f"{path} does not hold a flat dictionary of tensors")
+        raise WeightError(f"{path} does not hold a flat dictionary of tensors; save its state_dict alone")
     wide = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in state.items()}
     return {name: value.numpy() for name, value in wide.items()}

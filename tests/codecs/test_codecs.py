@@ -57,7 +57,7 @@ def test_it_is_the_same_after_it_was_saved(codec, tmp_path):
 
 
 def test_a_kind_that_there_is_not(tmp_path):
-    with pytest.raises(UserError, match="'vae', and there are patch, latents.*--import"):
+    with pytest.raises(UserError, match="'vae', but the known kinds are patch, latents.*--import"):
         restore_codec(tmp_path, {"kind": "vae"})
 
 

@@ -1,11 +1,14 @@
 """`starflow2 config`, and the chip as an option of the commands that take an experiment."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from starflow2_jax import cli
+from starflow2_jax.codecs.patch import PatchCodec, PatchOptions
+from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.fields import keys
@@ -65,10 +68,25 @@ def test_the_chip_is_an_option(command, capsys, monkeypatch):
             cli.main([command, *COMMANDS[command], "--config", "starflow2_7b_t2i", "--chip", "v5e"])
     assert seen[0].stages.text_to_image.rows == 512 and seen[0].model.deep.kernel == "splash"
     for name, chip, said in (
-        ("starflow2_7b_t2i", "v4", "knows the chips v5e, v5p, v6e, not 'v4'"),
-        ("digits_quick", "v5e", "digits_quick.py is the same for all chips; leave out --chip v5e"),
+        ("starflow2_7b_t2i", "v4", "settings for the chips v5e, v5p, v6e, not for 'v4'"),
+        ("digits_quick", "v5e", "digits_quick.py has the same settings for all chips; leave out --chip v5e"),
         ("starflow2_7b_t2i:v5e", "v5e", "there is no experiment file starflow2_7b_t2i:v5e"),
     ):
         assert cli.main([command, *COMMANDS[command], "--config", name, "--chip", chip]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+
+
+@dataclass(frozen=True)
+class Undeclared(PatchOptions):
+    side: int = 3
+
+
+@pytest.mark.parametrize("command", (["config"], ["train", "--config.codec.side=4"]))
+def test_an_option_without_help_is_refused(command, monkeypatch, tmp_path, capsys):
+    """A codec from outside with a plain dataclass field: one sentence that names the field."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(CODECS, "plain", type("Plain", (PatchCodec,), {"Options": Undeclared}))
+    assert cli.main([*command, "--config", "digits_quick", "--config.codec.kind=plain"]) == 2
+    said = capsys.readouterr().err
+    assert "Undeclared.side has no line of help" in said and said.count("\n") == 1 and "option(HELP, DEFAULT)" in said

@@ -42,21 +42,23 @@ def test_a_star_sets_all_stages():
     assert {s.steps for s in config.stages.values()} == {s.steps for s in before.stages.values()}
 
 
-def test_a_stage_or_a_share_can_be_added():
-    given = ["stages.pretrain.steps=7", "order=pretrain,text_to_image", "stages.pretrain.shares.caption=0.5"]
+def test_a_stage_or_a_weight_can_be_added():
+    given = ["stages.pretrain.steps=7", "order=pretrain,text_to_image", "stages.pretrain.mix.caption=0.5"]
+    given += ["data.source=None", "data.sources.caption.path=digits"]
     config = configs.load("starflow2_7b_t2i", given)
     assert config.order == ("pretrain", "text_to_image") and config.stages.pretrain.steps == 7
-    assert config.stages.pretrain.rows == 256 and config.stages.pretrain.shares.caption == 0.5
+    assert config.stages.pretrain.rows == 256 and config.stages.pretrain.mix.caption == 0.5
+    assert config.data.sources.caption.kind == "caption"  # a default of that source
     assert config.is_locked and config.stages.pretrain.optimizer.is_locked
 
 
 def test_the_options_of_another_kind_go_with_it(tmp_path):
     """In whichever order they are typed; what an experiment says of its own kind is not in the way."""
-    latents = ["codec.grid=4,4", "codec.channels=4", "codec.kind=latents", "data.source=mine.jsonl"]
+    latents = ["codec.grid=4,4", "codec.channels=4", "codec.kind=latents", "data.sources.*.path=mine.jsonl"]
     for given in (latents, latents[::-1]):
         config = configs.load("digits", given)
         assert config.codec.to_dict() == dict(kind="latents", grid=(4, 4), channels=4, shift=0.0, scale=1.0)
-        assert config.data.source == "mine.jsonl" and "warp" not in config.data
+        assert config.data.sources.read.path == "mine.jsonl" and "warp" not in config.data.sources.read
     file = tmp_path / "odd.py"
     file.write_text(
         (configs.EXPERIMENTS / "digits_quick.py").read_text().replace("c.noise", "c.codec.grd = 1\n    c.noise")
@@ -95,7 +97,7 @@ def test_the_options_of_another_kind_go_with_it(tmp_path):
         ("digits_quick", ["model.vlm.vision.out_width=64"], ("vlm.vision.out_width=64", "vlm.width=128")),
         ("digits_quick", ["model.vlm.vision.channels=1"], ("model.vlm.vision", "mean and std", "1 channels")),
         ("digits_quick", ["model.vlm.vision.max_pixels=9"], ("model.vlm.vision", "min_pixels=64", "max_pixels=9")),
-        ("digits_quick", ["stages.joint.shares.read=-1"], ("stages.joint.shares.read", "at least 0")),
+        ("digits_quick", ["stages.joint.mix.read=-1"], ("stages.joint.mix.read", "at least 0")),
         ("digits_quick", ["stages.*=3"], ("'stages.*' is a group", "stages.pretrain.steps")),
         ("digits_quick", ["stages.jiont.rows=3"], ("'stages.jiont.rows'", "'stages.joint.rows'")),
         ("digits_quick", ["model.*.rows=3"], ("'model.*.rows'", "mean")),
@@ -113,7 +115,7 @@ def test_what_cannot_work_is_refused_when_the_config_is_loaded(name, overrides, 
     ("rows=16", "row=16", ("stages.", "'row'", "'rows'")),
     ("rows=16", "rows=16.0", (".rows takes an int", "16.0")),
     ("joint=stage", "jiont=stage", ("'jiont'", "'joint'")),
-    ('c.data = dict(source="digits")', "c.data = 3", ("data", "group", "3")),
+    ('c.data = dict(sources=sources | held_out)', "c.data = 3", ("data", "group", "3")),
     ("def get_config", "def config", ("has no get_config",)),
     ("vocabulary=416, ", "", ("model.vlm", "lacks vocabulary", "tokens")),
 ])  # fmt: skip

@@ -8,7 +8,7 @@ import tiny
 from refused import refused
 
 from starflow2_jax.data.documents import DocumentError, Image, Text
-from starflow2_jax.data.tokenizer import IMAGE_MARK, chat, flat, load
+from starflow2_jax.data.tokenizer import IMAGE_MARK, chat, flat, load, train
 
 OPEN, CLOSE = (
     "{% for m in messages %}<{{ m.role }}>",
@@ -86,5 +86,38 @@ def test_a_template_in_a_file_of_the_processor(tmp_path, file):
     assert not load(tmp_path).chat_template
     (tmp_path / file).write_text(json.dumps({"chat_template": LIST}), encoding="utf-8-sig")
     assert load(tmp_path).chat_template == LIST
+    named = [{"name": "default", "template": LIST}, {"name": "tools", "template": PRINTED}]
+    (tmp_path / file).write_text(json.dumps({"chat_template": named}))
+    assert load(tmp_path).chat_template == {"default": LIST, "tools": PRINTED}
     tokenizer(EITHER).save_pretrained(tmp_path)
     assert load(tmp_path).chat_template == EITHER
+
+
+def test_files_with_a_byte_order_mark(tmp_path):
+    """In each file that `transformers` reads, and in a template of another name, which lies in a folder below."""
+    tokenizer({"default": LIST, "tools": PRINTED}).save_pretrained(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".jinja"} and len(files) == 4
+    for path in files:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(tmp_path).chat_template == {"default": LIST, "tools": PRINTED}
+    assert flat(chat(load(tmp_path), WORDS))[0] == "<system>be brief, ß<user>what is this?<assistant>"
+    assert all(path.read_bytes().startswith(b"\xef\xbb\xbf") for path in files)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b'"x"', b"[" * 100_000, b"9" * 5000, b"\xff\xfe[\0"])
+def test_a_tokenizer_that_cannot_be_read(tmp_path, content):
+    tiny.tokenizer().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            load(tmp_path)
+        assert str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+        (tmp_path / name).write_bytes(kept)
+
+
+def test_a_vocabulary_may_be_larger_than_any_text_needs():
+    """2**31 - 1 makes the trainer of `tokenizers` abort the process, because it reserves memory for so many tokens."""
+    few, many = (train(["a seven", "a two"], size) for size in (5000, 2**31 - 1))
+    assert few.get_vocab() == many.get_vocab() and len(few) < 300

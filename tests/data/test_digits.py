@@ -1,25 +1,24 @@
 """The digits: their split, documents that depend on (seed, i) alone, the pipeline's position, the tokenizer's files."""
 
-import jax
 import numpy as np
 import pytest
-import tiny
 from sklearn.datasets import load_digits
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.reading import CheckpointError
-from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.data import digits, tokenizer
-from starflow2_jax.data.documents import CaptionsDropped, Image, Shown, Text
-from starflow2_jax.data.pipeline import Encoder, batches
+from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.evaluation.digits import classify
-from starflow2_jax.sequence import Shape
-
-SHARES = digits.EVEN
 
 
-def documents(shares, seed: int, **options) -> digits.Digits:
-    return digits.Digits(options=digits.DigitOptions(**options)).for_stage(shares, seed)
+def documents(kind: str, **options) -> digits.Digits:
+    return digits.Digits(options=digits.DigitOptions(kind=kind, **options))
+
+
+def mixed(count: int) -> list:
+    """Documents of all kinds in turn."""
+    sources = [documents(kind) for kind in digits.KINDS]
+    return [sources[i % len(sources)][i] for i in range(count)]
 
 
 def keys(pixels) -> set[bytes]:
@@ -55,17 +54,18 @@ def test_no_document_mixes_the_splits(name):
     allowed = keys(theirs) | keys(theirs[:, :, ::-1])
     foreign = digits.split({"train": "held_out", "held_out": "train"}[name])[0]
     assert not keys(foreign) & keys(theirs)
-    source = digits.Digits(seed=3, part=name)
-    seen = keys(p for i in range(400) for p in images(source[i]))
+    sources = [documents(kind, part=name) for kind in digits.KINDS]
+    seen = keys(p for source in sources for i in range(80) for p in images(source[i]))
     assert len(seen) > 200 and seen <= allowed
 
 
-def test_document_i_depends_on_seed_and_i_alone():
-    source, again = (documents(SHARES, seed=5, warp=0.3) for _ in range(2))
+@pytest.mark.parametrize("kind", digits.KINDS)
+def test_document_i_depends_on_the_options_and_i_alone(kind):
+    source, again = (documents(kind, warp=0.3) for _ in range(2))
     backwards = {i: again[i] for i in reversed(range(50))}
     assert all(same(source[i], backwards[i]) for i in range(50))
-    other = documents(SHARES, seed=6, warp=0.3)
-    assert sum(same(source[i], other[i]) for i in range(50)) < 3
+    other = documents(digits.KINDS[digits.KINDS.index(kind) - 1], warp=0.3)
+    assert not any(same(source[i], other[i]) for i in range(50))
     assert sum(same(source[i], source[i + 1]) for i in range(50)) < 3
 
 
@@ -75,7 +75,7 @@ def test_what_the_documents_say_is_true():
     label_of = {p.tobytes(): int(label) for p, label in zip(pixels, labels, strict=True)}
 
     def told(kind):
-        source = documents({kind: 1.0}, seed=1)
+        source = documents(kind)
         for i in range(100):
             document = source[i]
             words = [p.text.strip() for p in document if isinstance(p, Text) and p.predict]
@@ -99,68 +99,12 @@ def test_what_the_documents_say_is_true():
         assert document[0].text.split()[-1] == words[-1] and 2 <= len(values) <= 5
 
 
-def test_captions_are_dropped_as_often_as_asked():
-    source = CaptionsDropped(documents({"caption": 1.0}, seed=0), 0.1, seed=0)
-    dropped = np.mean([len(source[i]) == 1 for i in range(2000)])
-    assert 0.07 < dropped < 0.13
-
-
-def test_captions_are_dropped_whatever_is_drawn_with_the_same_seed():
-    """Of a mixture, too, a tenth of the captions is left out, and of what is no caption nothing."""
-    mixed = documents({"caption": 1.0, "mirror": 3.0}, seed=0)
-    source, lengths = CaptionsDropped(mixed, 0.1, seed=0), [len(mixed[i]) for i in range(4000)]
-    left = [len(source[i]) for i in range(4000)]
-    assert all(after == before for before, after in zip(lengths, left, strict=True) if before == 3)
-    assert 0.07 < np.mean([after == 1 for before, after in zip(lengths, left, strict=True) if before == 2]) < 0.13
-
-
-def test_shares_are_those_asked_for():
-    source = documents({"read": 3.0, "mirror": 1.0}, seed=0)
-    assert 0.68 < np.mean([isinstance(source[i][-1], Text) for i in range(1000)]) < 0.82
-    with pytest.raises(ValueError, match="raed"):
-        documents({"raed": 1.0}, seed=0)
-
-
-def pipeline(vision: bool):
-    codec = PatchCodec.fit(digits.split("train")[0], 4)
-    encoder = Encoder(tiny.tokenizer(), codec, tiny.VISION if vision else None)
-    source = documents(SHARES, seed=2)
-    source = Shown(source) if vision else source
-    return iter(batches(source, encoder, Shape(4, 72, 5, 80)))
-
-
-def assert_same_batches(one, other, count: int):
-    for _ in range(count):
-        a, b = jax.tree.leaves(next(one)), jax.tree.leaves(next(other))
-        assert len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize("vision", (False, True))
-@pytest.mark.parametrize("after", (0, 1, 5))
-def test_a_saved_position_gives_the_same_next_batches(vision, after):
-    data, again = pipeline(vision), pipeline(vision)
-    for _ in range(after):
-        next(data)
-    position = data.get_state()
-    for _ in range(3):  # wherever the new one stands
-        next(again)
-    again.set_state(position)
-    assert_same_batches(data, again, 4)
-
-
-def test_the_pipeline_repeats_itself():
-    assert_same_batches(pipeline(False), pipeline(False), 3)
-    first, second = (next(data) for data in [pipeline(False)] for _ in range(2))
-    assert not np.array_equal(first.tokens, second.tokens)
-
-
 def test_the_tokenizer_survives_its_files(tmp_path):
     made = tokenizer.train(digits.texts(), 416)
     made.save_pretrained(str(tmp_path / "tokenizer"))
     read = CheckpointDirectory(tmp_path).tokenizer()
     assert tokenizer.TokenIds.of(read) == tokenizer.TokenIds.of(made) and len(read) == len(made) <= 416
-    source = documents(SHARES, seed=4)
-    texts = [p.text for i in range(100) for p in source[i] if isinstance(p, Text)]
+    texts = [p.text for document in mixed(100) for p in document if isinstance(p, Text)]
     for text in [*texts, "Grüße, 42 <tags> and\nlines", " two  blanks"]:
         ids = made.encode(text, add_special_tokens=False)
         assert read.encode(text, add_special_tokens=False) == ids
@@ -172,13 +116,13 @@ def test_the_tokenizer_survives_its_files(tmp_path):
 
 def test_warped_scans_stay_near_and_readable():
     """Every document differs, no scan moves far, and an independent classifier still reads most of them."""
-    plain, bent = (documents({"caption": 1.0}, seed=0, warp=w) for w in (0.0, 1.0))
+    plain, bent = (documents("caption", warp=w) for w in (0.0, 1.0))
     pairs = [(plain[i][-1].pixels, bent[i][-1].pixels) for i in range(200)]
     correlations = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]
     assert 0.75 < np.mean(correlations) < 0.99 and all(b.min() >= -1 and b.max() <= 1 for _, b in pairs)
     read = [classify([p[k] for p in pairs]) for k in (0, 1)]
     assert np.mean(read[0] == read[1]) > 0.8
-    half = documents({"caption": 1.0}, seed=0, warp=0.5)
+    half = documents("caption", warp=0.5)
     scans = {p.tobytes() for p in digits.split("train")[0]}
     as_it_was = [half[i][-1].pixels.tobytes() in scans for i in range(200)]
     assert 0.4 < np.mean(as_it_was) < 0.6

@@ -7,25 +7,24 @@ import numpy as np
 import pytest
 import tiny
 import tiny_experiment
+from etils import epath
 from PIL import Image as Pillow
 from PIL import ImageOps
 from refused import refused
 
-from starflow2_jax.data.documents import (
-    DocumentError,
-    Image,
-    Text,
-    from_json,
-    read_document,
-    read_image,
-    write_image,
-)
+from starflow2_jax.data.documents import Document, DocumentError, Image, LengthError, Text
+from starflow2_jax.data.images import ImageReader, read_image, write_image
+from starflow2_jax.data.json_documents import finished, from_json, read_document
 from starflow2_jax.data.jsonl import JsonlDocuments
-from starflow2_jax.data.pipeline import batches, collate
+from starflow2_jax.data.pipeline import RowEncoder, collate
 from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import STAGES
 from starflow2_jax.training.program import batch_shape
+
+
+def read(parts, folder) -> Document:
+    return finished(from_json(parts, epath.Path(folder)), ImageReader(1))
 
 
 def test_images(tmp_path):
@@ -101,11 +100,11 @@ def test_images_survive_their_files(tmp_path):
     ],
 )
 def test_parts_of_a_document(tmp_path, parts, saying):
-    refused(DocumentError, from_json, parts, tmp_path, 1, saying=saying)
+    refused(DocumentError, read, parts, tmp_path, saying=saying)
     (tmp_path / "data.jsonl").write_text('[{"text": "fine"}]\n\n' + json.dumps(parts) + "\n")
-    source = JsonlDocuments(tmp_path / "data.jsonl", 1)
+    source = JsonlDocuments(tmp_path / "data.jsonl")
     assert len(source) == 2 and source[0] == [Text("fine")]
-    refused(DocumentError, source.__getitem__, 1, saying=("data.jsonl, document 1", *saying))
+    refused(DocumentError, source.read, 1, ImageReader(1), saying=("data.jsonl, document 1", *saying))
 
 
 def test_files_of_documents(tmp_path):
@@ -115,22 +114,22 @@ def test_files_of_documents(tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x80")
     refused(DocumentError, read_document, tmp_path / "binary.json", 1, saying=("binary.json",))
     (tmp_path / "empty.jsonl").write_text("\n")
-    refused(DocumentError, JsonlDocuments, tmp_path / "empty.jsonl", 1, saying=("has no documents",))
-    refused(DocumentError, JsonlDocuments, tmp_path / "none.jsonl", 1, saying=("none.jsonl", "cannot be read"))
+    refused(DocumentError, JsonlDocuments, tmp_path / "empty.jsonl", saying=("has no documents",))
+    refused(DocumentError, JsonlDocuments, tmp_path / "none.jsonl", saying=("none.jsonl", "cannot be read"))
     (tmp_path / "mixed.jsonl").write_bytes(
         '[{"text": "Grüße"}]\r\n  \n'.encode() + b'[{"text": "\xff"}]\n[{"text": "b"}]'
     )
-    mixed = JsonlDocuments(tmp_path / "mixed.jsonl", 1)
+    mixed = JsonlDocuments(tmp_path / "mixed.jsonl")
     assert len(mixed) == 3 and mixed[0] == [Text("Grüße")] and mixed[2] == [Text("b")]
     refused(DocumentError, mixed.__getitem__, 1, saying=("mixed.jsonl, document 1", "cannot be read as text"))
 
 
 def test_files_that_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf[{"text": "a"}]\r\n\r\n[{"text": "b"}]\r\n')
-    source = JsonlDocuments(tmp_path / "data.jsonl", 1)
+    source = JsonlDocuments(tmp_path / "data.jsonl")
     assert [source[i] for i in range(len(source))] == [[Text("a")], [Text("b")]]
     (tmp_path / "blank.jsonl").write_bytes(b'\xef\xbb\xbf\n[{"text": "a"}]')
-    assert len(JsonlDocuments(tmp_path / "blank.jsonl", 1)) == 1
+    assert len(JsonlDocuments(tmp_path / "blank.jsonl")) == 1
     (tmp_path / "data.json").write_bytes(b'\xef\xbb\xbf[{"text": "a"}]')
     assert read_document(tmp_path / "data.json", 1) == [Text("a")]
 
@@ -146,7 +145,7 @@ def test_files_that_begin_with_a_byte_order_mark(tmp_path):
 )
 def test_odd_lines_are_refused_by_their_place(tmp_path, line, saying):
     (tmp_path / "data.jsonl").write_text('[{"text": "fine"}]\n\n' + line + "\n", encoding="utf-8")
-    source = JsonlDocuments(tmp_path / "data.jsonl", 1)
+    source = JsonlDocuments(tmp_path / "data.jsonl")
     refused(DocumentError, source.__getitem__, 1, saying=("data.jsonl, document 1 (line 3)", *saying))
     (tmp_path / "data.json").write_text("\n" + line, encoding="utf-8")
     refused(DocumentError, read_document, tmp_path / "data.json", 1, saying=("data.json", *saying))
@@ -180,7 +179,7 @@ def test_documents_that_do_not_fit_the_model():
 def test_documents_too_long_for_a_row(document, saying):
     shape = Shape(1, 40, 2, 16)
     refused(DocumentError, collate, [tiny.encoder()(document)], shape, saying=saying)
-    refused(DocumentError, next, iter(batches([document], tiny.encoder(), shape)), saying=saying)
+    refused(LengthError, RowEncoder(tiny.encoder(), shape), document, saying=saying)
 
 
 def test_images_for_the_vision_tower_where_a_stage_has_no_room_for_them():
@@ -188,14 +187,14 @@ def test_images_for_the_vision_tower_where_a_stage_has_no_room_for_them():
         [Image(tiny.pixels(0, (4, 4)), via="vit")],
         ("needs 4 patches", "holds 0", "raise stages.NAME.patches"),
     )
-    refused(DocumentError, next, iter(batches([seen], tiny.encoder(), Shape(1, 40, 2))), saying=saying)
+    refused(LengthError, RowEncoder(tiny.encoder(), Shape(1, 40, 2)), seen, saying=saying)
 
 
 def test_a_row_holds_at_most_so_many_documents():
     short = [[Text("a seven", predict=True)]] * 8
 
     def most(documents: int) -> int:
-        rows = next(iter(batches(short, tiny.encoder(), Shape(2, 64, 2, documents=documents))))
+        rows = next(tiny.batches(short, tiny.encoder(), Shape(2, 64, 2, documents=documents)))
         return int(rows.segments.max())
 
     assert most(0) > 3 and most(3) == 3

@@ -12,7 +12,10 @@ import tiny
 from starflow2_jax.data import groups as groups_module
 from starflow2_jax.data.documents import Text
 from starflow2_jax.data.groups import GroupedBatches, own_rows
-from starflow2_jax.data.pipeline import Encoder, batches
+from starflow2_jax.data.images import ImageReader
+from starflow2_jax.data.mixture import Stream
+from starflow2_jax.data.pipeline import Encoder, RowEncoder
+from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.parallel import sharding
 from starflow2_jax.sequence import FLOW, PAD, Shape
@@ -35,10 +38,15 @@ class Numbered:
         )
 
 
-def reader(host: int = 0, hosts: int = 1, groups: int = 4, source=None) -> GroupedBatches:
+def stream(source, name: str = "numbers", weight: float = 1.0, seed: int = 3) -> Stream:
+    return Stream(name, weight, source, Preparation(SourceConfig(path=name), ImageReader(1)), seed)
+
+
+def reader(host: int = 0, hosts: int = 1, groups: int = 4, **options) -> GroupedBatches:
     per_host = SHAPE.rows // hosts
     rows = range(host * per_host, (host + 1) * per_host)
-    return GroupedBatches(source or Numbered(), Encoder(tiny.tokenizer(), tiny.CODEC), SHAPE, groups, rows=rows)
+    encode = RowEncoder(Encoder(tiny.tokenizer(), tiny.CODEC), SHAPE)
+    return GroupedBatches([stream(Numbered())], encode, groups, rows=rows, **options)
 
 
 def joined(blocks: dict) -> list[np.ndarray]:
@@ -53,7 +61,7 @@ def read_on(hosts: list[GroupedBatches], count: int) -> list[list[np.ndarray]]:
 
 def position(hosts: list[GroupedBatches], monkeypatch) -> dict:
     """What each host would save; in one process, `gather` gets what each of them knows."""
-    known = [{str(g): r.get_state() for g, r in host._readers.items()} for host in hosts]
+    known = [{str(g): state for g, state in host._states.items()} for host in hosts]
     monkeypatch.setattr(groups_module.processes, "gather", lambda _: known)
     states = [host.get_state() for host in hosts]
     assert all(state == states[0] for state in states)
@@ -70,7 +78,7 @@ def test_the_batches_are_the_same_on_any_number_of_hosts():
     whole = read_on([reader()], 5)
     for hosts in (2, 4):
         readers = [reader(h, hosts) for h in range(hosts)]
-        assert [len(r._readers) for r in readers] == [4 // hosts] * hosts  # each reads its share only
+        assert [len(next(reader(h, hosts))) for h in range(hosts)] == [4 // hosts] * hosts  # each reads its share only
         same(read_on(readers, 5), whole)
 
 
@@ -106,12 +114,15 @@ def test_nothing_is_lost_or_repeated(monkeypatch):
     assert max(seen.values()) - epochs <= 1
 
 
-def test_one_group_is_the_plain_pipeline():
-    encoder = Encoder(tiny.tokenizer(), tiny.CODEC)
-    plain = iter(batches(Numbered(), encoder, SHAPE))
-    wanted = [jax.tree.leaves(next(plain)) for _ in range(3)]
-    grouped = reader(groups=1)
-    same(read_on([grouped], 3), wanted)
+@pytest.mark.parametrize("options", [{"threads": 3}, {"workers": 1}, {"workers": 3, "threads": 1}])
+def test_the_batches_do_not_depend_on_who_reads_ahead(options, monkeypatch):
+    wanted, ahead = read_on([reader()], 4), reader(**options)
+    same(read_on([ahead], 2), wanted[:2])
+    saved = position([ahead], monkeypatch)
+    ahead.close()
+    resumed = reader()  # read ahead or not, a position is the same
+    resumed.set_state(saved)
+    same(read_on([resumed], 2), wanted[2:])
 
 
 @pytest.mark.parametrize("mesh", (dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=1, tensor=8)))
@@ -129,12 +140,14 @@ def test_groups_that_do_not_fit():
     with pytest.raises(ConfigError, match="must divide the batch's 8 rows"):
         reader(groups=3)
     with pytest.raises(ConfigError, match="set data.groups=4"):
-        reader(groups=2).set_state({"groups": [{}] * 4})
+        reader(groups=2).set_state({"format": 2, "groups": [{}] * 4})
+    with pytest.raises(ConfigError, match="an older version"):
+        reader().set_state({"groups": [{}] * 4})
 
 
 def test_the_vlm_budget_holds_in_every_group():
     shape = replace(SHAPE, vlm_length=9)
     source = [[Text("a b c"), tiny.Image(tiny.pixels(i), generate=True)] for i in range(4)]
-    found = next(GroupedBatches(source, Encoder(tiny.tokenizer(), tiny.CODEC), shape, 4))
+    found = next(GroupedBatches([stream(source)], RowEncoder(Encoder(tiny.tokenizer(), tiny.CODEC), shape), 4))
     words = [np.sum((block.modality != FLOW) & (block.modality != PAD), axis=1) for block in found.values()]
     assert 0 < np.max(words) <= 9 and np.max([np.max(block.segments) for block in found.values()]) == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import read_image
+from starflow2_jax.data.images import read_image
 from starflow2_jax.data.pictures import PNG_SIGNATURE
 from starflow2_jax.serving.images import from_url
 

@@ -5,30 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-import tiny
 
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import sources
-from starflow2_jax.data.documents import Document, Image, Text, without_caption, write_image
-from starflow2_jax.data.pipeline import Encoder, batches
+from starflow2_jax.data.images import write_image
 from starflow2_jax.errors import UserError
-from starflow2_jax.sequence import Shape
-from starflow2_jax.stages import STAGES
 
 QUICK = Path(__file__).parents[2] / "starflow2_jax/experiments" / "digits_quick.py"
 
 
 def config_of(folder: Path, images: list[np.ndarray], via: str = "flow", **codec):
-    """A config whose source has one captioned image a document."""
+    """A config whose source has one captioned image a document; the images must fit as they are."""
     documents = []
     for i, pixels in enumerate(images):
         file = write_image(folder / str(i), pixels)
         documents.append([{"text": f"zebra {i}"}, {"image": file.name, "via": via}])
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    config = configs.load(QUICK, [f"data.source={folder / 'data.jsonl'}"]).unlock()
+    config = configs.load(QUICK).unlock()
+    config.data.sources = dict(mine=dict(path=str(folder / "data.jsonl"), crop="none"))
     config.codec.update(codec)
     return config
 
@@ -61,7 +57,7 @@ def test_the_tokenizer_learns_the_documents_words(tmp_path):
 @pytest.mark.parametrize(
     "sides, via, codec, saying",
     [
-        ((4, 4), "vit", {}, 'no image via "flow"'),
+        ((4, 4), "vit", {}, 'no images via "flow"'),
         ((4, 6), "flow", {}, r"sizes \[\(4, 4\), \(4, 6\)\]; bring them to one size"),
         ((4, 4), "flow", {"patch": 3}, "codec.patch=3 does not divide an image's side of 4 pixels"),
         ((4, 4), "flow", {"kind": "vae"}, "codec.kind is 'patch' or 'latents', not 'vae'"),
@@ -73,93 +69,64 @@ def test_images_that_no_codec_fits(tmp_path, sides, via, codec, saying):
         sources.make_codec(config_of(tmp_path, images, via, **codec))
 
 
-def captioned(folder: Path, drop: float, stage: str = "text_to_image"):
-    """A stage's documents: seven of a file, every one a caption and its image, but for the last, which is read."""
-    image = write_image(folder / "image", tiny.pixels(0)).name
-    lines = [[{"text": f"zebra {i}"}, {"image": image, "generate": True}] for i in range(6)]
-    lines.append([{"image": image}, {"text": "what is it?"}, {"text": "a zebra", "predict": True}])
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = configs.load(QUICK, [f"data.source={folder / 'data.jsonl'}", f"stages.{stage}.caption_drop={drop}"])
-    return sources.documents(config, STAGES[stage], 1)
-
-
-def captions(source, first: int, count: int) -> list[str]:
-    openings = [source[i][0] for i in range(first, count)]
-    return [part.text if isinstance(part, Text) else "" for part in openings]
-
-
-def test_captions_of_a_file_are_dropped_as_often_as_asked(tmp_path):
-    said = captions(captioned(tmp_path, 0.1), 0, 7 * 300)
-    assert {len(set(said[i::7]) - {""}) for i in range(6)} == {1} and said[3] in ("zebra 3", "")
-    dropped = np.array([[text == "" for text in said[i::7]] for i in range(6)])
-    assert 0.07 < dropped.mean() < 0.13
-    assert dropped.any(1).all() and not dropped.all(1).any()  # each of them some time, none always
-    assert len(captioned(tmp_path, 0.1)[6]) == 3
-    assert captions(captioned(tmp_path, 0.0), 0, 3) == [f"zebra {i}" for i in range(3)]
-
-
-def test_which_captions_are_dropped_depends_on_seed_stage_and_place_alone(tmp_path):
-    one, again, other = (captioned(tmp_path, 0.3, stage) for stage in ("text_to_image", "text_to_image", "joint"))
-    again[70]
-    assert captions(one, 0, 70) == captions(one, 0, 70) == captions(again, 0, 70)
-    assert captions(one, 0, 70) != captions(other, 0, 70)
-
-
-def test_a_saved_position_drops_the_same_captions(tmp_path):
-    def reader():
-        encoder = Encoder(tiny.tokenizer(), tiny.CODEC)
-        return iter(batches(captioned(tmp_path, 0.3), encoder, Shape(2, 40, 2), group=1, groups=2))
-
-    data, resumed = reader(), reader()
-    for _ in range(5):
-        next(data)
-    position = data.get_state()
-    wanted = [jax.tree.leaves(next(data)) for _ in range(4)]
-    next(resumed)
-    resumed.set_state(position)
-    for leaves in wanted:
-        assert all(np.array_equal(a, b) for a, b in zip(leaves, jax.tree.leaves(next(resumed)), strict=True))
-    assert len({leaves[0].tobytes() for leaves in wanted}) > 1
-
-
-PICTURE = Image(tiny.pixels(0), generate=True)
-SEEN = Image(tiny.pixels(0))
-
-
-@pytest.mark.parametrize(
-    "document, kept",
-    [
-        ([Text("a"), PICTURE], [PICTURE]),
-        ([Text("a"), Text("b"), PICTURE], [PICTURE]),
-        ([Text("as"), SEEN, Text("but mirrored"), PICTURE], [SEEN, Text("but mirrored"), PICTURE]),
-        ([PICTURE], [PICTURE]),
-        ([Text("a"), SEEN], None),
-        ([Text("a"), Text("b", predict=True), PICTURE], None),
-        ([Text("a"), PICTURE, PICTURE], None),
-        ([Text("a"), PICTURE, Text("b")], None),
-    ],
-)
-def test_what_a_caption_is(document: Document, kept: Document | None):
-    """Text that opens a document which predicts the image at its end and nothing else."""
-    left = without_caption(document)
-    wanted = document if kept is None else kept
-    assert len(left) == len(wanted) and all(a is b or a == b for a, b in zip(left, wanted, strict=True))
-
-
-def test_a_source_is_found_by_name_scheme_or_suffix(monkeypatch):
+def test_a_source_is_found_by_name_scheme_suffix_or_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.SOURCES, "cloud://", sources.Digits)
+    monkeypatch.setitem(sources.SOURCES, "/shelf.txt", sources.Digits)
     assert sources.find("digits") is sources.find("cloud://bucket/rows.jsonl") is sources.Digits
     assert sources.find("folder/digits.jsonl") is sources.JsonlDocuments
-    for wrong in ("digit", "rows.json", "file://rows", ""):
-        with pytest.raises(
-            UserError, match=f"data.source='{wrong}' names no source; there are digits, .jsonl, cloud://"
-        ):
+    (tmp_path / "shelf.txt").touch()
+    assert sources.find(str(tmp_path)) is sources.Digits
+    for wrong in ("digit", "rows.json5", "sftp://rows", str(tmp_path.parent)):
+        with pytest.raises(UserError, match="names no source; there are digits, .jsonl"):
             sources.find(wrong)
 
 
-def test_options_of_a_source_are_keys_of_the_data_section():
-    config = configs.load(QUICK, ["data.warp=0.5"])
-    assert sources.open_source(config, 1).options.warp == 0.5
+def test_options_of_a_source_are_keys_of_its_entry():
+    config = configs.load(QUICK, ["data.sources.*.warp=0.5", "data.sources.read.part=held_out"])
+    named = {each.name: each.open().options for each in sources.named(config, "joint")}
+    assert set(named) == {"caption", "read", "sum", "mirror", "count"}
+    assert {options.warp for options in named.values()} == {0.5}
+    assert named["read"].part == "held_out" and named["sum"].part == "train"
+
+
+def test_one_source_takes_the_place_of_all(tmp_path):
+    lines = [[{"text": "a"}, {"image": "b.png", "generate": True}]]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = configs.load(QUICK, [f"data.source={tmp_path / 'data.jsonl'}"])
+    for stage in (None, *config.order):
+        [alone] = sources.named(config, stage)
+        assert alone.name == "documents" and alone.weight == 1 and len(alone.open()) == 1
+
+
+def test_a_mix_names_the_sources_of_a_stage():
+    config = configs.load(QUICK, ["stages.joint.mix.read=0"])
+    assert [each.name for each in sources.named(config, "joint")] == ["caption", "count", "mirror", "sum"]
+    weights = {each.name: each.weight for each in sources.named(config, "image_to_text")}
+    assert weights == {"read": 2.0, "sum": 1.0}
+    config.unlock().stages.joint.mix = {}
+    assert {each.weight for each in sources.named(config, "joint")} == {1.0}
+    assert len(sources.named(config)) == 5
+
+
+@pytest.mark.parametrize(
+    "overrides, saying",
+    [
+        (["stages.joint.mix.raed=1"], "stages.joint.mix names the source 'raed'; data.sources has caption"),
+        (
+            ["stages.image_to_text.mix.read=0", "stages.image_to_text.mix.sum=0"],
+            "stages.image_to_text.mix has a weight of 0",
+        ),
+        (["data.sources.a/b.path=digits"], "a source's name has letters"),
+        (["data.sources.new.path=digit"], "the path 'digit' names no source"),
+        (["data.sources.new.path=digits", "data.sources.new.wrap=1"], "data.sources.new.wrap"),
+        (["data.sources.new.warp=1"], "data.sources.new"),
+        (["data.sources.read.text_drop=0.9", "data.sources.read.both_drop=0.2"], "at most 1"),
+    ],
+)
+def test_sources_and_mixes_that_mean_nothing(overrides, saying):
+    with pytest.raises(UserError) as caught:
+        configs.load(QUICK, overrides)
+    assert saying in str(caught.value), str(caught.value)
 
 
 def test_who_trains_on_other_data_needs_no_scikit_learn():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax.models.flow import Context, Flow, FlowBlock, FlowBlockConfig, alternating, nll
+from starflow2_jax.models.flow import Context, Flow, FlowBlock, FlowBlockConfig, alternating
 from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.sampling import guidance
 
@@ -264,14 +264,6 @@ def test_chain():
     np.testing.assert_allclose(logdet[0].sum(), expected, rtol=1e-7)  # attention's logits are fp32 all the same
     reads_first, reads = (np.abs(j).max((1, 3)) > 1e-6 for j in (first, total))
     assert (reads_first == np.tril(np.ones((N, N), bool))).all() and reads.all()
-
-
-def test_likelihood():
-    """Up to the constant, nll is (-log N(z; 0, 1) - log|det J|) per dimension."""
-    z, logdet = normal(0, B, N, D), normal(1, B, N, D)
-    density = np.exp(-(z.astype(np.float64) ** 2) / 2) / np.sqrt(2 * np.pi) * np.exp(logdet)
-    expected = -np.log(density).mean((1, 2)) - 0.5 * np.log(2 * np.pi)
-    np.testing.assert_allclose(nll(z, logdet), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", GUIDES)

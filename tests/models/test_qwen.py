@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
-from starflow2_jax.data.pipeline import batches, collate
+from starflow2_jax.data.pipeline import collate
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
 from starflow2_jax.models.qwen import Qwen
@@ -255,7 +255,7 @@ def test_whole_model_batched_and_packed(case):
         assert np.abs(row[: len(e)] - e).max() < 1e-3 and np.abs(e).max() > 0.5
 
     total, patches = (sum(len(f[name]) for f in features) for name in ("tokens", "patches"))
-    packed = next(iter(batches(told, encoder(case), Shape(1, total, 1, patches))))
+    packed = next(tiny.batches(told, encoder(case), Shape(1, total, 1, patches)))
     in_a_row = logits_of(case, packed)[0]
     for document, e in enumerate(expected, start=1):
         here = packed.segments[0] == document

@@ -17,7 +17,7 @@ import tiny
 
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
-from starflow2_jax.data.pipeline import Encoder, batches, collate
+from starflow2_jax.data.pipeline import Encoder, collate
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import build, differences
 from starflow2_jax.models.attention import KVCache
@@ -182,7 +182,7 @@ def encoder():
 
 
 def packed(encoder):
-    return next(iter(batches(tiny.documents(), encoder, Shape(2, 64, 4, 48))))
+    return next(tiny.batches(tiny.documents(), encoder, Shape(2, 64, 4, 48)))
 
 
 def said(output):

@@ -96,7 +96,7 @@ class Squares(Source):
 
     Options = SquaresOptions
 
-    def __init__(self, where, channels, options):
+    def __init__(self, path, options):
         self.side = options.side
 
     def __len__(self):
@@ -145,9 +145,11 @@ STAGES["deep_alone"] = Stage("deep_alone", DEEP, skips=False, deep=True, image_l
 def get_config(runlocal: bool = False) -> ConfigDict:
     c = configs.load("digits_quick", runlocal=True).unlock()
     c.cpu_devices = 8
-    c.data = dict(source="squares", threads=0, groups=1, side=3)
+    c.data = dict(sources=dict(squares=dict(path="squares", side=3)))
     c.codec = dict(kind="pca", patch=4, channels=6, image_channels=1)
     c.model.grid, c.model.channels = (2, 2), 6
+    for stage in c.stages.values():
+        stage.mix = {}
     c.stages.deep_alone = c.stages.text_to_image.copy_and_resolve_references()
     for name in ("pretrain", "deep_alone"):
         c.stages[name].update(rows=8, length=64, images=4, patches=64, steps=2)

@@ -1,11 +1,14 @@
 """Folders of answers: several processes, resuming a killed run, and the batches that run together."""
 
 import json
+import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from starflow2_jax.checkpoints.lock import LockedError
 from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.jacobi import SEQUENTIAL
@@ -134,12 +137,33 @@ def test_a_folder_holds_one_run(tmp_path):
         Share(3, 3)
 
 
-@pytest.mark.parametrize("damage", ["not JSON", "[1]", "[" * 100_000])
+def test_two_processes_do_not_write_the_same_answers(tmp_path):
+    """The second is refused while the first answers, and writes nothing; other shares may go on."""
+
+    class Meanwhile(Recorder):
+        def generate(self, *given):
+            before = sorted(tmp_path.iterdir())
+            for write in (partial(batch_files.write, second, asked, tmp_path, 2, progress=False), single):
+                with pytest.raises(LockedError, match=f"process {os.getpid()} on .* writes into {tmp_path} already"):
+                    write()
+            assert sorted(tmp_path.iterdir()) == before and not second.calls
+            batch_files.write(Recorder(), asked, tmp_path, 2, share=Share(0, 2), progress=False)
+            return super().generate(*given)
+
+    asked, second = prompts(3), Recorder()
+    single = partial(batch_files.write_anew, second, asked[0], tmp_path)
+    batch_files.write(Meanwhile(), asked, tmp_path, 4, progress=False)
+    assert len(json.loads((tmp_path / "samples.json").read_text())) == 6
+    batch_files.write_anew(Meanwhile(), asked[0], tmp_path)
+    assert not list(tmp_path.glob("*lock*"))
+
+
+@pytest.mark.parametrize("damage", ["not JSON", "[1]", "{}", "[" * 100_000, "\udcff"])
 def test_a_damaged_file_of_answers_is_named(tmp_path, damage):
     batch_files.begin(tmp_path, {"seed": 1})
-    (tmp_path / "samples.jsonl").write_text(damage + "\n")
-    with pytest.raises(UserError, match="samples.jsonl, line 1, is damaged"):
+    (tmp_path / "samples.jsonl").write_bytes(damage.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(UserError, match="samples.jsonl(, line 1, is damaged| cannot be read as text)"):
         batch_files.write(Recorder(), prompts(1), tmp_path, 1, progress=False)
-    (tmp_path / "run.json").write_text(damage)
-    with pytest.raises(UserError, match="run.json is damaged"):
+    (tmp_path / "run.json").write_bytes(damage.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="run.json (is damaged|cannot be read as text)|samples of another run"):
         batch_files.begin(tmp_path, {"seed": 1})

@@ -10,7 +10,8 @@ import tiny
 
 from starflow2_jax.commands.chat import converse, parse
 from starflow2_jax.data import tokenizer as tokenizers
-from starflow2_jax.data.documents import DocumentError, Image, Text, as_pillow
+from starflow2_jax.data.documents import DocumentError, Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler

@@ -19,7 +19,8 @@ from starflow2_jax.codecs.latents import LatentCodec
 from starflow2_jax.codecs.patch import PatchCodec
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import digits
-from starflow2_jax.data.documents import DocumentError, Image, Text, write_image
+from starflow2_jax.data.documents import DocumentError, Image, Text
+from starflow2_jax.data.images import write_image
 from starflow2_jax.evaluation.digits import held_out_nll
 from starflow2_jax.models.pretzel import Pretzel, init_params
 from starflow2_jax.sampling.engine import SampleOptions, Sampler

@@ -12,7 +12,8 @@ import tiny
 from live import LIMITS, ask, data_url, image_part, of_latents, openai_client, served, the_same
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import Image, Text, as_pillow, from_pillow
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.images import as_pillow, from_pillow
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling.engine import SampleOptions, Sampler

@@ -8,7 +8,8 @@ import pytest
 import tiny
 from live import LIMITS, TEMPLATE, ask, data_url, image_part, openai_client, pixels_of, served, the_same
 
-from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.serving import worker as worker_module

@@ -13,7 +13,8 @@ import tiny
 from live import LIMITS, ask, data_url, held, image_part, openai_client, served, the_same, wait_until
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import Text, as_pillow
+from starflow2_jax.data.documents import Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.sampling.scoring import rank
 from starflow2_jax.serving import ranking
@@ -235,7 +236,7 @@ def most_text() -> int:
 def test_text_is_refused_before_the_tokenizer(client, running, monkeypatch):
     monkeypatch.setattr(running[0].worker.sampler.encoder, "tokenize", lambda text: pytest.fail("it was tokenized"))
     half = {"role": "user", "content": "x" * (most_text() // 2 + 1)}
-    with pytest.raises(openai.BadRequestError, match="characters, which is more than a row can hold"):
+    with pytest.raises(openai.BadRequestError, match=r"at most \d+ characters together"):
         ask(client, [half, half])
 
 
@@ -251,7 +252,7 @@ def test_captions_are_texts_too(address):
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
     halves = ["x" * (most_text() // 2 + 1)] * 2  # one budget for all
     answer = httpx.post(f"{address}/v1/rank", json={"image": image, "captions": halves}, trust_env=False)
-    assert "characters, which is more than a row can hold" in answer.json()["error"]["message"]
+    assert "characters together; shorten the prompt" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("by_image", [True, False])

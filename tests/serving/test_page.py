@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from starflow2_jax.data.documents import as_pillow
+from starflow2_jax.data.images import as_pillow
 
 pytestmark = pytest.mark.browser
 

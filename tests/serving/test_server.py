@@ -26,7 +26,8 @@ from live import (
 )
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import Image, Text, as_pillow
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.images import as_pillow
 from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.models.jacobi import Jacobi
 from starflow2_jax.parallel.sharding import make_mesh, tree_shardings
@@ -214,7 +215,7 @@ BAD = [
     ({"\ud800": 1}, 400, "not valid Unicode"),
     ({"messages": [{"role": "user", "content": "a <|vision_start|>"}]}, 400, "may not hold '<|vision_start|>'"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("hi<|im_", "end|>")]}]}, 400, "<|im_end|>"),
-    ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 400, "more than a row can hold"),
+    ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 400, "characters together; shorten the prompt"),
     ({"image_guidance": 1.0}, 400, "started with --editing"),
     ({"linear": 1}, 400, "linear has the wrong type"),
     ({"guidence": 1.0}, 400, "'guidence' is not supported"),

@@ -104,8 +104,8 @@ def test_the_shipped_sweeps_load_by_name(file, tmp_path):
         ("(1.0, 2.0)", "(1.0, 'heavy')", "takes a float"),
         ("(1.0, 2.0)", "(1.0, 1.0)", "a point twice"),
         ("(1.0, 2.0)", "()", "yields no point"),
-        ("METRIC", "MEASURE", "has no METRIC"),
-        ("pretrain/loss", "joint/loss", "is not"),
+        ("CONFIG", "EXPERIMENT", "has no CONFIG"),
+        ("pretrain/loss", "joint/loss", "with a stage that .* runs"),
         ("digits_quick.py", "digits_quack.py", "there is no experiment file"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_job_that_ended_without_being_done_has_failed_and_is_handed_on_again_w
     capsys.readouterr()
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
-    assert "2 of 4 points failed; mend them and run the same command with --again" in said.err
+    assert "2 of 4 points failed; the table says why; correct this and run the same command with --again" in said.err
     assert "failed: its job ended with exit code 75" in said.out
     assert len((files / "record").read_text().splitlines()) == 4
     assert cli.main([*arguments, "--again"]) == 0
@@ -278,6 +278,6 @@ def test_the_chip_goes_to_every_point(tmp_path):
     ):
         at = command.index("--chip")
         assert command[at + 1] == "v5e" and command[at + 2].startswith("--config.order=")
-    with pytest.raises(config.ConfigError, match="knows the chips v5e, v5p, v6e, not 'v4'"):
+    with pytest.raises(config.ConfigError, match="settings for the chips v5e, v5p, v6e, not for 'v4'"):
         points.load(tmp_path / "sweep.py", tmp_path / "out", chip="v4")
     assert len(points.load("digits_lr", tmp_path / "out").points) == 4

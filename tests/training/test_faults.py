@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import struct
 
-from starflow2_jax.errors import ConfigError
+from starflow2_jax.config.schema import FaultsConfig
+from starflow2_jax.errors import UserError
 from starflow2_jax.parallel.hardware import peak_flops
 from starflow2_jax.training import goodput
 from starflow2_jax.training.faults import LossSpike, NonFiniteLoss, Watch, guarded
@@ -21,7 +22,7 @@ def values(loss: float, grad_norm: float = 1.0) -> dict[str, float]:
 
 def watch(**changes) -> Watch:
     """One that has seen fifty losses of deviation 0.1 around -2."""
-    w = Watch(changes)
+    w = Watch(FaultsConfig(**changes))
     for step, loss in enumerate(np.random.default_rng(0).normal(-2, 0.1, 50), start=1):
         assert w.judge(step, values(float(loss)), "here") is None
     return w
@@ -46,7 +47,7 @@ def test_the_limit_is_of_losses_that_were_known_when_the_step_began():
 
 def test_without_a_policy_or_enough_losses_nothing_is_a_spike():
     assert watch().limit(60) == math.inf
-    few = Watch({"spike": "skip"})
+    few = Watch(FaultsConfig(spike="skip"))
     for step in range(1, 20):
         few.judge(step, values(1.0), "here")
     assert few.limit(21) == math.inf
@@ -59,8 +60,8 @@ def test_policies():
         watch(spike="abort").judge(51, values(9.0), "here")
     assert watch(nonfinite="skip").judge(51, values(1.0, math.inf), "here") == "skip"
     assert watch(nonfinite="rollback").judge(51, values(math.inf), "here") == "rollback"
-    with pytest.raises(ConfigError, match="faults.nonfinite is one of"):
-        Watch({"nonfinite": "ignore"})
+    with pytest.raises(UserError, match="nonfinite is one of"):
+        FaultsConfig(nonfinite="ignore")
 
 
 def test_too_many_bad_steps_end_the_run():
@@ -74,7 +75,7 @@ def test_too_many_bad_steps_end_the_run():
 def test_a_watch_goes_on_from_its_state():
     w = watch(spike="rollback", nonfinite="skip")
     w.judge(51, values(math.nan), "here")
-    again = Watch({"spike": "rollback", "nonfinite": "skip"}, w.state())
+    again = Watch(FaultsConfig(spike="rollback", nonfinite="skip"), w.state())
     assert again.limit(60) == w.limit(60) and again.counts == w.counts
     w.rewind(30)
     assert [step for step, _ in w.losses][-1] == 30 and again.losses[-1][0] == 50
@@ -117,7 +118,7 @@ def test_a_bad_update_is_not_applied(policy, loss, applied):
 
     state = State(jnp.int32(4), tree(1.0), tree(2.0), tree(3.0))
     batch = Batch(jnp.array([[1, 1, 0], [2, 0, 0]]), jnp.float32(loss))
-    new, _ = jax.jit(guarded(step, policy))(state, {}, batch, np.float32(10.0))
+    new, _ = jax.jit(guarded(step, FaultsConfig(**policy)))(state, {}, batch, np.float32(10.0))
     assert int(new.step) == 5
     added = loss if applied else 0.0
     for tree, before in ((new.params, 1.0), (new.ema, 2.0), (new.optimizer, 3.0)):
@@ -146,7 +147,7 @@ def test_time_is_spent_once(monkeypatch):
         with ledger.waiting(Running(ready)):
             clock.now += seconds
     clock.now += 4
-    wanted = {"steps": 9, "input": 1, "checkpoint": 2, "compile": 0, "restart": 3, "total": 15}
+    wanted = {"steps": 9, "input": 1, "evals": 0, "checkpoint": 2, "compile": 0, "restart": 3, "total": 15}
     assert ledger.split() == wanted
 
 
@@ -160,7 +161,15 @@ def test_what_a_fault_cost_is_counted_as_restart(monkeypatch):
     again = Ledger(saved)
     clock.now += 10
     again.steps += 5
-    assert again.split() == {"steps": 20, "input": 0, "checkpoint": 0, "compile": 0, "restart": 30, "total": 50}
+    assert again.split() == {
+        "steps": 20,
+        "input": 0,
+        "evals": 0,
+        "checkpoint": 0,
+        "compile": 0,
+        "restart": 30,
+        "total": 50,
+    }
     assert again.restarts == 1 and again.summary(None)["share"]["restart"] == 0.6
     orderly = Ledger(ended)
     assert orderly.split()["total"] == 10 and orderly.restarts == 0
@@ -184,7 +193,15 @@ def test_steps_that_are_lost_count_nowhere(monkeypatch):
     steps(3)
     ledger.rewind()
     after = ledger.summary(1.0)
-    assert ledger.split() == {"steps": 15, "input": 5, "checkpoint": 0, "compile": 0, "restart": 12, "total": 32}
+    assert ledger.split() == {
+        "steps": 15,
+        "input": 5,
+        "evals": 0,
+        "checkpoint": 0,
+        "compile": 0,
+        "restart": 12,
+        "total": 32,
+    }
     for name in ("steps", "step_seconds", "input_wait_seconds", "tokens_per_second", "mfu"):
         assert after[name] == before[name]
 
@@ -199,7 +216,7 @@ def test_compilation_is_noticed():
 
 
 def test_mfu_is_of_the_time_in_steps_and_input():
-    spent = {"steps": 8.0, "input": 2.0, "checkpoint": 5.0, "compile": 1.0, "restart": 0.0, "total": 16.0}
+    spent = {"steps": 8.0, "input": 2.0, "evals": 0.0, "checkpoint": 5.0, "compile": 1.0, "restart": 0.0, "total": 16.0}
     found = goodput.rates(spent, 5, 1000.0, flops=4e12 * jax.device_count(), peak=1e12)
     assert found == {"step_seconds": 2.0, "input_wait_seconds": 0.4, "tokens_per_second": 100.0, "mfu": 0.4}
     assert "mfu" not in goodput.rates(spent, 5, 1000.0, 1e12, None)

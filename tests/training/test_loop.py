@@ -13,7 +13,8 @@ from tiny_experiment import tiny_config
 
 from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
-from starflow2_jax.data.documents import Text, read_image, write_image
+from starflow2_jax.data.documents import Text
+from starflow2_jax.data.images import read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import init_params
 from starflow2_jax.parallel.sharding import abstract
@@ -110,11 +111,11 @@ def test_a_finished_run_does_nothing_more(resumed):
 @pytest.mark.parametrize(
     "change, saying",
     [
-        (dict(joint=9), "stage joint of .* has ended after 4 steps.*cannot go on to 9; leave stages.joint.steps at 4"),
-        (dict(joint=3), "stands at step 8, 4 of them in joint"),
-        (dict(pretrain=5), "stands at step 8, 4 of them in joint"),
-        (dict(order=("joint",)), "stands at step 8, 4 of them in joint"),
-        (dict(order=("pretrain", "text_to_image")), "stands at step 8, 4 of them in joint"),
+        (dict(joint=9), "stage joint of .* ended after 4 steps.*cannot go on to 9.*; leave stages.joint.steps at 4"),
+        (dict(joint=3), "is at step 8 .4 of them in stage joint"),
+        (dict(pretrain=5), "is at step 8 .4 of them in stage joint"),
+        (dict(order=("joint",)), "is at step 8 .4 of them in stage joint"),
+        (dict(order=("pretrain", "text_to_image")), "is at step 8 .4 of them in stage joint"),
     ],
 )
 def test_stages_that_are_done_stay_as_they_are(resumed, change, saying):
@@ -215,7 +216,10 @@ def test_ones_own_latents(tmp_path):
 @pytest.mark.parametrize("change, saying", (("size", "one size"), ("patch", "does not divide"), ("kind", "'patches'")))
 def test_a_codec_that_does_not_fit_ones_own_pictures(tmp_path, change, saying):
     config = tiny_config()
-    config.data = dict(source=str(own_documents(tmp_path, write_image, (8, 12, 3))))
+    path = str(own_documents(tmp_path, write_image, (8, 12, 3)))
+    config.data = dict(sources=dict(mine=dict(path=path, crop="none")))
+    for stage in config.stages.values():
+        stage.mix = {}
     config.codec.image_channels = 3
     if change == "size":
         write_image(tmp_path / "3", np.zeros((4, 4, 3)))

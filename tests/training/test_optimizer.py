@@ -7,7 +7,7 @@ import pytest
 import tiny
 from flax import struct
 
-from starflow2_jax.config.schema import OptimizerConfig
+from starflow2_jax.config.schema import FaultsConfig, OptimizerConfig
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.parallel import sharding
@@ -182,9 +182,9 @@ def test_what_is_offloaded_stays_in_the_hosts_memory():
         return new, {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}
 
     for offload in (False, True):
-        state = TrainState(np.int32(0), p, p, chain.init(p), None)
+        state = TrainState(np.int32(0), None, p, p, chain.init(p))
         state = jax.device_put(state, state_shardings(state, mesh, offload))
-        step = guarded(update, dict(nonfinite="skip", spike="skip"))
+        step = guarded(update, FaultsConfig(nonfinite="skip", spike="skip"))
         step = jax.jit(offloaded(step) if offload else step, donate_argnums=0)
         with jax.set_mesh(mesh):
             compiled = step.lower(state, {}, batch).compile()  # takes only what lies where it was said to

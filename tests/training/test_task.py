@@ -9,37 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import struct
 
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.config.schema import FaultsConfig
 from starflow2_jax.parallel import sharding
 from starflow2_jax.random_streams import stream_key
 from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.loop import train
 from starflow2_jax.training.run import Settings
-from starflow2_jax.training.task import groups
+from starflow2_jax.training.task import State, groups
 
 MESH = sharding.make_mesh(devices=jax.devices()[:2])
 MAKER, CRITIC = optax.adam(1e-2), optax.sgd(1e-1, momentum=0.9)
+FAULTS = FaultsConfig()
 BAD = 1000  # a batch with this number in it makes the loss infinite
 
 
-@struct.dataclass
-class Pair:
+class Pair(State):
     """A maker and the critic that it is trained against."""
 
-    step: jax.Array
-    params: dict
     critic: dict
     optimizer: optax.OptState
     critic_optimizer: optax.OptState
-    key: jax.Array
 
 
 class Numbers:
     """Batches of eight numbers that count on; `place` hands out global arrays."""
 
-    documents = 8
+    documents = {"numbers": 8}
 
     def __init__(self, bad: int | None = None):
         self.at, self.bad = 0, bad
@@ -52,6 +49,12 @@ class Numbers:
     def place(self, rows, layout):
         return jax.device_put(rows, layout)
 
+    def check(self) -> dict[str, int]:
+        return {"numbers": self.at}
+
+    def close(self) -> None:
+        pass
+
     def get_state(self) -> int:
         return self.at
 
@@ -62,7 +65,7 @@ class Numbers:
 class Duel:
     flops = 1.0
 
-    def __init__(self, name: str, steps: int, bad: int | None = None, faults: dict | None = None):
+    def __init__(self, name: str, steps: int, bad: int | None = None, faults: FaultsConfig = FAULTS):
         self.name, self.steps, self.bad, self.faults = name, steps, bad, faults
 
     def check(self) -> None:
@@ -76,7 +79,7 @@ class Duel:
 
     def _make(self, params: dict, key: jax.Array) -> Pair:
         critic = {"w": jnp.ones(3)}
-        return Pair(jnp.int32(0), params, critic, MAKER.init(params), CRITIC.init(critic), key)
+        return Pair(jnp.int32(0), key, params, critic, MAKER.init(params), CRITIC.init(critic))
 
     def abstract_state(self) -> Pair:
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -127,7 +130,9 @@ class Duel:
         return state.replace(critic={}, optimizer={}, critic_optimizer={})
 
 
-def run(folder: Path, stop_at: int | None = None, save_every: int = 3, faults: dict | None = None, **options) -> dict:
+def run(
+    folder: Path, stop_at: int | None = None, save_every: int = 3, faults: FaultsConfig = FAULTS, **options
+) -> dict:
     tasks = [Duel("first", 4), Duel("second", 6, faults=faults, **options)]
     settings = Settings(log_every=1, save_every=save_every, faults=faults)
     return train(tasks, CheckpointDirectory(folder), MESH, settings, progress=False, stop_at=stop_at)
@@ -179,7 +184,7 @@ def test_a_task_starts_from_the_parameters_that_it_continues(tmp_path, monkeypat
 @pytest.mark.parametrize("policy", ("skip", "rollback"))
 def test_a_bad_batch_touches_none_of_the_groups(tmp_path, policy):
     """Skipped, or gone back from: what is left is finite, in both models."""
-    faults = dict(nonfinite=policy)
+    faults = FaultsConfig(nonfinite=policy)
     summary = run(tmp_path, faults=faults, bad=4, save_every=1)
     assert summary["faults"]["nonfinite"] == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(left(tmp_path)))
@@ -189,7 +194,7 @@ def test_a_bad_batch_touches_none_of_the_groups(tmp_path, policy):
 
 
 def test_a_skipped_update_leaves_the_whole_state(tmp_path):
-    task = Duel("second", 6, faults=dict(nonfinite="skip"))
+    task = Duel("second", 6, faults=FaultsConfig(nonfinite="skip"))
     state = task.new_state(None)
     before = jax.device_get(groups(state))
     for number, moved in ((BAD, False), (1, True)):

@@ -8,7 +8,6 @@ import tiny
 from starflow2_jax import sequence
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import DocumentError, Image, Text
-from starflow2_jax.data.pipeline import batches
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.pretzel import split
 from starflow2_jax.sequence import Shape
@@ -29,7 +28,7 @@ def captions() -> list:
 
 
 def packed(documents, vlm_length=LENGTH):
-    return next(iter(batches(documents, tiny.encoder(), Shape(3, 48, 3, 16, vlm_length))))
+    return next(tiny.batches(documents, tiny.encoder(), Shape(3, 48, 3, 16, vlm_length)))
 
 
 def test_loss_and_gradients_are_those_of_the_whole_row():

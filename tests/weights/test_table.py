@@ -94,7 +94,7 @@ def test_faults_of_the_table():
     assert "parameter a is filled by two rules, x and y" in message
     assert "rule z: the model has c but no e" in message
     assert "parameter d (4,) is filled by no rule" in message
-    assert "tensor y belongs to a rule and is to be ignored" in message
+    assert "tensor y belongs to a rule, but another rule says to ignore it" in message
 
 
 def save_torch(path, tensors):

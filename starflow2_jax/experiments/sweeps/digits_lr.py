@@ -3,6 +3,8 @@
 Launch: starflow2 sweep --sweep digits_lr --out runs/sweeps/digits_lr
 """
 
+from collections.abc import Iterator
+
 from starflow2_jax.sweeps.points import grid
 
 CONFIG = "digits_quick"
@@ -16,5 +18,6 @@ ALWAYS = {
 OPTIMIZER = "stages.text_to_image.optimizer"
 
 
-def points():
+def points() -> Iterator[dict]:
+    """Two learning rates, each with two weight decays."""
     return grid({f"{OPTIMIZER}.learning_rate": (5e-4, 5e-3), f"{OPTIMIZER}.weight_decay": (1e-3, 1e-1)})
