@@ -108,9 +108,8 @@ def test_what_is_planned_for_gpus_is_what_is_trained(stage, name):
 
 
 def test_a_chip_that_an_experiment_does_not_know():
-    with pytest.raises(
-        ConfigError, match="settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"
-    ):
+    reason = "settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"
+    with pytest.raises(ConfigError, match=reason):
         configs.load("starflow2_7b_joint", chip="v4")
     with pytest.raises(ConfigError, match="has the same settings for all chips; leave out --chip v5e"):
         configs.load("digits_quick", chip="v5e")

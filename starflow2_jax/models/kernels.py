@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AbstractMesh, NamedSharding
@@ -183,8 +182,10 @@ def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 
     It takes as many heads of keys as of queries, so they are repeated. It compares segment ids pair by pair: its memory
     does not grow with S x S, but it computes all pairs that causality leaves. Blocks of the forward pass are as large as
-    the shared memory of an A100 allows.
+    the shared memory of an A100 allows. JAX 0.12 deprecates the module in favour of tokamax, so it is imported only here.
     """
+    from jax.experimental.pallas.ops.gpu import attention as triton
+
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
     S, most = q.shape[1], 128 if q.shape[3] <= 128 else 64
     block = next(b for b in (128, 64, TRITON_BLOCK) if b <= most and S % b == 0)

@@ -152,9 +152,9 @@ class Trainer:
             self._require_stages()  # now, before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
-            tasks = [self.task(name) for name in c.order]  # with the codec that the directory holds
             if processes.primary() and (whole := held_whole(self.config, self.model, self.mesh)):
                 print(f"NOTE: {whole}", file=sys.stderr)
+            tasks = [self.task(name) for name in c.order]  # with the codec that the directory holds
             return train(
                 tasks, self.checkpoints, self.mesh, settings, progress, stop_at, profile, self._evals, self._best
             )
