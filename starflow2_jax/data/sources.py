@@ -18,13 +18,14 @@ from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.preparation import Preparation, SourceConfig
 from starflow2_jax.data.protocol import Source
+from starflow2_jax.data.scenes.source import Scenes
 from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.fields import Variant, build, joined
 from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
 
 # Keys are a name, a scheme ("name://"), the suffix of a file (".name"), or a file that a folder holds ("/name").
-SOURCES: dict[str, type[Source]] = {"digits": Digits, ".jsonl": JsonlDocuments}
+SOURCES: dict[str, type[Source]] = {"digits": Digits, "scenes": Scenes, ".jsonl": JsonlDocuments}
 ALONE = "documents"  # the name of the source that `data.source` gives
 
 
