@@ -5,7 +5,6 @@ among the numbers.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -120,7 +119,7 @@ class ScenesBenchmark(Benchmark):
         """The first pictures of each kind of caption, and answers of every kind with their verdicts."""
         blank, columns = np.zeros((self.size, self.size, 3), np.float32), min(COLUMNS, self.limit)
         names, rows, examples = [], [], []
-        for name, several in _grouped(answers):
+        for several in _grouped(answers):
             kind, group = of(several[0])
             if kind in CAPTIONS:
                 names.append(f"{kind}, {group}")
@@ -188,9 +187,9 @@ def noisy(document: Document, noise: float, rng: np.random.Generator) -> Documen
     ]
 
 
-def _grouped(answers: list[Answer]) -> Iterator[tuple[str, list[Answer]]]:
+def _grouped(answers: list[Answer]) -> list[list[Answer]]:
     """Answers by kind and group, in their order."""
-    groups: dict[str, list[Answer]] = {}
+    groups: dict[tuple[str, str], list[Answer]] = {}
     for answer in answers:
-        groups.setdefault("/".join(of(answer)), []).append(answer)
-    yield from groups.items()
+        groups.setdefault(of(answer), []).append(answer)
+    return list(groups.values())

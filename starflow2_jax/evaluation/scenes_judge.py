@@ -3,6 +3,7 @@
 It knows the vocabulary and the grounds, and nothing of what the picture should show.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,7 @@ NEAR = 0.25  # distance of a pixel from the colour of a ground, of levels in [0,
 LEAST = 0.15  # share of a picture's pixels that its ground has
 THRESHOLD = 0.4  # largest squared error of a found sprite, as a share of its squared difference from the ground
 CHI2 = 2.366  # median of the sum of three squared standard normal numbers
+Found = tuple[float, float, Placed]  # squared error that a sprite explains, and that it leaves as a share; its place
 OVERLAP = 0.15  # share of the smaller of two boxes up to which found sprites may overlap
 
 
@@ -32,9 +34,9 @@ class Judge:
     def _sprites(self, background: str, difference: np.ndarray, noise: float) -> tuple[float, Scene]:
         """The scene in a picture (UNITS, UNITS, 3) less its ground, and the squared error that the scene leaves.
 
-        noise: variance of a level. Sprites that explain most of the picture come first.
+        noise: variance of a level.
         """
-        found: list[tuple[float, Placed]] = []
+        found: list[Found] = []
         for side in SIDES:
             sprites, templates = _templates(self.objects, background, side)
             windows = np.lib.stride_tricks.sliding_window_view(difference, (side, side), (0, 1))
@@ -46,13 +48,21 @@ class Judge:
             error = ((windows**2).sum(1) - gain - windows.shape[1] * noise) / squares[best]
             for place in np.flatnonzero(error < THRESHOLD):
                 row, column = divmod(int(place), UNITS - side + 1)
-                found.append((float(gain[place]), Placed(sprites[best[place]], row, column, side)))
-        left, kept = float((difference**2).sum()), []
-        for gain, placed in sorted(found, key=lambda each: -each[0]):
-            if all(_overlap(placed, other) <= OVERLAP for other in kept):
-                kept.append(placed)
-                left -= gain
-        return left, Scene(background, tuple(kept))
+                found.append((float(gain[place]), float(error[place]), Placed(sprites[best[place]], row, column, side)))
+        # Two sprites together can look like one large one, and a part of a large one like a small one: both orders are
+        # tried, those that explain most first and those that fit best first.
+        choices = [_apart(found, order) for order in (lambda each: -each[0], lambda each: each[1])]
+        explained, kept = max(((sum(gain for gain, _, _ in chosen), chosen) for chosen in choices), key=lambda x: x[0])
+        return float((difference**2).sum()) - explained, Scene(background, tuple(placed for _, _, placed in kept))
+
+
+def _apart(found: list[Found], order: Callable[[Found], float]) -> list[Found]:
+    """Of these sprites, in this order, those that overlap none before them."""
+    kept: list[Found] = []
+    for each in sorted(found, key=order):
+        if all(_overlap(each[2], other[2]) <= OVERLAP for other in kept):
+            kept.append(each)
+    return kept
 
 
 def small(picture: np.ndarray) -> np.ndarray:
