@@ -25,7 +25,7 @@ from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.stages import Stage
 
 # Keys are a name, a scheme ("name://"), the suffix of a file (".name"), or a file that a folder holds ("/name").
-SOURCES: dict[str, type[Source]] = {"digits": Digits, "scenes": Scenes, ".jsonl": JsonlDocuments}
+SOURCES: dict[str, type[Source]] = {"digits": Digits, ".jsonl": JsonlDocuments, "scenes": Scenes}
 ALONE = "documents"  # the name of the source that `data.source` gives
 
 
