@@ -108,17 +108,17 @@ def test_positions_and_backgrounds_count_where_they_are_asked_for(benchmark):
 
 
 def test_the_parts_of_an_edit(benchmark):
-    """A picture that is as asked but noisy elsewhere: the change is made, the rest is not kept."""
-    rng = np.random.default_rng(0)
+    """A picture that is as asked but has a frame: the change is made, the rest is not kept."""
 
     def answer(task):
-        return [
-            Image(part.pixels + 0.3 * rng.choice([-1, 1], part.pixels.shape), True) if isinstance(part, Image) else part
-            for part in right(task)
-        ]
+        parts = right(task)
+        for picture in (part.pixels for part in parts if isinstance(part, Image)):
+            for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+                edge[:] = np.where(edge.mean(0) > 0, -0.6, 0.6)
+        return parts
 
     found = numbers(benchmark, answer)
-    assert found["seen_edit"] == 0 and found["seen_edit_region_error"] == pytest.approx(0.3, abs=0.01)
+    assert found["seen_edit"] == 0 and found["seen_edit_region_error"] > 0.25 and found["seen_edit_change"] >= 0.5
     unchanged = numbers(benchmark, lambda task: [p for p in task.prompt if isinstance(p, Image)][:1])
     assert unchanged["seen_edit"] == unchanged["seen_edit_change"] == 0 == unchanged["composed_edit"]
 

@@ -17,7 +17,7 @@ from starflow2_jax.data.scenes.source import SceneOptions, Scenes
 from starflow2_jax.evaluation.scenes_judge import Judge
 
 EACH = 6  # scenes of each kind
-TWO = (("circle", "black"), ("heart", "blue"))
+TWO = (("circle", "orange"), ("square", "yellow"))
 VOCABULARIES = pytest.mark.parametrize("size, objects", ((32, 60), (64, 0)))
 
 
@@ -120,7 +120,7 @@ def test_a_large_sprite_of_a_grounds_colour():
 
 
 def test_two_sprites_are_not_taken_for_a_large_one():
-    """A black circle above a blue heart looks much like a police officer."""
-    circle, heart = (next(s for s in vocabulary(60) if (s.noun, s.colour) == each) for each in TWO)
-    scene = Scene("yellow", (Placed(circle, 1, 9, 14), Placed(heart, 17, 9, 14)))
+    """An orange circle above a yellow square explains less than one larger sprite over both, and fits better."""
+    circle, square = (next(s for s in vocabulary(60) if (s.noun, s.colour) == each) for each in TWO)
+    scene = Scene("blue", (Placed(circle, 0, 5, 16), Placed(square, 16, 5, 16)))
     assert places(Judge(60)(render(scene, 32))) == places(scene)
