@@ -22,6 +22,7 @@ from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.preparation import Preparation, SourceConfig, unvaried
 from starflow2_jax.data.protocol import Source
+from starflow2_jax.data.scenes.source import Scenes
 from starflow2_jax.data.tfds import TfdsDocuments
 from starflow2_jax.errors import ConfigError, shown
 from starflow2_jax.fields import Variant, build, joined
@@ -33,6 +34,7 @@ from starflow2_jax.text_files import reason
 # Keys are a name, a scheme ("name://"), the suffix of a file (".name"), or a file that a folder holds ("/name").
 SOURCES: dict[str, type[Source]] = {
     "digits": Digits,
+    "scenes": Scenes,
     ".jsonl": JsonlDocuments,
     ".json": JsonlDocuments,
     "tfds://": TfdsDocuments,

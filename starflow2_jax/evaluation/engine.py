@@ -33,6 +33,7 @@ def evaluate(
     `run`: the settings besides the tasks that decide the answers. `batch`: most prompts that run at once. Raises
     UserError.
     """
+    benchmark.begin(sampler)
     tasks = benchmark.tasks()
     prompts = [
         Prompt(

@@ -49,7 +49,7 @@ class Page:
 
 
 class Benchmark(Protocol):
-    """A benchmark that inherits from this class needs no `export`, `score` and `page` of its own."""
+    """A benchmark that inherits from this class needs no `begin`, `export`, `score` and `page` of its own."""
 
     aims: Mapping[str, float] = {}  # the value that a number should reach, for some of the numbers
     samples: int = 1  # answers to each task
@@ -58,6 +58,12 @@ class Benchmark(Protocol):
         """`data`: the file or folder of the tasks; `limit`: most tasks of each kind (None: the benchmark's default).
 
         Raises UserError for data that cannot be read, or for a limit that the benchmark does not allow.
+        """
+
+    def begin(self, sampler: Sampler) -> None:
+        """Called before `tasks`, for a benchmark whose tasks depend on the model, such as on the size of its images.
+
+        Raises UserError for a model that the benchmark does not fit.
         """
 
     def tasks(self) -> list[Task]:

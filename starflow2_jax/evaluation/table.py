@@ -3,8 +3,13 @@
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.digits import DigitsBenchmark
 from starflow2_jax.evaluation.protocol import Benchmark
+from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, ScenesBenchmark
 
-BENCHMARKS: dict[str, type[Benchmark]] = {"digits": DigitsBenchmark}
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    "digits": DigitsBenchmark,
+    "scenes": ScenesBenchmark,
+    "scenes_quick": QuickScenesBenchmark,
+}
 
 
 def open_benchmark(name: str, data: str | None = None, limit: int | None = None) -> Benchmark:

@@ -1,0 +1,195 @@
+"""The benchmark scenes: a GenEval in small, edits, questions, captions, stories and puzzles, judged exactly.
+
+It differs from GenEval in that a picture may show nothing besides what its prompt asks for. A Fréchet distance is not
+among the numbers.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from starflow2_jax.data.documents import Document, Image, Text, counts
+from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS, Parts
+from starflow2_jax.data.scenes.scene import UNITS
+from starflow2_jax.data.scenes.source import NEVER, SceneOptions, Scenes, rendered
+from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task
+from starflow2_jax.evaluation.scenes_judge import Judge
+from starflow2_jax.evaluation.scenes_verdicts import Verdict, judged, pictures
+from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.rows import SampleOptions
+from starflow2_jax.sampling.scoring import score
+
+GENEVAL = ("single", "two", "counting", "colour", "position", "attribution")  # whose mean is reported
+AIMS = {
+    "seen_single": 0.97,
+    "seen_two": 0.85,
+    "composed_two": 0.75,
+    "seen_counting": 0.90,
+    "composed_counting": 0.80,
+    "seen_colour": 0.97,
+    "composed_colour": 0.90,
+    "seen_position": 0.90,
+    "composed_position": 0.80,
+    "seen_attribution": 0.85,
+    "composed_attribution": 0.70,
+    "seen_mean": 0.90,
+    "composed_mean": 0.80,
+    "seen_edit": 0.85,
+    "seen_question": 0.95,
+}
+LIMIT = 100  # tasks of each kind, seen and composed apart
+WORDS = 48  # tokens of a caption, an answer or a step
+DRAW = SampleOptions(temperature=0, image_temperature=0.6, guidance=2.0, image_first=True, max_images=1)
+SAY = SampleOptions(temperature=0, max_images=0)
+CHANGE = SampleOptions(temperature=0, image_temperature=0.4, guidance=1.0, image_first=True, max_images=1)
+TELL = SampleOptions(temperature=0, image_temperature=0.5, guidance=1.0)
+OPTIONS = dict.fromkeys(CAPTIONS, DRAW) | {
+    "description": SAY,
+    "question": SAY,
+    "edit": CHANGE,
+    "story": TELL,
+    "think": replace(DRAW, guidance=1.0),
+}
+PICTURES = {"description": 0, "question": 0, "story": 3}  # most pictures of an answer; of all other kinds: one
+ABOUT = (
+    "Pictures of sprites on coloured grounds. A judge reads each picture by comparing it with all sprites in all places, "
+    "so every verdict is exact. “Composed” tasks combine what training documents never show together: pairs of sprites, "
+    "colours of things, skin tones of people, counts of objects."
+)
+EXAMPLES = 6  # examples of each kind on the page
+COLUMNS = 10  # pictures in a row of the page's grid
+
+
+class ScenesBenchmark(Benchmark):
+    """Tasks "kind/seen/number" and "kind/composed/number", for a model of all nouns. The size is that of its pictures.
+
+    part: the part of the source that seen tasks are from; "validation" to choose options of sampling. Raises UserError
+    for `data`.
+    """
+
+    aims = AIMS
+    objects = 0  # nouns of the vocabulary; 0: all
+
+    def __init__(self, data: str | None = None, limit: int | None = None, part: str = "test"):
+        if data is not None:
+            raise UserError("the benchmark scenes brings its own data; leave --data out")
+        self.limit, self.parts = limit or LIMIT, {"seen": part, "composed": "held_out"}
+        self.size, self.tokens = UNITS, 64
+        self.read = Judge(self.objects)
+
+    def begin(self, sampler: Sampler) -> None:
+        """Take the size of pictures and their number of tokens from the model. Raises UserError for other pictures."""
+        height, width, channels = sampler.codec.image_shape
+        if not (sampler.codec.is_pixels and height == width and width in (UNITS, 2 * UNITS) and channels == 3):
+            raise UserError(
+                f"the benchmark scenes needs a model of RGB pictures of {UNITS} or {2 * UNITS} pixels a side, and this "
+                f"checkpoint's have the shape {height} x {width} x {channels}; train it on the source scenes"
+            )
+        self.size, self.tokens = width, sampler.model.cfg.tokens
+
+    def tasks(self) -> list[Task]:
+        """The tasks, by kind. Their targets are whole documents, with scenes in the place of pictures."""
+        return [
+            Task(f"{kind}/{group}/{i}", rendered(asked(parts), self.size), parts, self._options(kind))
+            for kind in KINDS
+            for group in self.parts
+            if (source := self._source(kind, group))
+            for i, parts in enumerate(map(source.parts, range(self.limit)))
+        ]
+
+    def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
+        """Shares of right answers by group and kind, the means of GENEVAL, and the likelihood of held-out pictures."""
+        found: dict[str, list[float]] = {}
+        for answer in answers:
+            kind, group = of(answer)
+            verdict = self._verdict(answer)
+            found.setdefault(f"{group}_{kind}", []).append(float(verdict.right))
+            for name, value in verdict.parts.items():
+                found.setdefault(f"{group}_{kind}_{name}", []).append(value)
+        numbers: dict[str, float | None] = {name: float(np.mean(values)) for name, values in found.items()}
+        for group in self.parts:
+            six = [numbers[name] for kind in GENEVAL if (name := f"{group}_{kind}") in numbers]
+            numbers[f"{group}_mean"] = float(np.mean([value for value in six if value is not None])) if six else None
+            numbers |= self._likelihood(sampler, group)
+        return numbers
+
+    def page(self, answers: list[Answer]) -> Page:
+        """The first pictures of each kind of caption, and answers of every kind with their verdicts."""
+        blank, columns = np.zeros((self.size, self.size, 3), np.float32), min(COLUMNS, self.limit)
+        names, rows, examples = [], [], []
+        for several in _grouped(answers):
+            kind, group = of(several[0])
+            if kind in CAPTIONS:
+                names.append(f"{kind}, {group}")
+                rows.append([next(iter(pictures(answer.document)), blank) for answer in several[:columns]])
+            examples += [self._example(kind, group, answer) for answer in several[:EXAMPLES]]
+        note = "The first pictures of each kind of prompt; prompts and verdicts are below."
+        return Page(ABOUT, "Drawn scenes", note, tuple(names), np.array(rows), examples)
+
+    def _example(self, kind: str, group: str, answer: Answer) -> tuple[str, Document]:
+        verdict = self._verdict(answer)
+        title = f"{kind}, {group}: {'right' if verdict.right else 'WRONG'} ({verdict.note})"
+        return title, [*answer.task.prompt, *answer.document]
+
+    def _verdict(self, answer: Answer) -> Verdict:
+        return judged(self.read, of(answer)[0], answer.task.target, answer.document)
+
+    def _options(self, kind: str) -> SampleOptions:
+        drawn = PICTURES.get(kind, 1)
+        words = 0 if OPTIONS[kind] in (DRAW, CHANGE) else WORDS
+        return replace(OPTIONS[kind], max_tokens=drawn * (self.tokens + 2) + max(drawn, 1) * words + 2)
+
+    def _source(self, kind: str, group: str) -> Scenes | None:
+        """The documents of a kind and a group; None if this kind has none."""
+        if group == "composed" and kind in NEVER:
+            return None
+        return Scenes(options=SceneOptions(kind, self.parts[group], self.size, self.objects))
+
+    def _likelihood(self, sampler: Sampler, group: str) -> dict[str, float | None]:
+        """NLL of pictures given their captions, with the noise of the training: nats per dimension without 0.5 ln 2 pi as
+        in training, and bits per dimension of 8-bit levels."""
+        sources = [source for kind in CAPTIONS if (source := self._source(kind, group))]
+        rng = np.random.default_rng(0)
+        documents = [noisy(sources[i % len(sources)][i], sampler.noise, rng) for i in range(self.limit)]
+        scores = [image for [image] in score(sampler, documents)]
+        nats = float(np.mean([each.nats_per_dim for each in scores])) - 0.5 * math.log(2 * math.pi)
+        bits = float(np.mean([each.bits_per_dim for each in scores]))
+        return {f"{group}_nll_nats_per_dim": nats, f"{group}_nll_bits_per_dim": bits}
+
+
+class QuickScenesBenchmark(ScenesBenchmark):
+    """The benchmark for a model of the first 60 nouns."""
+
+    objects = 60
+
+
+def of(answer: Answer) -> tuple[str, str]:
+    """The kind and the group of an answer's task."""
+    kind, group, _ = answer.task.key.split("/")
+    return kind, group
+
+
+def asked(parts: Parts) -> Parts:
+    """A document up to the first part that the model should write."""
+    first = next(i for i, part in enumerate(parts) if (part.predict if isinstance(part, Text) else part.generate))
+    return parts[:first]
+
+
+def noisy(document: Document, noise: float, rng: np.random.Generator) -> Document:
+    """The document with noise N(0, noise^2) on the images that count."""
+    return [
+        replace(part, pixels=(part.pixels + noise * rng.standard_normal(part.pixels.shape)).astype(np.float32))
+        if isinstance(part, Image) and counts(part)
+        else part
+        for part in document
+    ]
+
+
+def _grouped(answers: list[Answer]) -> list[list[Answer]]:
+    """Answers by kind and group, in their order."""
+    groups: dict[tuple[str, str], list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(of(answer), []).append(answer)
+    return list(groups.values())
