@@ -267,7 +267,7 @@ def test_version_and_exit_codes_are_told(capsys):
         (["eval", "--benchmark", "digit", "--checkpoint", "{root}"], "there is no benchmark 'digit'; there are digits"),
         (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--data", "{root}"], "leave --data out"),
         (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--out", "o", "--process", "2", "--processes", "2"], "below --processes=2"),
-        (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--processes", "2"], "name it with --out"),
+        (["eval", "--benchmark", "digits", "--checkpoint", "{root}", "--processes", "2"], "--processes needs --out"),
         (["sample", "--checkpoint", "{root}", "--prompt", "draw", "--import", "none.py"], "there is no file or folder 'none.py'"),
     ],
 )  # fmt: skip

@@ -62,7 +62,7 @@ def test_init_then_chat_then_train(vlm, tmp_path, capsys):
     ):
         assert (tmp_path / "run" / name).read_bytes() == (vlm / name).read_bytes()
     sampler = Sampler.restore(tmp_path / "run")
-    assert not sampler.skips and sampler.tokenizer.chat_template == TEMPLATE
+    assert not sampler.skips and sampler.tokenizer.chat_template["default"] == TEMPLATE
     command = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "which digit is this?", "--chat"]
     assert cli.main([*command, "--max-tokens", "4", "--out", str(tmp_path / "out")]) == 0
     Trainer(config, tmp_path / "run").run(progress=False)

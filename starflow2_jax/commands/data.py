@@ -30,6 +30,7 @@ def add(commands: Commands) -> None:
 
 
 def _data(args: Namespace, overrides: list[str]) -> None:
+    from starflow2_jax.checkpoints.directory import CheckpointDirectory
     from starflow2_jax.commands.training import start_devices
     from starflow2_jax.config import loading as configs
     from starflow2_jax.evaluation import data_report
@@ -38,6 +39,8 @@ def _data(args: Namespace, overrides: list[str]) -> None:
 
     config = configs.load(args.config, overrides, args.runlocal, args.chip)
     stage = find_stage(config, args.stage)
+    if args.checkpoint:
+        CheckpointDirectory(args.checkpoint).config()  # refuses a folder of another kind
     start_devices(config.cpu_devices)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(config, args.checkpoint or Path(scratch) / "run")

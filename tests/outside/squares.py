@@ -145,7 +145,7 @@ STAGES["deep_alone"] = Stage("deep_alone", DEEP, skips=False, deep=True, image_l
 def get_config(runlocal: bool = False) -> ConfigDict:
     c = configs.load("digits_quick", runlocal=True).unlock()
     c.cpu_devices = 8
-    c.data = dict(sources=dict(squares=dict(path="squares", side=3)))
+    c.data, c.evals = dict(sources=dict(squares=dict(path="squares", side=3))), {}
     c.codec = dict(kind="pca", patch=4, channels=6, image_channels=1)
     c.model.grid, c.model.channels = (2, 2), 6
     for stage in c.stages.values():

@@ -1,6 +1,7 @@
 """The art: sprites with names, from one sheet of Noto Emoji (see NOTICE.md)."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,8 +11,8 @@ from PIL import Image as Pillow
 
 FOLDER = Path(__file__).parent
 CELL, COLUMNS = 64, 32  # of the sheet: pixels of a sprite's side, sprites in a row
-COLOURS: list[str] = "red orange yellow green blue purple brown black white grey pink".split() + ["light blue"]
-TONES: list[str] = "yellow light medium-light medium medium-dark dark".split()
+COLOURS: Sequence[str] = "red orange yellow green blue purple brown black white grey pink".split() + ["light blue"]
+TONES: Sequence[str] = "yellow light medium-light medium medium-dark dark".split()
 FEWEST = 16  # nouns of a vocabulary that has every kind of sprite
 
 
