@@ -77,7 +77,7 @@ def test_a_source_is_found_by_name_scheme_suffix_or_folder(tmp_path, monkeypatch
     (tmp_path / "shelf.txt").touch()
     assert sources.find(str(tmp_path)) is sources.Digits
     for wrong in ("digit", "rows.json5", "sftp://rows", str(tmp_path.parent)):
-        with pytest.raises(UserError, match="names no source; there are digits, .jsonl"):
+        with pytest.raises(UserError, match="names no source; there are digits, scenes, .jsonl"):
             sources.find(wrong)
 
 
