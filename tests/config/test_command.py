@@ -68,7 +68,7 @@ def test_the_chip_is_an_option(command, capsys, monkeypatch):
             cli.main([command, *COMMANDS[command], "--config", "starflow2_7b_t2i", "--chip", "v5e"])
     assert seen[0].stages.text_to_image.rows == 512 and seen[0].model.deep.kernel == "splash"
     for name, chip, said in (
-        ("starflow2_7b_t2i", "v4", "settings for the chips v5e, v5p, v6e, not for 'v4'"),
+        ("starflow2_7b_t2i", "v4", "settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"),
         ("digits_quick", "v5e", "digits_quick.py has the same settings for all chips; leave out --chip v5e"),
         ("starflow2_7b_t2i:v5e", "v5e", "there is no experiment file starflow2_7b_t2i:v5e"),
     ):

@@ -278,6 +278,8 @@ def test_the_chip_goes_to_every_point(tmp_path):
     ):
         at = command.index("--chip")
         assert command[at + 1] == "v5e" and command[at + 2].startswith("--config.order=")
-    with pytest.raises(config.ConfigError, match="settings for the chips v5e, v5p, v6e, not for 'v4'"):
+    with pytest.raises(
+        config.ConfigError, match="settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"
+    ):
         points.load(tmp_path / "sweep.py", tmp_path / "out", chip="v4")
     assert len(points.load("digits_lr", tmp_path / "out").points) == 4
