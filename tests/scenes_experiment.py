@@ -29,5 +29,5 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     for name in c.order:
         c.stages[name].update(rows=8, length=192, steps=2)
         c.stages[name].mix = dict.fromkeys(KINDS, 1.0)
-    c.mesh = dict(data=-1, fsdp=1, tensor=1)
+    c.cpu_devices, c.mesh = 8, dict(data=-1, fsdp=1, tensor=1)  # as many as the tests have
     return c
