@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import socket
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import evals_experiment
@@ -257,6 +261,42 @@ def test_prompts_are_checked_before_anything_is_trained(held_out, tmp_path, prom
     with pytest.raises(UserError, match=saying):
         Trainer(config, tmp_path / "run").run(progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.drill
+def test_two_processes_find_the_same(trained, held_out, tmp_path):
+    """Each reads its own groups, and process 0 draws the sheets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    train = [sys.executable, "-m", "starflow2_jax.cli", "train", "--config", ROOT / "tests/evals_experiment.py"]
+    train += ["--out", tmp_path / "run", "--config.cpu_devices=2", "--distributed", "--coordinator", address]
+    environment = {**os.environ, "HELD_OUT": held_out, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    started = [
+        subprocess.Popen(
+            list(map(str, [*train, "--processes", 2, "--process", process])),
+            env=environment,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=900)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    for found, wanted in zip(of_evals(tmp_path / "run"), of_evals(trained), strict=True):
+        assert found.keys() == wanted.keys() and found["step"] == wanted["step"]
+        for name in found.keys() - {"step", "stage"}:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, err_msg=name)
+    for sheet in (trained / "evals/sheet").iterdir():
+        wanted, found = (
+            np.asarray(Pillow.open(path), int) for path in (sheet, tmp_path / "run/evals/sheet" / sheet.name)
+        )
+        assert np.mean(np.abs(found - wanted)) < 1
 
 
 def test_an_evaluation_from_outside(held_out, tmp_path, monkeypatch):

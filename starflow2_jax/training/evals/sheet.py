@@ -64,7 +64,9 @@ class Sheet:
                 return Findings()
             mesh = sharding.make_mesh(devices=jax.local_devices(), fsdp=jax.local_device_count(), data=1)
             params = jax.device_put(params, sharding.tree_shardings(params, mesh))
-        picture = drawn([caption(prompt) for prompt in self.prompts], self._images(params, mesh))
+        with jax.set_mesh(mesh):  # in place of the run's, which has devices of other processes
+            images = self._images(params, mesh)
+        picture = drawn([caption(prompt) for prompt in self.prompts], images)
         if processes.primary():
             self.folder.mkdir(parents=True, exist_ok=True)
             picture.save(self.folder / f"{number:08d}.png")
