@@ -34,7 +34,7 @@ OUT_OF_ROOM = "make room there, and start the same command again"
 
 
 def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
-    """Raises UserError, with the most similar allowed value, if `value` is not allowed. `name`: what it is the value of."""
+    """Raises UserError, with the most similar allowed value, if `value` is not allowed. `name`: the key or argument, for the message."""
     if value not in allowed:
         [near] = difflib.get_close_matches(str(value), allowed, 1, 0.0)
         raise UserError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}; did you mean {near!r}?")

@@ -127,5 +127,5 @@ def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> 
     if cfg.patches % vision.merge**2:
         raise ConfigError(
             f"{place}.patches={cfg.patches} must be a multiple of {vision.merge**2}, the square of "
-            "model.vlm.vision.merge: the vision tower joins so many patches into one token"
+            "model.vlm.vision.merge, because the vision tower joins that many patches into one token"
         )

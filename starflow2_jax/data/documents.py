@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
@@ -62,14 +62,6 @@ class Speaker:
 # turns (see preparation.py).
 Draft = list[Text | Wordings | Image | StoredImage | Speaker]
 Said = str | np.ndarray | Sequence[str | np.ndarray | Text | Image]
-
-
-class Drafts(Protocol):
-    """Drafts of documents by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Draft: ...
 
 
 class DocumentError(UserError):

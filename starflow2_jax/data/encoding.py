@@ -64,8 +64,8 @@ def encode(
 ) -> dict[str, Any] | None:
     """Write the shards of this process, every `processes`-th one, that are not there yet; with the last one, index.json.
 
-    progress: is told how many units and documents were read since the last time. Returns the values of index.json, or None while other
-    processes have shards to write. Each file is written aside and renamed, so that the same call may follow a call that was
+    progress: called with the numbers of units and documents that were read since its last call. Returns the values of index.json, or
+    None while other processes have shards to write. Each file is written aside and renamed, so that the same call may follow a call that was
     killed. Raises UserError where `out` has shards of another encoding.
     """
     out.mkdir(parents=True, exist_ok=True)

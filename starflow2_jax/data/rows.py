@@ -31,7 +31,7 @@ class RowOptions:
     template: str = option("the caption that a class becomes: its name stands for {}", "{}")
 
     def classes(self, row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """A row with captions for the numbers of classes. names: of the classes of each column of such numbers."""
+        """The row, with a caption in place of each class number. names: column -> names of its classes, by number."""
         words = {
             column: self.template.replace("{}", str(names[column][row[column]]).replace("_", " "))
             for column in self.captions
@@ -139,7 +139,7 @@ def _next_picture(i: int, images: Iterator[object], folder: epath.Path, generate
 
 
 def _edits(row: Mapping[str, Any], folder: epath.Path) -> Draft:
-    """A picture, and what it becomes by one instruction after the other."""
+    """A picture, then an instruction and the picture that results from it, repeated."""
     images, instructions = (list(row[name]) for name in EDITS)
     if len(images) != len(instructions) + 1:
         raise DocumentError(f"{len(images)} images of an edit need one instruction fewer, not {len(instructions)}")

@@ -152,7 +152,7 @@ class Pretzel(nn.Module):
         u = logdet = reads = states = None
         if isinstance(inputs, Sequence):
             reads = inputs.image_token_index
-            states, logdet = self._trace(inputs.latents)
+            states, logdet = self.trace(inputs.latents)
             u = states[-1]
             u_here = gather_positions(u.reshape(u.shape[0], -1, u.shape[-1]), reads)
         else:
@@ -199,7 +199,7 @@ class Pretzel(nn.Module):
         y, _ = self.vlm(VlmInputs(tokens, modality, positions, segments, None, inputs.vision, reads))
         return jnp.where(here[..., None], gather_positions(y, jnp.cumsum(here, axis=1) - 1), 0)
 
-    def _trace(self, latents: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    def trace(self, latents: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         """Latents (B, M, N, D) -> outputs of the shallow flow's blocks and its log-determinant, (B, M, N, D) each."""
         B, M, N, D = latents.shape
         states, logdets = self.shallow.trace(latents.reshape(B * M, N, D))

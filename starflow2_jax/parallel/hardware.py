@@ -184,7 +184,7 @@ def _cluster(gpu: Gpu, given: tuple[int, ...], sizes: str) -> Topology:
 
 
 def cluster_of(gpu: Gpu, gpus: int) -> tuple[int, int]:
-    """Full nodes that have about so many GPUs, or a part of one node."""
+    """(nodes, GPUs per node): the fewest full nodes with at least `gpus` GPUs, or a part of one node."""
     return (-(-gpus // gpu.most), gpu.most) if gpus > gpu.most else (1, gpus)
 
 

@@ -16,7 +16,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Whether this run was told to end. Made by `listening`."""
+    """Knows whether this run has received SIGTERM. Use `listening` to make one."""
 
     def __init__(self):
         self._received = threading.Event()

@@ -260,7 +260,7 @@ class Run(Generic[S]):
         self.since_log = (now, ledger.tokens)
 
     def _evaluate(self, last: int) -> None:
-        """Run the evaluations that are due, and log what they find, each on a line of its own."""
+        """Run the evaluations that are due. Each logs its numbers on a line of its own."""
         metrics, name = self.tools.metrics, self.task.name
         for each in self.evals:
             if not each.due(self.number, last):

@@ -49,7 +49,7 @@ def reread(sampler: Sampler, features: dict | None, tokens: np.ndarray, u: np.nd
     flow_u = np.zeros((start, D), np.float32)
     if start and len(features["latents"]):
         encode = {"params": sampler.params}, jnp.asarray(features["latents"])[None]
-        states, _ = sampler.model.apply(*encode, method=Pretzel._trace)
+        states, _ = sampler.model.apply(*encode, method=Pretzel.trace)
         flow_u[np.array(modality) == sequence.FLOW] = np.asarray(states[-1]).reshape(-1, D)
     inside = 0
     for token, value in [(ids.vision_start, None), *zip(tokens, u, strict=True)]:
@@ -145,7 +145,7 @@ def test_what_was_written_becomes_a_document(sampler):
     tokens[0, N + 1 : N + 3] = ids.vision_end, sampler.tokenizer.encode(" nine")[0]
     tokens[0, N + 3] = -1
     latents = tiny.CODEC.encode(tiny.pixels(5)[None]).reshape(1, 1, N, -1)
-    (*_, u), _ = sampler.model.apply({"params": sampler.params}, latents, method=Pretzel._trace)
+    (*_, u), _ = sampler.model.apply({"params": sampler.params}, latents, method=Pretzel.trace)
     answer = Answer(0, sampler.tokenizer, N, ids.end, ())
     [pictures] = sampler.pictures(
         jnp.zeros((1, T, tiny.CHANNELS)).at[:, 1 : N + 1].set(u[:, 0]), [answer.whole(tokens[0])]

@@ -1,4 +1,4 @@
-"""Edits of scenes: their words, and exactly what they make of a scene."""
+"""Edits of scenes: the words of an instruction, and the exact scene that results."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""The grammar: what is said about scenes, with articles, plurals and verbs, and captions back to what they say."""
+"""The grammar: sentences about scenes, with articles, plurals and verbs; and a parser of captions."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -26,7 +26,7 @@ Sums = Mapping[str, Any]  # of "image" and "text" in nats, and of "image_count" 
 
 
 class HeldOutLosses:
-    """See protocol.Evaluator. Its numbers, where the documents have what they are about:
+    """See protocol.Evaluator. Its numbers (those of images or text are left out if no document has any):
 
     loss          the stage's loss: nats per latent dimension + text_weight * nats per token
     image_nats    negative log-density of the images, in nats per dimension, as `starflow2 score` gives it
