@@ -115,13 +115,15 @@ def preprocess(cfg: DinoConfig, pixels: Any) -> Any:
     return ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)
 
 
-def resize_positions(table: jax.Array, size: tuple[int, int], antialias: bool) -> jax.Array:
-    """Position embedding (grid^2, E) of a square grid, resized to (h, w, E) by a bicubic filter, in fp32."""
-    grid = round(table.shape[0] ** 0.5)
-    table = table.astype(jnp.float32).reshape(grid, grid, -1)
-    if size == (grid, grid):
+def resize_positions(
+    table: jax.Array, size: tuple[int, int], antialias: bool, learned: tuple[int, int] | None = None
+) -> jax.Array:
+    """Position embedding (N, E) of the grid `learned`, None: a square, resized to (h, w, E) by a bicubic filter, in fp32."""
+    learned = learned or (round(table.shape[0] ** 0.5),) * 2
+    table = table.astype(jnp.float32).reshape(*learned, -1)
+    if size == learned:
         return table
-    rows, columns = (resize_matrix(grid, new, antialias) for new in size)
+    rows, columns = (resize_matrix(old, new, antialias) for old, new in zip(learned, size, strict=True))
     return jnp.einsum("hi,wj,ije->hwe", rows, columns, table, precision="highest")
 
 
