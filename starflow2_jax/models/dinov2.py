@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.models.layers import Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.fields import check, option
+from starflow2_jax.models.layers import DTYPES, REMAT, Norm, Transformer, TransformerConfig, dense
 from starflow2_jax.models.patches import patchify
 
 
@@ -16,23 +17,30 @@ from starflow2_jax.models.patches import patchify
 class DinoConfig:
     """Sizes of the encoder, and the normalisation of its images."""
 
-    layers: int
-    width: int  # E
-    heads: int
-    mlp_hidden: int
-    grid: int  # side of the learned position embedding, in patches
-    patch: int = 14
-    channels: int = 3
-    gated_mlp: bool = False  # silu(gate) * up, as in the size giant; otherwise exact GELU
-    registers: int = 0  # R
-    antialias: bool = False  # of the position embedding's resizing, see `resize_matrix`
-    qkv_bias: bool = True
-    norm_eps: float = 1e-6
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's, of pixels in 0..1
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    dtype: str = "float32"  # these three: see TransformerConfig
-    remat: str = "none"
-    unroll: int = 1
+    layers: int = option("layers (L)", least=1)
+    width: int = option("channels of the residual stream (E)", least=1)
+    heads: int = option("attention heads (H)", least=1)
+    mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)
+    grid: int = option("side of the learned position embedding, in patches", least=1)
+    patch: int = option("side of a patch, in pixels", 14, least=1)
+    channels: int = option("channels of a pixel", 3, least=1)
+    gated_mlp: bool = option("the MLP is silu(gate) * up, as in the size giant; otherwise it has exact GELU", False)
+    registers: int = option("register tokens (R)", 0, least=0)
+    antialias: bool = option("filter of the position embedding's resizing, see `resize_matrix`", False)
+    qkv_bias: bool = option("queries, keys and values have a bias", True)
+    norm_eps: float = option("added to the variance before its root", 1e-6, above=0)
+    mean: tuple[float, ...] = option("mean of pixels in 0..1, by channel (ImageNet's)", (0.485, 0.456, 0.406))
+    std: tuple[float, ...] = option(
+        "standard deviation of pixels in 0..1, by channel (ImageNet's)", (0.229, 0.224, 0.225), above=0
+    )
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
+    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
+    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
+
+    def __post_init__(self):
+        check(self)
 
     @property
     def transformer(self) -> TransformerConfig:

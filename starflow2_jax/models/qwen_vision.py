@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -140,19 +141,24 @@ class VisionConfig:
             planes = [plane.resize((width, height), Pillow.Resampling.BICUBIC) for plane in planes]
             pixels = np.stack([np.asarray(plane, np.float32) for plane in planes], axis=-1) / 127.5 - 1
         pixels = np.broadcast_to((pixels + 1) / 2, (height, width, self.channels))
-        x = (pixels - np.asarray(self.mean)) / np.asarray(self.std)
+        patches = self.patches((pixels - np.asarray(self.mean)) / np.asarray(self.std))
+        return {"patches": patches.astype(np.float32), **self.places(h, w)}
+
+    def patches(self, pixels: Any) -> Any:
+        """Normalised pixels (h merge patch, w merge patch, C), NumPy or JAX -> patches (P, patch width) as in `preprocess`."""
         m, p = self.merge, self.patch
-        x = x.reshape(h, m, p, w, m, p, self.channels).transpose(0, 3, 1, 4, 6, 2, 5)  # h w m m C p p
-        x = np.repeat(x[:, :, :, :, :, None], self.temporal_patch, axis=5)
+        h, w = (side // (m * p) for side in pixels.shape[:2])
+        x = pixels.reshape(h, m, p, w, m, p, self.channels).transpose(0, 3, 1, 4, 6, 2, 5)  # h w m m C p p
+        return x[:, :, :, :, :, None].repeat(self.temporal_patch, 5).reshape(-1, self.patch_width)
+
+    def places(self, h: int, w: int) -> dict[str, np.ndarray]:
+        """ "coordinates" (P, 2) and "window" (P,) of the patches of h x w merged tokens."""
+        m, p = self.merge, self.patch
         rows, columns = np.meshgrid(np.arange(h * m), np.arange(w * m), indexing="ij")
         coordinates = np.stack([rows, columns], -1).reshape(h, m, w, m, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
         side = max(self.window // (p * m), 1) * m  # of a window, in patches
         window = coordinates[:, 0] // side * (-(-w * m // side)) + coordinates[:, 1] // side
-        return {
-            "patches": x.reshape(-1, self.patch_width).astype(np.float32),
-            "coordinates": coordinates.astype(np.int32),
-            "window": window.astype(np.int32),
-        }
+        return {"coordinates": coordinates.astype(np.int32), "window": window.astype(np.int32)}
 
 
 class VisionTower(nn.Module):
