@@ -76,3 +76,10 @@ def reason(error: Exception) -> str:
     """The message of an exception as one short line. That of an OSError leaves out the path."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return shorten(" ".join(said.split())) or type(error).__name__
+
+
+def with_tuples(values: Any) -> Any:
+    """The same JSON value with tuples in place of lists, at any depth."""
+    if isinstance(values, dict):
+        return {k: with_tuples(v) for k, v in values.items()}
+    return tuple(with_tuples(v) for v in values) if isinstance(values, list) else values

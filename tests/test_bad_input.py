@@ -11,7 +11,6 @@ import pytest
 import tiny
 from refused import refused
 
-from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.checkpoints.reading import CheckpointError
 from starflow2_jax.config import loading as configs
@@ -20,6 +19,7 @@ from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.fields import build
 from starflow2_jax.models.flow import FlowBlockConfig
 from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.parallel.content_hash import content_hash
 from starflow2_jax.training import step
 from starflow2_jax.training.loop import Trainer
 

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import safetensors
 import safetensors.flax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from starflow2_jax.checkpoints.atomic_folder import write_whole
-from starflow2_jax.checkpoints.content_hash import content_hash
+from starflow2_jax.codecs.folder import DESCRIPTION, WEIGHTS, read_weights
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.errors import UserError
-
-DESCRIPTION, WEIGHTS = "codec.json", "codec.safetensors"
+from starflow2_jax.parallel.content_hash import content_hash
 
 
 def write_codec(folder: Path, codec: Codec) -> None:
@@ -44,18 +41,7 @@ def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:
             f"{path} describes a codec of the kind {kind!r}, but the known kinds are {', '.join(CODECS)}; if a Python file of "
             "yours adds this kind, name that file with --import"
         )
-    weights = {}
-    if wanted is not None:
-        try:
-            flat = safetensors.flax.load_file(folder / WEIGHTS)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); restore it from a copy") from None
-        if content_hash(flat) != wanted:
-            raise UserError(
-                f"{folder / WEIGHTS} does not hold the weights that {DESCRIPTION} describes (content hash differs); restore both "
-                "from a copy"
-            )
-        weights = unflatten_dict(jax.tree.map(np.asarray, flat), sep="/")
+    weights = read_weights(folder, wanted)
     try:
         return CODECS[kind].restored(description, weights)
     except (TypeError, KeyError) as error:

@@ -24,7 +24,7 @@ from starflow2_jax.checkpoints.atomic_folder import write_whole
 from starflow2_jax.checkpoints.codec import restore_codec, write_codec
 from starflow2_jax.checkpoints.frozen import FrozenWeights
 from starflow2_jax.checkpoints.lock import Lock
-from starflow2_jax.checkpoints.reading import CheckpointError, read_json, with_tuples
+from starflow2_jax.checkpoints.reading import CheckpointError, read_json
 from starflow2_jax.checkpoints.retention import Keep
 from starflow2_jax.checkpoints.steps import Steps
 from starflow2_jax.codecs.protocol import Codec
@@ -33,6 +33,7 @@ from starflow2_jax.config.schema import Config
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.errors import ConfigError, UserError, storage_errors
 from starflow2_jax.parallel import processes
+from starflow2_jax.text_files import with_tuples
 
 FORMAT = (
     2  # since 2, rotary positions pair the halves of a head in the flows, too; weights of format 1 would be misread

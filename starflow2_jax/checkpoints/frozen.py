@@ -10,10 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from starflow2_jax.checkpoints.atomic_folder import require_room, write_whole
-from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.reading import CheckpointError, read_json, restored, saved_shapes
 from starflow2_jax.errors import storage_errors
 from starflow2_jax.parallel import processes
+from starflow2_jax.parallel.content_hash import content_hash
 
 
 class FrozenWeights:

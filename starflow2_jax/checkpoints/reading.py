@@ -44,10 +44,3 @@ def saved_shapes(checkpointer: ocp.StandardCheckpointer, folder: Path) -> Any:
     if (metadata := checkpointer.metadata(folder).item_metadata) is None:
         raise ValueError(f"{folder.name} does not describe its arrays")
     return metadata.tree
-
-
-def with_tuples(values: Any) -> Any:
-    """The same JSON value with tuples in place of lists, at any depth."""
-    if isinstance(values, dict):
-        return {k: with_tuples(v) for k, v in values.items()}
-    return tuple(with_tuples(v) for v in values) if isinstance(values, list) else values

@@ -12,11 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.errors import UserError
+from starflow2_jax.fields import COMPUTED
+from starflow2_jax.text_files import with_tuples
 
 
 def fingerprint(codec: Codec) -> str:
-    """SHA-256 of the codec's kind, description and weights."""
-    digest = hashlib.sha256(json.dumps({"kind": codec.kind, **codec.description()}, sort_keys=True).encode())
+    """SHA-256 of the codec's kind, description and weights. How it computes, such as its `dtype`, does not count."""
+    digest = hashlib.sha256(json.dumps({"kind": codec.kind, **_essence(codec.description())}, sort_keys=True).encode())
     for name, array in sorted(flatten_dict(dict(codec.weights), sep="/").items()):
         array = np.asarray(array)
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -38,9 +40,12 @@ def unpacked(values: dict[str, Any], weights: bytes) -> Codec:
             "that file with --import"
         )
     flat = safetensors.flax.load(weights) if weights else {}
-    description = {key: _tuples(value) for key, value in values.items() if key != "kind"}
+    description = {key: with_tuples(value) for key, value in values.items() if key != "kind"}
     return CODECS[kind].restored(description, unflatten_dict(jax.tree.map(np.asarray, flat), sep="/"))
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _essence(value: Any) -> Any:
+    """A description without the fields of COMPUTED, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _essence(part) for key, part in value.items() if key not in COMPUTED}

@@ -76,7 +76,7 @@ class FaeConfig:
 
     features: int = option("channels of the frozen encoder's features (C)", 1536, least=1)
     grid: tuple[int, int] = option("rows and columns of tokens that positions are learned for", (16, 16), least=1)
-    channels: int = option("channels of a latent token (D)", 32, least=1)
+    channels: int = option("channels of a latent token (D); 0: none, only a pixel decoder on features", 32, least=0)
     attention_heads: int = option("heads of the latent encoder's attention", 24, least=1)
     attention_head_dim: int = option("channels of such a head", 256, least=1)
     feature_decoder: FeatureDecoderConfig = option("makes features from latents", FeatureDecoderConfig())

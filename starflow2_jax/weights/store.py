@@ -17,7 +17,7 @@ import tensorstore as ts
 from absl import logging
 from flax import traverse_util
 
-from starflow2_jax.checkpoints.content_hash import combine, sums
+from starflow2_jax.parallel.content_hash import combine, sums
 from starflow2_jax.weights.table import WeightError
 
 CHUNK = 2**24  # bytes that are read, hashed and written at a time, at most

@@ -1,4 +1,4 @@
-"""What every codec in the table keeps to, and what becomes of one that is saved."""
+"""What every lossless codec in the table keeps to, and what becomes of one that is saved; test_fae.py has the other one."""
 
 import json
 
@@ -19,7 +19,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=sorted(CODECS))
+@pytest.fixture(params=sorted(set(CODECS) - {"fae"}))
 def codec(request):
     return made(request.param)
 
@@ -57,7 +57,7 @@ def test_it_is_the_same_after_it_was_saved(codec, tmp_path):
 
 
 def test_a_kind_that_there_is_not(tmp_path):
-    with pytest.raises(UserError, match="'vae', but the known kinds are patch, latents.*--import"):
+    with pytest.raises(UserError, match="'vae', but the known kinds are patch, latents, fae.*--import"):
         restore_codec(tmp_path, {"kind": "vae"})
 
 

@@ -11,12 +11,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tiny_experiment import tiny_config
 
-from starflow2_jax.checkpoints.content_hash import content_hash
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
 from starflow2_jax.data.documents import Text
 from starflow2_jax.data.images import read_image, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import init_params
+from starflow2_jax.parallel.content_hash import content_hash
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.training import loop

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from starflow2_jax.checkpoints.content_hash import combine, content_hash, sums
+from starflow2_jax.parallel.content_hash import combine, content_hash, sums
 from starflow2_jax.parallel.sharding import make_mesh
 
 RANDOM = np.random.default_rng(0)
