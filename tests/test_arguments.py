@@ -98,6 +98,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "documents").write_text(json.dumps(DOCUMENT[:1]) + "\n")
     Pillow.new("L", (8, 8), 200).save(folder / "image", "PNG")
     (folder / "captions").write_text("a seven\na two\n")
+    (folder / "classes").write_text("a seven\na two\n")
     (folder / "imports.py").write_text("LOADED = True\n")
     (folder / "config.py").write_text(configs.find("digits_quick").read_text())
     (folder / "sweep.py").write_text((configs.EXPERIMENTS / "sweeps" / "digits_lr.py").read_text())
