@@ -225,7 +225,7 @@ def may_work(action: argparse.Action, what: str) -> bool:
     """Wrong values that leave something to work with: the first lines of a file, the package's own name for "empty"."""
     return (
         what in DAMAGED
-        and action.dest in ("captions", "imports", "images", "data_dir")
+        and action.dest in ("captions", "classes", "imports", "images", "data_dir")
         or (what == "empty" and action.dest == "imports")
     )
 

@@ -144,12 +144,13 @@ def _reader(args: Namespace) -> tuple[Any, int]:
     from starflow2_jax.text_files import read_lines
 
     kind, _, path = args.source.partition(":")
+    classes = read_lines(args.classes) if args.classes else []
     columns = {"image": args.image, "template": args.template}
     if args.captions:
         columns["captions"] = tuple(args.captions.split(","))
     readers = {
         "parquet": lambda: ParquetReader(path, RowOptions(**columns)),
-        "tar": lambda: TarReader(path, RowOptions(**columns), read_lines(args.classes) if args.classes else ()),
+        "tar": lambda: TarReader(path, RowOptions(**columns), classes),
         "tsv": lambda: TarIndexReader(path, RowOptions(**columns)),
         "json": lambda: SourceReader(JsonlDocuments(path, JsonlOptions(images=args.images or ""))),
         "hf": lambda: SourceReader(HuggingFaceDocuments(path, HuggingFaceOptions(split=args.split, **columns))),
