@@ -98,6 +98,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "documents").write_text(json.dumps(DOCUMENT[:1]) + "\n")
     Pillow.new("L", (8, 8), 200).save(folder / "image", "PNG")
     (folder / "captions").write_text("a seven\na two\n")
+    (folder / "classes").write_text("a seven\na two\n")
     (folder / "imports.py").write_text("LOADED = True\n")
     (folder / "config.py").write_text(configs.find("digits_quick").read_text())
     (folder / "sweep.py").write_text((configs.EXPERIMENTS / "sweeps" / "digits_lr.py").read_text())
@@ -224,7 +225,7 @@ def may_work(action: argparse.Action, what: str) -> bool:
     """Wrong values that leave something to work with: the first lines of a file, the package's own name for "empty"."""
     return (
         what in DAMAGED
-        and action.dest in ("captions", "imports", "images", "data_dir")
+        and action.dest in ("captions", "classes", "imports", "images", "data_dir")
         or (what == "empty" and action.dest == "imports")
     )
 
