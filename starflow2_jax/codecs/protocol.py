@@ -42,6 +42,8 @@ class Codec(Protocol):
     mean: tuple[float, ...]  # (D,): `encode` subtracts it from each channel
     std: tuple[float, ...]  # (D,): `encode` then divides by it, as training divides `config.noise`
     log_volume: float | None  # log-determinant of `encode` per dimension; None if `encode` is no bijection
+    # True: training gives `encode_with` the pictures of a batch, on the devices; False: `encode` runs where documents are read
+    in_step: ClassVar[bool] = False
     weights: Mapping[str, Any] = {}  # nested dicts of arrays, which a checkpoint saves with their content hash
 
     @classmethod
@@ -55,6 +57,18 @@ class Codec(Protocol):
     def encode(self, images: Any) -> Any:
         """Images (B, *image_shape) -> latents (B, h, w, D). Raises ValueError for images of another shape."""
         ...
+
+    def without_weights(self) -> Self:
+        """What documents are laid out with: the same codec, which a codec with `in_step` makes light by leaving out its weights."""
+        return self
+
+    def encoder_weights(self) -> Mapping[str, Any]:
+        """The part of `weights` that `encode_with` needs. Only for codecs with `in_step`."""
+        return self.weights
+
+    def encode_with(self, weights: Mapping[str, Any], images: Any) -> Any:
+        """`encode` as a pure function of `encoder_weights`, which runs within a compiled step. Only with `in_step`."""
+        raise TypeError(f"the codec {self.kind} is not encoded within a step")
 
     def decode(self, latents: Any) -> Any:
         """Latents (B, h, w, D) -> images (B, *image_shape). Pixels are not clipped to [-1, 1]."""

@@ -137,7 +137,7 @@ def streams(
 def _of_codec(named: Named, codec: Codec) -> Source:
     """The source, opened. Raises ConfigError if it holds latents of another codec."""
     source = named.open()
-    if (made := source.codec()) and fingerprint(made) != fingerprint(codec):
+    if (made := source.encoded_by()) and made != fingerprint(codec):
         raise ConfigError(
             f"data.sources.{named.name}: {named.config.path} holds latents of another codec than this run's; encode its "
             "source again with --codec and this run's directory"

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 from optax import GradientTransformation
 
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.config.schema import Config
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError
@@ -24,6 +25,7 @@ from starflow2_jax.training.step import (
     Objective,
     TrainState,
     counted,
+    encoding,
     make_step,
     new_state,
     offloaded,
@@ -34,16 +36,24 @@ PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
 def jitted_step(
-    config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations: ArrayLike, mesh: Mesh
+    config: Config,
+    model: Pretzel,
+    stage: Stage,
+    optimizer: GradientTransformation,
+    deviations: ArrayLike,
+    mesh: Mesh,
+    codec: Codec | None = None,
 ) -> Wrapped:
     """The step of a stage as `task.Step` describes it, compiled when it is first called.
 
     Input and output state share one sharding, so steps can be chained. `deviations` (D,): standard deviations of the
-    codec's latent channels.
+    codec's latent channels. `codec`: encodes the batch's pictures, if it has any, with the step's frozen["codec"].
     """
     cfg = config.stages[stage.name]
     loss = objective(config, stage, deviations)
     update = make_step(model, stage, optimizer, loss, accumulate=cfg.accumulate, ema_decay=cfg.ema)
+    if codec:
+        update = encoding(update, codec, cfg.accumulate)
     step = guarded(counted(update, stage), config.faults)
     if cfg.optimizer.offload:
         step = offloaded(step)
