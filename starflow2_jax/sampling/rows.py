@@ -66,7 +66,7 @@ class SampleOptions:
                     f"{name} is a {'whole ' if kind is Integral else ''}number of at least {least}, not {value!r}"
                 )
         for name in PENALTIES:
-            if not isinstance(value := getattr(self, name), Real) or not -MOST_PENALTY <= value <= MOST_PENALTY:
+            if not isinstance(value := getattr(self, name), Real) or not abs(float(value)) <= MOST_PENALTY:
                 raise UserError(f"{name} is a number from {-MOST_PENALTY} to {MOST_PENALTY}, not {value!r}")
         if self.repetition_penalty <= 0:
             raise UserError("repetition_penalty is a number above 0; 1 changes nothing")

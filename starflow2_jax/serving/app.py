@@ -65,7 +65,9 @@ class Service:
             raise bad("the body must be JSON; send it with Content-Type: application/json")
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", "gzip"):
-            raise ApiError(415, f"the body has the encoding {encoding!r}; send it as it is, or with gzip", "unsupported")
+            raise ApiError(
+                415, f"the body has the encoding {encoding!r}; send it as it is, or with gzip", "unsupported"
+            )
         data, packed = bytearray(), zlib.decompressobj(GZIP) if encoding == "gzip" else None
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -122,7 +124,11 @@ def make_app(service: Service) -> Starlette:
     async def health(request: Request) -> Response:
         worker = service.worker
         well = worker.is_alive() and worker.closing is None
-        state = {"status": "ok" if well else "closing", "running": worker.running, "waiting": len(worker.waiting) + service.line.waiting}
+        state = {
+            "status": "ok" if well else "closing",
+            "running": worker.running,
+            "waiting": len(worker.waiting) + service.line.waiting,
+        }
         state["programs"] = len(worker.sampler.programs)  # compiled so far
         return JSONResponse(state, 200 if well else 503)
 

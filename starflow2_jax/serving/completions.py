@@ -16,9 +16,7 @@ from starflow2_jax.serving.images import to_url
 from starflow2_jax.serving.jobs import ScoredWords, Started
 
 
-async def whole(
-    story: AsyncIterator[Event], first: Started, frame: dict, choices: int, logprobs: bool = False
-) -> dict:
+async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choices: int, logprobs: bool = False) -> dict:
     """The chat.completion object of a whole answer.
 
     `story`: the events after `first`. `frame`: "id", "created" and "model". `choices`: number of answers. `logprobs`: list

@@ -5,8 +5,7 @@ import contextlib
 import ipaddress
 from collections.abc import AsyncIterator, Callable
 
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 

@@ -4,7 +4,7 @@ import base64
 import binascii
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image as Pillow
@@ -125,20 +125,21 @@ def resized(vision: VisionConfig, size: Size, param: str) -> Size:
         raise bad(str(error), param) from None
 
 
-def fitted(vision: VisionConfig, uploads: list[Upload], room: int, row: int) -> list[Size]:
+def fitted(vision: VisionConfig, asked: VisionConfig, uploads: list[Upload], room: int, row: int) -> list[Size]:
     """The (height, width) at which the tower sees each picture, so that all of them take at most `room` positions.
 
     A picture that needs more than its share of `room` is scaled down to its share; what the others leave is shared, too.
-    `row`: positions of a row, for messages. Raises ApiError if a picture cannot be scaled down that far.
+    `asked`: the tower with the request's own bounds. `row`: positions of a row, for messages. Raises ApiError if a picture cannot be scaled down that far.
     """
-    sizes = [resized(vision, upload.picture.size[::-1], upload.param) for upload in uploads]
+    files: list[Size] = [(upload.picture.size[1], upload.picture.size[0]) for upload in uploads]
+    sizes = [vision.resized(resized(asked, size, upload.param)) for size, upload in zip(files, uploads, strict=True)]
     wanted = [math.prod(vision.merged_grid(size)) for size in sizes]
     order, left = sorted(range(len(sizes)), key=wanted.__getitem__), room
     for done, i in enumerate(order):
         share = max(left, 0) // (len(order) - done)
         if wanted[i] > share:
-            most = max(share, 1) * (vision.patch * vision.merge) ** 2
-            sizes[i] = replace(vision, min_pixels=1, max_pixels=most).resized(uploads[i].picture.size[::-1])
+            most = max(share, 1) * math.prod(sizes[i]) // wanted[i]  # pixels
+            sizes[i] = vision.bounded(1, most).resized(files[i])
             if (least := math.prod(vision.merged_grid(sizes[i]))) > share:
                 raise ApiError(
                     400,

@@ -28,7 +28,10 @@ class Spelling:
         likely, logprobs: (n, W), see `Rows.likely`. top: number of likely tokens to list with each, at most W - 1.
         """
         return [
-            {**self._entry(ids[0], values[0]), "top_logprobs": [self._entry(*pair) for pair in self._pairs(ids, values, top)]}
+            {
+                **self._entry(ids[0], values[0]),
+                "top_logprobs": [self._entry(*pair) for pair in self._pairs(ids, values, top)],
+            }
             for ids, values in zip(likely, logprobs, strict=True)
             if ids[0] not in self.special
         ]

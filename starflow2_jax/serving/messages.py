@@ -1,13 +1,13 @@
 """The messages of a chat request become the turns of a conversation: texts, and images as the model sees them."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.sampling.prompts import texts
 from starflow2_jax.serving.errors import bad
@@ -18,16 +18,17 @@ from starflow2_jax.serving.request_limits import RequestLimits
 ROLES = ("system", "developer", "user", "assistant")
 LATENTS = "this model's own images are latents, not pictures"
 ANSWER = 8  # an eighth of a row is kept for the answer where pictures are scaled to what is left
+Bounds = tuple[int | None, int | None]
 Sent = list[tuple[str, list[Text | Upload]]]  # the turns before their images are decoded
 
 
 def turns_of(
-    messages: object, limits: RequestLimits, most: int, variables: dict[str, Any], processor: dict[str, int]
+    messages: object, limits: RequestLimits, most: int, variables: Mapping[str, Any], pixels: Bounds = (None, None)
 ) -> Turns:
     """The role and the content of each message. Raises ApiError.
 
-    `most`: positions that the answer may take. `variables`: of the chat template. `processor`: "min_pixels" and
-    "max_pixels" of pictures "vit", within the server's own.
+    `most`: positions that the answer may take. `variables`: of the chat template. `pixels`: least and most to
+    which pictures "vit" are scaled; None: the server's.
     """
     sent = _sent(messages, limits)
     uploads = [part for _, said in sent for part in said if isinstance(part, Upload)]
@@ -35,26 +36,27 @@ def turns_of(
     shown = {}
     if seen and limits.vision:
         keep = min(most, max(limits.positions // ANSWER, 1))
+        asked = _asked(limits.vision, pixels)
         room = limits.positions - keep - _without_pictures(sent, limits, variables)
-        shown = dict(zip(seen, fitted(_asked(limits.vision, processor), seen, room, limits.positions), strict=True))
+        shown = dict(zip(seen, fitted(limits.vision, asked, seen, room, limits.positions), strict=True))
     budget = Budget(limits)
-    pixels = {part: part.decode(budget, shown.get(part)) for part in uploads}
+    decoded = {part: part.decode(budget, shown.get(part)) for part in uploads}
 
     def document(said: Sequence[Text | Upload]) -> Document:
-        return [Image(pixels[part], via=part.via) if isinstance(part, Upload) else part for part in said]
+        return [Image(decoded[part], via=part.via) if isinstance(part, Upload) else part for part in said]
 
     return [(role, document(said)) for role, said in sent]
 
 
-def _asked(vision: VisionConfig, processor: dict[str, int]) -> VisionConfig:
-    """The tower with a request's own bounds of pixels, as far as they lie within the server's."""
-    most = max(min(processor.get("max_pixels", vision.max_pixels), vision.max_pixels), vision.min_pixels)
-    return replace(
-        vision, max_pixels=most, min_pixels=min(max(processor.get("min_pixels", 0), vision.min_pixels), most)
-    )
+def _asked(vision: VisionConfig, pixels: Bounds) -> VisionConfig:
+    """The tower with a request's own bounds. Raises ApiError for bounds outside the tower's, which are the server's."""
+    try:
+        return vision.bounded(*pixels)
+    except UserError as error:
+        raise bad(str(error), "mm_processor_kwargs") from None
 
 
-def _without_pictures(sent: Sent, limits: RequestLimits, variables: dict[str, Any]) -> int:
+def _without_pictures(sent: Sent, limits: RequestLimits, variables: Mapping[str, Any]) -> int:
     """Positions that the conversation takes without the tower's tokens, chat template and markers of images included."""
     dot, count = np.zeros((1, 1, limits.channels), np.float32), 0
     turns: Turns = []

@@ -1,7 +1,7 @@
 """Limits of a request: the sizes of the model, and the options of the server."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ class RequestLimits:
     latents: tuple[int, int, int]  # (h, w, D) of a flow image
     vision: VisionConfig | None
     positions: int  # of a row
-    length: Callable[[Turns, dict[str, Any]], int]  # positions of a conversation, with variables of the chat template
+    length: Callable[
+        [Turns, Mapping[str, Any]], int
+    ]  # positions of a conversation, with variables of the chat template
     max_text: int  # characters in all texts of a request
     special: re.Pattern  # finds special tokens, which no text may hold
     max_pixels: int  # in all images of a request
@@ -39,7 +41,7 @@ class RequestLimits:
             limits["images"] = "vit"  # clients send pictures, which this model sees through its vision tower only
         max_text = sampler.max_positions * max(map(len, tokenizer.get_vocab()))  # a longer text cannot fit in a row
 
-        def length(turns: Turns, variables: dict[str, Any]) -> int:
+        def length(turns: Turns, variables: Mapping[str, Any]) -> int:
             return len(sampler.encoder(prompt(sampler, turns, variables), closed=False)["tokens"])
 
         return cls(

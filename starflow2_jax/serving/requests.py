@@ -4,7 +4,7 @@ import inspect
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
@@ -16,7 +16,6 @@ from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.images import Budget, upload
 from starflow2_jax.serving.messages import LATENTS, turns_of
-from starflow2_jax.serving.prompts import NOTHING
 from starflow2_jax.serving.request_limits import RequestLimits
 
 # Fields that have no effect here.
@@ -43,7 +42,7 @@ NEUTRAL = {
 }
 TOP_LOGPROBS = 20  # most likely tokens that are listed with a token
 # Fields with numbers, and with whole numbers: the least and the largest value.
-NUMBERS = {
+NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "top_p": (0, 1),
     "image_temperature": (0, 10),
@@ -82,7 +81,7 @@ class ChatRequest:
     seeds: list[int]  # one for each choice
     stream: bool  # send the answer as events while the model writes it
     include_usage: bool  # send the counts of tokens at the end of a stream
-    variables: Mapping[str, Any] = NOTHING  # of the chat template
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
 
 def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
@@ -191,16 +190,18 @@ def _variables(body: dict, limits: RequestLimits) -> dict[str, Any]:
     return variables
 
 
-def _bounds(body: dict) -> dict[str, int]:
-    """The bounds on the pixels of pictures that the vision tower sees."""
+def _bounds(body: dict) -> tuple[int | None, int | None]:
+    """The least and the most pixels of pictures that the vision tower sees; None: the server's."""
     given = _typed(body, "mm_processor_kwargs", dict) or {}
     if other := sorted(given.keys() - set(BOUNDS)):
         raise bad(
             f"mm_processor_kwargs has {other[0]!r}, which is not supported; set {' or '.join(BOUNDS)}",
             "mm_processor_kwargs",
         )
-    found = {name: _number(given, name, 1, 10**9, (int,)) for name in BOUNDS}
-    return {name: value for name, value in found.items() if value is not None}
+    least, most = (_number(given, name, 1, 10**9, (int,)) for name in BOUNDS)
+    if least and most and least > most:
+        raise bad("mm_processor_kwargs has min_pixels above max_pixels", "mm_processor_kwargs")
+    return least, most
 
 
 def _typed(body: dict, name: str, kind: type) -> Any:

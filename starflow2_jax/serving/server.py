@@ -117,9 +117,9 @@ class Server(uvicorn.Server):
             draws=request_limits.drawing,
             images=request_limits.images,
         )
-        line, room = Line(limits.rows + AHEAD), Room(BODIES * limits.max_body)
+        line, self.room = Line(limits.rows + AHEAD), Room(BODIES * limits.max_body)
         service = Service(
-            self.worker, name, request_limits, key, limits.max_body, host, limits.origins, line, room
+            self.worker, name, request_limits, key, limits.max_body, host, limits.origins, line, self.room
         )
         app = make_app(service)
         super().__init__(

@@ -125,7 +125,8 @@ class Worker(threading.Thread):
         """Compile the programs that most requests need, by answering two. Call it before the thread starts."""
         options = SampleOptions(image_first=self.draws, max_images=int(self.draws))
         most = min(self.max_tokens, self.sampler.model.cfg.tokens + 2) if self.draws else 1
-        for said in ([Text("image")], [*self._blank_picture(), Text("image")]):
+        sights: tuple[Document, ...] = ([Text("image")], [*self._blank_picture(), Text("image")])
+        for said in sights:
             request = ChatRequest([("user", said)], options, most, [0], stream=False, include_usage=False)
             with contextlib.suppress(ApiError, DocumentError):  # a picture may be too large for a short row
                 self.submit(self.job(request, lambda event: None))
@@ -141,7 +142,11 @@ class Worker(threading.Thread):
         """The smallest image that a prompt may show in the way that requests do; nothing for a model that sees none."""
         codec = self.sampler.codec
         if self.images == "vit":
-            return [Image(np.zeros((1, 1, codec.image_channels), np.float32), via="vit")] if self.sampler.encoder.vision else []
+            return (
+                [Image(np.zeros((1, 1, codec.image_channels), np.float32), via="vit")]
+                if self.sampler.encoder.vision
+                else []
+            )
         return [Image(np.zeros((*codec.grid, codec.channels), np.float32), encoded=True)]
 
     def seconds_to_wait(self, ahead: int) -> int:
