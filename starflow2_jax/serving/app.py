@@ -32,7 +32,7 @@ from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.requests import chat_request, check_model, rank_request
 from starflow2_jax.serving.worker import Worker
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE, SCRIPT = (Path(__file__).with_name(f"page.{suffix}") for suffix in ("html", "js"))
 BODY_SECONDS = 60  # limit for receiving a whole request
 BODIES = 64  # requests of the largest size that may wait together; of smaller ones, more
 AHEAD = 8  # prompts that are decoded while no row is free for them
@@ -116,7 +116,7 @@ def _parsed(data: bytearray) -> object:
 
 def make_app(service: Service) -> Starlette:
     """The ASGI application."""
-    page = PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8").replace("{{ page.js }}", SCRIPT.read_text(encoding="utf-8"))
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page, headers=SAFETY)
@@ -139,6 +139,7 @@ def make_app(service: Service) -> Starlette:
         "owned_by": "starflow2",
         "drawing": service.limits.drawing,
         "editing": service.limits.editing,
+        "most_choices": service.limits.max_choices,
     }
 
     async def models(request: Request) -> Response:
