@@ -1,6 +1,8 @@
 """`starflow2 train`, `init` and `quickstart`."""
 
 import os
+import shlex
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -71,9 +73,12 @@ def _add_train(commands: Commands) -> None:
 def _train(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.config import loading as configs
     from starflow2_jax.parallel import processes
+    from starflow2_jax.weights.vlm import load_config
 
-    config = configs.load(args.config, overrides, args.runlocal, args.chip)
     out = args.out or f"runs/{Path(args.config).stem}"
+    begun_on = Path(out) / "vlm.json"  # `starflow2 init` copies it; its sizes need not be given again
+    vlm = load_config(begun_on) if begun_on.exists() else None
+    config = configs.load(args.config, overrides, args.runlocal, args.chip, vlm)
     if args.compilation_cache:
         _keep_compiled(args.compilation_cache)
     start_devices(config.cpu_devices, partial(processes.initialize, args))
@@ -119,6 +124,9 @@ def _add_init(commands: Commands) -> None:
     )
     add_config(p)
     p.add_argument("--out", type=OutputFolder(), required=True, metavar="DIR", help="new checkpoint directory")
+    p.add_argument(
+        "--force", action="store_true", help="begin even if the flows do not fit into the memory that is free"
+    )
     p.set_defaults(run=_init)
 
 
@@ -127,13 +135,19 @@ def _init(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.training.loop import Trainer
     from starflow2_jax.weights.vlm import load_config
 
-    config = configs.load(args.config, overrides, chip=args.chip)
-    load_config(Path(args.vlm) / "vlm.json")  # a folder without one is refused before the devices start
+    vlm = load_config(Path(args.vlm) / "vlm.json")
+    config = configs.load(args.config, overrides, chip=args.chip, vlm=vlm)
     start_devices(config.cpu_devices)
+    begun = time.monotonic()
 
-    Trainer.begin(config, args.out, args.vlm, load_config)
-    chip = f" --chip {args.chip}" if args.chip else ""
-    print(f"ready: starflow2 train --config {args.config}{chip} --out {args.out}")
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - begun:6.0f} s  {line}", flush=True)
+
+    Trainer.begin(config, args.out, args.vlm, load_config, say, args.force)
+    chip = ["--chip", args.chip] if args.chip else []
+    given = [f"--config.{override}" for override in overrides]
+    train = ["starflow2", "train", "--config", args.config, *chip, *given, "--out", args.out]
+    print(f"ready: {shlex.join(map(str, train))}")
 
 
 def _add_quickstart(commands: Commands) -> None:

@@ -15,20 +15,26 @@ from starflow2_jax.config.overrides import assign
 from starflow2_jax.config.schema import Config, ExperimentConfig
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
-from starflow2_jax.fields import Key, abbreviated, build, walk
+from starflow2_jax.fields import COMPUTED, Key, abbreviated, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.vlm import VlmConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def load(
-    path: str | Path, overrides: typing.Sequence[str] = (), runlocal: bool = False, chip: str | None = None
+    path: str | Path,
+    overrides: typing.Sequence[str] = (),
+    runlocal: bool = False,
+    chip: str | None = None,
+    vlm: VlmConfig | None = None,
 ) -> Config:
     """The whole config of an experiment, locked. Raises ConfigError. Starts no device.
 
     `path`: a file with a function `get_config(runlocal)`, or the name of an experiment that ships with the package.
     `overrides`: texts "key.sub=value", which take precedence over the experiment. `runlocal`: ask the experiment for a
     small version of itself. `chip`: a TPU generation such as "v5p", for experiments whose `get_config` takes it.
+    `vlm`: a vision-language model whose sizes take the place of the experiment's; how it is computed stays the experiment's.
     """
     path = find(path)
     module = import_file(path, "experiment", ConfigError)
@@ -43,8 +49,24 @@ def load(
     if not isinstance(config, ConfigDict | Mapping):
         raise ConfigError(f"{path}: get_config must return an ml_collections ConfigDict, not {abbreviated(config)}")
     values = _values(config, overrides)
+    if vlm is not None:
+        model = values.setdefault("model", {})
+        same = model.get("vlm", {}).get("kind", vlm.kind) == vlm.kind
+        model["vlm"] = _sized(model.get("vlm", {}) if same else {}, vlm)
     assign(ExperimentConfig, values, overrides)
     return complete(values)
+
+
+def _sized(values: Mapping, cfg: typing.Any) -> dict:
+    """The values of a config with the sizes of `cfg`, a dataclass."""
+    sizes = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            value = _sized(values.get(field.name) or {}, value)
+        if field.name not in COMPUTED:
+            sizes[field.name] = value
+    return {**values, **sizes}
 
 
 def find(path: str | Path) -> Path:

@@ -1,8 +1,8 @@
 """Qwen2.5-VL's vision tower, and how an image becomes the patches that it sees."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -125,6 +125,10 @@ class VisionConfig:
         """(height, width) in pixels, before resizing -> grid of merged tokens. Raises ValueError as `resized` does."""
         height, width = self.resized(size)
         return height // (self.patch * self.merge), width // (self.patch * self.merge)
+
+    def bounded(self, least: int | None = None, most: int | None = None) -> Self:
+        """The same tower with other bounds on the pixels of a resized image; None: as now. Raises UserError if they cross."""
+        return replace(self, min_pixels=least or self.min_pixels, max_pixels=most or self.max_pixels)
 
     def preprocess(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Pixels (height, width, C) in [-1, 1] -> "patches" (P, patch width), "coordinates" (P, 2), "window" (P,).

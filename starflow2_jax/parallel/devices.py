@@ -23,6 +23,15 @@ def start() -> list[Any]:
         raise UserError(explanation(str(error), os.environ.get("JAX_PLATFORMS", ""))) from None
 
 
+def free_memory(device: Any) -> float:
+    """Bytes that are free in the memory of a device; of a CPU device, in the machine's. Infinite if this is not known."""
+    if stats := device.memory_stats():
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    return int(found[1]) * 1024 if found else float("inf")
+
+
 def explanation(error: str, platforms: str) -> str:
     """One sentence for JAX's error. `platforms`: the value of $JAX_PLATFORMS."""
     reason = " ".join(re.sub(r"\((set|you may need).*?\)$", "", error.strip(), flags=re.DOTALL).split())[:300]

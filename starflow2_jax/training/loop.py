@@ -25,6 +25,7 @@ from starflow2_jax.models.vlm import VlmConfig
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.parallel.hardware import peak_flops
 from starflow2_jax.stages import STAGES
+from starflow2_jax.training import beginning
 from starflow2_jax.training.evals.protocol import Evaluation
 from starflow2_jax.training.evals.table import evaluations
 from starflow2_jax.training.goodput import Ledger
@@ -223,12 +224,19 @@ class Trainer:
 
     @classmethod
     def begin(
-        cls, config: Config, folder: str | Path, vlm: str | Path, read_config: Callable[[Path], VlmConfig]
+        cls,
+        config: Config,
+        folder: str | Path,
+        vlm: str | Path,
+        read_config: Callable[[Path], VlmConfig],
+        say: Callable[[str], None] = lambda line: None,
+        force: bool = False,
     ) -> None:
         """Make a directory `folder` for a run on the converted VLM in the folder `vlm`, with untrained flows as step 0.
 
-        `read_config` reads vlm.json. Raises UserError if `folder` exists or the config describes another VLM, and
-        StorageError if a file cannot be written; then no folder is left.
+        `read_config` reads vlm.json. `say` gets a line about each piece of work before it begins. `force`: also begin if
+        the flows do not fit into memory. Raises UserError if they do not, if `folder` exists or if the config describes
+        another VLM, and StorageError if a file cannot be written; then no folder is left.
         """
         vlm, folder = Path(vlm), Path(folder).resolve()
         require_new(folder)
@@ -238,12 +246,19 @@ class Trainer:
             raise ConfigError(
                 f"{vlm} holds another VLM than the config: its {', '.join(other)}; change model.vlm in the config"
             )
+        axes = config.mesh
+        mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, sequence=axes.sequence)
+        model = Pretzel(configs.pretzel(config))
+        groups, copied = beginning.groups(model, mesh), sum(file.stat().st_size for file in vlm.rglob("*"))
+        beginning.require_memory(groups, mesh, folder, say, force)
         codec = sources.make_codec(config)
-        with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:
+        with new_folder(folder, copied + sum(group.size for group in groups)) as partial:
+            say(f"copying the VLM: {copied / 1e9:.3g} GB")
             CheckpointDirectory(partial).create_on(vlm, config, codec)
             trainer = cls(config, partial)
             meta = {"stage": config.order[0], "stage_step": 0, "key": [], "data": None}
-            with jax.set_mesh(trainer.mesh):
-                params = trainer.task(config.order[0]).fresh("trainable")
+            with jax.set_mesh(mesh):
+                params = beginning.make(model, config.seed, groups, mesh, say)
+                say(f"writing the checkpoint: {sum(group.size for group in groups) / 1e9:.3g} GB")
                 trainer.checkpoints.steps.save(0, {"params": params}, meta)
             trainer.checkpoints.steps.close()

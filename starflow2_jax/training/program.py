@@ -129,6 +129,15 @@ def fresh_params(model: Pretzel, seed: int, tree: str, mesh: Mesh, dtype: DTypeL
     return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
 
 
+def fresh_group(model: Pretzel, seed: int, name: str, mesh: Mesh) -> dict:
+    """The group `name` of what `fresh_params` makes."""
+
+    def make() -> dict:
+        return init_params(model, jax.random.key(seed))[name]
+
+    return jax.jit(make, out_shardings=sharding.tree_shardings({name: jax.eval_shape(make)}, mesh)[name])()
+
+
 def _initial(model: Pretzel, seed: int, tree: str, dtype: DTypeLike | None = None) -> dict:
     params = init_params(model, jax.random.key(seed))
     params = {name: group for name, group in params.items() if (name in FROZEN) == (tree == "frozen")}

@@ -76,6 +76,9 @@ class MosaicConfig:
     def merged_grid(self, size):
         return size[0] // 2, size[1] // 2
 
+    def bounded(self, least=None, most=None):
+        return self
+
     def preprocess(self, pixels):
         h, w = self.merged_grid(pixels.shape[:2])
         patches = pixels[..., 0].reshape(h, 2, w, 2).transpose(0, 2, 1, 3).reshape(h * w, 4)
