@@ -123,6 +123,12 @@ def _add_init(commands: Commands) -> None:
         "--vlm", type=InputFolder(), required=True, metavar="DIR", help="checkpoint written by `starflow2 convert`"
     )
     add_config(p)
+    p.add_argument(
+        "--codec",
+        type=InputFolder("folder of a codec"),
+        metavar="DIR",
+        help="folder of the codec, which the run's directory gets a copy of; short for --config.codec.path",
+    )
     p.add_argument("--out", type=OutputFolder(), required=True, metavar="DIR", help="new checkpoint directory")
     p.add_argument(
         "--force", action="store_true", help="begin even if the flows do not fit into the memory that is free"
@@ -136,6 +142,8 @@ def _init(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.weights.vlm import load_config
 
     vlm = load_config(Path(args.vlm) / "vlm.json")
+    if args.codec:
+        overrides = [*overrides, f"codec.path={Path(args.codec).resolve()}"]
     config = configs.load(args.config, overrides, chip=args.chip, vlm=vlm)
     start_devices(config.cpu_devices)
     begun = time.monotonic()

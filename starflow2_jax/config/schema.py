@@ -62,7 +62,9 @@ class DataConfig:
 class CodecConfig:
     """The key of the section `codec` that all codecs have."""
 
-    kind: str = option("latents: read from files; patch: the pixels of squares", "latents", choices=CODECS)
+    kind: str = option(
+        "latents: read from files; patch: the pixels of squares; fae: compressed features", "latents", choices=CODECS
+    )
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """STARFlow2 at the paper's size, stage 1: caption -> image, on Qwen2.5-VL-7B. The other starflow2_* files start from here.
 
     starflow2 convert qwen2_5_vl --from Qwen2.5-VL-7B-Instruct --to vlm_7b
-    starflow2 init --vlm vlm_7b --config starflow2_7b_t2i --out runs/7b
+    starflow2 init --vlm vlm_7b --codec codec --config starflow2_7b_t2i --out runs/7b
     starflow2 train --config starflow2_7b_t2i --out runs/7b --config.data.source=captions.jsonl
 
 The sizes are the paper's (arXiv 2605.08029); rows, steps and optimizer are not published and are this project's choice.
-Images are latents of a 16 x 16 grid with 32 channels, as .npy files. On TPUs or GPUs add --chip, such as v5p or h100, which
-decides kernel, rows and remat as in the plans of docs/benchmarks/plans.
+Pictures of 256 pixels become 16 x 16 tokens of 32 channels by the FAE codec in the folder `codec` (docs/guides/codec.md). For
+latents of your own as .npy files, set codec.kind=latents. On TPUs or GPUs add --chip, such as v5p or h100, which decides
+kernel, rows and remat as in the plans of docs/benchmarks/plans.
 """
 
 from dataclasses import asdict
@@ -40,7 +41,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     c.data = dict(source="documents.jsonl", workers=16, groups=64)
     c.keep_every = 20_000
     c.faults = dict(nonfinite="skip", spike="skip")
-    c.codec = dict(kind="latents", grid=(16, 16), channels=32)
+    c.codec = dict(kind="fae", grid=(16, 16), channels=32, dtype="bfloat16")
     flow = dict(
         width=3072, heads=24, mlp_hidden=12288, norm="rms_zero", qk_norm="rms_zero", dtype="bfloat16", remat="full"
     )
