@@ -73,7 +73,7 @@ class DinoEncoder(nn.Module):
     def __call__(self, images: jax.Array) -> DinoFeatures:
         """Images (B, h patch, w patch, C), normalised by `preprocess` -> features of h x w patches.
 
-        Raises ValueError for other channels, or sides that are no multiples of the patch.
+        Raises ValueError for other channels, or sides that are not multiples of the patch.
         """
         c = self.cfg
         B, height, width, C = images.shape
@@ -97,7 +97,7 @@ class DinoEncoder(nn.Module):
 
 
 def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are no multiples of the patch."""
+    """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are not multiples of the patch."""
     if size[0] % cfg.patch or size[1] % cfg.patch or not min(size):
         raise ValueError(
             f"an image of {size[0]}x{size[1]} pixels was given; the encoder takes sides that {cfg.patch} divides"
@@ -109,7 +109,7 @@ def preprocess(cfg: DinoConfig, pixels: Any) -> Any:
     """Pixels (..., height, width, C) in [-1, 1] -> the encoder's input, normalised by ImageNet's mean and deviation.
 
     Gray images (C = 1) are repeated to the encoder's channels. Nothing is resized: raises ValueError if the sides are
-    no multiples of the patch. Works on NumPy and JAX arrays alike.
+    not multiples of the patch. Works on NumPy and JAX arrays alike.
     """
     patch_grid(cfg, pixels.shape[-3:-1])
     return ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)
