@@ -37,22 +37,13 @@ class DinoConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The encoder's layers."""
-        return TransformerConfig(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            mlp_hidden=self.mlp_hidden,
+        return TransformerConfig.of(
+            self,
             norm="layer",
-            norm_eps=self.norm_eps,
             activation="silu" if self.gated_mlp else "gelu",
-            gated_mlp=self.gated_mlp,
-            qkv_bias=self.qkv_bias,
             out_bias=True,
             mlp_bias=True,
             layer_scale=True,
-            dtype=self.dtype,
-            remat=self.remat,
-            unroll=self.unroll,
         )
 
 

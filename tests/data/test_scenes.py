@@ -250,7 +250,7 @@ def test_puzzles_are_answered_by_their_pictures():
     "options, message",
     [
         (dict(size=48), "size must be 32 or 64, not 48"),
-        (dict(objects=3), "at least 16 nouns, or 0 for all, not 3"),
+        (dict(objects=3), "at least 16, or 0 for all nouns, not 3"),
         (dict(kind="single", part="held_out"), "kind single have no held-out combinations; use part=test"),
     ],
 )
