@@ -137,7 +137,7 @@ def build(cls: type[Group], values: object, path: str = "") -> Group:
     Lists become tuples, and integers become floats where the field takes floats. `path`: the group's key in the config,
     for messages. Raises ConfigError for unknown and missing keys, and for values of the wrong type or out of bounds.
     """
-    place = f"{path} ({cls.__name__})" if path else cls.__name__
+    place = f"{path or 'the config'} ({cls.__name__})"
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is a group of keys, not {abbreviated(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
