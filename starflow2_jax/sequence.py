@@ -17,7 +17,7 @@ PAD, TEXT, FLOW, VIT = range(4)
 
 @dataclass(frozen=True)
 class Shape:
-    """Static sizes of a batch. A row holds at most these numbers."""
+    """Static sizes of a batch. Except for `rows`, they are the most that a row can hold."""
 
     rows: int  # B
     length: int  # S

@@ -45,7 +45,7 @@ class Steps:
         return self._manager
 
     def open(self) -> None:
-        """Create the folder if it does not exist, so that all processes agree that it does. Raises StorageError."""
+        """Create the folder if it does not exist. All processes call it, so that each finds the folder later. Raises StorageError."""
         with storage_errors(self.folder):
             self.manager  # noqa: B018 - the property creates it
 

@@ -48,9 +48,10 @@ class Codec(Protocol):
 
     @classmethod
     def make(cls, options: Any, images: Iterable[np.ndarray]) -> Self:
-        """A new codec from an instance of `Options` and the source's images (height, width, C), read as they are iterated.
+        """A new codec from an instance of `Options` and the source's images (height, width, C), which are read one by one
+        while `make` iterates over them.
 
-        Raises ConfigError if they do not fit each other.
+        Raises ConfigError if options and images do not fit each other.
         """
         ...
 

@@ -97,7 +97,7 @@ def _encode(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.data.images import locate
 
     if args.process >= args.processes:
-        raise UserError(f"--process is below --processes={args.processes}, not {args.process}")
+        raise UserError(f"--process must be below --processes={args.processes}, not {args.process}")
     out = locate(args.out, epath.Path(), "folder")
     if "://" not in str(out):
         require_writable("--out", str(out))

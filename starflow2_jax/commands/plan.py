@@ -11,7 +11,9 @@ from starflow2_jax.commands.experiment import add_config
 
 def add(commands: Commands) -> None:
     """Add `starflow2 plan` to the command line."""
-    p = commands.add_parser("plan", help="predict memory and time of a training step on TPUs or GPUs, without them")
+    p = commands.add_parser(
+        "plan", help="predict memory and time of a training step on TPUs or GPUs that this machine need not have"
+    )
     add_config(p)
     p.add_argument(
         "--topology",

@@ -101,7 +101,7 @@ def _trained(config, out: str | Path, profile: int = 0) -> dict:
 
 def start_devices(cpu_devices: int, join: Callable[[], None] = lambda: None) -> None:
     """Start JAX, with `cpu_devices` CPU devices where there is no accelerator. `join` joins the other processes of the run,
-    which must happen before. Raises UserError."""
+    which must happen before JAX starts its devices. Raises UserError."""
     import jax
 
     from starflow2_jax.parallel import devices

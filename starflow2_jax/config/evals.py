@@ -16,7 +16,7 @@ class EvalOptions:
 
     @classmethod
     def applies(cls, stage: Stage) -> bool:
-        """Whether the evaluation says anything about a stage."""
+        """Whether the evaluation can run in a stage."""
         return True
 
 
@@ -63,7 +63,7 @@ class EvalConfig:
         "the kind of evaluation; left out, it is the entry's name if there is such a kind", "loss", choices=EVAL_OPTIONS
     )
     every: int = option(
-        "steps of the whole run between two of them, beside the one at the end of each stage; 0: only there",
+        "steps of the whole run between two evaluations; a stage also ends with one; 0: only at its end",
         1000,
         least=0,
     )

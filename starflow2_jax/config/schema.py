@@ -34,7 +34,7 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise UserError(f"{axis} is at least 1, or -1 for all remaining devices, not {size}")
+                raise UserError(f"{axis} must be at least 1, or -1 for all remaining devices, not {size}")
         if list(sizes.values()).count(-1) > 1:
             raise UserError("only one axis can be -1, which stands for all devices that the other axes leave")
 

@@ -37,7 +37,7 @@ class ImageReader:
     channels: of pictures, 1 (gray) or 3 (RGB).
     size: (height, width) to which flow pictures are scaled on their short side, and then cropped; None: they stay as
         they are.
-    latents: the codec takes latents, so that a flow image is an array and no picture.
+    latents: whether the codec takes latents; then a flow image is an array, not a picture.
     seen: side in pixels to which the vision tower scales the largest pictures; a JPEG that is much larger is decoded at a
         lower resolution. None: pictures for the tower are decoded whole.
     """

@@ -41,7 +41,7 @@ def _part(i: int, part: object, folder: epath.Path) -> Text | Wordings | StoredI
     if kind == "text":
         return _text(where, part["text"], part.get("predict", False))
     if part.get("via", "flow") not in ("flow", "vit"):
-        raise DocumentError(f'{where}: "via" is "flow" or "vit", not {shorten(repr(part["via"]))}')
+        raise DocumentError(f'{where}: "via" must be "flow" or "vit", not {shorten(repr(part["via"]))}')
     try:
         return stored(locate(part["image"], folder), part.get("generate", False), part.get("via", "flow"))
     except DocumentError as error:

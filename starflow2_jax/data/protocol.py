@@ -23,7 +23,7 @@ class Source(Protocol):
         """Open the source. path: its `path` in the config. options: an instance of `Options`. Raises UserError."""
 
     def __len__(self) -> int:
-        """Number of documents, at most 2**32: of an epoch."""
+        """Number of documents in an epoch, at most 2**32."""
         ...
 
     def __getitem__(self, index: int) -> Draft:

@@ -57,7 +57,7 @@ def find(path: str) -> type[Source]:
         try:
             held = [key for key in SOURCES if key.startswith("/") and (folder / key[1:]).exists()]
         except Exception as error:  # each kind of bucket raises its own
-            raise ConfigError(f"the path {shown(path)} cannot be looked at ({reason(error)})") from None
+            raise ConfigError(f"the path {shown(path)} cannot be opened ({reason(error)})") from None
         if held:
             return SOURCES[held[0]]
     raise ConfigError(f"the path {shown(path)} names no source; there are {', '.join(SOURCES)}")
@@ -172,7 +172,7 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
     values = config.codec.to_dict()
     kind = values.pop("kind")
     if kind not in CODECS:
-        raise ConfigError(f"codec.kind is {' or '.join(map(repr, CODECS))}, not {kind!r}")
+        raise ConfigError(f"codec.kind must be {' or '.join(map(repr, CODECS))}, not {kind!r}")
     return CODECS[kind], build(CODECS[kind].Options, values)
 
 

@@ -118,9 +118,10 @@ def _by_name(template: Any) -> Any:
 def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]], **variables: Any) -> list[Text | AnyImage]:
     """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
 
-    turns: role ("system", "user" or "assistant") and what it said. variables: more that the template may read.
+    turns: pairs of a role ("system", "user" or "assistant") and the content of its turn. variables: more that the template
+        may read.
 
-    Some templates take what was said as a list of parts, others as one string; the form that the template handles is
+    Some templates take the content as a list of parts, others as one string; the form that the template handles is
     used. Raises DocumentError if there is no template, or it handles neither form.
     """
     if not tokenizer.chat_template:

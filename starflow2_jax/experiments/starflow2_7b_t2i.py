@@ -58,7 +58,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
 
 
 def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
-    """`c` with the settings that fit on these chips, and are fast there, by the plans. Raises ConfigError."""
+    """`c` with settings that, by the predicted plans, fit on this kind of chip and are fast there. Raises ConfigError."""
     if chip not in ROWS:
         raise ConfigError(
             f"this experiment has settings for the chips {', '.join(ROWS)}, not for {chip!r}; give one of these"

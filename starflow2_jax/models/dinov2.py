@@ -45,22 +45,13 @@ class DinoConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The encoder's layers."""
-        return TransformerConfig(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            mlp_hidden=self.mlp_hidden,
+        return TransformerConfig.of(
+            self,
             norm="layer",
-            norm_eps=self.norm_eps,
             activation="silu" if self.gated_mlp else "gelu",
-            gated_mlp=self.gated_mlp,
-            qkv_bias=self.qkv_bias,
             out_bias=True,
             mlp_bias=True,
             layer_scale=True,
-            dtype=self.dtype,
-            remat=self.remat,
-            unroll=self.unroll,
         )
 
 
@@ -81,7 +72,7 @@ class DinoEncoder(nn.Module):
     def __call__(self, images: jax.Array) -> DinoFeatures:
         """Images (B, h patch, w patch, C), normalised by `preprocess` -> features of h x w patches.
 
-        Raises ValueError for other channels, or sides that are no multiples of the patch.
+        Raises ValueError for other channels, or sides that are not multiples of the patch.
         """
         c = self.cfg
         B, height, width, C = images.shape
@@ -105,7 +96,7 @@ class DinoEncoder(nn.Module):
 
 
 def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are no multiples of the patch."""
+    """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are not multiples of the patch."""
     if size[0] % cfg.patch or size[1] % cfg.patch or not min(size):
         raise ValueError(
             f"an image of {size[0]}x{size[1]} pixels was given; the encoder takes sides that {cfg.patch} divides"
@@ -117,7 +108,7 @@ def preprocess(cfg: DinoConfig, pixels: Any) -> Any:
     """Pixels (..., height, width, C) in [-1, 1] -> the encoder's input, normalised by ImageNet's mean and deviation.
 
     Gray images (C = 1) are repeated to the encoder's channels. Nothing is resized: raises ValueError if the sides are
-    no multiples of the patch. Works on NumPy and JAX arrays alike.
+    not multiples of the patch. Works on NumPy and JAX arrays alike.
     """
     patch_grid(cfg, pixels.shape[-3:-1])
     return ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)

@@ -1,8 +1,8 @@
 """The pre-norm Transformer that every stream is built from, and its parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -105,6 +105,12 @@ class TransformerConfig:
             raise UserError(f"heads={self.heads} must divide width={self.width}, or head_dim be given")
         if self.heads % self.kv:
             raise UserError(f"kv_heads={self.kv} must divide heads={self.heads}")
+
+    @classmethod
+    def of(cls, config: Any, **others: Any) -> Self:
+        """The fields that the dataclass `config` has too, by name, and `others`. The rest have their defaults."""
+        names = {field.name for field in fields(cls)} & {field.name for field in fields(config)}
+        return cls(**{name: getattr(config, name) for name in names}, **others)
 
     @property
     def kv(self) -> int:

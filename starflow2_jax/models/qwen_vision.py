@@ -65,22 +65,8 @@ class VisionConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The tower's layers."""
-        return TransformerConfig(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            mlp_hidden=self.mlp_hidden,
-            norm="rms",
-            norm_eps=self.norm_eps,
-            activation="silu",
-            gated_mlp=True,
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            dtype=self.dtype,
-            remat=self.remat,
-            scan=self.scan,
-            unroll=self.unroll,
+        return TransformerConfig.of(
+            self, norm="rms", activation="silu", gated_mlp=True, qkv_bias=True, out_bias=True, mlp_bias=True
         )
 
     @property

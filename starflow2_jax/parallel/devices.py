@@ -1,4 +1,4 @@
-"""Starting JAX's devices, and one sentence where they do not start."""
+"""Starts JAX's devices. If they do not start, the error is one sentence that says what to do."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def free_memory(device: Any) -> float:
 
 
 def explanation(error: str, platforms: str) -> str:
-    """One sentence for JAX's error. `platforms`: the value of $JAX_PLATFORMS."""
+    """What JAX's error means and what to do, in one sentence. `platforms`: the value of $JAX_PLATFORMS."""
     reason = " ".join(re.sub(r"\((set|you may need).*?\)$", "", error.strip(), flags=re.DOTALL).split())[:300]
     named = next((name for name in platforms.split(",") if name in EXTRAS), None)
     if IN_USE.search(error):

@@ -65,7 +65,7 @@ def denoise(
     DocumentError.
     """
     if sigma < 0:
-        raise DocumentError(f"sigma is a standard deviation, at least 0, not {sigma!r}")
+        raise DocumentError(f"sigma is a standard deviation and must be at least 0, not {sigma!r}")
     features = [layout(sampler, p + a, closed=False) for p, a in _pairs(prompts, answers)]
     variance = np.square(sigma / np.asarray(sampler.codec.std, np.float32))
     cleaned = list(answers)

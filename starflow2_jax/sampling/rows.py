@@ -63,7 +63,7 @@ class SampleOptions:
             kind = Integral if name in WHOLE else Real
             if not isinstance(value, kind) or not math.isfinite(value) or value < least:
                 raise UserError(
-                    f"{name} is a {'whole ' if kind is Integral else ''}number of at least {least}, not {value!r}"
+                    f"{name} must be a {'whole ' if kind is Integral else ''}number of at least {least}, not {value!r}"
                 )
         for name in PENALTIES:
             if not isinstance(value := getattr(self, name), Real) or not abs(float(value)) <= MOST_PENALTY:
@@ -71,9 +71,9 @@ class SampleOptions:
         if self.repetition_penalty <= 0:
             raise UserError("repetition_penalty is a number above 0; 1 changes nothing")
         if self.top_p > 1:
-            raise UserError(f"top_p is a probability, at most 1, not {self.top_p!r}")
+            raise UserError(f"top_p is a probability and must be at most 1, not {self.top_p!r}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise UserError(f"stop is a tuple of non-empty strings, not {self.stop!r}")
+            raise UserError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def sized(self, image: int) -> "SampleOptions":
@@ -287,7 +287,7 @@ def with_room(rows: Rows, capacity: int) -> Rows:
 
 
 def bucket(length: int) -> int:
-    """BUCKET times the least power of two that holds `length`."""
+    """The least of BUCKET, 2 BUCKET, 4 BUCKET, ... that is at least `length`."""
     return BUCKET * power(-(-length // BUCKET))
 
 

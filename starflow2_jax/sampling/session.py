@@ -69,7 +69,8 @@ class Session:
         shared = [(o.branches, o.stop, o.jacobi, o.tolerance, o.logprobs) for o in options]
         if any(s != shared[0] for s in shared):
             raise UserError(
-                "the rows of a session share stop, jacobi, tolerance, logprobs and the kinds of guidance; give all the same"
+                "all rows of a session must have the same stop, jacobi, tolerance, logprobs and kinds of guidance; give them "
+                "the same values"
             )
         if any(o.image_first and o.max_images == 0 for o in options):
             raise UserError("image_first asks for an image, but max_images is 0; change one of them")
@@ -200,7 +201,8 @@ class Session:
         """Set the options of all rows for the turns to come. Raises UserError if they need other guidance branches."""
         if options.branches != self.program.branches:
             raise UserError(
-                "a session keeps its kinds of guidance, whose branches have read everything so far; begin a new one"
+                "guidance and image guidance cannot be switched on or off within a session, because the branch of each must read "
+                "everything from the start; begin a new session"
             )
         several = [options.sized(self.sampler.model.cfg.tokens)] * len(self.options)
         self.program, self.options = self._program(several), several

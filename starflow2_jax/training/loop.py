@@ -59,7 +59,9 @@ def train(
     LossSpike for a bad step, if that is the policy.
     """
     if profile < 0:
-        raise UserError(f"the number of steps to profile is at least 0, not {profile}; leave out --profile for none")
+        raise UserError(
+            f"the number of steps to profile must be at least 0, not {profile}; leave out --profile for none"
+        )
     checkpoints.steps.open()
     done = checkpoints.steps.latest() or 0
     ledger = Ledger(checkpoints.steps.meta(done).get("time") if done else None)

@@ -67,7 +67,7 @@ class StageTask:
         self.streams()
 
     def continues(self, name: str) -> bool:
-        """Whether the stage `name` trains the same tree as this one."""
+        """Whether the stage `name` trains the same tree of parameters as this stage."""
         return program.trained_tree(STAGES[name]) == program.trained_tree(self.stage)
 
     def abstract_state(self) -> TrainState:

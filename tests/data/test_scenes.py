@@ -249,9 +249,9 @@ def test_puzzles_are_answered_by_their_pictures():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(size=48), "size is 32 or 64, not 48"),
-        (dict(objects=3), "at least 16 nouns, or 0 for all, not 3"),
-        (dict(kind="single", part="held_out"), "kind single hold no combination out; take part=test"),
+        (dict(size=48), "size must be 32 or 64, not 48"),
+        (dict(objects=3), "at least 16, or 0 for all nouns, not 3"),
+        (dict(kind="single", part="held_out"), "kind single have no held-out combinations; use part=test"),
     ],
 )
 def test_options_that_make_no_scenes(options, message):

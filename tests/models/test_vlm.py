@@ -263,7 +263,7 @@ def test_its_config_as_values(tmp_path):
     assert load_config(tmp_path / "vlm.json") == CONFIG.vlm
     assert differences(CONFIG, tiny.CONFIG) == ["vlm.kind is layered, not qwen2_5_vl"]
     values["vlm"]["kind"] = "layerd"
-    with pytest.raises(UserError, match="vlm.kind is one of .*'layerd'; did you mean 'layered'"):
+    with pytest.raises(UserError, match="vlm.kind must be one of .*'layerd'; did you mean 'layered'"):
         build(PretzelConfig, values)
 
 

@@ -42,18 +42,20 @@ class Scenes(Source):
     """2**32 documents of one kind. Document i depends only on the options and i.
 
     Raises UserError for a size other than 32 and 64, for a vocabulary of 1 to 15 nouns, and for held-out documents of a
-    kind that holds nothing out.
+    kind that has no held-out combinations.
     """
 
     Options = SceneOptions
 
     def __init__(self, path: str = "scenes", options: SceneOptions = SceneOptions()):  # noqa: B008 - it is frozen
         if options.size % UNITS:
-            raise UserError(f"the scenes' size is {UNITS} or {2 * UNITS}, not {options.size}")
+            raise UserError(f"the scenes' size must be {UNITS} or {2 * UNITS}, not {options.size}")
         if 0 < options.objects < FEWEST:
-            raise UserError(f"the scenes' objects are at least {FEWEST} nouns, or 0 for all, not {options.objects}")
+            raise UserError(
+                f"the scenes' option objects must be at least {FEWEST}, or 0 for all nouns, not {options.objects}"
+            )
         if options.part == "held_out" and options.kind in NEVER:
-            raise UserError(f"scenes of the kind {options.kind} hold no combination out; take part=test")
+            raise UserError(f"scenes of the kind {options.kind} have no held-out combinations; use part=test")
         self.options = options
 
     def __len__(self) -> int:

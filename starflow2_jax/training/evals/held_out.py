@@ -1,4 +1,5 @@
-"""Losses of held-out documents, of the parameters and of their moving average: the same documents and noise every time."""
+"""Measures the losses of the parameters, and of their moving average, on held-out documents. Documents and noise are the
+same every time."""
 
 import math
 import sys
