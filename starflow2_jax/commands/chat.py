@@ -69,7 +69,7 @@ def converse(chat: "Chat", out: Path, via: str = "flow") -> None:
             continue
         try:
             answer = chat.stream(parse(line, chat.sampler.codec.image_channels, via))
-            number += show(answer, out, number, chat.sampler.codec.is_pixels)
+            number += show(answer, out, number, chat.sampler.codec.makes_pixels)
         except UserError as error:
             print(f"! {error}")
         except KeyboardInterrupt:

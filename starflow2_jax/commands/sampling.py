@@ -224,7 +224,7 @@ def _invert(args: Namespace, _: list[str]) -> None:
     z = encode(sampler, [here], [pixels])
     [image] = decode(sampler, [there], z)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    print(f"written: {write_image(Path(args.out), image, sampler.codec.is_pixels)}")
+    print(f"written: {write_image(Path(args.out), image, sampler.codec.makes_pixels)}")
 
 
 def _add_calibrate(commands: Commands) -> None:
