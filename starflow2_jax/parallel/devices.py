@@ -23,6 +23,14 @@ def start() -> list[Any]:
         raise UserError(explanation(str(error), os.environ.get("JAX_PLATFORMS", ""))) from None
 
 
+def memory(device: jax.Device) -> float | None:
+    """Bytes of memory that programs can use on a device; None where JAX does not tell. The CPU devices of a process share
+    the machine's memory alike."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def explanation(error: str, platforms: str) -> str:
     """One sentence for JAX's error. `platforms`: the value of $JAX_PLATFORMS."""
     reason = " ".join(re.sub(r"\((set|you may need).*?\)$", "", error.strip(), flags=re.DOTALL).split())[:300]
