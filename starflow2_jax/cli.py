@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again when it exits
         code = UNREAD
+    except (KeyboardInterrupt, Terminated) as error:  # a second signal, while the command ended after the first
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RESTART
     for number in (signal.SIGINT, signal.SIGTERM):  # the command has ended; a signal now ends the process at once
         signal.signal(number, lambda *_: os._exit(code))
     return code

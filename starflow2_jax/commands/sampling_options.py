@@ -12,18 +12,23 @@ if TYPE_CHECKING:
 # Field of SampleOptions -> what argparse needs to know about its option, which is named after the field.
 OPTIONS: dict[str, dict[str, Any]] = {
     "guidance": dict(
-        type=Number(0), default=1.0, metavar="W", help="guidance weight of images; 0 turns guidance off (default: 1)"
+        type=Number(0, 100),
+        default=1.0,
+        metavar="W",
+        help="guidance weight of images; 0 turns guidance off (default: 1)",
     ),
     "image_guidance": dict(
-        type=Number(0),
+        type=Number(0, 100),
         metavar="W",
         help="guidance weight of the images in the prompt; --guidance then weighs the text alone",
     ),
     "linear": dict(action="store_true", help="extrapolate linearly for guidance, instead of mixing Gaussians"),
     "annealed": dict(action="store_true", help="let guidance grow from an image's first token to its last"),
-    "image_temperature": dict(type=Number(0), default=0.9, metavar="T", help="temperature of images (default: 0.9)"),
+    "image_temperature": dict(
+        type=Number(0, 10), default=0.9, metavar="T", help="temperature of images (default: 0.9)"
+    ),
     "temperature": dict(
-        type=Number(0),
+        type=Number(0, 10),
         default=0.0,
         metavar="T",
         help="temperature of text; 0 takes the most likely token (default: 0)",
