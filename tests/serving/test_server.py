@@ -267,9 +267,10 @@ def test_oversized_images(client):
         with pytest.raises(openai.APIStatusError, match="10000 pixels together") as refused:
             ask(client, [{"role": "user", "content": [image_part(data_url(image))]}])
         assert refused.value.status_code == 413
-    for via in ("flow", "vit"):  # decoded one after another, and kept as small as the model sees them
-        small = image_part(data_url(Pillow.new("L", (90, 90))), via=via)
-        assert ask(client, [{"role": "user", "content": [small, small]}], max_tokens=1).usage
+    pairs = {via: [image_part(data_url(Pillow.new("L", (90, 90))), via=via)] * 2 for via in ("flow", "vit")}
+    assert ask(client, [{"role": "user", "content": pairs["flow"]}], max_tokens=1).usage  # kept with the model's size
+    with pytest.raises(openai.APIStatusError, match="together"):  # kept as far as the row holds them
+        ask(client, [{"role": "user", "content": pairs["vit"]}], max_tokens=1)
 
 
 def test_rank(address, sampler):
