@@ -28,6 +28,12 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="largest number of tasks of each kind (default: the benchmark's own)",
     )
+    p.add_argument(
+        "--part",
+        type=Words(),
+        metavar="NAME",
+        help="part of the benchmark's data, such as validation to choose options by (default: the benchmark's own, test)",
+    )
     p.add_argument("--batch", type=Whole(1), default=64, metavar="N", help="tasks to answer at a time (default: 64)")
     p.add_argument(
         "--seed",
@@ -73,7 +79,7 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
     from starflow2_jax.sampling import batch_files
 
     begin, share = time.time(), batch_files.Share(args.process, args.processes)
-    benchmark = open_benchmark(args.benchmark, args.data, args.limit)
+    benchmark = open_benchmark(args.benchmark, args.data, args.limit, args.part)
     sampler = restore(args)
     run = {"benchmark": args.benchmark} | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed)
     with tempfile.TemporaryDirectory() as scratch:

@@ -53,6 +53,8 @@ class Benchmark(Protocol):
 
     aims: Mapping[str, float] = {}  # the value that a number should reach, for some of the numbers
     samples: int = 1  # answers to each task
+    parts: tuple[str, ...] = ()  # the parts of its data that may be asked for; (): it has none
+    part: str = ""  # the part that its tasks are from, one of `parts`
 
     def __init__(self, data: str | None, limit: int | None) -> None:
         """`data`: the file or folder of the tasks; `limit`: most tasks of each kind (None: the benchmark's default).

@@ -12,11 +12,20 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 }
 
 
-def open_benchmark(name: str, data: str | None = None, limit: int | None = None) -> Benchmark:
-    """The benchmark `name`; the other arguments are those of `Benchmark`. Raises UserError."""
+def open_benchmark(name: str, data: str | None = None, limit: int | None = None, part: str | None = None) -> Benchmark:
+    """The benchmark `name`; `data` and `limit` are those of `Benchmark`. Raises UserError.
+
+    part: the part of its data, one of its `parts`; None: its own choice.
+    """
     if name not in BENCHMARKS:
         raise UserError(
             f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}; if a Python file of yours adds it, name that "
             "file with --import"
         )
-    return BENCHMARKS[name](data, limit)
+    benchmark = BENCHMARKS[name](data, limit)
+    if part is not None:
+        if part not in benchmark.parts:
+            has = f"has the parts {', '.join(benchmark.parts)}" if benchmark.parts else "has no parts"
+            raise UserError(f"the benchmark {name} {has}, and none named {part!r}; change --part or leave it out")
+        benchmark.part = part
+    return benchmark
