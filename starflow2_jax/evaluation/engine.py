@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.checkpoints.atomic_folder import moved_folder, write_whole
+from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import Document, Image, StoredImage, Text
 from starflow2_jax.data.images import ImageReader, opened, read_image
-from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task, seed_of
 from starflow2_jax.sampling import batch_files
@@ -38,6 +38,7 @@ def evaluate(
     batch: int = 64,
     share: Share = Share(),  # noqa: B008 - it is frozen
     options: Mapping[str, Any] | None = None,
+    chat: bool = False,
     versions: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, float | None], Page | None] | None:
@@ -45,10 +46,13 @@ def evaluate(
 
     The answers are files in `out`; answers that are there already are not drawn again. `run`: the settings besides the
     tasks that decide the answers. `batch`: most prompts that run at once. `options`: fields of SampleOptions in place of
-    the tasks' own. `versions`: of programs, for run.json. Raises UserError.
+    the tasks' own. `chat`: put all prompts into the tokenizer's chat template. `versions`: of programs, for run.json. Raises UserError.
     """
     benchmark.begin(sampler)
-    tasks = [replace(task, options=replace(task.options, **(options or {}))) for task in benchmark.tasks()]
+    tasks = [
+        replace(task, options=replace(task.options, **(options or {})), chat=task.chat or chat)
+        for task in benchmark.tasks()
+    ]
     if not tasks and share.processes > 1:
         raise UserError("this benchmark has no answers to share; run it in one process, with all devices")
     prompts = [
@@ -111,7 +115,7 @@ def _asked(sampler: Sampler, task: Task) -> Document:
         read = ImageReader(codec.image_channels, codec.image_shape[:2], not codec.is_pixels)
         document = [read(part) if isinstance(part, StoredImage) else part for part in document]
     if task.chat and sampler.tokenizer.chat_template:
-        return chat(sampler.tokenizer, [("user", spoken(sampler.tokenizer, document))])
+        return tokenizers.chat(sampler.tokenizer, [("user", spoken(sampler.tokenizer, document))])
     return document
 
 
