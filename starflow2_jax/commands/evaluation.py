@@ -99,6 +99,10 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
     benchmark = open_benchmark(args.benchmark, args.data, args.limit)
     if benchmark.draws:
         _require_pictures(args)
+        if args.out is None:
+            raise UserError(
+                f"the benchmark {args.benchmark} needs --out, the folder for the pictures that its scorer reads"
+            )
     sampler = restore(args)
     run = {"benchmark": args.benchmark} | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed)
     chosen = {field: value for field in OVERRIDES if (value := getattr(args, field, None)) is not None}
@@ -125,6 +129,7 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
     numbers |= more
     print(json.dumps(numbers, indent=1))
     if args.out:
+        print(f"the answers, and the files for the benchmark's own scorer, are in {answers}")
         metrics = Path(args.checkpoint) / "metrics" / "metrics.jsonl"
         write_report(args.out, {**numbers, "aims": benchmark.aims}, page, metrics)
         print(f"open {Path(args.out) / 'index.html'}")
