@@ -113,6 +113,7 @@ def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
         evaluation,
         plan,
         sampling,
+        scores,
         serve,
         sweep,
         training,
@@ -128,7 +129,21 @@ def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
     )
     parser.add_argument("--version", action="version", version=f"starflow2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (training, evaluation, config, data, encode, sweep, plan, bench, sampling, chat, serve, weights):
+    for module in (
+        training,
+        evaluation,
+        scores,
+        config,
+        data,
+        encode,
+        sweep,
+        plan,
+        bench,
+        sampling,
+        chat,
+        serve,
+        weights,
+    ):
         module.add(commands)
     for command in commands.choices.values():
         command.add_argument(

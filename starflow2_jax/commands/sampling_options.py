@@ -83,6 +83,13 @@ def add_sampling(
         parser.add_argument(name, dest=field, **OPTIONS[field])
 
 
+def add_overrides(parser: argparse.ArgumentParser, names: Mapping[str, str]) -> None:
+    """Add the options of the fields in `names` under these names, with None as their default: something else chooses then."""
+    for field, name in names.items():
+        help = OPTIONS[field]["help"].partition(" (default")[0] + " (default: the task's own)"
+        parser.add_argument(name, dest=field, **OPTIONS[field] | {"default": None, "help": help})
+
+
 def add_images(parser: argparse.ArgumentParser, whose: str, more: str = "") -> None:
     """Add --images. `whose`: the images that it is about. `more`: the end of its help."""
     parser.add_argument(

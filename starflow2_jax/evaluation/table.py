@@ -1,14 +1,37 @@
 """The table of benchmarks, by the name that `starflow2 eval --benchmark` takes."""
 
 from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.choices import Ai2dBenchmark, MmbenchBenchmark, SeedBenchmark
+from starflow2_jax.evaluation.coco import CocoBenchmark
 from starflow2_jax.evaluation.digits import DigitsBenchmark
+from starflow2_jax.evaluation.dpg import DpgBenchmark
+from starflow2_jax.evaluation.edits import GeditBenchmark, ImgeditBenchmark
+from starflow2_jax.evaluation.geneval import GenevalBenchmark
+from starflow2_jax.evaluation.gqa import GqaBenchmark
+from starflow2_jax.evaluation.likelihood import LikelihoodBenchmark
+from starflow2_jax.evaluation.mme import MmeBenchmark
+from starflow2_jax.evaluation.mmmu import MmmuBenchmark
 from starflow2_jax.evaluation.protocol import Benchmark
 from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, ScenesBenchmark
+from starflow2_jax.evaluation.wise import WiseBenchmark
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     "digits": DigitsBenchmark,
     "scenes": ScenesBenchmark,
     "scenes_quick": QuickScenesBenchmark,
+    "geneval": GenevalBenchmark,
+    "dpg": DpgBenchmark,
+    "wise": WiseBenchmark,
+    "gedit": GeditBenchmark,
+    "imgedit": ImgeditBenchmark,
+    "coco": CocoBenchmark,
+    "mmmu": MmmuBenchmark,
+    "mmbench": MmbenchBenchmark,
+    "mme": MmeBenchmark,
+    "gqa": GqaBenchmark,
+    "seed": SeedBenchmark,
+    "ai2d": Ai2dBenchmark,
+    "likelihood": LikelihoodBenchmark,
 }
 
 

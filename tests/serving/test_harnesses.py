@@ -152,7 +152,18 @@ def test_vlmevalkit(address, tmp_path):
     (tmp_path / "data/LocalDigits.tsv").write_text("\n".join(lines) + "\n")
     vlmutil = environment("VLMEVALKIT") / "python"
     command = [vlmutil, "-m", "vlmeval.run", "--base-url", f"{address}/v1", "--model", "tiny", "--data", "LocalDigits"]
-    command += ["--judge", "exact_matching", "--api-nproc", "8", "--retry", "1", "--max-tokens", "16", "--work-dir", tmp_path / "out"]
+    command += [
+        "--judge",
+        "exact_matching",
+        "--api-nproc",
+        "8",
+        "--retry",
+        "1",
+        "--max-tokens",
+        "16",
+        "--work-dir",
+        tmp_path / "out",
+    ]
     output = run(command, LMUData=str(tmp_path / "data"), HOME=str(tmp_path))
     [scores] = {path.resolve() for path in (tmp_path / "out").rglob("*LocalDigits_acc.csv")}
     assert "Overall" in scores.read_text()
