@@ -207,7 +207,7 @@ def _answers(sampler: Sampler, prompts: list[Prompt], denoised: bool, rows: int)
 
 def _named(error: DocumentError, prompt: Prompt) -> DocumentError:
     """The error with the prompt's name in front, unless it is there already."""
-    return error if str(error).startswith(prompt.where) else DocumentError(f"{prompt.where}{error}")
+    return error if str(error).startswith(prompt.where.removesuffix(": ")) else DocumentError(f"{prompt.where}{error}")
 
 
 def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Document], out: Path) -> list[Line]:
