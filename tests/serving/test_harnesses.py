@@ -119,7 +119,7 @@ def test_lmms_eval(address, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
         (tmp_path / f"local_{name}.yaml").write_text(task.replace("FOLDER", str(tmp_path)))
         run([python, "-c", PARQUET, tmp_path / f"{name}.json", tmp_path / f"{name}.parquet", image])
-    model = f"model_version=tiny,base_url={address}/v1,api_key=none,num_concurrent=8,max_retries=1"
+    model = f"model=tiny,base_url={address}/v1,api_key=none,num_concurrent=8,max_retries=1,timeout=300"
     command = [python, "-m", "lmms_eval", "--model", "openai", "--model_args", model, "--tasks", "local_mme,local_mmmu"]
     command += ["--include_path", tmp_path, "--batch_size", "1", "--log_samples", "--output_path", tmp_path / "out"]
     run(command, HF_HOME=str(tmp_path / "hf"), OPENAI_API_KEY="none")
@@ -152,7 +152,18 @@ def test_vlmevalkit(address, tmp_path):
     (tmp_path / "data/LocalDigits.tsv").write_text("\n".join(lines) + "\n")
     vlmutil = environment("VLMEVALKIT") / "python"
     command = [vlmutil, "-m", "vlmeval.run", "--base-url", f"{address}/v1", "--model", "tiny", "--data", "LocalDigits"]
-    command += ["--judge", "exact_matching", "--api-nproc", "8", "--retry", "1", "--max-tokens", "16", "--work-dir", tmp_path / "out"]
+    command += [
+        "--judge",
+        "exact_matching",
+        "--api-nproc",
+        "8",
+        "--retry",
+        "1",
+        "--max-tokens",
+        "16",
+        "--work-dir",
+        tmp_path / "out",
+    ]
     output = run(command, LMUData=str(tmp_path / "data"), HOME=str(tmp_path))
     [scores] = {path.resolve() for path in (tmp_path / "out").rglob("*LocalDigits_acc.csv")}
     assert "Overall" in scores.read_text()
