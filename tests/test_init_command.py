@@ -9,6 +9,7 @@ from test_init import vlm  # noqa: F401 - a fixture
 
 from starflow2_jax import cli
 from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.commands import training
 from starflow2_jax.parallel import devices
 
 FLOWS = [
@@ -19,13 +20,19 @@ FLOWS = [
 GIVEN = [
     "--config.order=text_to_image,joint",
     "--config.model.deep_rotary_sections=2,3,3",
-    "--config.mesh.data=1",
+    "--config.mesh.data=8",
     *FLOWS,
 ]
 
 
-def init(vlm: Path, out: Path, *more: str) -> int:
-    return cli.main(["init", "--vlm", str(vlm), "--config", "digits_quick", *GIVEN, "--out", str(out), *more])
+@pytest.fixture(autouse=True)
+def started(monkeypatch):
+    """The devices of the tests are started already."""
+    monkeypatch.setattr(training, "start_devices", lambda *_: None)
+
+
+def init(folder: Path, out: Path, *more: str) -> int:
+    return cli.main(["init", "--vlm", str(folder), "--config", "digits_quick", *GIVEN, "--out", str(out), *more])
 
 
 def test_the_vlm_is_as_its_folder_says(vlm, tmp_path, capsys):  # noqa: F811
@@ -38,15 +45,14 @@ def test_the_vlm_is_as_its_folder_says(vlm, tmp_path, capsys):  # noqa: F811
     assert begun.vision.patch == want["vision"]["patch"] == 4
     words = shlex.split(last.removeprefix("ready: "))
     assert words[:2] == ["starflow2", "train"] and set(GIVEN) <= set(words) and words[-1] == str(tmp_path / "a run")
-    steps = CheckpointDirectory(tmp_path / "a run").steps
     assert any("parameters of the untrained flows" in line and "this machine's memory" in line for line in said)
     assert [
         w for w in ("copying the VLM", "making deep", "writing the checkpoint") if not any(w in x for x in said)
     ] == []
-    assert steps.latest() == 0
-    few = ["--config.stages.*.steps=1", "--config.stages.*.rows=2"]
+    assert CheckpointDirectory(tmp_path / "a run").steps.latest() == 0
+    few = ["--config.stages.*.steps=1", "--config.stages.*.rows=8"]
     assert cli.main([*words[1:], *few]) == 0
-    assert steps.latest() == 2
+    assert CheckpointDirectory(tmp_path / "a run").steps.latest() == 2
 
 
 def test_flows_that_do_not_fit_are_refused(vlm, tmp_path, capsys, monkeypatch):  # noqa: F811
