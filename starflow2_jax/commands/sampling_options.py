@@ -45,6 +45,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         metavar="P",
         help="draw text from the fewest tokens whose probability adds up to P (default: 1)",
     ),
+    "presence_penalty": dict(
+        type=Number(-2, 2),
+        default=0.0,
+        metavar="P",
+        help="taken off the logits of tokens that the answer holds already (default: 0)",
+    ),
+    "frequency_penalty": dict(
+        type=Number(-2, 2),
+        default=0.0,
+        metavar="P",
+        help="taken off a token's logit for each time that the answer holds it (default: 0)",
+    ),
+    "repetition_penalty": dict(
+        type=Number(0.01, 100),
+        default=1.0,
+        metavar="P",
+        help="above 1: makes the tokens of prompt and answer less likely (default: 1)",
+    ),
     "max_tokens": dict(
         type=Whole(1),
         metavar="N",

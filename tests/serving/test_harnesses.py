@@ -13,9 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from live import LIMITS, ask, data_url, image_part, openai_client, served
 from PIL import Image as Pillow
 
+from starflow2_jax.data.images import as_pillow
+
+PLUGINS = Path(__file__).parents[2] / "docs/evaluation_plugins"
 pytestmark = pytest.mark.harness
 
 QUESTIONS = ["Is it an eight? Please answer yes or no.", "Is it a seven? Please answer yes or no."]
@@ -53,6 +57,30 @@ metric_list:
 lmms_eval_specific_kwargs:
   default: {prompt_type: format, multiple_choice_prompt: Give the letter., open_ended_prompt: Give a word.}
 """
+EDITS = """
+dataset_path: parquet
+dataset_kwargs: {data_files: {train: FOLDER/edits.parquet}}
+task: local_edits
+test_split: train
+output_type: generate_until
+doc_to_visual: !function utils.to_pictures
+doc_to_text: instruction
+doc_to_target: instruction
+generation_kwargs: {max_new_tokens: 512}
+process_results: !function utils.written
+metric_list:
+  - {metric: pictures, aggregation: mean, higher_is_better: true}
+"""
+EDIT_UTILS = """
+import json
+from PIL import Image
+
+def to_pictures(doc):
+    return [doc["input_image"].convert("RGB")]
+
+def written(doc, results):  # as gedit_bench reads its answers
+    return {"pictures": float(Image.open(json.loads(results[0])["images"][0]).size == (6, 4))}
+"""
 UTILS = "from lmms_eval.tasks.mme.utils import *\nfrom lmms_eval.tasks.mmmu.utils import *\n"
 PARQUET = """
 import json, sys
@@ -70,6 +98,12 @@ def address(sampler):
     """Few rows and a queue that is shorter than the harnesses' own concurrency would need without it."""
     limits = replace(LIMITS, rows=2, max_queue=512, images="vit", max_images=0, max_pixels=40_000_000, max_body=10**8)
     with served(sampler, limits) as (_, found):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def drawing(sampler):
+    with served(sampler, replace(LIMITS, rows=2, max_queue=512)) as (_, found):
         yield found
 
 
@@ -96,6 +130,11 @@ def run(command: list, **variables: str) -> str:
     return done.stdout
 
 
+def answer_of(sample: dict) -> str:
+    answer = sample["filtered_resps"]
+    return answer if isinstance(answer, str) else answer[0]
+
+
 def test_lmms_eval(address, tmp_path):
     """Tasks in MME's and MMMU's formats, scored by their own code; 8 requests at a time."""
     python = environment("LMMS_EVAL") / "python"
@@ -119,7 +158,7 @@ def test_lmms_eval(address, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
         (tmp_path / f"local_{name}.yaml").write_text(task.replace("FOLDER", str(tmp_path)))
         run([python, "-c", PARQUET, tmp_path / f"{name}.json", tmp_path / f"{name}.parquet", image])
-    model = f"model_version=tiny,base_url={address}/v1,api_key=none,num_concurrent=8,max_retries=1"
+    model = f"model=tiny,base_url={address}/v1,api_key=none,num_concurrent=8,max_retries=1,timeout=300"
     command = [python, "-m", "lmms_eval", "--model", "openai", "--model_args", model, "--tasks", "local_mme,local_mmmu"]
     command += ["--include_path", tmp_path, "--batch_size", "1", "--log_samples", "--output_path", tmp_path / "out"]
     run(command, HF_HOME=str(tmp_path / "hf"), OPENAI_API_KEY="none")
@@ -129,7 +168,7 @@ def test_lmms_eval(address, tmp_path):
     for name, rows in (("mme", mme), ("mmmu", mmmu)):
         [file] = (tmp_path / "out").rglob(f"*_samples_local_{name}.jsonl")
         samples = [json.loads(line) for line in file.read_text().splitlines()]
-        answers = [sample["filtered_resps"][0] for sample in samples]
+        answers = [answer_of(sample) for sample in samples]
         assert len(answers) == len(rows) and not [a for a in answers if a == "None" or "FAILED" in a]
         for sample, answer in zip(samples, answers, strict=True):
             if name == "mme":  # as the same question is answered directly
@@ -173,3 +212,46 @@ def test_vlmevalkit(address, tmp_path):
     printed = run([vlmutil, "-c", reading, table], HOME=str(tmp_path)).splitlines()[-1]
     answers = [row["prediction"] for row in json.loads(printed)]
     assert len(answers) == COUNT and not [a for a in answers if a is None or "Failed" in str(a)], output[-4000:]
+
+
+def test_lmms_eval_plug_in(drawing, tmp_path):
+    """Edits in GEdit's form: {"text", "images"} with the paths of pictures, which are the server's."""
+    python = environment("LMMS_EVAL") / "python"
+    rows = []
+    for k in range(3):
+        as_pillow(tiny.pixels(k)).save(tmp_path / f"{k}.png")
+        rows.append({"key": str(k), "instruction": "mirror it", "input_image": str(tmp_path / f"{k}.png")})
+    (tmp_path / "utils.py").write_text(EDIT_UTILS)
+    (tmp_path / "edits.json").write_text(json.dumps(rows))
+    (tmp_path / "local_edits.yaml").write_text(EDITS.replace("FOLDER", str(tmp_path)))
+    run([python, "-c", PARQUET, tmp_path / "edits.json", tmp_path / "edits.parquet", "input_image"])
+    installed = tmp_path / "installed"  # what pip writes besides the modules: the entry point
+    info = installed / "starflow2_evaluation_plugins-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: starflow2_evaluation_plugins\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[lmms_eval.models]\nstarflow2 = starflow2_lmms_eval:MANIFEST\n")
+    model = f"base_url={drawing}/v1,mode=edit,folder={tmp_path / 'pictures'},concurrent=4,seed=2"
+    command = [python, "-m", "lmms_eval", "--model", "starflow2", "--model_args", model, "--tasks", "local_edits"]
+    command += ["--include_path", tmp_path, "--batch_size", "1", "--log_samples", "--output_path", tmp_path / "out"]
+    run(command, HF_HOME=str(tmp_path / "hf"), PYTHONPATH=f"{PLUGINS}:{installed}")
+    [results] = (tmp_path / "out").rglob("*_results.json")
+    assert json.loads(results.read_text())["results"]["local_edits"]["pictures,none"] == 1.0
+    for k in range(3):
+        parts = [image_part(data_url(as_pillow(tiny.pixels(k)).convert("RGB"))), {"type": "text", "text": "mirror it"}]
+        message = {"role": "user", "content": parts}
+        direct = ask(openai_client(drawing), [message], seed=2, image_first=True, max_images=1).choices[0].message
+        with Pillow.open(tmp_path / f"pictures/local_edits/{k}.png") as image:
+            assert data_url(image) == direct.images[0]["image_url"]["url"]
+
+
+def test_vlmevalkit_plug_in(drawing, tmp_path):
+    """The class, as VLMEvalKit's own code calls it, and its entry as a program."""
+    as_pillow(tiny.pixels(1)).save(tmp_path / "scan.png")
+    python = environment("VLMEVALKIT") / "python"
+    variables = dict(STARFLOW2_URL=f"{drawing}/v1", STARFLOW2_FOLDER=str(tmp_path / "out"), PYTHONPATH=str(PLUGINS))
+    variables |= dict(HOME=str(tmp_path), SCAN=str(tmp_path / "scan.png"))
+    asking = "import os, starflow2_vlmevalkit as s; m = s.model(seed=4); print(m.generate([os.environ['SCAN'], 'mirror it']))"
+    answer = json.loads(run([python, "-c", asking], **variables).splitlines()[-1])
+    with Pillow.open(answer["images"][0]) as image:
+        assert image.size == (6, 4)
+    assert "--base-url" in run([python, "-m", "starflow2_vlmevalkit", "--help"], **variables)
