@@ -82,7 +82,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(encoding, "encode", begin)
     monkeypatch.setattr(points, "run", begin)
     monkeypatch.setattr(points, "submit", begin)
-    monkeypatch.setattr(frechet, "_measured", begin)
+    monkeypatch.setattr(frechet, "_statistics", begin)
     monkeypatch.chdir(tmp_path)
 
 
