@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again when it exits
         code = UNREAD
+    except (KeyboardInterrupt, Terminated) as error:  # a second signal, while the command ended after the first
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RESTART
     for number in (signal.SIGINT, signal.SIGTERM):  # the command has ended; a signal now ends the process at once
         signal.signal(number, lambda *_: os._exit(code))
     return code
@@ -111,6 +113,7 @@ def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
         evaluation,
         plan,
         sampling,
+        scores,
         serve,
         sweep,
         training,
@@ -126,7 +129,21 @@ def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
     )
     parser.add_argument("--version", action="version", version=f"starflow2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (training, evaluation, config, data, encode, sweep, plan, bench, sampling, chat, serve, weights):
+    for module in (
+        training,
+        evaluation,
+        scores,
+        config,
+        data,
+        encode,
+        sweep,
+        plan,
+        bench,
+        sampling,
+        chat,
+        serve,
+        weights,
+    ):
         module.add(commands)
     for command in commands.choices.values():
         command.add_argument(

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def _alive(pid: int) -> bool:
     except PermissionError:  # it is another user's
         return True
     return True
+
+
+@contextlib.contextmanager
+def moved_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder, whose entries are moved into the folder `target` at the end of the block.
+
+    A folder that is there already stays as it is, and a file is replaced. If the block fails, nothing is moved.
+    """
+    partial = Path(tempfile.mkdtemp(prefix=".partial.", dir=target))  # another process may do the same
+    try:
+        yield partial
+        for entry in sorted(partial.iterdir()):
+            if not (entry.is_dir() and (target / entry.name).exists()):
+                entry.replace(target / entry.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_room(folder: Path, size: int, standing: str = "") -> None:

@@ -238,7 +238,7 @@ def _add_calibrate(commands: Commands) -> None:
     )
     p.add_argument(
         "--guidance",
-        type=Number(0),
+        type=Number(0, 100),
         default=1.0,
         metavar="W",
         help="guidance weight of images; has no effect without --prompt (default: 1)",
@@ -250,7 +250,9 @@ def _add_calibrate(commands: Commands) -> None:
         metavar="E",
         help="largest relative squared error of a block's output (default: 0.001)",
     )
-    p.add_argument("--batch", type=Whole(1), default=16, metavar="N", help="images to draw at a time (default: 16)")
+    p.add_argument(
+        "--batch", type=Whole(1, 10**4), default=16, metavar="N", help="images to draw at a time (default: 16)"
+    )
     p.set_defaults(run=_calibrate)
 
 

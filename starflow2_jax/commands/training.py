@@ -14,6 +14,10 @@ from starflow2_jax.commands.experiment import add_config
 from starflow2_jax.errors import Terminated
 
 KEPT = "the last checkpoint is kept, and the same command resumes from it"
+DEMOS = {  # of the quickstart: experiment, benchmark, tasks of each kind if it is a mere trial
+    "digits": ("digits_quick", "digits", 10),
+    "scenes": ("scenes_quick", "scenes_quick", 1),
+}
 
 
 def add(commands: Commands) -> None:
@@ -161,7 +165,13 @@ def _init(args: Namespace, overrides: list[str]) -> None:
 def _add_quickstart(commands: Commands) -> None:
     p = commands.add_parser(
         "quickstart",
-        help="train a small model on handwritten digits, sample from it and evaluate it",
+        help="train a small model on handwritten digits or emoji scenes, sample from it and evaluate it",
+    )
+    p.add_argument(
+        "--demo",
+        choices=DEMOS,
+        default="digits",
+        help="digits, in ten minutes on two CPU cores, or scenes, in an hour (default: digits)",
     )
     p.add_argument(
         "--out",
@@ -176,9 +186,7 @@ def _add_quickstart(commands: Commands) -> None:
         help="train a few steps of each stage only, to try the installation; takes about a minute",
     )
     p.set_defaults(run=_quickstart, kept=KEPT)
-    p.set_defaults(
-        benchmark="digits", data=None, batch=300, seed=0, process=0, processes=1, dtype=None, fsdp=1, tensor=1
-    )
+    p.set_defaults(data=None, part=None, batch=300, seed=0, process=0, processes=1, dtype=None, fsdp=1, tensor=1)
 
 
 def _quickstart(args: Namespace, _: list[str]) -> None:
@@ -186,10 +194,11 @@ def _quickstart(args: Namespace, _: list[str]) -> None:
 
     if args.smoke:  # it mostly compiles; XLA reads this variable when JAX starts, which is below
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    config = configs.load("digits_quick", runlocal=args.smoke)
+    experiment, args.benchmark, few = DEMOS[args.demo]
+    config = configs.load(experiment, runlocal=args.smoke)
     start_devices(config.cpu_devices)
     args.checkpoint = Path(args.out) / "checkpoint"
-    args.limit = 10 if args.smoke else None
+    args.limit = few if args.smoke else None
     spent = _trained(config, args.checkpoint)["seconds"]["total"]  # of all starts of an interrupted run
     print("sampling and evaluating ...")
     evaluation.report(args, spent, smoke=args.smoke)

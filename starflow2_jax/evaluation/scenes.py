@@ -65,19 +65,27 @@ COLUMNS = 10  # pictures in a row of the page's grid
 class ScenesBenchmark(Benchmark):
     """Tasks "kind/seen/number" and "kind/composed/number", for a model of all nouns. The size is that of its pictures.
 
-    part: the part of the source that seen tasks are from; "validation" to choose options of sampling. Raises UserError
-    for `data`.
+    The part "validation" is there to choose options of sampling by: it has no composed tasks, whose documents are held
+    out. Raises UserError for `data`.
     """
 
     aims = AIMS
+    parts = ("test", "validation")
+    part = "test"  # of the source: seen tasks are from it
     objects = 0  # nouns of the vocabulary; 0: all
+    align = 1  # see SceneOptions
 
-    def __init__(self, data: str | None = None, limit: int | None = None, part: str = "test"):
+    def __init__(self, data: str | None = None, limit: int | None = None):
         if data is not None:
             raise UserError("the benchmark scenes brings its own data; leave --data out")
-        self.limit, self.parts = limit or LIMIT, {"seen": part, "composed": "held_out"}
+        self.limit = limit or LIMIT
         self.size, self.tokens = UNITS, 64
         self.read = Judge(self.objects)
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The groups of tasks, and the part of the source that each is from."""
+        return {"seen": self.part} | ({"composed": "held_out"} if self.part == "test" else {})
 
     def begin(self, sampler: Sampler) -> None:
         """Take the size of pictures and their number of tokens from the model. Raises UserError for other pictures."""
@@ -94,7 +102,7 @@ class ScenesBenchmark(Benchmark):
         return [
             Task(f"{kind}/{group}/{i}", rendered(asked(parts), self.size), parts, self._options(kind))
             for kind in KINDS
-            for group in self.parts
+            for group in self.groups
             if (source := self._source(kind, group))
             for i, parts in enumerate(map(source.parts, range(self.limit)))
         ]
@@ -109,7 +117,7 @@ class ScenesBenchmark(Benchmark):
             for name, value in verdict.parts.items():
                 found.setdefault(f"{group}_{kind}_{name}", []).append(value)
         numbers: dict[str, float | None] = {name: float(np.mean(values)) for name, values in found.items()}
-        for group in self.parts:
+        for group in self.groups:
             six = [numbers[name] for kind in GENEVAL if (name := f"{group}_{kind}") in numbers]
             numbers[f"{group}_mean"] = float(np.mean([value for value in six if value is not None])) if six else None
             numbers |= self._likelihood(sampler, group)
@@ -145,7 +153,7 @@ class ScenesBenchmark(Benchmark):
         """The documents of a kind and a group; None if this kind has none."""
         if group == "composed" and kind in NEVER:
             return None
-        return Scenes(options=SceneOptions(kind, self.parts[group], self.size, self.objects))
+        return Scenes(options=SceneOptions(kind, self.groups[group], self.size, self.objects, self.align))
 
     def _likelihood(self, sampler: Sampler, group: str) -> dict[str, float | None]:
         """NLL of pictures given their captions, with the noise of the training: nats per dimension without 0.5 ln 2 pi as

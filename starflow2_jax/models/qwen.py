@@ -24,7 +24,7 @@ class QwenConfig:
     """
 
     vocabulary: int = option("tokens (V)", least=1)
-    layers: int = option("layers (L)", least=1)
+    layers: int = option("layers (L)", least=1, most=4096)
     width: int = option("channels of the residual stream (E)", least=1)
     heads: int = option("attention heads (H)", least=1)
     kv_heads: int = option("key and value heads (J)", least=1)

@@ -20,7 +20,7 @@ from starflow2_jax.sequence import VisionInput
 class VisionConfig:
     """Sizes of the tower and of the images it sees. Raises UserError for sizes that do not fit each other."""
 
-    layers: int = option("layers (L)", least=1)
+    layers: int = option("layers (L)", least=1, most=4096)
     width: int = option("channels of the residual stream (E)", least=1)
     heads: int = option("attention heads (H)", least=1)
     mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)

@@ -32,6 +32,14 @@ def free_memory(device: Any) -> float:
     return int(found[1]) * 1024 if found else float("inf")
 
 
+def memory(device: jax.Device) -> float | None:
+    """Bytes of memory that programs can use on a device; None where JAX does not tell. The CPU devices of a process share
+    the machine's memory alike."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def explanation(error: str, platforms: str) -> str:
     """What JAX's error means and what to do, in one sentence. `platforms`: the value of $JAX_PLATFORMS."""
     reason = " ".join(re.sub(r"\((set|you may need).*?\)$", "", error.strip(), flags=re.DOTALL).split())[:300]

@@ -30,7 +30,6 @@ from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import program
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.step import HOST
 
 # Keep libtpu from looking for a TPU on this machine, and from logging that there is none.
 QUIET = {
@@ -173,8 +172,8 @@ def compile_step(config: Config, stage: Stage, devices: list) -> Program:
     moving = {name: state.params[name] for name in stage.trains}
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
-    held = {name: bytes_a_chip(tree) for name, tree in kinds.items()}
-    return Program(compiled, mesh, held, bytes_a_chip(kinds, host=True))
+    held = {name: program.bytes_a_device(tree) for name, tree in kinds.items()}
+    return Program(compiled, mesh, held, program.bytes_a_device(kinds, host=True))
 
 
 def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
@@ -207,7 +206,7 @@ def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capa
         read = compile_for(devices, steps.read, kind, params, state, batch, 0, lengths, lengths)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
         write = compile_for(devices, steps.write, kind, params, state, count)
-    kinds = {"parameters": bytes_a_chip(params), "caches": bytes_a_chip(state.caches)}
+    kinds = {"parameters": program.bytes_a_device(params), "caches": program.bytes_a_device(state.caches)}
     return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
 
 
@@ -252,14 +251,3 @@ def out_of_memory(message: str) -> DoesNotFit:
 def _size(number: str, unit: str) -> float:
     """Bytes of a size in XLA's message, such as "1.5" and "G"."""
     return float(number) * 1024 ** " KMGT".index(unit or " ")
-
-
-def bytes_a_chip(tree: Any, host: bool = False) -> float:
-    """Bytes of sharded arrays that one chip holds, or with `host` the host's memory for it; without padding."""
-    leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == host]
-    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=float) * _width(x.dtype) for x in leaves))
-
-
-def _width(dtype: Any) -> int:
-    """Bytes of an element; a random key has 8."""
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize

@@ -117,7 +117,7 @@ class Analysis:
             channel = re.search(r"channel_id=(\d+)", collective.attributes)
             name = f"channel {channel[1]}" if channel else at.name
             if name not in pending:
-                kind, seconds = self._collective(computation, collective, times)
+                kind, seconds = self._collective(computation, collective, times, fused=True)
                 kind.started += times
                 clocks[1] = max(begin, clocks[1]) + seconds
                 pending[name] = clocks[1], seconds, kind
@@ -239,9 +239,16 @@ class Analysis:
             return self._written(inner, inner[root.operands[0]])
         return inner[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else root.bytes
 
-    def _collective(self, computation: Computation, at: Instruction, times: float) -> tuple[Collective, float]:
-        """Add `times` executions of a collective to the costs; its entry there, and the seconds of one execution."""
+    def _collective(
+        self, computation: Computation, at: Instruction, times: float, fused: bool = False
+    ) -> tuple[Collective, float]:
+        """Add `times` executions of a collective to the costs; its entry there, and the seconds of one execution.
+
+        The TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and slices.
+        """
         base = at.opcode.removesuffix("-start")
+        if fused and base == "all-reduce" and _only_slices(computation, at):
+            base = "reduce-scatter"
         group = first_group(at.attributes, len(self.coordinates))
         size = self._payload(computation, at, base)
         n = len(group)
@@ -266,6 +273,15 @@ class Analysis:
         """The mesh axes that the chips of a group differ in."""
         places = np.array(np.unravel_index(group, tuple(self.mesh.values()))).T
         return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
+
+
+def _only_slices(computation: Computation, at: Instruction) -> bool:
+    """Whether a computation uses slices of an instruction's arrays, and nothing else of them."""
+    users = computation.users.get(at.name, [])
+    return bool(users) and all(
+        i.opcode == "dynamic-slice" or (i.opcode in ("get-tuple-element", "bitcast") and _only_slices(computation, i))
+        for i in users
+    )
 
 
 def _moves(at: Instruction) -> bool:

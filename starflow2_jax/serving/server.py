@@ -8,7 +8,7 @@ from types import FrameType
 
 import uvicorn
 
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import UserError, shown
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.serving.app import AHEAD, BODIES, Service, make_app
 from starflow2_jax.serving.guards import Line, Room
@@ -46,7 +46,7 @@ def bind(host: str, port: int) -> tuple[socket.socket, ...]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--host {host!r} is no address of this machine ({_reason(error)})") from None
+        raise UserError(f"--host {shown(host)} is no address of this machine ({_reason(error)})") from None
     bound: list[socket.socket] = []
     for family, kind, protocol, _, address in dict.fromkeys(found):
         listener = socket.socket(family, kind, protocol)

@@ -1,6 +1,7 @@
 """A stage's compiled step, and the shapes and shardings of its arguments, which need no devices."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
-from starflow2_jax.parallel import sharding
+from starflow2_jax.parallel import devices, sharding
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.step import (
+    HOST,
     Objective,
     TrainState,
     counted,
@@ -165,6 +167,27 @@ def abstract_arguments(
     rest = _as_published(config, abstract_params(model, other_tree(trained_tree(stage))))
     batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
     return abstract_state(config, model, stage, optimizer, mesh), sharding.abstract(rest, mesh), batch
+
+
+def require_memory(config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh) -> None:
+    """Raises ConfigError if the arguments of a stage's step alone are larger than a device's memory, where that is known."""
+    needed = bytes_a_device(abstract_arguments(config, model, stage, optimizer, mesh))
+    if (memory := devices.memory(mesh.devices.flat[0])) is not None and needed > memory:
+        raise ConfigError(
+            f"parameters, optimizer and batch need {needed / 1e9:,.1f} GB on each device, which has {memory / 1e9:,.1f} GB; use a "
+            "smaller model or batch, or more devices on the axis mesh.fsdp"
+        )
+
+
+def bytes_a_device(tree: Any, host: bool = False) -> float:
+    """Bytes of sharded arrays that one device holds, or with `host` the host's memory for it; without padding."""
+    leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == host]
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=float) * _width(x.dtype) for x in leaves))
+
+
+def _width(dtype: Any) -> int:
+    """Bytes of an element; a random key has 8."""
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
 def held_whole(config: Config, model: Pretzel, mesh: Mesh) -> str:

@@ -59,10 +59,12 @@ class StageTask:
         return training_flops(self.model.cfg, self.stage, program.batch_shape(self.config, self.stage)).total
 
     def check(self) -> None:
-        """Raises UserError for rows that do not fit the mesh, devices without host memory, or a source that cannot be opened."""
+        """Raises UserError for rows that do not fit the mesh, arrays that do not fit the devices' memory, devices without host
+        memory, or a source that cannot be opened."""
         program.require_rows(self.config, self.stage, self.mesh)
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
+        program.require_memory(self.config, self.model, self.stage, self.optimizer, self.mesh)
         self.step()
         self.streams()
 

@@ -18,6 +18,7 @@ from starflow2_jax.evaluation import scenes as evaluation
 from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, ScenesBenchmark, asked
 from starflow2_jax.evaluation.scenes_verdicts import region_error, scenes, spoken
+from starflow2_jax.evaluation.table import open_benchmark
 from starflow2_jax.sampling.scoring import Score
 
 LIMIT = 8
@@ -61,8 +62,6 @@ def test_tasks_are_documents_up_to_what_is_asked(benchmark):
         assert len(task.prompt) < len(task.target)
         assert task.options.max_tokens > 18 or "question" in task.key or "description" in task.key
         assert len(task.prompt) == len(asked(task.target))
-    seen = QuickScenesBenchmark(limit=LIMIT, part="validation").tasks()
-    assert seen[0].target != tasks[0].target and seen[0].key == tasks[0].key
 
 
 def test_right_answers_are_right(benchmark):
@@ -189,6 +188,16 @@ def test_the_page_has_pictures_and_verdicts(benchmark):
     assert "on " in title
     blank = benchmark.page([replace(answer, document=[]) for answer in answers])
     assert (blank.grid == 0).all() and all("WRONG" in title for title, _ in blank.examples)
+
+
+def test_validation_shows_neither_test_nor_held_out_documents():
+    test, validation = (open_benchmark("scenes_quick", limit=LIMIT, part=part) for part in (None, "validation"))
+    of_test, of_validation = ({task.key: spoken(task.target) for task in b.tasks()} for b in (test, validation))
+    assert {key.split("/")[1] for key in of_validation} == {"seen"} and of_validation.keys() < of_test.keys()
+    assert sum(of_test[key] != words for key, words in of_validation.items()) > len(of_validation) / 2
+    for name, part in (("scenes", "train"), ("digits", "validation")):
+        with pytest.raises(UserError, match=f"none named '{part}'"):
+            open_benchmark(name, part=part)
 
 
 def test_models_and_data_that_do_not_fit():

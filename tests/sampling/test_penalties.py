@@ -40,7 +40,7 @@ def test_repetition_is_transformers_over_prompt_and_answer(sampler):
     held = sampler.encoder(PROMPT, closed=False)
     prompt = held["tokens"][held["modality"] == 1].tolist()
     seen = np.flatnonzero(np.asarray(session.rows.seen)[0])
-    assert set(seen) == {*prompt, *answer} and len(prompt) > 10
+    assert set(seen) == {*prompt, *answer} and len(prompt) == 10
     logits = np.random.default_rng(0).normal(size=(1, VOCABULARY)).astype(np.float32)
     for penalty in (0.7, 1.3):
         controls = rows.Controls.of([replace(ALL, repetition_penalty=penalty)], ())
@@ -80,15 +80,17 @@ def test_penalties_are_each_rows_own(sampler):
     assert together == alone and together[0] != together[1]
 
 
-def test_logprobs_are_the_models(sampler):
+def test_logprobs_are_the_models(sampler, monkeypatch):
     """Their sum is the exact likelihood of the answer, whatever the temperature and the penalties that it was drawn with."""
     options = replace(ALL, temperature=1.4, top_k=50, frequency_penalty=1.0, logprobs=3)
     answer, session = answered(sampler, options)
     likely, logprobs = np.asarray(session.rows.likely)[0], np.asarray(session.rows.logprobs)[0]
     assert likely[: len(answer), 0].tolist() == answer and likely.shape == (32, 4)
-    text = sampler.tokenizer.decode(answer)
-    assert sampler.tokenizer.encode(text) == answer, "another seed: this text has other tokens"
-    [part] = scoring.score(sampler, [[*PROMPT, Text(text, predict=True), Text(".")]])[0]  # its end does not count
+    tokenize = sampler.encoder.tokenize  # the text of these tokens has other tokens
+    monkeypatch.setattr(sampler.encoder, "tokenize", lambda text: answer if text == "the answer" else tokenize(text))
+    [part] = scoring.score(sampler, [[*PROMPT, Text("the answer", predict=True), Text(".")]])[
+        0
+    ]  # its end does not count
     np.testing.assert_allclose(logprobs[: len(answer), 0].sum(), part.nats, rtol=1e-4)
     assert (np.diff(logprobs[: len(answer), 1:], axis=1) <= 0).all()
 

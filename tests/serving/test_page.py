@@ -127,7 +127,7 @@ def test_several_drawings_side_by_side(page):
     drawn = [image.get_attribute("src") for image in images]
     assert [link.get_attribute("href") for link in links] == drawn and len(set(drawn)) == 3
     assert [link.get_attribute("download") for link in links] == ["seed_5.png", "seed_6.png", "seed_7.png"]
-    assert {image.size["width"] for image in images} == {6 * (224 // 6) + 2}  # with its border
+    assert {image.size["width"] for image in images} == {6 * (224 // 6)}
     assert images[0].value_of_css_property("image-rendering") == "pixelated"
     tops = {image.location["y"] for image in images[:2]}
     assert len(tops) == 1
@@ -183,10 +183,10 @@ def test_pictures_are_pasted_and_dropped(page, kind):
     """Into the panel that is shown: its field has the picture, a small view shows it, and it is sent."""
     find(page, "#tab-chat").click()
     put(page, "#chat textarea", "read it")
-    page.execute_script(GIVE, kind, 300)
-    WebDriverWait(page, 60).until(lambda p: sizes(p, "#chat .thumb") == [300])
+    page.execute_script(GIVE, kind, 200)
+    WebDriverWait(page, 60).until(lambda p: sizes(p, "#chat .thumb") == [200])
     send(page, "chat")
-    assert sizes(page, "#chat .say.user img") == [300]
+    assert sizes(page, "#chat .say.user img") == [200]
     WebDriverWait(page, 60).until(lambda p: not find(p, "#chat .thumb").is_displayed())
 
 

@@ -1,7 +1,7 @@
 """The source `scenes`: endless documents about emoji scenes, whose pictures are rendered when they are read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class SceneOptions:
     )
     size: int = option("side of a picture in pixels, 32 or 64", 32, least=UNITS, most=2 * UNITS)
     objects: int = option("number of nouns in the vocabulary; 0: all", 60, least=0)
+    align: int = option("rows and columns of sprites are multiples of this, in units of 1/32 of a picture", 1, least=1)
 
 
 class Scenes(Source):
@@ -69,10 +70,18 @@ class Scenes(Source):
         kind, part = self.options.kind, self.options.part
         rng = np.random.default_rng((list(KINDS).index(kind), PARTS.index(part), index))
         while True:
-            parts = KINDS[kind](Draw(rng, self.options.objects))
+            parts = [self._aligned(part) for part in KINDS[kind](Draw(rng, self.options.objects))]
             scenes = [each.scene for each in parts if isinstance(each, Shown)]
             if all(visible(scene) for scene in scenes) and self._belongs(set().union(*map(held_out, scenes))):
                 return parts
+
+    def _aligned(self, part: Text | Shown) -> Text | Shown:
+        """The part with its sprites moved up and to the left as far as `align` asks."""
+        if isinstance(part, Text):
+            return part
+        a = self.options.align
+        placed = (replace(p, row=p.row // a * a, column=p.column // a * a) for p in part.scene.placed)
+        return replace(part, scene=replace(part.scene, placed=tuple(placed)))
 
     def _belongs(self, combined: set[str]) -> bool:
         """Whether a document with these held-out combinations is of this part."""
