@@ -57,7 +57,7 @@ def test_the_options_of_another_kind_go_with_it(tmp_path):
     latents = ["codec.grid=4,4", "codec.channels=4", "codec.kind=latents", "data.sources.*.path=mine.jsonl"]
     for given in (latents, latents[::-1]):
         config = configs.load("digits", given)
-        assert config.codec.to_dict() == dict(kind="latents", grid=(4, 4), channels=4, shift=0.0, scale=1.0)
+        assert config.codec.to_dict() == dict(kind="latents", grid=(4, 4), channels=4, shift=0.0, scale=1.0, decoder="")
         assert config.data.sources.read.path == "mine.jsonl" and "warp" not in config.data.sources.read
     file = tmp_path / "odd.py"
     file.write_text(

@@ -38,7 +38,7 @@ class Speaker:
     """A sampler that repeats the word in its prompt unless it is "red"; `drawn`: all seeds that it was given."""
 
     model = SimpleNamespace(cfg=SimpleNamespace(tokens=4))
-    codec = SimpleNamespace(is_pixels=True, image_channels=1)
+    codec = SimpleNamespace(is_pixels=True, makes_pixels=True, image_channels=1)
 
     def __init__(self):
         self.drawn: list[int] = []
