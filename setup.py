@@ -44,6 +44,7 @@ TEST = [
     "openai>=2,<4",
     "httpx>=0.28",
     "selenium>=4.30",
+    "diffusers>=0.39",  # has RAE's autoencoder
     "webdataset>=1.0",
     "importlib_resources>=6",  # TFDS needs it to write a data set
     "moto[s3]>=5.1",  # a server of S3's protocol, with the next two

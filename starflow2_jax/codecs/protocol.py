@@ -32,8 +32,7 @@ class Codec(Protocol):
 
     kind: ClassVar[str]  # the codec's name in the table
     Options: ClassVar[type]  # a class as the protocol above
-    # True: images are pixels in [-1, 1], written as PNG files; False: images are other arrays, written as .npy files
-    is_pixels: ClassVar[bool]
+    is_pixels: ClassVar[bool]  # whether `encode` takes pixels in [-1, 1]; otherwise other arrays, of .npy files
 
     image_shape: tuple[int, int, int]  # (height, width, C) of the images that `encode` takes
     image_channels: int  # pictures are read with these channels: 1 (gray) or 3 (RGB)
@@ -45,6 +44,11 @@ class Codec(Protocol):
     # True: training gives `encode_with` the pictures of a batch, on the devices; False: `encode` runs where documents are read
     in_step: ClassVar[bool] = False
     weights: Mapping[str, Any] = {}  # nested dicts of arrays, which a checkpoint saves with their content hash
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether `decode` makes pixels in [-1, 1], written as PNG files; otherwise other arrays, written as .npy files."""
+        return self.is_pixels
 
     @classmethod
     def make(cls, options: Any, images: Iterable[np.ndarray]) -> Self:
@@ -72,7 +76,7 @@ class Codec(Protocol):
         raise TypeError(f"the codec {self.kind} is not encoded within a step")
 
     def decode(self, latents: Any) -> Any:
-        """Latents (B, h, w, D) -> images (B, *image_shape). Pixels are not clipped to [-1, 1]."""
+        """Latents (B, h, w, D) -> images, of `image_shape` if `encode` takes such. Pixels are not clipped to [-1, 1]."""
         ...
 
     def description(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _require_evals(config: ExperimentConfig) -> None:
             raise ConfigError(
                 f"evals.{name}.mix names the source {unknown[0]!r}; data.sources has {', '.join(config.data.sources)}"
             )
-        if cfg.kind == "sheet" and not CODECS[config.codec.kind].is_pixels:
+        if cfg.kind == "sheet" and not (CODECS[config.codec.kind].is_pixels or getattr(config.codec, "decoder", "")):
             raise ConfigError(
                 f"evals.{name} draws pictures, and the codec {config.codec.kind!r} makes none; take it out of the config"
             )

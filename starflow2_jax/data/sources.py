@@ -178,11 +178,12 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
 
 def make_codec(config: Any) -> Codec:
     """The codec that has encoded a source of the config; else the codec that `config.codec` describes, fitted to the
-    sources' images if it has statistics. Raises UserError."""
+    sources' images if it has statistics. Raises UserError if `config.codec` names the folder of another than the source's."""
     opened = [(each.config, each.open()) for each in named(config)]
-    if brought := next(filter(None, (source.codec() for _, source in opened)), None):
-        return brought
+    brought = next(filter(None, (source.codec() for _, source in opened)), None)
     codec, options = codec_options(config)
+    if brought and not getattr(options, "path", ""):
+        return brought
     height, width, _ = options.image_shape(config.model.grid)
 
     def images() -> Iterator[np.ndarray]:
@@ -192,7 +193,13 @@ def make_codec(config: Any) -> Codec:
             for image in source.images():
                 yield reader(image).pixels if isinstance(image, StoredImage) else image.pixels
 
-    return codec.make(options, images())
+    made = codec.make(options, images())
+    if brought and fingerprint(brought) != fingerprint(made):
+        raise ConfigError(
+            f"a source holds latents of another codec than that of codec.path={options.path}; encode it again with --codec "
+            f"{options.path}, or leave codec.path out"
+        )
+    return made
 
 
 def make_tokenizer(config: Any) -> Any:

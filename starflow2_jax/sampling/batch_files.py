@@ -216,7 +216,7 @@ def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Documen
     for k, (seed, document) in enumerate(zip(prompt.seeds, documents, strict=True)):
         name = f"{index * len(documents) + k:03d}"
         parts = [
-            {"image": write_image(out / f"{name}_{p}", part.pixels, sampler.codec.is_pixels).name}
+            {"image": write_image(out / f"{name}_{p}", part.pixels, sampler.codec.makes_pixels).name}
             if isinstance(part, Image)
             else {"text": part.text}
             for p, part in enumerate(document)

@@ -72,8 +72,8 @@ class Runtime:
         u = np.concatenate([u, np.zeros((power(count) - count, *u.shape[1:]), u.dtype)])  # few batch sizes are compiled
         schedule = self.schedule if calibrated else None
         self.uses(("decode", schedule, u.shape), f"the decoding of {len(u)} images")
-        latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))[:count]
-        return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
+        latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))
+        return np.asarray(self.run(self.codec.decode, latents.reshape(-1, h, w, latents.shape[-1])))[:count]
 
     def pictures(self, u: jax.Array, begins: list[list[int]], calibrated: bool = True) -> list[dict[int, np.ndarray]]:
         """Decode all images in the records u (B, T, D) at once.

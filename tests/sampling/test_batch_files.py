@@ -26,8 +26,8 @@ class Recorder:
 
     step, schedule, deep = 7, None, SEQUENTIAL
 
-    def __init__(self, is_pixels: bool = True):
-        self.calls, self.codec = [], SimpleNamespace(is_pixels=is_pixels)
+    def __init__(self, makes_pixels: bool = True):
+        self.calls, self.codec = [], SimpleNamespace(makes_pixels=makes_pixels)
 
     def generate(self, prompts, options, seeds, num, rows):
         self.calls.append((len(prompts), rows))
@@ -149,7 +149,7 @@ def test_a_prompt_that_does_not_fit_is_named(tmp_path):
 
 
 def test_latents_are_written_as_they_are(tmp_path):
-    [line] = batch_files.write_anew(Recorder(is_pixels=False), prompts(1, num=1)[0], tmp_path)
+    [line] = batch_files.write_anew(Recorder(makes_pixels=False), prompts(1, num=1)[0], tmp_path)
     assert line["parts"][1] == {"image": "000_1.npy"} and np.load(tmp_path / "000_1.npy").shape == (2, 2, 1)
 
 

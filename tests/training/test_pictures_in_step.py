@@ -14,6 +14,8 @@ from tiny_experiment import tiny_config
 
 from starflow2_jax import cli
 from starflow2_jax.checkpoints.codec import write_codec
+from starflow2_jax.codecs.fingerprint import fingerprint
+from starflow2_jax.errors import ConfigError
 from starflow2_jax.parallel import sharding
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.training.step import encoded
@@ -107,3 +109,21 @@ def test_a_picture_of_another_size_is_refused(folder):
     codec = replace(tiny_fae.codec(), grid=(2, 2))
     with pytest.raises(ValueError, match="takes 16x16x3"):
         codec.encode(tiny_fae.pictures(1))
+
+
+def test_latents_of_another_codec_are_refused(folder, tmp_path):
+    """When a run is made, by its config, and when it goes on, by its own codec."""
+    c = config(folder, a=LATENTS)
+    (tmp_path / "other").mkdir()
+    write_codec(tmp_path / "other", tiny_fae.codec(1))
+    c.codec.path = str(tmp_path / "other")
+    with pytest.raises(ConfigError, match="holds latents of another codec than that of codec.path"):
+        Trainer(c, tmp_path / "run")
+    c.codec.path = ""  # the codec of the shards
+    assert fingerprint(Trainer(c, tmp_path / "run").codec) == fingerprint(tiny_fae.codec())
+
+    trainer = Trainer(config(folder, a=PICTURES), tmp_path / "run")
+    trainer.run(progress=False, stop_at=0)
+    write_codec(tmp_path / "run", tiny_fae.codec(1))
+    with pytest.raises(ConfigError, match="holds latents of another codec than this run's"):
+        Trainer(config(folder, a=LATENTS), tmp_path / "run").task("pretrain").batches()
