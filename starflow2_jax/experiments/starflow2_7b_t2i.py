@@ -35,7 +35,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     `vlm`: the size of Qwen2.5-VL, a key of QWEN2_5_VL. `runlocal`, `chip`: see `get_config`. Raises ConfigError.
     """
     c = ConfigDict()
-    c.mesh = dict(data=1, fsdp=-1)
+    c.mesh = dict(data=-1, fsdp=-1)
     c.order = tuple(STEPS)[: list(STEPS).index(last) + 1]
     c.data = dict(source="documents.jsonl", workers=16, groups=64)
     c.keep_every = 20_000
