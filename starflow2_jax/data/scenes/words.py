@@ -141,3 +141,9 @@ def parse(caption: str) -> Said | None:
         counts[sprite] += count
     a, b = (groups[0], groups[-1])
     return Said(counts, background, (a[0], how, b[0]) if how and a and b else None)
+
+
+def plan(scene: Scene) -> str:
+    """What stands where on which ground: "on blue: dog 20 at 4 8", side, row and column in units."""
+    placed = "; ".join(f"{name(p.sprite)} {p.side} at {p.row} {p.column}" for p in scene.placed)
+    return f"on {scene.background}: {placed}"
