@@ -123,7 +123,8 @@ def test_aligned_scenes_are_as_well_formed_and_say_the_same(kind):
                 assert (x.sprite, x.side) == (y.sprite, y.side) and 0 <= x.row - y.row < 4 > x.column - y.column >= 0
                 assert y.row % 4 == y.column % 4 == 0
             if len(b.scene.placed) == 2 and kind in ("two", "position"):
-                assert [r for r in RELATIONS if related(*b.scene.placed, r)] == [relation(a.scene)]
+                first, second = b.scene.placed
+                assert [how for how in RELATIONS if related(first, how, second)] == [relation(a.scene)]
 
 
 def test_plans_come_before_the_pictures_to_draw():

@@ -1,5 +1,6 @@
 """The grammar: sentences about scenes, with articles, plurals and verbs; and a parser of captions."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -147,3 +148,8 @@ def plan(scene: Scene) -> str:
     """What stands where on which ground: "on blue: dog 20 at 4 8", side, row and column in units."""
     placed = "; ".join(f"{name(p.sprite)} {p.side} at {p.row} {p.column}" for p in scene.placed)
     return f"on {scene.background}: {placed}"
+
+
+def without_plans(text: str) -> str:
+    """A text without the plans in it."""
+    return re.sub(r" ?\bon [a-z]+: [^:]*?\d+ at \d+ \d+(; [^:;]*?\d+ at \d+ \d+)*", "", text)
