@@ -199,4 +199,5 @@ def _decode(codec: FaeCodec, weights: Mapping[str, Any], latents: jax.Array) -> 
     x = sharding.constrain(x.reshape(len(x), -1, codec.channels), "batch", None, None)
     if codec.networks.channels:
         x = FeatureDecoder(codec.networks).apply({"params": weights["feature_decoder"]}, x, codec.grid)
-    return PixelDecoder(codec.networks).apply({"params": weights["pixel_decoder"]}, x, codec.grid)
+    pixels: Any = PixelDecoder(codec.networks).apply({"params": weights["pixel_decoder"]}, x, codec.grid)
+    return pixels

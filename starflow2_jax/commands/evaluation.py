@@ -156,8 +156,8 @@ def _require_pictures(args: Namespace) -> None:
 
 def _weights(args: Namespace, sampler: "Sampler") -> dict[str, Any]:
     """Which weights answer: a hash of them all, and whether they are the moving average."""
-    from starflow2_jax.checkpoints.content_hash import content_hash
     from starflow2_jax.checkpoints.directory import CheckpointDirectory
+    from starflow2_jax.parallel.content_hash import content_hash
 
     steps = CheckpointDirectory(args.checkpoint).steps
     average = sampler.step is not None and steps.has(sampler.step, "ema")

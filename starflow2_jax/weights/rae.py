@@ -173,7 +173,7 @@ def import_rae(tensors: Mapping[str, np.ndarray], config: Mapping) -> FaeCodec:
     weights = import_tensors(table(networks, encoder, tensors.keys()), tensors, abstract_params(networks, encoder))
     identity = {"scale": np.ones(encoder.width, np.float32), "bias": np.zeros(encoder.width, np.float32)}
     weights["encoder"]["norm"] = identity
-    mean, std = _by_channel(*(tensors[name] for name in STATISTICS[2:]), encoder.width)
+    mean, std = _by_channel(tensors[STATISTICS[2]], tensors[STATISTICS[3]], encoder.width)
     return FaeCodec(networks, "dinov2", encoder, networks.grid, mean, std, weights)
 
 
