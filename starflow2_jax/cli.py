@@ -66,6 +66,8 @@ def _run(argv: list[str]) -> int:
     command, args = None, argparse.Namespace()
     try:
         commands, parser = _parser()
+        if argv[:1] == ["eval"] and argv[1:2] in (["fid"], ["compare"]):
+            argv = argv[1:]  # `starflow2 eval fid` is `starflow2 fid`
         args, rest = parser.parse_known_args(argv)
         command = commands.choices[args.command]
         overridden = [r for r in rest if r.startswith("--config.")]

@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from starflow2_jax.codecs.latents import LatentCodec
 from starflow2_jax.codecs.protocol import Options
-from starflow2_jax.config.schema import Config
 from starflow2_jax.data.sources import codec_options
 from starflow2_jax.stages import Stage
 
@@ -17,7 +16,7 @@ DOCUMENTS = 64
 WORDS = "a the small large red blue green old new house tree river road bird dog cat boat cloud stone field under over beside"
 
 
-def use(config: Config, stage: Stage, folder: Path, words: int = 48) -> None:
+def use(config: Any, stage: Stage, folder: Path, words: int = 48) -> None:
     """Write a JSONL file of DOCUMENTS documents with captions of `words` words into `folder`, and make it the config's source.
 
     The parts that the stage trains on are marked. Where the codec is a folder that the config does not name, images are

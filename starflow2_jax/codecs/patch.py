@@ -115,7 +115,7 @@ class PatchCodec(Codec):
     def _matrix(self) -> np.ndarray:
         """The orthonormal matrix (patch, patch) that transforms a column of a patch."""
         eye = np.eye(self.patch, dtype=np.float32)
-        return dct(eye, axis=0, norm="ortho") if self.basis == "cosine" else eye
+        return np.asarray(dct(eye, axis=0, norm="ortho")) if self.basis == "cosine" else eye
 
     def _transformed(self, latents: Any, matrix: np.ndarray) -> Any:
         """Latents (B, h, w, D) with a matrix applied to the rows and the columns of every colour of each patch."""

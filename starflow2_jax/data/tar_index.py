@@ -52,7 +52,7 @@ class TarIndexReader:
                 yield from self._run(unit, file, begin, run)
                 at = end
 
-    def _run(self, unit: int, file: epath.Path, begin: int, rows: list[dict[str, str]]) -> Iterator[Found]:
+    def _run(self, unit: int, file: epath.Path, begin: int, rows: list[Mapping[str, str]]) -> Iterator[Found]:
         """The documents of a unit. begin: the number of its first row."""
         try:
             path = locate(rows[0][TAR], file.parent)
@@ -62,7 +62,9 @@ class TarIndexReader:
         except (tarfile.TarError, OSError, EOFError, UserError) as error:
             yield Found(unit, str(file), DocumentError(f"{shorten(rows[0][TAR])} cannot be read ({reason(error)})"))
 
-    def _document(self, unit: int, place: str, row: dict[str, str], tar: tarfile.TarFile, folder: epath.Path) -> Found:
+    def _document(
+        self, unit: int, place: str, row: Mapping[str, str], tar: tarfile.TarFile, folder: epath.Path
+    ) -> Found:
         try:
             columns: dict[str, Any] = {**row, self.options.image: _member(tar, row[MEMBER])}
             if row.get(INSTRUCTION) and row.get(EDITED):

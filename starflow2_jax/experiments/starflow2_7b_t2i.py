@@ -36,7 +36,7 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     `vlm`: the size of Qwen2.5-VL, a key of QWEN2_5_VL. `runlocal`, `chip`: see `get_config`. Raises ConfigError.
     """
     c = ConfigDict()
-    c.mesh = dict(data=1, fsdp=-1)
+    c.mesh = dict(data=-1, fsdp=-1)
     c.order = tuple(STEPS)[: list(STEPS).index(last) + 1]
     c.data = dict(source="documents.jsonl", workers=16, groups=64)
     c.keep_every = 20_000
@@ -65,6 +65,8 @@ def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
         )
     for stage in c.stages.values():
         stage.rows = ROWS[chip]
+    if chip == "v6e":
+        c.stages.text_to_image.rows = 1536  # there is memory for them, and a step gathers all weights whatever its rows
     if chip in PACKED:
         c.data.groups = min(c.data.groups, ROWS[chip])
         c.model.vlm.kernel = c.model.deep.kernel = PACKED[chip]
@@ -72,7 +74,7 @@ def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
     else:
         c.model.vlm.kernel = c.model.shallow.kernel = c.model.deep.kernel = "splash"
     # There is memory for it:
-    if c.order[-1] == "text_to_image" or (c.order[-1] == "joint" and chip in ("v5p", *PACKED)):
+    if c.order[-1] == "text_to_image" or (c.order[-1] == "joint" and chip in ("v5p", "v6e", *PACKED)):
         c.model.shallow.remat = c.model.deep.remat = "dots"
     return c
 

@@ -25,8 +25,8 @@ class FeatureEncoder:
 
     config: type
     width: Callable[[Any], int]
-    init: Callable[[Any, jax.Array], Any]
-    features: Callable[[Any, Any, jax.Array, Grid], jax.Array]
+    init: Callable[[Any, jax.Array], dict]
+    features: Callable[[Any, dict, jax.Array, Grid], jax.Array]
 
 
 def resized(pixels: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -37,32 +37,33 @@ def resized(pixels: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.einsum("hi,wj,bijc->bhwc", rows, columns, pixels, precision="highest")
 
 
-def _dino_init(cfg: DinoConfig, key: jax.Array) -> Any:
+def _dino_init(cfg: DinoConfig, key: jax.Array) -> dict:
     side = cfg.grid * cfg.patch
-    return DinoEncoder(cfg).init(key, jnp.zeros((1, side, side, cfg.channels)))["params"]
+    return dict(DinoEncoder(cfg).init(key, jnp.zeros((1, side, side, cfg.channels)))["params"])
 
 
-def _dino_features(cfg: DinoConfig, params: Any, pixels: jax.Array, grid: Grid) -> jax.Array:
+def _dino_features(cfg: DinoConfig, params: dict, pixels: jax.Array, grid: Grid) -> jax.Array:
     """Patch tokens after the final LayerNorm, without class and register tokens."""
     images = preprocess(cfg, resized(pixels, (grid[0] * cfg.patch, grid[1] * cfg.patch)))
-    found: Any = DinoEncoder(cfg).apply({"params": params}, images)
-    patches = found.patches
+    output: Any = DinoEncoder(cfg).apply({"params": params}, images)
+    patches = output.patches
     return patches.reshape(len(patches), -1, cfg.width)
 
 
-def _tower_init(cfg: VisionConfig, key: jax.Array) -> Any:
+def _tower_init(cfg: VisionConfig, key: jax.Array) -> dict:
     side = cfg.patch * cfg.merge
-    return VisionTower(cfg).init(key, _tower_input(cfg, jnp.zeros((1, side, side, cfg.channels)), (1, 1)))["params"]
+    pixels = jnp.zeros((1, side, side, cfg.channels))
+    return dict(VisionTower(cfg).init(key, _tower_input(cfg, pixels, (1, 1)))["params"])
 
 
 def _tower_input(cfg: VisionConfig, pixels: jax.Array, grid: Grid) -> VisionInput:
     """Pixels (B, h side, w side, C), with side = patch merge, as the tower reads them: one image a row."""
-    places = {name: jnp.broadcast_to(x, (len(pixels), *x.shape)) for name, x in cfg.places(*grid).items()}
+    places: Any = {name: np.broadcast_to(x, (len(pixels), *x.shape)) for name, x in cfg.places(*grid).items()}
     x = ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)
     return VisionInput(jax.vmap(cfg.patches)(x), **places, image=jnp.ones_like(places["window"]))
 
 
-def _tower_features(cfg: VisionConfig, params: Any, pixels: jax.Array, grid: Grid) -> jax.Array:
+def _tower_features(cfg: VisionConfig, params: dict, pixels: jax.Array, grid: Grid) -> jax.Array:
     """Merged tokens, as the vision-language model reads them."""
     side = cfg.patch * cfg.merge
     images = resized(pixels, (grid[0] * side, grid[1] * side))

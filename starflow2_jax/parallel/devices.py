@@ -32,7 +32,7 @@ def free_memory(device: Any) -> float:
     return int(found[1]) * 1024 if found else float("inf")
 
 
-def memory(device: jax.Device) -> float | None:
+def memory(device: Any) -> float | None:
     """Bytes of memory that programs can use on a device; None where JAX does not tell. The CPU devices of a process share
     the machine's memory alike."""
     if device.platform == "cpu":

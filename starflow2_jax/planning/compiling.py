@@ -43,8 +43,20 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# What launch/common.sh sets in LIBTPU_INIT_ARGS for runs on TPUs: weights are gathered beside computation.
+TPU_OPTIONS = dict.fromkeys(
+    (
+        "xla_enable_async_all_gather",
+        "xla_tpu_enable_async_collective_fusion",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "xla_tpu_overlap_compute_collective_tc",
+    ),
+    True,
+)
 # What launch/common.sh sets in XLA_FLAGS for runs on GPUs.
 GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+OPTIONS = {"tpu": TPU_OPTIONS, "cuda": GPU_OPTIONS}
 MISSING = "planning for {0} needs their compiler; install it with pip install 'starflow2_jax[{1}]'"
 
 
@@ -228,7 +240,7 @@ def compile_for(devices: list, function: Any, *arguments: Any) -> jax.stages.Com
     with _answering_for(devices[0]):
         lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
-        return lowered.compile(compiler_options=GPU_OPTIONS if gpus else None)
+        return lowered.compile(compiler_options=OPTIONS.get(platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

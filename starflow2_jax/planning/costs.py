@@ -31,6 +31,7 @@ FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all"),
     *("copy-done", "slice-done", "async-update", "domain", "opt-barrier", "optimization-barrier", "add-dependency"),
 }
+IOTA = r"(\[[\d,]+\])(?:T\(([\d,]+)\))?"  # XLA's notation of an order of partitions: [4,16]T(1,0)
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 
 
@@ -295,13 +296,25 @@ def first_group(attributes: str, chips: int) -> list[int]:
         return _cycle([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(i) for i in listed[1].split(",")]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        out, sizes, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        return (ids.transpose(order) if order else ids).reshape(out)[0].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        return _named(named[1], named[2])
+    if iota := re.search(rf"replica_groups=(\[[\d,]+\])<={IOTA}", attributes):
+        return _iota(*iota.groups()[1:]).reshape(_numbers(iota[1]))[0].tolist()
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))?\s*\{{([^}}]*)\}}", attributes):
+        axes, *order, used = named.groups()
+        group = np.array(_named(axes, used))
+        return (_iota(*order).reshape(-1)[group] if order[0] else group).tolist()
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"the XLA module has groups in an unknown notation: {attributes[:200]}")
     return list(range(chips))
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The partitions in the order of [4,16]T(1,0): counted in an array of these sizes, which is then transposed."""
+    ids = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def _cycle(pairs: list[tuple[int, int]]) -> list[int]:

@@ -88,17 +88,18 @@ class Line:
         mine = asyncio.ensure_future(self.places.acquire())
         self.waiting += 1
         try:
-            await asyncio.wait((mine, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.waiting -= 1
+            try:
+                await asyncio.wait((mine, gone), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self.waiting -= 1
             if not mine.done():
-                mine.cancel()
-        if not mine.done() or mine.cancelled():
-            raise ClientDisconnect
-        try:
+                raise ClientDisconnect
             yield
         finally:
-            self.places.release()
+            if mine.done():
+                self.places.release()
+            else:
+                mine.cancel()
 
 
 class Room:

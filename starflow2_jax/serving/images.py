@@ -2,8 +2,10 @@
 
 import base64
 import binascii
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,20 +94,15 @@ class Upload:
             return from_pillow(image)
 
 
-class _readable:
+@contextlib.contextmanager
+def _readable(budget: Budget, param: str) -> Iterator[None]:
     """Raises ApiError in place of the errors of a file that cannot be read."""
-
-    def __init__(self, budget: Budget, param: str):
-        self.budget, self.param = budget, param
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Pillow.DecompressionBombError):  # Pillow's own limit, which it also reads from the header
-            raise self.budget.refusal(self.param) from None
-        if isinstance(error, OSError | SyntaxError | ValueError):
-            raise bad("the image cannot be read; send a whole PNG, JPEG, WEBP, GIF or BMP file", self.param) from None
+    try:
+        yield
+    except Pillow.DecompressionBombError:  # Pillow's own limit, which it also reads from the header
+        raise budget.refusal(param) from None
+    except (OSError, SyntaxError, ValueError):
+        raise bad("the image cannot be read; send a whole PNG, JPEG, WEBP, GIF or BMP file", param) from None
 
 
 def _scaled(image: Pillow.Image, target: Size | None, stored: Size) -> Pillow.Image:
@@ -129,7 +126,8 @@ def fitted(vision: VisionConfig, asked: VisionConfig, uploads: list[Upload], roo
     """The (height, width) at which the tower sees each picture, so that all of them take at most `room` positions.
 
     A picture that needs more than its share of `room` is scaled down to its share; what the others leave is shared, too.
-    `asked`: the tower with the request's own bounds. `row`: positions of a row, for messages. Raises ApiError if a picture cannot be scaled down that far.
+    `asked`: the tower with the request's own bounds. `row`: positions of a row, for messages. Raises ApiError if a picture
+    cannot be scaled down that far.
     """
     files: list[Size] = [(upload.picture.size[1], upload.picture.size[0]) for upload in uploads]
     sizes = [vision.resized(resized(asked, size, upload.param)) for size, upload in zip(files, uploads, strict=True)]

@@ -97,7 +97,7 @@ def encoded(codec: Codec, frozen: dict, batch: Sequence, parts: int = 1) -> Sequ
     if batch.pictures is None:
         return batch
 
-    def latents(part: Sequence) -> jax.Array:
+    def latents(part: Any) -> jax.Array:
         pixels = part.pictures.pixels / 127.5 - 1
         flat = codec.encode_with(frozen["codec"], pixels.reshape(-1, *pixels.shape[2:]))
         return jnp.where(part.pictures.waiting[..., None, None], flat.reshape(part.latents.shape), part.latents)

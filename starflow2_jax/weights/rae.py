@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +173,7 @@ def import_rae(tensors: Mapping[str, np.ndarray], config: Mapping) -> FaeCodec:
     weights = import_tensors(table(networks, encoder, tensors.keys()), tensors, abstract_params(networks, encoder))
     identity = {"scale": np.ones(encoder.width, np.float32), "bias": np.zeros(encoder.width, np.float32)}
     weights["encoder"]["norm"] = identity
-    mean, std = _by_channel(tensors["_latents_mean"], tensors["_latents_std"], encoder.width)
+    mean, std = _by_channel(tensors[STATISTICS[2]], tensors[STATISTICS[3]], encoder.width)
     return FaeCodec(networks, "dinov2", encoder, networks.grid, mean, std, weights)
 
 
@@ -202,6 +203,6 @@ def load_rae(folder: str | Path) -> FaeCodec:
 def to_codec(source: str | Path, target: str | Path) -> None:
     """Convert a folder of AutoencoderRAE into a new codec folder `target`. Raises UserError; then no `target` is left."""
     codec = load_rae(source)
-    size = sum(x.nbytes for x in jax.tree.leaves(dict(codec.weights)))
+    size: Any = sum(x.nbytes for x in jax.tree.leaves(dict(codec.weights)))
     with new_folder(Path(target).resolve(), size) as folder:
         write_codec(folder, codec)

@@ -12,7 +12,7 @@ from starflow2_jax import cli
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS, Shown
 from starflow2_jax.data.scenes.scene import BACKGROUNDS, Placed, Scene, render, visible
-from starflow2_jax.data.scenes.source import NEVER, rendered
+from starflow2_jax.data.scenes.source import NEVER, planned, rendered
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation import scenes as evaluation
 from starflow2_jax.evaluation.protocol import Answer
@@ -74,6 +74,29 @@ def test_right_answers_are_right(benchmark):
     assert {f"{group}_mean" for group in ("seen", "composed")} <= set(found)
     assert nll["seen_nll_nats_per_dim"] == pytest.approx(1.5 - 0.5 * np.log(2 * np.pi))
     assert nll["composed_nll_bits_per_dim"] == pytest.approx(1.5 / np.log(2) + 7)
+
+
+def test_right_answers_with_plans_are_right(benchmark, monkeypatch):
+    """A model that plans writes each plan in one text with the words before it, and has room for both."""
+    monkeypatch.setattr(QuickScenesBenchmark, "plan", True)
+
+    def planned_answer(task):
+        parts = [each for part in task.target[len(task.prompt) :] for each in planned(part)]
+        joined = []
+        for part in parts:
+            if isinstance(part, Text) and joined and isinstance(joined[-1], Text):
+                joined[-1] = replace(part, text=joined[-1].text + part.text)
+            else:
+                joined.append(part)
+        return rendered(joined, 32)
+
+    found = numbers(benchmark, planned_answer)
+    assert all(value == 1 for name, value in found.items() if "nll" not in name and "error" not in name)
+    assert not any(task.options.image_first for task in benchmark.tasks())
+    with_plans = {task.key: task.options.max_tokens for task in benchmark.tasks()}
+    monkeypatch.setattr(QuickScenesBenchmark, "plan", False)
+    more = {task.key.split("/")[0]: with_plans[task.key] - task.options.max_tokens for task in benchmark.tasks()}
+    assert (more["single"], more["story"], more["think"], more["question"]) == (64, 192, 64, 0)
 
 
 def test_who_says_and_draws_nothing_has_nothing_right(benchmark):

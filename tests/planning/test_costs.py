@@ -51,6 +51,8 @@ def test_collectives_of_a_scan_by_axis():
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5}}", [0, 1, 2, 3]),
         ("source_target_pairs={{0,0},{2,1},{1,2},{3,3}}", [2, 1]),
         ("replica_groups={}", list(range(8))),
@@ -58,6 +60,11 @@ def test_collectives_of_a_scan_by_axis():
 )
 def test_groups_as_they_are_written(written, group):
     assert first_group(f"channel_id=1, {written}, use_global_device_ids=true", 8) == group
+
+
+def test_groups_in_a_notation_that_is_not_known():
+    with pytest.raises(ValueError, match="unknown notation"):
+        first_group("channel_id=1, replica_groups=mesh['a'=2,'b'=4], device_ids=(3,1,2,0) {'b'}", 8)
 
 
 def overlap(between: str) -> str:

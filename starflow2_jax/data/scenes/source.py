@@ -10,6 +10,7 @@ from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.scenes.art import FEWEST
 from starflow2_jax.data.scenes.kinds import KINDS, Draw, Parts, Shown
 from starflow2_jax.data.scenes.scene import UNITS, held_out, render, visible
+from starflow2_jax.data.scenes.words import plan
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import option
 
@@ -36,6 +37,9 @@ class SceneOptions:
     )
     size: int = option("side of a picture in pixels, 32 or 64", 32, least=UNITS, most=2 * UNITS)
     objects: int = option("number of nouns in the vocabulary; 0: all", 60, least=0)
+    plan: bool = option(
+        "before each picture to draw, the words of its plan: its ground, its sprites, their sizes and places", False
+    )
     align: int = option("rows and columns of sprites are multiples of this, in units of 1/32 of a picture", 1, least=1)
 
 
@@ -71,6 +75,8 @@ class Scenes(Source):
         rng = np.random.default_rng((list(KINDS).index(kind), PARTS.index(part), index))
         while True:
             parts = [self._aligned(part) for part in KINDS[kind](Draw(rng, self.options.objects))]
+            if self.options.plan:
+                parts = [each for part in parts for each in planned(part)]
             scenes = [each.scene for each in parts if isinstance(each, Shown)]
             if all(visible(scene) for scene in scenes) and self._belongs(set().union(*map(held_out, scenes))):
                 return parts
@@ -97,6 +103,13 @@ class Scenes(Source):
     def texts(self) -> Iterator[str]:
         """The texts of the first documents."""
         return (part.text for i in range(WORDED) for part in self.parts(i) if isinstance(part, Text))
+
+
+def planned(part: Text | Shown) -> Parts:
+    """The part; a picture to draw comes after its plan, which is to be written."""
+    if isinstance(part, Text) or not part.generate:
+        return [part]
+    return [Text(f" {plan(part.scene)}", predict=True), part]
 
 
 def rendered(parts: Parts, size: int) -> Document:
