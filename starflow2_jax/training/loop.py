@@ -238,7 +238,7 @@ class Trainer:
         the flows do not fit into memory. Raises UserError if they do not, if `folder` exists or if the config describes
         another VLM, and StorageError if a file cannot be written; then no folder is left.
         """
-        vlm, folder = Path(vlm), Path(folder).resolve()
+        vlm, folder, config = Path(vlm), Path(folder).resolve(), configs.complete(config)
         require_new(folder)
         if makes_vlm(config):
             raise ConfigError(f"{vlm} holds a pretrained VLM; remove the stage pretrain from the config's order")
