@@ -135,14 +135,15 @@ def _features(path: Path) -> Callable[[Any], Any]:
     except RuntimeError:
         pass  # it is no TorchScript
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would unpickle anything
         fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except (ImportError, RuntimeError) as error:  # the second: a torchvision that does not fit torch
+        raise UserError(f"{NEEDS} ({reason(error)})") from None
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would unpickle anything
         inception = fidelity.FeatureExtractorInceptionV3(
             "inception", ["2048"], feature_extractor_weights_path=str(path)
         )
-    except ImportError:
-        raise UserError(NEEDS) from None
-    except (RuntimeError, pickle.UnpicklingError, OSError, AttributeError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, OSError, AttributeError, TypeError, EOFError) as error:
         raise UserError(
             f"{path} is neither a TorchScript file nor the weights of torch-fidelity's Inception ({reason(error)}); see "
             "docs/evaluation.md for where to get one"
