@@ -92,6 +92,10 @@ def files(tmp_path_factory) -> Path:
         (folder / name).symlink_to("checkpoint")
     (folder / "vlm").mkdir()
     write_config(folder / "vlm" / "vlm.json", tiny.CONFIG.vlm)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "scores.json").write_text('{"accuracy": 0.5}')
+    for name in ("reference", "features"):  # of `fid`
+        Pillow.new("RGB", (8, 8)).save(folder / name, "PNG")
     (folder / "source").mkdir()
     (folder / "source" / "config.json").write_text("{}")
     (folder / "document").write_text(json.dumps(DOCUMENT))
@@ -247,7 +251,7 @@ def test_wrong_values(name, dest, files, capsys):
 def test_right_values(name, files, tmp_path, capsys):
     """Every option's right value is accepted, files and folders also by relative paths and hard names."""
     usual = ends(command_line(name, files), capsys)
-    assert usual[0] == {"config": 0, "convert": 2}.get(name), usual
+    assert usual[0] == {"config": 0, "convert": 2, "compare": 0, "fid": 2}.get(name), usual
     for action in options(commands()[name]):
         values = [right(action, files)]
         if isinstance(action.type, OutputFile | OutputFolder):
