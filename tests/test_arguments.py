@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image as Pillow
 
 from starflow2_jax import cli
@@ -94,8 +96,9 @@ def files(tmp_path_factory) -> Path:
     write_config(folder / "vlm" / "vlm.json", tiny.CONFIG.vlm)
     (folder / "runs").mkdir()
     (folder / "runs" / "scores.json").write_text('{"accuracy": 0.5}')
-    for name in ("reference", "features"):  # of `fid`
-        Pillow.new("RGB", (8, 8)).save(folder / name, "PNG")
+    torch.jit.script(torch.nn.Flatten()).save(str(folder / "features"))  # of `fid`, with the next one
+    np.savez(folder / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
+    (folder / "reference").symlink_to("statistics.npz")
     (folder / "source").mkdir()
     (folder / "source" / "config.json").write_text("{}")
     (folder / "document").write_text(json.dumps(DOCUMENT))

@@ -64,6 +64,9 @@ def test_the_distance_is_that_of_two_gaussians_and_is_cached(tmp_path, network, 
 def test_what_has_no_distance_is_refused(tmp_path, network):
     folder(tmp_path / "a", 0), folder(tmp_path / "one", 0, 1)
     (tmp_path / "bad.npz").write_bytes(b"no")
+    torch.save({"a": Path("code")}, tmp_path / "pickled.pth")
+    with pytest.raises(UserError, match="pickled.pth is neither a TorchScript file nor"):  # and is not unpickled
+        frechet.distance(tmp_path / "a", tmp_path / "a", tmp_path / "pickled.pth", tmp_path / "cache")
     for reference, said in (("one", "holds 1 pictures"), ("bad.npz", "is no .npz file with the arrays mu and sigma")):
         with pytest.raises(UserError, match=said):
             frechet.distance(tmp_path / "a", tmp_path / reference, network, tmp_path / "cache")
@@ -87,7 +90,7 @@ def test_runs_are_compared(tmp_path, capsys):
 
 def test_winogrounds_scores_of_tables():
     right = {"image_given_caption": [[3, 1], [8, 9]], "image": [2, 8], "caption_given_image": [[-1, -2], [-3, -1]]}
-    wrong = right | {"image_given_caption": [[3, 4], [8, 9]]}
+    wrong = right | {"image_given_caption": [[3, 3.5], [8, 10]]}
     found = ranking([right, wrong])
     assert found["text_score_by_image"] == 0.5 and found["image_score_by_image"] == 1.0
     assert found["group_score_by_image"] == 0.5 and found["group_score_by_text"] == 1.0
