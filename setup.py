@@ -33,6 +33,7 @@ GCS = ["gcsfs>=2025.9"]  # reads and writes gs://
 S3 = ["s3fs>=2025.9"]  # reads and writes s3://
 HF = ["datasets>=4.0,<6"]  # reads folders of Hugging Face
 ENCODE = ["pyarrow>=18"]  # reads parquet files
+FID = ["torch-fidelity>=0.4,<0.5", *TORCH]  # brings torchvision
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]
 TEST = [
     "pytest>=8",
@@ -43,6 +44,7 @@ TEST = [
     "openai>=2,<4",
     "httpx>=0.28",
     "selenium>=4.30",
+    "diffusers>=0.39",  # has RAE's autoencoder
     "webdataset>=1.0",
     "importlib_resources>=6",  # TFDS needs it to write a data set
     "moto[s3]>=5.1",  # a server of S3's protocol, with the next two
@@ -70,6 +72,7 @@ setup(
         "s3": S3,
         "hf": HF,
         "encode": ENCODE,
+        "fid": FID,
         "test": TEST,
         "docs": DOCS,
         "dev": [*TEST, *DOCS, "pre-commit>=4"],

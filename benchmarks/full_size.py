@@ -164,7 +164,7 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=5, help="timed runs")
     a = p.parse_args()
     rate = bandwidth(a.megabytes, a.repeats)
-    sampler = random_sampler(configs.load(a.config, runlocal=a.runlocal))
+    sampler = random_sampler(configs.load(a.config, [] if a.runlocal else ["codec.kind=latents"], a.runlocal))
     found = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "bandwidth": round(rate)}
     groups = {name: sum(x.size for x in jax.tree.leaves(group)) for name, group in sampler.params.items()}
     weights = {"parameters": groups, "weight_bytes": size(sampler.params)}

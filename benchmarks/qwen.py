@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 
-from starflow2_jax.models import attention
+from starflow2_jax.models import kernels
 from starflow2_jax.models.layers import separate_layers
 from starflow2_jax.models.qwen import Qwen, QwenConfig
 from starflow2_jax.sequence import text_positions
@@ -97,7 +97,7 @@ def _copy(cfg: QwenConfig, params: dict, tensors: dict) -> dict:
 
 @partial(jax.jit, static_argnums=0)
 def forward(module: Qwen, params, tokens, positions):
-    mask = attention.causal_mask(jnp.zeros_like(tokens))
+    mask = kernels.visible(None, None, 0, tokens.shape[1])
     x = module.apply({"params": params}, tokens, method=Qwen.embed)
     hidden, _ = module.apply({"params": params}, x, positions, mask, method=Qwen.run)
     return module.apply({"params": params}, hidden, method=Qwen.logits)

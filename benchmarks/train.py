@@ -179,13 +179,15 @@ def rotate(x, angles):
 
 def torch_batch(batch, model) -> dict:
     """A batch as a data loader would give it, with rotary cosines and sines, mask and image_token_index."""
-    from starflow2_jax.models import attention
+    from starflow2_jax.models import attention, kernels
 
     t = {n: torch.tensor(np.asarray(getattr(batch, n))) for n in ("modality", "positions", "latents", "image_weight")}
     t["tokens"] = torch.tensor(np.asarray(batch.tokens))
     t["image_token_index"] = torch.tensor(np.asarray(batch.image_token_index), dtype=torch.int64)
     t["predictors"] = torch.tensor(np.asarray(batch.image_predictors()), dtype=torch.int64)
-    t["mask"] = torch.tensor(np.asarray(attention.causal_mask(batch.segments)))[:, None]
+    t["mask"] = torch.tensor(np.asarray(kernels.visible(batch.segments, batch.segments, 0, batch.segments.shape[1])))[
+        :, None
+    ]
     for name, theta, sections in (
         ("vlm", model.vlm.rotary_theta, model.vlm.rotary_sections),
         ("deep", 1e4, model.deep_rotary_sections),

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by tpu_pod.sh, gke.sh, slurm.sh and gpu_node.sh: usage, dry runs, and the command that trains. They are run as
-# SCRIPT [--dry-run] ACTION [arguments of `starflow2 train`].
+# SCRIPT [--dry-run] ACTION [arguments of `starflow2 train`]. tpu_vm.sh sources it, too, for the flags.
 
 set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -8,7 +8,11 @@ RESTART_CODE=75 # training saved its state and wants to be started again
 # A user's mistake ends in 2: starting again does not help. Any other end is a fault, and training goes on from its last
 # checkpoint when it is started again.
 
-# XLA's flags for NVIDIA GPUs: collectives run beside computation. `starflow2 plan` compiles with the same flags.
+# XLA's flags for TPUs (in LIBTPU_INIT_ARGS) and for NVIDIA GPUs (in XLA_FLAGS): collectives run beside computation.
+# `starflow2 plan` compiles with the same flags.
+TPU_FLAGS="--xla_enable_async_all_gather=true --xla_tpu_enable_async_collective_fusion=true"
+TPU_FLAGS+=" --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+TPU_FLAGS+=" --xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true"
 GPU_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true
 
 fail() {

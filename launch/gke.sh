@@ -78,7 +78,7 @@ quoted_for_yaml() {
 
 start() {
   local image=(--base-docker-image="${BASE_IMAGE:-python:3.11}" --script-dir="$REPOSITORY")
-  local extra=tpu before="" join=""
+  local extra=tpu before="" join="export LIBTPU_INIT_ARGS='$TPU_FLAGS' && "
   if [[ -n "${GPU:-}" ]]; then
     extra=cuda
     # XPK names the processes of GPU nodes to the workload by variables of its own.

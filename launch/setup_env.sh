@@ -3,6 +3,7 @@
 #   use_env EXTRAS [NAME]  put an environment with these extras (such as "test", or "") first on PATH: the one in $VENV
 #                          as it is, where VENV is given, else NAME (.venv) in the repository, made or brought up to date
 #   make_env DIR EXTRAS    make the environment DIR, or bring it up to date after setup.py, pyproject.toml or constraints.txt changed
+#   make_other NAME PACKAGES...  make the environment NAME in the repository with these packages alone, and print its path
 #
 # PYTHON names the Python to build with (default python3; 3.11 or newer). pip takes its own settings from its own
 # files and variables.
@@ -43,6 +44,17 @@ build() {
   echo "Installing into $dir (minutes, the first time)" >&2
   (cd "$REPOSITORY" && "$dir/bin/python" -m pip install --quiet -c constraints.txt -e ".${extras:+[$extras]}") >&2
   echo "$wanted" >"$stamp"
+}
+
+make_other() {
+  local dir="$REPOSITORY/$1"
+  if [[ "$(cat "$dir/.installed-other" 2>/dev/null)" != "${*:2}" ]]; then
+    echo "Installing ${*:2} into $dir (minutes)" >&2
+    "${PYTHON:-python3}" -m venv --clear "$dir" >&2
+    "$dir/bin/python" -m pip install --quiet "${@:2}" >&2
+    echo "${*:2}" >"$dir/.installed-other"
+  fi
+  echo "$dir"
 }
 
 use_env() {

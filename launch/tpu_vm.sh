@@ -4,10 +4,9 @@
 #   tpu_vm.sh setup                    make the Python environment, and mount BUCKET at /bucket where it is given
 #   tpu_vm.sh start TIMES COMMAND...   run COMMAND in the background, again up to TIMES times; output in ~/starflow2.log
 #   tpu_vm.sh stop                     end it: it saves first
-#   tpu_vm.sh keep TIMES COMMAND...    the same as start in the foreground
-set -euo pipefail
-
+#   tpu_vm.sh keep TIMES COMMAND...    the same as start in the foreground, without flags for TPUs
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/common.sh"
 log="$HOME/starflow2.log" pid="$HOME/starflow2.pid"
 
 setup() {
@@ -45,6 +44,7 @@ start() {
     echo "tpu_vm.sh: training runs here already; stop it first" >&2
     exit 2
   fi
+  export LIBTPU_INIT_ARGS="$TPU_FLAGS${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
   setsid nohup "$here/tpu_vm.sh" keep "$@" </dev/null >>"$log" 2>&1 &
   echo $! >"$pid"
 }

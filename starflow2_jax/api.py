@@ -23,7 +23,7 @@ USUAL: dict[str, Any] = dict(temperature=0.0, image_temperature=0.9, guidance=1.
 
 
 class Model:
-    """A trained model. `sampler`: does the work, and is there for all that has no method here."""
+    """A trained model. `sampler` does the work; use it directly for whatever has no method here."""
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler

@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again when it exits
         code = UNREAD
+    except (KeyboardInterrupt, Terminated) as error:  # a second signal, while the command ended after the first
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RESTART
     for number in (signal.SIGINT, signal.SIGTERM):  # the command has ended; a signal now ends the process at once
         signal.signal(number, lambda *_: os._exit(code))
     return code
@@ -64,6 +66,8 @@ def _run(argv: list[str]) -> int:
     command, args = None, argparse.Namespace()
     try:
         commands, parser = _parser()
+        if argv[:1] == ["eval"] and argv[1:2] in (["fid"], ["compare"]):
+            argv = argv[1:]  # `starflow2 eval fid` is `starflow2 fid`
         args, rest = parser.parse_known_args(argv)
         command = commands.choices[args.command]
         overridden = [r for r in rest if r.startswith("--config.")]
@@ -111,6 +115,7 @@ def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
         evaluation,
         plan,
         sampling,
+        scores,
         serve,
         sweep,
         training,
@@ -126,7 +131,21 @@ def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
     )
     parser.add_argument("--version", action="version", version=f"starflow2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (training, evaluation, config, data, encode, sweep, plan, bench, sampling, chat, serve, weights):
+    for module in (
+        training,
+        evaluation,
+        scores,
+        config,
+        data,
+        encode,
+        sweep,
+        plan,
+        bench,
+        sampling,
+        chat,
+        serve,
+        weights,
+    ):
         module.add(commands)
     for command in commands.choices.values():
         command.add_argument(

@@ -37,7 +37,7 @@ def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Raises UserError, with the most similar allowed value, if `value` is not allowed. `name`: the key or argument, for the message."""
     if value not in allowed:
         [near] = difflib.get_close_matches(str(value), allowed, 1, 0.0)
-        raise UserError(f"{name} is one of {', '.join(allowed)}, not {shown(value)}; did you mean {near!r}?")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}; did you mean {near!r}?")
 
 
 def shown(value: object) -> str:

@@ -21,8 +21,8 @@ Group = typing.TypeVar("Group", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Variant:
-    """A group, or each entry of a table of groups, whose dataclass depends on one of its own keys: the options of the codec
-    depend on `codec.kind`."""
+    """A group of keys whose dataclass depends on one of them, as the codec's options depend on `codec.kind`. In a table of
+    groups, each group has such a key of its own."""
 
     selector: str  # the name of that key
     choose: Callable[[str | None], type]  # value of the key (None: not given) -> the dataclass; raises UserError
@@ -108,17 +108,17 @@ def require_allowed(name: str, value: object, field: dataclasses.Field) -> None:
 
 def _require_within(name: str, value: float, least, most, above, below) -> None:
     if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
-        raise UserError(f"{name} is a finite number that fits into 32 bits, not {value}")
+        raise UserError(f"{name} must be a finite number that fits into 32 bits, not {value}")
     if least is not None and value < least:
-        raise UserError(f"{name} is at least {least}, not {abbreviated(value)}")
+        raise UserError(f"{name} must be at least {least}, not {abbreviated(value)}")
     if above is not None and value <= above:
-        raise UserError(f"{name} is above {above}, not {abbreviated(value)}")
+        raise UserError(f"{name} must be above {above}, not {abbreviated(value)}")
     if below is not None and value >= below:
-        raise UserError(f"{name} is below {below}, not {abbreviated(value)}")
+        raise UserError(f"{name} must be below {below}, not {abbreviated(value)}")
     if most is None and isinstance(value, int):
         most = LARGEST_INT
     if most is not None and value > most:
-        raise UserError(f"{name} is at most {most}, not {abbreviated(value)}")
+        raise UserError(f"{name} must be at most {most}, not {abbreviated(value)}")
 
 
 def require_options(cls: type) -> None:
@@ -137,7 +137,7 @@ def build(cls: type[Group], values: object, path: str = "") -> Group:
     Lists become tuples, and integers become floats where the field takes floats. `path`: the group's key in the config,
     for messages. Raises ConfigError for unknown and missing keys, and for values of the wrong type or out of bounds.
     """
-    place = f"{path} ({cls.__name__})" if path else cls.__name__
+    place = f"{path or 'the config'} ({cls.__name__})"
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is a group of keys, not {abbreviated(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}

@@ -17,7 +17,7 @@ PAD, TEXT, FLOW, VIT = range(4)
 
 @dataclass(frozen=True)
 class Shape:
-    """Static sizes of a batch. A row holds at most these numbers."""
+    """Static sizes of a batch. Except for `rows`, they are the most that a row can hold."""
 
     rows: int  # B
     length: int  # S
@@ -42,6 +42,7 @@ class Sequence(struct.PyTreeNode):
     latents: jax.Array  # (B, M, N, D) fp32, as the codec encoded the images
     image_weight: jax.Array  # (B, M) fp32: weight of the image as a prediction
     vision: "VisionInput | None" = None
+    pictures: "Pictures | None" = None  # of the images whose latents the step makes
 
     @property
     def image_token_index(self) -> jax.Array:
@@ -71,6 +72,13 @@ class Sequence(struct.PyTreeNode):
         target = jnp.where(here, self.image_token_index, M * N)  # M * N is out of bounds, which `set` drops
         before = jnp.broadcast_to(jnp.arange(S) - 1, (B, S))
         return jnp.zeros((B, M * N), jnp.int32).at[rows, target].set(before, mode="drop")
+
+
+class Pictures(struct.PyTreeNode):
+    """Pictures that the codec has not encoded yet. The step encodes those that wait, on the devices."""
+
+    pixels: jax.Array  # (B, M, height, width, C) uint8: 0 is -1, 255 is 1
+    waiting: jax.Array  # (B, M) bool: False where `latents` are the image's already, or there is no image
 
 
 class VisionInput(struct.PyTreeNode):

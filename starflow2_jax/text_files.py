@@ -4,20 +4,29 @@ All functions raise `error`, a class of UserError that the caller chooses, for a
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from starflow2_jax.errors import UserError
 
+LARGEST = 2 * 10**9  # bytes of a file that is read whole
 # Escapes in JSON: a pair of surrogates, another escape, or (group 1) a surrogate without its other half.
 _ESCAPES = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\[^u]|\\u(?![dD][89a-fA-F])....|(\\u....)")
 
 
 def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
-    """The text of a UTF-8 file, without a byte order mark. Lines end with "\\n"."""
+    """The text of a UTF-8 file of at most LARGEST bytes, without a byte order mark. Lines end with "\\n"."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = b"" if size > LARGEST else file.read(LARGEST + 1)  # a device has a size of 0, and may never end
+        if max(size, len(content)) > LARGEST:
+            raise error(f"{shorten(path)} is larger than {LARGEST} bytes; name a smaller file, or split it")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UserError:
+        raise
     except UnicodeDecodeError as fault:
         raise error(
             f"{shorten(path)} cannot be read as text (byte {fault.start} is not UTF-8); save it as UTF-8"

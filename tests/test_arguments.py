@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from PIL import Image as Pillow
 
 from starflow2_jax import cli
@@ -30,6 +31,7 @@ from starflow2_jax.commands.arguments import (
 )
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import encoding
+from starflow2_jax.evaluation import frechet
 from starflow2_jax.fields import Key
 from starflow2_jax.parallel import devices
 from starflow2_jax.planning import compiling
@@ -80,6 +82,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(encoding, "encode", begin)
     monkeypatch.setattr(points, "run", begin)
     monkeypatch.setattr(points, "submit", begin)
+    monkeypatch.setattr(frechet, "_statistics", begin)
     monkeypatch.chdir(tmp_path)
 
 
@@ -98,6 +101,11 @@ def files(tmp_path_factory) -> Path:
     (folder / "documents").write_text(json.dumps(DOCUMENT[:1]) + "\n")
     Pillow.new("L", (8, 8), 200).save(folder / "image", "PNG")
     (folder / "captions").write_text("a seven\na two\n")
+    for name in ("reference", "runs"):  # of `fid` and `compare`
+        (folder / name).mkdir()
+        (folder / name / "scores.json").write_text('{"accuracy": 0.5}')
+    torch.jit.script(torch.nn.Flatten()).save(str(folder / "features"))
+    (folder / "classes").write_text("a seven\na two\n")
     (folder / "imports.py").write_text("LOADED = True\n")
     (folder / "config.py").write_text(configs.find("digits_quick").read_text())
     (folder / "sweep.py").write_text((configs.EXPERIMENTS / "sweeps" / "digits_lr.py").read_text())
@@ -139,7 +147,7 @@ def right(action: argparse.Action, files: Path) -> str:
     if isinstance(kind, WholeNumbers):
         return "1,2"
     if isinstance(kind, OutputFile | OutputFolder):
-        return "new folder/new"
+        return "new folder/file" if isinstance(kind, OutputFile) else "new folder/new"
     if isinstance(kind, Words):
         return WORDS.get(action.dest, "some words").replace("FILES", str(files))
     python = isinstance(kind, Shipped) or action.dest == "imports"
@@ -224,7 +232,7 @@ def may_work(action: argparse.Action, what: str) -> bool:
     """Wrong values that leave something to work with: the first lines of a file, the package's own name for "empty"."""
     return (
         what in DAMAGED
-        and action.dest in ("captions", "imports", "images", "data_dir")
+        and action.dest in ("captions", "classes", "imports", "images", "reference", "data_dir")
         or (what == "empty" and action.dest == "imports")
     )
 
@@ -247,7 +255,7 @@ def test_wrong_values(name, dest, files, capsys):
 def test_right_values(name, files, tmp_path, capsys):
     """Every option's right value is accepted, files and folders also by relative paths and hard names."""
     usual = ends(command_line(name, files), capsys)
-    assert usual[0] == {"config": 0, "convert": 2}.get(name), usual
+    assert usual[0] == {"config": 0, "compare": 0, "convert": 2}.get(name), usual
     for action in options(commands()[name]):
         values = [right(action, files)]
         if isinstance(action.type, OutputFile | OutputFolder):
@@ -260,7 +268,17 @@ def test_right_values(name, files, tmp_path, capsys):
         for value in values:
             line = command_line(name, files, action, value)
             code, error = ends(line, capsys)
-            if action.dest in ("chip", "launcher", "again", "coordinator", "process", "processes", "data", "limit"):
+            if (name, action.dest) == ("init", "codec") or action.dest in (
+                "part",
+                "chip",
+                "launcher",
+                "again",
+                "coordinator",
+                "process",
+                "processes",
+                "data",
+                "limit",
+            ):
                 assert code in (None, 0, 2) and error.count("\n") <= 1, (line, error)  # what it means depends on others
             else:
                 assert code == usual[0], (line, error)

@@ -118,19 +118,21 @@ def test_checkpoints(tmp_path):
     assert 0.5 * plain < found["bytes"] < 1.2 * plain  # compressed, and with descriptions
 
 
-@pytest.mark.parametrize("kind", ["patch", "latents"])
+@pytest.mark.parametrize("kind", ["patch", "latents", "fae"])
 @pytest.mark.parametrize("stage", ["text_to_image", "image_to_text", "joint"])
 def test_synthetic_documents(tmp_path, kind, stage):
     cfg = config().unlock()
     if kind == "latents":
         cfg.codec = dict(kind="latents", grid=(4, 4), channels=4)
-    path = synthetic.write(cfg, STAGES[stage], tmp_path, words=5)
-    documents = JsonlDocuments(path)
+    if kind == "fae":  # of a folder that is not here
+        cfg.codec = dict(kind="fae", path="", grid=(4, 4), channels=4)
+    synthetic.use(cfg, STAGES[stage], tmp_path, words=5)
+    assert cfg.codec.kind == ("patch" if kind == "patch" else "latents")
+    documents = JsonlDocuments(cfg.data.source)
     makes = [any(getattr(part, "generate", False) for part in document) for document in documents]
     says = [any(getattr(part, "predict", False) for part in document) for document in documents]
     assert len(makes) == synthetic.DOCUMENTS
     assert any(makes) == STAGES[stage].image_loss and any(says) == STAGES[stage].text_loss
-    cfg.data.source = path
     trainer = program.Trainer(cfg.lock(), tmp_path / "new")
     assert data.tokens_in(next(trainer.task(stage).batches())[0]) > 0
 

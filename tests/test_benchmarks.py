@@ -75,3 +75,17 @@ def test_full_size(script, run):
     assert (text["tokens"], image["tokens"]) == (4, 17) and text["limit"] > 0
     assert (alone["chunk"], alone["passes"], alone["passes_shallow_flow"]) == (1, 16, 2 * 16)
     assert jacobi["chunk"] == 16 and 1 < jacobi["passes"] <= 16 and 2 < jacobi["passes_shallow_flow"] <= 2 * 16
+
+
+def test_scaling_tells_what_kept_plans_hold(script, monkeypatch, capsys, tmp_path):
+    kept = SCRIPTS.parent / "docs/benchmarks/plans"
+    scaling, files = script("scaling"), [str(kept / f"joint_h100x{n}.json") for n in (64, 8)]
+    monkeypatch.setattr(sys, "argv", ["scaling", *files, "--plot", str(tmp_path / "plot.png")])
+    scaling.main()
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [(c[0], c[2], c[4]) for c in cells] == [("joint", "8", "1 x 8"), ("joint", "64", "1 x 64")]
+    for file, numbers in zip(reversed(files), cells, strict=True):
+        [plan] = json.loads(Path(file).read_text())
+        assert numbers[5] == f"{plan['seconds']:.3f}" and numbers[7] == f"{100 * plan['mfu']:.1f}"
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,8 @@ from starflow2_jax.commands import sampling, training
 from starflow2_jax.config import loading as configs
 from starflow2_jax.evaluation import digits, engine
 from starflow2_jax.evaluation.protocol import Page
+from starflow2_jax.evaluation.scenes import QuickScenesBenchmark
+from starflow2_jax.evaluation.table import open_benchmark
 from starflow2_jax.models.jacobi import Jacobi
 from starflow2_jax.sampling import inversion
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
@@ -222,6 +224,22 @@ def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "run", told_to_end)
     assert cli.main(["quickstart", "--out", str(tmp_path / "q")]) == RESTART == cli.RESTART
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_quickstart_of_scenes(tmp_path, monkeypatch):
+    """It trains scenes_quick and evaluates it on the benchmark of its nouns."""
+    begun = []
+    monkeypatch.setattr(training, "start_devices", lambda count, *_: None)
+    monkeypatch.setattr(
+        training, "_trained", lambda config, folder: begun.append(config) or {"seconds": {"total": 1.0}}
+    )
+    monkeypatch.setattr(training.evaluation, "report", lambda args, *_, smoke: begun.append(args))
+    assert cli.main(["quickstart", "--demo", "scenes", "--smoke", "--out", str(tmp_path)]) == 0
+    config, args = begun
+    assert {source.path for source in config.data.sources.values()} == {"scenes"} and config.stages.joint.steps == 4
+    benchmark = open_benchmark(args.benchmark, args.data, args.limit, args.part)
+    assert isinstance(benchmark, QuickScenesBenchmark) and benchmark.limit == 1
+    assert args.checkpoint == tmp_path / "checkpoint" and args.out == str(tmp_path)
 
 
 def test_the_model_is_cut_over_devices(checkpoint, tmp_path, monkeypatch, capsys):

@@ -64,7 +64,8 @@ def test_builds_at_full_size(size, stage):
 def test_rows_can_be_grouped_cut_and_spread(experiment, chip):
     """On a slice of 256, or as many devices as the mesh names."""
     config = configs.load(EXPERIMENTS / experiment, chip=chip)
-    sizes = [256 if config.mesh.get(axis, 1) == -1 else config.mesh.get(axis, 1) for axis in AXES]
+    mesh = dict(config.mesh) | ({"data": 4, "fsdp": 64} if config.mesh.fsdp == -1 else {})
+    sizes = [256 if mesh.get(axis, 1) == -1 else mesh.get(axis, 1) for axis in AXES]
     for name in config.order:
         require_rows(config, STAGE_TABLE[name], jax.sharding.AbstractMesh(tuple(sizes), AXES))
 
@@ -77,7 +78,11 @@ def test_what_is_planned_is_what_is_trained(stage, chip):
     config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py", chip=chip)
     row = STAGE_TABLE[STAGES[stage]]
     assert settings(config, row) == kept["settings"]
-    assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"fsdp": CHIPS[chip]} and config.mesh.fsdp == -1
+    fsdp = 16 if chip == "v5p" else 64
+    assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"data": CHIPS[chip] // fsdp, "fsdp": fsdp}
+    assert config.mesh.data == config.mesh.fsdp == -1
+    summed = [c["bytes"] for c in kept["collectives"] if c["kind"] == "all-reduce" and c["axis"] == "fsdp"]
+    assert sum(summed) < 2**28  # of norms and biases; the other gradients are reduce-scattered
     assert kept["topology"].startswith(chip) and kept["chips"] == CHIPS[chip]
     assert kept["fits"] and kept["mfu"] >= 0.5
     counted = training_flops(configs.pretzel(config), row, batch_shape(config, row)).model

@@ -1,13 +1,19 @@
 """From the reference's folder to a run: convert, init, talk to it, train a step."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import reference_qwen
 import tiny
+import tiny_fae
+from PIL import Image as Pillow
 
 from starflow2_jax import cli
+from starflow2_jax.checkpoints.codec import write_codec
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.codecs.fingerprint import fingerprint
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.data.tokenizer import chat
@@ -68,6 +74,22 @@ def test_init_then_chat_then_train(vlm, tmp_path, capsys):
     Trainer(config, tmp_path / "run").run(progress=False)
     trained = Sampler.restore(tmp_path / "run")
     assert trained.skips and str(trained.params["vlm"]["norm"]["scale"].dtype) == "bfloat16"
+
+
+def test_a_run_draws_with_the_codec_that_init_names(vlm, tmp_path, capsys):
+    (tmp_path / "codec").mkdir()
+    write_codec(tmp_path / "codec", tiny_fae.codec())
+    experiment, run = str(Path(__file__).with_name("fae_experiment.py")), str(tmp_path / "run")
+    begin = ["init", "--vlm", str(vlm), "--config", experiment, "--out", run]
+    assert cli.main(begin) == 2
+    assert "--codec" in capsys.readouterr().err
+    assert cli.main([*begin, "--codec", str(tmp_path / "codec")]) == 0
+    assert fingerprint(CheckpointDirectory(run).codec()) == fingerprint(tiny_fae.codec())
+    shutil.rmtree(tmp_path / "codec")  # the run has its own
+    command = ["sample", "--checkpoint", run, "--prompt", "draw a seven", "--image-first", "--max-tokens", "17"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    with Pillow.open(next((tmp_path / "out").glob("*.png"))) as picture:
+        assert picture.size == (32, 32) and picture.mode == "RGB"
 
 
 def test_chat_is_the_tokenizers_template():

@@ -25,7 +25,9 @@ devices.start = start
 """
 # A destructor that runs when the signal comes drops exceptions, which Python only prints.
 DROPPED = """import os, time
+from starflow2_jax.checkpoints.steps import report_once
 from starflow2_jax.parallel import devices
+report_once()  # as in training: it has a hook of its own for what Python drops
 class Noisy:
     def __del__(self):
         os.kill(os.getpid(), {number})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from refused import refused
 
+from starflow2_jax import text_files
 from starflow2_jax.commands.chat import converse
 from starflow2_jax.errors import UserError
 from starflow2_jax.text_files import read_json_file, read_lines, read_text_file
@@ -88,3 +89,12 @@ def test_a_line_of_a_chat_that_is_no_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     converse(None, tmp_path)
     assert "! the line is not valid UTF-8" in capsys.readouterr().out
+
+
+def test_a_huge_file(tmp_path, monkeypatch):
+    """A sparse file of a terabyte is not read at all, and an endless device not to its end."""
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 10**12)
+    refused(UserError, read_text_file, tmp_path / "huge", saying=("huge is larger than 2000000000 bytes",))
+    monkeypatch.setattr(text_files, "LARGEST", 10**6)
+    refused(UserError, read_text_file, "/dev/zero", saying=("/dev/zero is larger than 1000000 bytes",))

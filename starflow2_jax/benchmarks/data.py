@@ -14,12 +14,13 @@ from starflow2_jax.training.program import find_stage
 
 
 def measure(config: Config, stage: str | None, steps: int, folder: Path) -> dict:
-    """Documents, tokens, pixels and patches per second over `steps` batches, without other work; times the first batch separately.
+    """Documents, tokens, pixels and patches per second over `steps` batches, with no training beside them. The first batch is
+    timed on its own.
 
-    A reader is a process that reads ahead (`data.workers`), or the run's own.
+    Rates per reader are divided by `data.workers`, or by 1 if the run reads in its own process.
 
-    `stage`: a name or number, see `find_stage`. `folder`: of the Trainer, to which nothing is written. Raises
-    ConfigError.
+    `stage`: a name or number, see `find_stage`. `folder`: the Trainer's checkpoint directory, to which nothing is
+    written. Raises ConfigError.
     """
     trainer, chosen_stage = Trainer(config, folder), find_stage(config, stage)
     begin = time.perf_counter()
@@ -52,21 +53,21 @@ def measure(config: Config, stage: str | None, steps: int, folder: Path) -> dict
 
 
 def pixels_in(batch: Sequence, codec: Codec) -> int:
-    """Pixels of a batch's flow images; for a codec of latents, their tokens."""
+    """Number of pixels in a batch's flow images; if the codec takes latents, number of tokens."""
     (height, width, _), (rows, columns) = codec.image_shape, codec.grid
     return int(np.sum(np.asarray(batch.modality) == sequence.FLOW)) * height * width // (rows * columns)
 
 
 def patches_in(batch: Sequence) -> int:
-    """Patches that the vision tower sees of a batch."""
+    """Number of patches of a batch that the vision tower reads."""
     return 0 if batch.vision is None else int(np.sum(np.asarray(batch.vision.image) > 0))
 
 
 def documents_in(batch: Sequence) -> int:
-    """Documents in a packed batch; the segments of each row count them from 1."""
+    """Number of documents in a packed batch. Each row numbers its documents from 1 in `segments`."""
     return int(np.max(batch.segments, axis=1).sum())
 
 
 def tokens_in(batch: Sequence) -> int:
-    """Positions of a batch that are not padding."""
+    """Number of positions of a batch that are not padding."""
     return int(np.sum(np.asarray(batch.modality) != sequence.PAD))

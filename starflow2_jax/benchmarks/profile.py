@@ -25,7 +25,7 @@ def top_operations(run: Callable[[], object], folder: Path) -> list[dict]:
 
 
 def summed(data: Any) -> list[dict]:  # of a jax.profiler.ProfileData
-    """The TOP kinds of operations in a trace of STEPS steps; loops are left out, the operations in them count."""
+    """The TOP most expensive kinds of operations in a trace of STEPS steps. A loop counts through the operations in its body only."""
     total: dict[str, float] = collections.defaultdict(float)
     count: dict[str, int] = collections.defaultdict(int)
     for plane in data.planes:

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +33,14 @@ def require_new(target: Path) -> None:
 def new_folder(target: Path, size: int) -> Iterator[Path]:
     """A temporary folder, which is renamed to `target` at the end of the block, or removed if the block fails.
 
-    Raises UserError if `target` exists, and StorageError if the disk has less than `size` bytes of free space.
+    First removes temporary folders of `target` that processes of this machine left when they were killed. Raises UserError if `target` exists, and StorageError if the disk has less than `size` bytes of free space.
     """
     require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in _left_behind(target):
+        shutil.rmtree(left, ignore_errors=True)
     require_room(target.parent, size)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         partial.mkdir()
         yield partial
@@ -45,6 +49,41 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _left_behind(target: Path) -> Iterator[Path]:
+    """Temporary folders of `target` whose processes ran on this machine and have ended."""
+    prefix = f".{target.name}.{socket.gethostname()}."
+    for folder in target.parent.iterdir():
+        pid = folder.name.removeprefix(prefix).removesuffix(".partial")
+        if folder.name == f"{prefix}{pid}.partial" and pid.isdecimal() and not _alive(int(pid)):
+            yield folder
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def moved_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder, whose entries are moved into the folder `target` at the end of the block.
+
+    A folder that is there already stays as it is, and a file is replaced. If the block fails, nothing is moved.
+    """
+    partial = Path(tempfile.mkdtemp(prefix=".partial.", dir=target))  # another process may do the same
+    try:
+        yield partial
+        for entry in sorted(partial.iterdir()):
+            if not (entry.is_dir() and (target / entry.name).exists()):
+                entry.replace(target / entry.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_room(folder: Path, size: int, standing: str = "") -> None:

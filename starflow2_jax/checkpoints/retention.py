@@ -16,7 +16,7 @@ class Keep:
     best: int = 0  # number of steps of the lowest loss, or of another metric that the run ranks by, that are kept
 
     def policy(self) -> policies.PreservationPolicy:
-        """The same rule for orbax."""
+        """This rule as orbax's preservation policy."""
         rules: list[policies.PreservationPolicy] = [policies.LatestN(self.latest)]
         if self.every:
             rules.append(policies.EveryNSteps(self.every))

@@ -5,6 +5,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Steps:
         return self._manager
 
     def open(self) -> None:
-        """Create the folder if it does not exist, so that all processes agree that it does. Raises StorageError."""
+        """Create the folder if it does not exist. All processes call it, so that each finds the folder later. Raises StorageError."""
         with storage_errors(self.folder):
             self.manager  # noqa: B018 - the property creates it
 
@@ -159,19 +160,21 @@ class Steps:
         return {name: found[name] if name in items else tree for name, tree in abstract.items()}
 
 
+@cache
 def report_once() -> None:
     """Silence the reports of orbax's threads about refused writes, because `Steps.wait` raises those errors. This lasts
     until the process ends, because some of the reports come then."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_no_report)
-    sys.unraisablehook = _without_closed_loops
+    before = sys.unraisablehook  # the command line's sends a signal again that came in a destructor
+
+    def without_closed_loops(found: "sys.UnraisableHookArgs") -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = without_closed_loops
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return error is None or refused_write(error) is None
-
-
-def _without_closed_loops(found: "sys.UnraisableHookArgs") -> None:
-    if str(found.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(found)

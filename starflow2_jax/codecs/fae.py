@@ -60,6 +60,7 @@ class FaeCodec(Codec):
     is_pixels = True
     image_channels = FaeOptions.image_channels
     log_volume = None
+    in_step = True
 
     def __post_init__(self):
         if not len(self.mean) == len(self.std) == self.channels:
@@ -128,6 +129,18 @@ class FaeCodec(Codec):
         require_shape(images, self.image_shape, "pixels")
         return _encode(self._program, self._weights("encoder", "latent_encoder"), images)
 
+    def without_weights(self) -> "FaeCodec":
+        """See Codec."""
+        return self._program
+
+    def encoder_weights(self) -> dict[str, Any]:
+        """See Codec."""
+        return {name: self.weights[name] for name in ("encoder", "latent_encoder") if name in self.weights}
+
+    def encode_with(self, weights: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        """See Codec."""
+        return _encode(self._program, weights, images)
+
     def decode(self, latents: Any) -> Any:
         """Latents (B, h, w, D) -> pictures (B, height, width, 3), not clipped, on the mesh of `jax.set_mesh`."""
         return _decode(self._program, self._weights("feature_decoder", "pixel_decoder"), latents)
@@ -186,4 +199,5 @@ def _decode(codec: FaeCodec, weights: Mapping[str, Any], latents: jax.Array) -> 
     x = sharding.constrain(x.reshape(len(x), -1, codec.channels), "batch", None, None)
     if codec.networks.channels:
         x = FeatureDecoder(codec.networks).apply({"params": weights["feature_decoder"]}, x, codec.grid)
-    return PixelDecoder(codec.networks).apply({"params": weights["pixel_decoder"]}, x, codec.grid)
+    pixels: Any = PixelDecoder(codec.networks).apply({"params": weights["pixel_decoder"]}, x, codec.grid)
+    return pixels

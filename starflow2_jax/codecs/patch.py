@@ -1,16 +1,18 @@
-"""A lossless codec: each patch of pixels becomes one token."""
+"""A lossless codec: each patch of pixels becomes one token, as it is or by its cosine transform."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.fft import dct
 
 from starflow2_jax.codecs.protocol import Codec, require_shape
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.fields import option
 from starflow2_jax.models.patches import patchify, unpatchify
 
+BASES = ("pixels", "cosine")
 LEAST_STD = 1e-2  # of a latent channel; about one level of an 8-bit pixel
 
 
@@ -20,6 +22,9 @@ class PatchOptions:
 
     patch: int = option("side of a patch, in pixels; each becomes one token", 2, least=1)
     image_channels: int = option("channels of an image: 1 gray, 3 red, green and blue", 3, least=1, most=3)
+    basis: str = option(
+        "channels of a token: the pixels of a patch, or their cosine transform", "pixels", choices=BASES
+    )
 
     @property
     def channels(self) -> int:
@@ -33,13 +38,18 @@ class PatchOptions:
 
 @dataclass(frozen=True)
 class PatchCodec(Codec):
-    """Pixels in [-1, 1] -> patches, whose channels have mean 0 and standard deviation 1 over the fitted images."""
+    """Pixels in [-1, 1] -> patches, whose channels have mean 0 and standard deviation 1 over the fitted images.
+
+    With the basis "cosine", a patch's channels are those of its orthonormal cosine transform: noise in pixels has the same
+    deviation there, and a patch of one colour has only one channel for each colour that is not 0.
+    """
 
     image_size: tuple[int, int]
     image_channels: int
     patch: int
     mean: tuple[float, ...]  # (D,)
     std: tuple[float, ...]  # (D,)
+    basis: str = "pixels"  # one of BASES
 
     kind = "patch"
     Options = PatchOptions
@@ -64,14 +74,16 @@ class PatchCodec(Codec):
         if wrong := [shape[2] for shape in shapes if shape[2] != options.image_channels]:
             channels = f"{wrong[0]} channel{' (gray)' if wrong[0] == 1 else 's'}"
             raise ConfigError(f"the source's images have {channels}; set codec.image_channels to {wrong[0]}")
-        return cls.fit(np.stack(images), options.patch)
+        return cls.fit(np.stack(images), options.patch, options.basis)
 
     @classmethod
-    def fit(cls, images: np.ndarray, patch: int) -> "PatchCodec":
+    def fit(cls, images: np.ndarray, patch: int, basis: str = "pixels") -> "PatchCodec":
         """A codec fitted to `images` (n, height, width, C) in [-1, 1]. A channel's standard deviation is at least LEAST_STD."""
-        latents = patchify(images, patch).reshape(-1, images.shape[-1] * patch * patch)
+        D = images.shape[-1] * patch * patch
+        raw = cls(images.shape[1:3], images.shape[-1], patch, (0.0,) * D, (1.0,) * D, basis)
+        latents = raw.encode(images).reshape(-1, D)
         mean, std = latents.mean(0), np.maximum(latents.std(0), LEAST_STD)
-        return cls(images.shape[1:3], images.shape[-1], patch, tuple(mean.tolist()), tuple(std.tolist()))
+        return replace(raw, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -91,12 +103,26 @@ class PatchCodec(Codec):
     def encode(self, images: Any) -> Any:
         """Pixels (B, height, width, C) -> latents (B, h, w, D). Raises ValueError for another shape."""
         require_shape(images, self.image_shape, "pixels")
-        return (patchify(images, self.patch) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        latents = self._transformed(patchify(images, self.patch), self._matrix)
+        return (latents - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def decode(self, latents: Any) -> Any:
         """Latents (B, h, w, D) -> pixels (B, height, width, C), which are not clipped."""
         latents = latents * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
-        return unpatchify(latents, self.patch, self.image_channels)
+        return unpatchify(self._transformed(latents, self._matrix.T), self.patch, self.image_channels)
+
+    @property
+    def _matrix(self) -> np.ndarray:
+        """The orthonormal matrix (patch, patch) that transforms a column of a patch."""
+        eye = np.eye(self.patch, dtype=np.float32)
+        return np.asarray(dct(eye, axis=0, norm="ortho")) if self.basis == "cosine" else eye
+
+    def _transformed(self, latents: Any, matrix: np.ndarray) -> Any:
+        """Latents (B, h, w, D) with a matrix applied to the rows and the columns of every colour of each patch."""
+        if self.basis == "pixels":
+            return latents
+        x = latents.reshape(*latents.shape[:3], self.image_channels, self.patch, self.patch) @ matrix.T
+        return (x.swapaxes(-1, -2) @ matrix.T).swapaxes(-1, -2).reshape(latents.shape)
 
     @property
     def log_volume(self) -> float:

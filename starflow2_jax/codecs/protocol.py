@@ -32,8 +32,7 @@ class Codec(Protocol):
 
     kind: ClassVar[str]  # the codec's name in the table
     Options: ClassVar[type]  # a class as the protocol above
-    # True: images are pixels in [-1, 1], written as PNG files; False: images are other arrays, written as .npy files
-    is_pixels: ClassVar[bool]
+    is_pixels: ClassVar[bool]  # whether `encode` takes pixels in [-1, 1]; otherwise other arrays, of .npy files
 
     image_shape: tuple[int, int, int]  # (height, width, C) of the images that `encode` takes
     image_channels: int  # pictures are read with these channels: 1 (gray) or 3 (RGB)
@@ -42,13 +41,21 @@ class Codec(Protocol):
     mean: tuple[float, ...]  # (D,): `encode` subtracts it from each channel
     std: tuple[float, ...]  # (D,): `encode` then divides by it, as training divides `config.noise`
     log_volume: float | None  # log-determinant of `encode` per dimension; None if `encode` is no bijection
+    # True: training gives `encode_with` the pictures of a batch, on the devices; False: `encode` runs where documents are read
+    in_step: ClassVar[bool] = False
     weights: Mapping[str, Any] = {}  # nested dicts of arrays, which a checkpoint saves with their content hash
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether `decode` makes pixels in [-1, 1], written as PNG files; otherwise other arrays, written as .npy files."""
+        return self.is_pixels
 
     @classmethod
     def make(cls, options: Any, images: Iterable[np.ndarray]) -> Self:
-        """A new codec from an instance of `Options` and the source's images (height, width, C), read as they are iterated.
+        """A new codec from an instance of `Options` and the source's images (height, width, C), which are read one by one
+        while `make` iterates over them.
 
-        Raises ConfigError if they do not fit each other.
+        Raises ConfigError if options and images do not fit each other.
         """
         ...
 
@@ -56,8 +63,20 @@ class Codec(Protocol):
         """Images (B, *image_shape) -> latents (B, h, w, D). Raises ValueError for images of another shape."""
         ...
 
+    def without_weights(self) -> Self:
+        """What documents are laid out with: the same codec, which a codec with `in_step` makes light by leaving out its weights."""
+        return self
+
+    def encoder_weights(self) -> Mapping[str, Any]:
+        """The part of `weights` that `encode_with` needs. Only for codecs with `in_step`."""
+        return self.weights
+
+    def encode_with(self, weights: Mapping[str, Any], images: Any) -> Any:
+        """`encode` as a pure function of `encoder_weights`, which runs within a compiled step. Only with `in_step`."""
+        raise TypeError(f"the codec {self.kind} is not encoded within a step")
+
     def decode(self, latents: Any) -> Any:
-        """Latents (B, h, w, D) -> images (B, *image_shape). Pixels are not clipped to [-1, 1]."""
+        """Latents (B, h, w, D) -> images, of `image_shape` if `encode` takes such. Pixels are not clipped to [-1, 1]."""
         ...
 
     def description(self) -> dict[str, Any]:

@@ -67,8 +67,7 @@ def _measure(args, config, stage, folder: Path) -> dict:
 
     steps = args.steps or STEPS[args.what]
     if args.synthetic:
-        with config.unlocked():
-            config.data.source = synthetic.write(config, stage, folder)
+        synthetic.use(config, stage, folder)
     if args.what == "train":
         trace = Path(args.profile) if args.profile else None
         return train.measure(config, stage.name, steps, folder / "trainer", trace)

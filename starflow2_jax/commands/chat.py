@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from starflow2_jax.commands.arguments import Commands, OutputFolder
 from starflow2_jax.commands.model import SEED, add_model, restore
 from starflow2_jax.commands.sampling_options import add_images, add_sampling, sample_options
-from starflow2_jax.data.documents import Document, Image, Text
-from starflow2_jax.data.images import read_image, write_image
+from starflow2_jax.data.documents import Document, Text
+from starflow2_jax.data.images import ImageReader, reader_of, write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.events import Event, Picture, Words
 
@@ -52,6 +52,7 @@ def converse(chat: "Chat", out: Path, via: str = "flow") -> None:
     """
     print('Say something. To show an image, write "/image PATH" or just its path, in "quotes" if it has spaces.')
     print("/quit ends the chat.")
+    reader = reader_of(chat.sampler.codec)
     number = 1 + max((int(file.stem) for file in out.glob("*") if file.stem.isdigit()), default=-1)
     while True:
         try:
@@ -68,8 +69,8 @@ def converse(chat: "Chat", out: Path, via: str = "flow") -> None:
         if not line:
             continue
         try:
-            answer = chat.stream(parse(line, chat.sampler.codec.image_channels, via))
-            number += show(answer, out, number, chat.sampler.codec.is_pixels)
+            answer = chat.stream(parse(line, reader, via))
+            number += show(answer, out, number, chat.sampler.codec.makes_pixels)
         except UserError as error:
             print(f"! {error}")
         except KeyboardInterrupt:
@@ -97,10 +98,10 @@ def show(answer: Iterator[Event], out: Path, number: int, is_pixels: bool = True
     return images
 
 
-def parse(line: str, channels: int, via: str = "flow") -> Document:
+def parse(line: str, reader: ImageReader, via: str = "flow") -> Document:
     """The document that a line stands for. "/image PATH", or a word that is an image's path, is an image; the rest is text.
 
-    A path with spaces is in double quotes. `channels`: of the model's images. `via`: of the images, see `converse`.
+    A path with spaces is in double quotes. `reader`: of the images; `via`: see `converse`.
     Raises DocumentError for a file that is no image.
     """
     parts: Document = []
@@ -111,7 +112,7 @@ def parse(line: str, channels: int, via: str = "flow") -> Document:
         if word == "/image" or (path.lower().endswith(SUFFIXES) and Path(path).is_file()):
             parts += [Text(" ".join(words))] if any(words) else []
             words.clear()
-            parts.append(Image(read_image(path, channels), via=via))
+            parts.append(reader.file(path, via))
         else:
             words.append(word)
     return parts + ([Text(" ".join(words))] if any(words) else [])

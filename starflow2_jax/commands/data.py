@@ -45,7 +45,8 @@ def _data(args: Namespace, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(config, args.checkpoint or Path(scratch) / "run")
     task = trainer.task(stage.name)
-    streams, encode = task.streams(), task.row_encoder()
+    streams = task.streams()
+    encode = task.row_encoder(streams)
     found = data_report.look(streams, encode, args.num)
     numbers = data_report.summary(streams, found, encode)
     print(data_report.as_text(numbers))

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from starflow2_jax.commands.arguments import Commands, InputFolder, Whole, Words, require_writable
+from starflow2_jax.commands.arguments import Commands, InputFile, InputFolder, Whole, Words, require_writable
 from starflow2_jax.errors import UserError, require_one_of, storage_errors
 
 A_SHARD = 10_000  # documents of a shard, unless --shards says otherwise
@@ -17,7 +17,8 @@ def add(commands: Commands) -> None:
         type=Words(),
         required=True,
         metavar="KIND:PATH",
-        help="parquet, tar, json (also JSONL and LLaVA's form), hf or tfds, and where it is; several files as a pattern",
+        help="parquet, tar, tsv (rows that name files in tars), json (also JSONL and LLaVA's form), hf or tfds, and where it is; "
+        "several files as a pattern",
     )
     p.add_argument(
         "--out", type=Words(), required=True, metavar="DIR", help="folder for the shards, on disk or in a bucket"
@@ -63,6 +64,12 @@ def add(commands: Commands) -> None:
         metavar="TEXT",
         help="caption that a class becomes, with {} for its name (default: {})",
     )
+    p.add_argument(
+        "--classes",
+        type=InputFile(),
+        metavar="FILE",
+        help="tar: names of the classes in .cls files, one a line, from class 0 on",
+    )
     p.add_argument("--images", type=InputFolder(), metavar="DIR", help="json: folder where the pictures' paths begin")
     p.add_argument(
         "--split", type=Words(), default="train", metavar="NAME", help="hf, tfds: the split (default: train)"
@@ -90,7 +97,7 @@ def _encode(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.data.images import locate
 
     if args.process >= args.processes:
-        raise UserError(f"--process is below --processes={args.processes}, not {args.process}")
+        raise UserError(f"--process must be below --processes={args.processes}, not {args.process}")
     out = locate(args.out, epath.Path(), "folder")
     if "://" not in str(out):
         require_writable("--out", str(out))
@@ -132,15 +139,19 @@ def _reader(args: Namespace) -> tuple[Any, int]:
     from starflow2_jax.data.jsonl import JsonlDocuments, JsonlOptions
     from starflow2_jax.data.readers import ParquetReader, SourceReader, TarReader
     from starflow2_jax.data.rows import RowOptions
+    from starflow2_jax.data.tar_index import TarIndexReader
     from starflow2_jax.data.tfds import SCHEME, TfdsDocuments, TfdsOptions
+    from starflow2_jax.text_files import read_lines
 
     kind, _, path = args.source.partition(":")
+    classes = read_lines(args.classes) if args.classes else []
     columns = {"image": args.image, "template": args.template}
     if args.captions:
         columns["captions"] = tuple(args.captions.split(","))
     readers = {
         "parquet": lambda: ParquetReader(path, RowOptions(**columns)),
-        "tar": lambda: TarReader(path, RowOptions(**columns)),
+        "tar": lambda: TarReader(path, RowOptions(**columns), classes),
+        "tsv": lambda: TarIndexReader(path, RowOptions(**columns)),
         "json": lambda: SourceReader(JsonlDocuments(path, JsonlOptions(images=args.images or ""))),
         "hf": lambda: SourceReader(HuggingFaceDocuments(path, HuggingFaceOptions(split=args.split, **columns))),
         "tfds": lambda: SourceReader(
@@ -148,4 +159,4 @@ def _reader(args: Namespace) -> tuple[Any, int]:
         ),
     }
     require_one_of("the kind in --source KIND:PATH", kind, readers)
-    return readers[kind](), 1 if kind == "tar" else A_SHARD
+    return readers[kind](), 1 if kind in ("tar", "tsv") else A_SHARD

@@ -4,11 +4,27 @@ import json
 import tempfile
 import time
 from argparse import Namespace
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from starflow2_jax import __version__
 from starflow2_jax.commands.arguments import Commands, InputPath, OutputFolder, Whole, Words
 from starflow2_jax.commands.model import SEED, add_model, restore
+from starflow2_jax.commands.sampling_options import add_overrides
 from starflow2_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from starflow2_jax.sampling.engine import Sampler
+
+OVERRIDES = {  # fields of SampleOptions that the command line may set for all tasks
+    "guidance": "--guidance",
+    "image_guidance": "--image-guidance",
+    "image_temperature": "--temperature",
+    "temperature": "--text-temperature",
+    "top_p": "--top-p",
+    "max_tokens": "--max-tokens",
+}
 
 
 def add(commands: Commands) -> None:
@@ -18,6 +34,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--benchmark", type=Words(), required=True, metavar="NAME", help="benchmark to run, such as digits")
     p.add_argument(
         "--data",
+        "--prompts",
         type=InputPath(),
         metavar="PATH",
         help="file or folder with the benchmark's tasks; leave it out for a benchmark that brings its own",
@@ -27,6 +44,18 @@ def add(commands: Commands) -> None:
         type=Whole(1),
         metavar="N",
         help="largest number of tasks of each kind (default: the benchmark's own)",
+    )
+    p.add_argument(
+        "--part",
+        type=Words(),
+        metavar="NAME",
+        help="part of the benchmark's data, such as validation to choose options by (default: the benchmark's own, test)",
+    )
+    add_overrides(p, OVERRIDES)
+    p.add_argument(
+        "--chat",
+        action="store_true",
+        help="put all prompts into the tokenizer's chat template, as a user's messages, and not those of questions alone",
     )
     p.add_argument("--batch", type=Whole(1), default=64, metavar="N", help="tasks to answer at a time (default: 64)")
     p.add_argument(
@@ -44,7 +73,7 @@ def add(commands: Commands) -> None:
         type=Whole(1),
         default=1,
         metavar="N",
-        help="number of processes that share the tasks through --out (default: 1)",
+        help="number of processes that share the batches through --out (default: 1)",
     )
     p.add_argument(
         "--out",
@@ -73,12 +102,30 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
     from starflow2_jax.sampling import batch_files
 
     begin, share = time.time(), batch_files.Share(args.process, args.processes)
-    benchmark = open_benchmark(args.benchmark, args.data, args.limit)
+    benchmark = open_benchmark(args.benchmark, args.data, args.limit, args.part)
+    if benchmark.draws:
+        _require_pictures(args)
+        if args.out is None:
+            raise UserError(
+                f"the benchmark {args.benchmark} needs --out, the folder for the pictures that its scorer reads"
+            )
     sampler = restore(args)
     run = {"benchmark": args.benchmark} | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed)
+    chosen = {field: value for field in OVERRIDES if (value := getattr(args, field, None)) is not None}
     with tempfile.TemporaryDirectory() as scratch:
         answers = Path(args.out or scratch) / "answers"
-        found = engine.evaluate(sampler, benchmark, answers, run, args.seed, args.batch, share)
+        found = engine.evaluate(
+            sampler,
+            benchmark,
+            answers,
+            run | _weights(args, sampler),
+            args.seed,
+            args.batch,
+            share,
+            chosen,
+            getattr(args, "chat", False),
+            _versions(),
+        )
     if found is None:
         print(f"the answers of this process are in {answers}; the last process to finish writes the report")
         return
@@ -88,6 +135,37 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
     numbers |= more
     print(json.dumps(numbers, indent=1))
     if args.out:
+        print(f"the answers, and the files for the benchmark's own scorer, are in {answers}")
         metrics = Path(args.checkpoint) / "metrics" / "metrics.jsonl"
         write_report(args.out, {**numbers, "aims": benchmark.aims}, page, metrics)
         print(f"open {Path(args.out) / 'index.html'}")
+
+
+def _require_pictures(args: Namespace) -> None:
+    """Raises UserError if the checkpoint's images are latents. It reads no weights of the model."""
+    from starflow2_jax.checkpoints.directory import CheckpointDirectory
+
+    checkpoint = CheckpointDirectory(args.checkpoint)
+    checkpoint.config()
+    if not checkpoint.codec().makes_pixels:
+        raise UserError(
+            f"the benchmark {args.benchmark} needs pictures, and {args.checkpoint} has no decoder: its images are latents; "
+            "use a checkpoint whose codec decodes pictures"
+        )
+
+
+def _weights(args: Namespace, sampler: "Sampler") -> dict[str, Any]:
+    """Which weights answer: a hash of them all, and whether they are the moving average."""
+    from starflow2_jax.checkpoints.directory import CheckpointDirectory
+    from starflow2_jax.parallel.content_hash import content_hash
+
+    steps = CheckpointDirectory(args.checkpoint).steps
+    average = sampler.step is not None and steps.has(sampler.step, "ema")
+    return {"weights": content_hash(sampler.params)[:16], "average": average}
+
+
+def _versions() -> dict[str, str]:
+    import jax
+
+    others = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pillow")}
+    return {"starflow2_jax": __version__, **others, "device": jax.devices()[0].device_kind}

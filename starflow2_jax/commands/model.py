@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from starflow2_jax.commands.arguments import InputFolder, Whole
 
 if TYPE_CHECKING:
+    from starflow2_jax.data.images import ImageReader
     from starflow2_jax.sampling.engine import Sampler
 
 SEED = Whole(0, 2**32 - 1)
@@ -42,16 +43,17 @@ def add_model(parser: argparse.ArgumentParser, fsdp: bool = True) -> None:
     )
 
 
-def image_channels(args: argparse.Namespace) -> int:
-    """The channels of the checkpoint's images. This needs no device, so images can be read before the model is loaded.
+def image_reader(args: argparse.Namespace) -> "ImageReader":
+    """Reads images for the checkpoint's model. This needs no device, so images can be read before the model is loaded.
 
     Raises CheckpointError.
     """
     from starflow2_jax.checkpoints.directory import CheckpointDirectory
+    from starflow2_jax.data.images import reader_of
 
     checkpoint = CheckpointDirectory(args.checkpoint)
     checkpoint.config()
-    return checkpoint.codec().image_channels
+    return reader_of(checkpoint.codec())
 
 
 def restore(args: argparse.Namespace, data: int = -1) -> "Sampler":

@@ -11,7 +11,9 @@ from starflow2_jax.commands.experiment import add_config
 
 def add(commands: Commands) -> None:
     """Add `starflow2 plan` to the command line."""
-    p = commands.add_parser("plan", help="predict memory and time of a training step on TPUs or GPUs, without them")
+    p = commands.add_parser(
+        "plan", help="predict memory and time of a training step on TPUs or GPUs that this machine need not have"
+    )
     add_config(p)
     p.add_argument(
         "--topology",
@@ -26,7 +28,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--json", type=OutputFile(), metavar="FILE", help="also write the plan to this file")
     p.add_argument("--sampler", action="store_true", help="plan steps of the sampler instead of a training step")
     p.add_argument(
-        "--rows", type=Whole(1), metavar="N", help="with --sampler: rows of the batch (default: one per chip)"
+        "--rows", type=Whole(1, 10**6), metavar="N", help="with --sampler: rows of the batch (default: one per chip)"
     )
     p.add_argument(
         "--capacity",

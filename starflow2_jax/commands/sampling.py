@@ -18,7 +18,7 @@ from starflow2_jax.commands.arguments import (
     Words,
     require_writable,
 )
-from starflow2_jax.commands.model import SEED, add_model, image_channels, restore
+from starflow2_jax.commands.model import SEED, add_model, image_reader, restore
 from starflow2_jax.commands.sampling_options import add_sampling, sample_options
 from starflow2_jax.errors import UserError
 
@@ -66,19 +66,18 @@ def _add_sample(commands: Commands) -> None:
 
 def _sample(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.data.documents import Text
-    from starflow2_jax.data.images import ImageReader
     from starflow2_jax.data.json_documents import read_document
     from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling import batch_files
 
     options = sample_options(args)
-    channels, out = image_channels(args), Path(args.out)
+    images, out = image_reader(args), Path(args.out)
     documents = document = None
     if args.documents:
-        documents, images = JsonlDocuments(args.documents), ImageReader(channels)
+        documents = JsonlDocuments(args.documents)
         documents.read(0, images)  # a file of another kind is refused before the model is loaded
     else:
-        document = read_document(args.document, channels) if args.document else [Text(args.prompt)]
+        document = read_document(args.document, images) if args.document else [Text(args.prompt)]
     sampler = restore(args)
     options = options.sized(sampler.model.cfg.tokens)
     if documents is not None:
@@ -141,17 +140,16 @@ def _add_score(commands: Commands) -> None:
 
 
 def _score(args: Namespace, _: list[str]) -> None:
-    from starflow2_jax.data.images import ImageReader
     from starflow2_jax.data.json_documents import read_document
     from starflow2_jax.data.jsonl import JsonlDocuments
     from starflow2_jax.sampling.scoring import score
 
-    channels = image_channels(args)
+    images = image_reader(args)
     if args.document.endswith(".jsonl"):
         lines = JsonlDocuments(args.document)
-        documents = [lines.read(i, ImageReader(channels)) for i in range(len(lines))]
+        documents = [lines.read(i, images) for i in range(len(lines))]
     else:
-        documents = [read_document(args.document, channels)]
+        documents = [read_document(args.document, images)]
     scores = score(restore(args), documents)
     written = [json.dumps({"document": i, **part.summary()}) for i, parts in enumerate(scores) for part in parts]
     if args.out:
@@ -179,14 +177,13 @@ def _add_rank(commands: Commands) -> None:
 
 
 def _rank(args: Namespace, _: list[str]) -> None:
-    from starflow2_jax.data.images import read_image
     from starflow2_jax.sampling.scoring import describe, illustrate, rank
     from starflow2_jax.text_files import read_lines
 
     captions = read_lines(args.captions)
     if not captions:
         raise UserError(f"{args.captions} has no captions; write one per line")
-    image = read_image(args.image, image_channels(args))
+    image = image_reader(args).file(args.image).pixels
     by_image = args.by == "image"
     for caption, nats in rank(restore(args), image, captions, by_image, illustrate if by_image else describe):
         print(json.dumps({"caption": caption, "nats": nats}))
@@ -214,17 +211,17 @@ def _add_invert(commands: Commands) -> None:
 
 
 def _invert(args: Namespace, _: list[str]) -> None:
-    from starflow2_jax.data.images import read_image, write_image
+    from starflow2_jax.data.images import write_image
     from starflow2_jax.sampling.noise_space import decode, encode
     from starflow2_jax.sampling.prompts import spoken
 
-    pixels = read_image(args.image, image_channels(args))
+    pixels = image_reader(args).file(args.image).pixels
     sampler = restore(args)
     here, there = (spoken(sampler.tokenizer, prompt) for prompt in (args.prompt, args.as_prompt))
     z = encode(sampler, [here], [pixels])
     [image] = decode(sampler, [there], z)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    print(f"written: {write_image(Path(args.out), image, sampler.codec.is_pixels)}")
+    print(f"written: {write_image(Path(args.out), image, sampler.codec.makes_pixels)}")
 
 
 def _add_calibrate(commands: Commands) -> None:
@@ -241,7 +238,7 @@ def _add_calibrate(commands: Commands) -> None:
     )
     p.add_argument(
         "--guidance",
-        type=Number(0),
+        type=Number(0, 100),
         default=1.0,
         metavar="W",
         help="guidance weight of images; has no effect without --prompt (default: 1)",
@@ -253,7 +250,9 @@ def _add_calibrate(commands: Commands) -> None:
         metavar="E",
         help="largest relative squared error of a block's output (default: 0.001)",
     )
-    p.add_argument("--batch", type=Whole(1), default=16, metavar="N", help="images to draw at a time (default: 16)")
+    p.add_argument(
+        "--batch", type=Whole(1, 10**4), default=16, metavar="N", help="images to draw at a time (default: 16)"
+    )
     p.set_defaults(run=_calibrate)
 
 

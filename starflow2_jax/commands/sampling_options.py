@@ -12,18 +12,23 @@ if TYPE_CHECKING:
 # Field of SampleOptions -> what argparse needs to know about its option, which is named after the field.
 OPTIONS: dict[str, dict[str, Any]] = {
     "guidance": dict(
-        type=Number(0), default=1.0, metavar="W", help="guidance weight of images; 0 turns guidance off (default: 1)"
+        type=Number(0, 100),
+        default=1.0,
+        metavar="W",
+        help="guidance weight of images; 0 turns guidance off (default: 1)",
     ),
     "image_guidance": dict(
-        type=Number(0),
+        type=Number(0, 100),
         metavar="W",
         help="guidance weight of the images in the prompt; --guidance then weighs the text alone",
     ),
     "linear": dict(action="store_true", help="extrapolate linearly for guidance, instead of mixing Gaussians"),
     "annealed": dict(action="store_true", help="let guidance grow from an image's first token to its last"),
-    "image_temperature": dict(type=Number(0), default=0.9, metavar="T", help="temperature of images (default: 0.9)"),
+    "image_temperature": dict(
+        type=Number(0, 10), default=0.9, metavar="T", help="temperature of images (default: 0.9)"
+    ),
     "temperature": dict(
-        type=Number(0),
+        type=Number(0, 10),
         default=0.0,
         metavar="T",
         help="temperature of text; 0 takes the most likely token (default: 0)",
@@ -39,6 +44,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         default=1.0,
         metavar="P",
         help="draw text from the fewest tokens whose probability adds up to P (default: 1)",
+    ),
+    "presence_penalty": dict(
+        type=Number(-2, 2),
+        default=0.0,
+        metavar="P",
+        help="taken off the logits of tokens that the answer holds already (default: 0)",
+    ),
+    "frequency_penalty": dict(
+        type=Number(-2, 2),
+        default=0.0,
+        metavar="P",
+        help="taken off a token's logit for each time that the answer holds it (default: 0)",
+    ),
+    "repetition_penalty": dict(
+        type=Number(0.01, 100),
+        default=1.0,
+        metavar="P",
+        help="above 1: makes the tokens of prompt and answer less likely (default: 1)",
     ),
     "max_tokens": dict(
         type=Whole(1),
@@ -76,6 +99,13 @@ def add_sampling(
     for field in fields:
         name = (names or {}).get(field, f"--{field.replace('_', '-')}")
         parser.add_argument(name, dest=field, **OPTIONS[field])
+
+
+def add_overrides(parser: argparse.ArgumentParser, names: Mapping[str, str]) -> None:
+    """Add the options of the fields in `names` under these names, with None as their default: something else chooses then."""
+    for field, name in names.items():
+        help = OPTIONS[field]["help"].partition(" (default")[0] + " (default: the task's own)"
+        parser.add_argument(name, dest=field, **OPTIONS[field] | {"default": None, "help": help})
 
 
 def add_images(parser: argparse.ArgumentParser, whose: str, more: str = "") -> None:

@@ -42,9 +42,9 @@ def add(commands: Commands) -> None:
     p.add_argument(
         "--max-queue",
         type=Whole(1),
-        default=32,
+        default=512,
         metavar="N",
-        help="requests that may wait; more are refused with status 429 (default: 32)",
+        help="requests that may wait; more are refused with status 429 (default: 512)",
     )
     p.add_argument(
         "--max-tokens",
@@ -56,9 +56,23 @@ def add(commands: Commands) -> None:
     p.add_argument(
         "--max-pixels",
         type=Whole(1),
-        default=16_000_000,
+        default=40_000_000,
         metavar="N",
-        help="largest number of pixels in all images of a request (default: 16000000)",
+        help="most pixels of an image as its file is decoded, beside those before it as the model sees them; larger JPEG "
+        "files are decoded at a lower resolution (default: 40000000)",
+    )
+    for name, word in (("--vit-max-pixels", "most"), ("--vit-min-pixels", "least")):
+        p.add_argument(
+            name,
+            type=Whole(1, 10**9),
+            metavar="N",
+            help=f"{word} pixels to which pictures are scaled for the vision tower (default: the model's)",
+        )
+    p.add_argument(
+        "--max-images",
+        type=Whole(0),
+        metavar="N",
+        help="most images in an answer; 0: the model only writes text (default: no limit)",
     )
     p.add_argument(
         "--max-body",
@@ -95,6 +109,14 @@ def add(commands: Commands) -> None:
         metavar="KEY",
         help="key that clients must send (default: $STARFLOW2_API_KEY, or none)",
     )
+    p.add_argument(
+        "--allow-origin",
+        type=Words(),
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web site whose pages may use the server, such as https://example.com; * is every site; may be repeated",
+    )
     p.set_defaults(run=run)
 
 
@@ -122,6 +144,10 @@ def run(args: Namespace, _: list[str]) -> None:
         keep=args.keep,
         images=args.images,
         editing=args.editing,
+        max_images=args.max_images,
+        vit_min_pixels=args.vit_min_pixels,
+        vit_max_pixels=args.vit_max_pixels,
+        origins=tuple(args.allow_origin),
     )
     name = args.name or Path(args.checkpoint).resolve().name
 

@@ -1,6 +1,8 @@
 """`starflow2 train`, `init` and `quickstart`."""
 
 import os
+import shlex
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +14,10 @@ from starflow2_jax.commands.experiment import add_config
 from starflow2_jax.errors import Terminated
 
 KEPT = "the last checkpoint is kept, and the same command resumes from it"
+DEMOS = {  # of the quickstart: experiment, benchmark, tasks of each kind if it is a mere trial
+    "digits": ("digits_quick", "digits", 10),
+    "scenes": ("scenes_quick", "scenes_quick", 1),
+}
 
 
 def add(commands: Commands) -> None:
@@ -71,9 +77,12 @@ def _add_train(commands: Commands) -> None:
 def _train(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.config import loading as configs
     from starflow2_jax.parallel import processes
+    from starflow2_jax.weights.vlm import load_config
 
-    config = configs.load(args.config, overrides, args.runlocal, args.chip)
     out = args.out or f"runs/{Path(args.config).stem}"
+    begun_on = Path(out) / "vlm.json"  # `starflow2 init` copies it; its sizes need not be given again
+    vlm = load_config(begun_on) if begun_on.exists() else None
+    config = configs.load(args.config, overrides, args.runlocal, args.chip, tuple(configs.PAGES), vlm)
     if args.compilation_cache:
         _keep_compiled(args.compilation_cache)
     start_devices(config.cpu_devices, partial(processes.initialize, args))
@@ -85,18 +94,21 @@ def _train(args: Namespace, overrides: list[str]) -> None:
 
 def _trained(config, out: str | Path, profile: int = 0) -> dict:
     """Train the rest of the run. Returns the summary of its time; raises Terminated when all is saved after a SIGTERM."""
+    from starflow2_jax.config.loading import CODEC
+    from starflow2_jax.training.codec.trainer import CodecTrainer
     from starflow2_jax.training.loop import Trainer
     from starflow2_jax.training.preemption import Preempted
 
+    trainer = CodecTrainer if config.kind == CODEC else Trainer
     try:
-        return Trainer(config, out).run(profile=profile)
+        return trainer(config, out).run(profile=profile)
     except Preempted:
         raise Terminated("all is saved, and the same command goes on") from None
 
 
 def start_devices(cpu_devices: int, join: Callable[[], None] = lambda: None) -> None:
     """Start JAX, with `cpu_devices` CPU devices where there is no accelerator. `join` joins the other processes of the run,
-    which must happen before. Raises UserError."""
+    which must happen before JAX starts its devices. Raises UserError."""
     import jax
 
     from starflow2_jax.parallel import devices
@@ -118,7 +130,16 @@ def _add_init(commands: Commands) -> None:
         "--vlm", type=InputFolder(), required=True, metavar="DIR", help="checkpoint written by `starflow2 convert`"
     )
     add_config(p)
+    p.add_argument(
+        "--codec",
+        type=InputFolder("folder of a codec"),
+        metavar="DIR",
+        help="folder of the codec, which the run's directory gets a copy of; short for --config.codec.path",
+    )
     p.add_argument("--out", type=OutputFolder(), required=True, metavar="DIR", help="new checkpoint directory")
+    p.add_argument(
+        "--force", action="store_true", help="begin even if the flows do not fit into the memory that is free"
+    )
     p.set_defaults(run=_init)
 
 
@@ -127,19 +148,33 @@ def _init(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.training.loop import Trainer
     from starflow2_jax.weights.vlm import load_config
 
-    config = configs.load(args.config, overrides, chip=args.chip)
-    load_config(Path(args.vlm) / "vlm.json")  # a folder without one is refused before the devices start
+    vlm = load_config(Path(args.vlm) / "vlm.json")
+    if args.codec:
+        overrides = [*overrides, f"codec.path={Path(args.codec).resolve()}"]
+    config = configs.load(args.config, overrides, chip=args.chip, vlm=vlm)
     start_devices(config.cpu_devices)
+    begun = time.monotonic()
 
-    Trainer.begin(config, args.out, args.vlm, load_config)
-    chip = f" --chip {args.chip}" if args.chip else ""
-    print(f"ready: starflow2 train --config {args.config}{chip} --out {args.out}")
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - begun:6.0f} s  {line}", flush=True)
+
+    Trainer.begin(config, args.out, args.vlm, load_config, say, args.force)
+    chip = ["--chip", args.chip] if args.chip else []
+    given = [f"--config.{override}" for override in overrides]
+    train = ["starflow2", "train", "--config", args.config, *chip, *given, "--out", args.out]
+    print(f"ready: {shlex.join(map(str, train))}")
 
 
 def _add_quickstart(commands: Commands) -> None:
     p = commands.add_parser(
         "quickstart",
-        help="train a small model on handwritten digits, sample from it and evaluate it",
+        help="train a small model on handwritten digits or emoji scenes, sample from it and evaluate it",
+    )
+    p.add_argument(
+        "--demo",
+        choices=DEMOS,
+        default="digits",
+        help="digits, in ten minutes on two CPU cores, or scenes, in an hour (default: digits)",
     )
     p.add_argument(
         "--out",
@@ -154,9 +189,7 @@ def _add_quickstart(commands: Commands) -> None:
         help="train a few steps of each stage only, to try the installation; takes about a minute",
     )
     p.set_defaults(run=_quickstart, kept=KEPT)
-    p.set_defaults(
-        benchmark="digits", data=None, batch=300, seed=0, process=0, processes=1, dtype=None, fsdp=1, tensor=1
-    )
+    p.set_defaults(data=None, part=None, batch=300, seed=0, process=0, processes=1, dtype=None, fsdp=1, tensor=1)
 
 
 def _quickstart(args: Namespace, _: list[str]) -> None:
@@ -164,10 +197,11 @@ def _quickstart(args: Namespace, _: list[str]) -> None:
 
     if args.smoke:  # it mostly compiles; XLA reads this variable when JAX starts, which is below
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    config = configs.load("digits_quick", runlocal=args.smoke)
+    experiment, args.benchmark, few = DEMOS[args.demo]
+    config = configs.load(experiment, runlocal=args.smoke)
     start_devices(config.cpu_devices)
     args.checkpoint = Path(args.out) / "checkpoint"
-    args.limit = 10 if args.smoke else None
+    args.limit = few if args.smoke else None
     spent = _trained(config, args.checkpoint)["seconds"]["total"]  # of all starts of an interrupted run
     print("sampling and evaluating ...")
     evaluation.report(args, spent, smoke=args.smoke)

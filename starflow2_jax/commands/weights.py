@@ -4,6 +4,9 @@ import os
 from argparse import Namespace
 
 from starflow2_jax.commands.arguments import Commands, InputPath, Number, OutputFolder, Words
+from starflow2_jax.errors import UserError, require_one_of
+
+RAE = "rae"  # RAE's autoencoders become codecs
 
 
 def add(commands: Commands) -> None:
@@ -12,7 +15,7 @@ def add(commands: Commands) -> None:
     p.add_argument(
         "kind",
         type=Words(),
-        help="kind of vision-language model, such as qwen2_5_vl; a wrong one is answered with the list",
+        help="kind of vision-language model, such as qwen2_5_vl, or rae; a wrong one is answered with the list",
     )
     p.add_argument(
         "--from",
@@ -23,7 +26,9 @@ def add(commands: Commands) -> None:
         help="folder with the published weights; with --to-hf, a checkpoint that this command wrote",
     )
     to = p.add_mutually_exclusive_group(required=True)
-    to.add_argument("--to", type=OutputFolder(), metavar="DIR", help="new checkpoint directory for the frozen VLM")
+    to.add_argument(
+        "--to", type=OutputFolder(), metavar="DIR", help="new folder for the frozen VLM, or of rae for the codec"
+    )
     to.add_argument(
         "--to-hf", type=OutputFolder(), metavar="DIR", help="new folder for safetensors files in the published layout"
     )
@@ -39,9 +44,17 @@ def add(commands: Commands) -> None:
 
 def _convert(args: Namespace, _: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting only reads and writes files
-    from starflow2_jax.weights import convert
+    from starflow2_jax.weights import convert, rae
+    from starflow2_jax.weights.vlm import VLM_WEIGHTS
 
-    if args.to:
+    require_one_of("the kind of weights", args.kind, (*VLM_WEIGHTS, RAE))
+    if args.kind == RAE:
+        if args.to_hf:
+            raise UserError(
+                "--to-hf writes vision-language models only; a codec folder holds a safetensors file already"
+            )
+        rae.to_codec(args.source, args.to)
+    elif args.to:
         convert.to_checkpoint(args.kind, args.source, args.to)
     else:
         convert.to_reference(args.kind, args.source, args.to_hf, int(args.shard_gb * 10**9))

@@ -17,7 +17,7 @@ def require_consistent(config: ExperimentConfig) -> None:
     """Raises ConfigError for the first values that contradict each other; the message names the keys to change."""
     require_order(config)
     require_sources(config)
-    require_evals(config, CODECS[config.codec.kind].is_pixels)
+    require_evals(config, CODECS[config.codec.kind].is_pixels or bool(getattr(config.codec, "decoder", "")))
     _require_codec(config)
     for name, cfg in config.stages.items():
         _require_stage(config, STAGES[name], cfg)

@@ -16,7 +16,7 @@ class EvalOptions:
 
     @classmethod
     def applies(cls, stage: Stage | CodecStage) -> bool:
-        """Whether the evaluation says anything about a stage."""
+        """Whether the evaluation can run in a stage."""
         return True
 
 
@@ -51,20 +51,6 @@ class SheetOptions(EvalOptions):
         return stage.image_loss
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReconstructionOptions(EvalOptions):
-    """How well a codec, while it is trained, makes held-out pictures again: numbers, and a sheet of some of them."""
-
-    mix: dict[str, float] = option("weight of each held-out source in the batches", least=0)
-    batches: int = option("batches; a source with fewer documents is read once", 8, least=1)
-    pictures: int = option("pictures of the sheet", 8, least=1, most=64)
-
-    @classmethod
-    def applies(cls, stage: Stage | CodecStage) -> bool:
-        """See EvalOptions. The stage `encoder` trains no codec yet."""
-        return isinstance(stage, CodecStage) and stage.name != "encoder"
-
-
 # A new kind has a row here and a row in training/evals/table.py.
 EVAL_OPTIONS: dict[str, type[EvalOptions]] = {
     "loss": LossOptions,
@@ -81,7 +67,7 @@ class EvalConfig:
         "the kind of evaluation; left out, it is the entry's name if there is such a kind", "loss", choices=EVAL_OPTIONS
     )
     every: int = option(
-        "steps of the whole run between two of them, beside the one at the end of each stage; 0: only there",
+        "steps of the whole run between two evaluations; a stage also ends with one; 0: only at its end",
         1000,
         least=0,
     )

@@ -16,8 +16,9 @@ from starflow2_jax.config.overrides import assign
 from starflow2_jax.config.schema import Config, ExperimentConfig, RunConfig
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
-from starflow2_jax.fields import Key, abbreviated, build, walk
+from starflow2_jax.fields import COMPUTED, Key, abbreviated, build, walk
 from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.vlm import VlmConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STARFLOW2, CODEC = "starflow2", "fae"  # the kinds of runs
@@ -30,6 +31,7 @@ def load(
     runlocal: bool = False,
     chip: str | None = None,
     kinds: typing.Collection[str] = (STARFLOW2,),
+    vlm: VlmConfig | None = None,
 ) -> Config:
     """The whole config of an experiment, locked. Raises ConfigError. Starts no device.
 
@@ -37,6 +39,7 @@ def load(
     `overrides`: texts "key.sub=value", which take precedence over the experiment. `runlocal`: ask the experiment for a
     small version of itself. `chip`: a TPU generation such as "v5p", for experiments whose `get_config` takes it.
     `kinds`: the kinds of runs that the caller can use.
+    `vlm`: a vision-language model whose sizes take the place of the experiment's; how it is computed stays the experiment's.
     """
     path = find(path)
     module = import_file(path, "experiment", ConfigError)
@@ -51,6 +54,10 @@ def load(
     if not isinstance(config, ConfigDict | Mapping):
         raise ConfigError(f"{path}: get_config must return an ml_collections ConfigDict, not {abbreviated(config)}")
     values = _values(config, overrides)
+    if vlm is not None:
+        model = values.setdefault("model", {})
+        same = model.get("vlm", {}).get("kind", vlm.kind) == vlm.kind
+        model["vlm"] = _sized(model.get("vlm", {}) if same else {}, vlm)
     page = _page(values)
     if (kind := values.get("kind", STARFLOW2)) not in kinds:
         raise ConfigError(
@@ -58,6 +65,18 @@ def load(
         )
     assign(page, values, overrides)
     return complete(values)
+
+
+def _sized(values: Mapping, cfg: typing.Any) -> dict:
+    """The values of a config with the sizes of `cfg`, a dataclass."""
+    sizes = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            value = _sized(values.get(field.name) or {}, value)
+        if field.name not in COMPUTED:
+            sizes[field.name] = value
+    return {**values, **sizes}
 
 
 def find(path: str | Path) -> Path:

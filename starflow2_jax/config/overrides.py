@@ -38,7 +38,9 @@ def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
         try:
             _assign(cls, values, key.split("."), key, text)
         except _UnknownKeyError:
-            close = difflib.get_close_matches(key, [k.path for k in keys(cls, values)], 1, 0.0)
+            known = [k.path for k in keys(cls, values)]
+            of_same_name = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
+            close = difflib.get_close_matches(key, of_same_name or known, 1, 0.0)
             raise ConfigError(f"there is no config key {key!r}; did you mean {close[0]!r}?") from None
         except _GroupError:
             inside = [k.path for k in keys(cls, values) if fnmatch.fnmatchcase(k.path, f"{key}.*")]

@@ -26,7 +26,10 @@ class MeshConfig:
     data: int = option(
         "copies of the model; between slices of TPUs this axis comes first; -1: all remaining devices", -1
     )
-    fsdp: int = option("devices over which rows, parameters and optimizer are cut; -1: all remaining devices", 1)
+    fsdp: int = option(
+        "devices over which rows, parameters and optimizer are cut; -1: all remaining devices, or with data=-1, too, up to 64",
+        1,
+    )
     sequence: int = option("devices over which the positions of a row are cut; -1: all remaining devices", 1)
     tensor: int = option("devices over which heads, hidden channels and words are cut; -1: all remaining devices", 1)
 
@@ -34,9 +37,13 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise UserError(f"{axis} is at least 1, or -1 for all remaining devices, not {size}")
-        if list(sizes.values()).count(-1) > 1:
-            raise UserError("only one axis can be -1, which stands for all devices that the other axes leave")
+                raise UserError(f"{axis} must be at least 1, or -1 for all remaining devices, not {size}")
+        left = {axis for axis, size in sizes.items() if size == -1}
+        if len(left) > 1 and left != {"data", "fsdp"}:
+            raise UserError(
+                "only one axis can be -1, which stands for all devices that the other axes leave, or data and fsdp together, "
+                "which then share them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,9 @@ class DataConfig:
 class CodecConfig:
     """The key of the section `codec` that all codecs have."""
 
-    kind: str = option("latents: read from files; patch: the pixels of squares", "latents", choices=CODECS)
+    kind: str = option(
+        "latents: read from files; patch: the pixels of squares; fae: compressed features", "latents", choices=CODECS
+    )
 
 
 @dataclass(frozen=True)

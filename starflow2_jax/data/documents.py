@@ -26,7 +26,7 @@ class Image:
     via: str = (
         "flow"  # the model sees it as "flow" tokens, or through "vit", the VLM's vision tower, which generates nothing
     )
-    encoded: bool = False  # the codec has encoded it: `pixels` are its latents (h, w, D), not to be encoded again
+    encoded: bool = False  # the codec has encoded it: `pixels` are its latents (h, w, D), fp32 or bfloat16
 
 
 Document = list[Text | Image]

@@ -109,6 +109,11 @@ class EncodedDocuments(Source):
         weights = (self.folder / CODEC).read_bytes() if latents["weights"] else b""
         return unpacked(latents["codec"], weights)
 
+    def encoded_by(self) -> str | None:
+        """See Source."""
+        latents = self.index["latents"]
+        return latents["fingerprint"] if latents else None
+
 
 def read_index(folder: epath.Path) -> dict[str, Any]:
     """The values of a folder's index.json. Raises UserError."""

@@ -36,7 +36,7 @@ WRITER = "group_size:1,uncompressed"  # each record is read alone; pictures and 
 class Encoding:
     """How documents are encoded.
 
-    source: its words in index.json. shards: number of files. size: pictures whose short side is longer are scaled down to
+    source: its name for index.json. shards: number of files. size: pictures whose short side is longer are scaled down to
     this many pixels and saved as JPEG files of this quality; 0: every picture keeps its file. via: as in SourceConfig.
     codec: flow images are stored as its latents; None: as pictures.
     """
@@ -70,7 +70,9 @@ def encode(
     """
     out.mkdir(parents=True, exist_ok=True)
     if not 1 <= encoding.shards <= reader.units:
-        raise UserError(f"shards are from 1 to {reader.units}, the number of files or documents, not {encoding.shards}")
+        raise UserError(
+            f"shards must be from 1 to {reader.units}, the number of files or documents, not {encoding.shards}"
+        )
     description = encoding.description()
     ours = _name(0, encoding.shards, "json")[5:]
     if others := [path.name for path in out.glob("*-of-*.json") if not path.name.endswith(ours)]:

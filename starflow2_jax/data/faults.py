@@ -30,7 +30,8 @@ def judge(counts: Mapping[str, int], faults: Mapping[str, str], given_up: bool, 
     """Raises DataFaultsError if more documents were skipped than `cfg` allows.
 
     counts: documents of each source ("NAME"), and skipped ones by kind of fault ("NAME/KIND"). faults: a message for each
-    kind. given_up: a reader found no document that can be used among many.
+    kind. given_up: a reader met many documents in
+    a row that cannot be used, and stopped.
     """
     for name, read in counts.items():
         if "/" in name:

@@ -30,8 +30,8 @@ class GroupedBatches:
     need. (One packer for all rows would make every host read and encode every document.) More groups allow more hosts;
     but with fewer rows per group the packer has less choice, and rows end with a little more padding.
 
-    workers: processes that read ahead, at most one per group of this host; 0: none. threads: that read ahead, in each of
-    these processes or (without any) in this one. faults: when skipped documents end the run. rows: the rows that this
+    workers: number of processes that read ahead, at most one per group of this host; 0: none. threads: number of threads
+    that read ahead in each of these processes, or in this process if there are none. faults: when skipped documents end the run. rows: the rows that this
     host feeds; None: all. What the batches hold depends on none of these four.
     """
 

@@ -52,7 +52,7 @@ class HuggingFaceDocuments(Source):
         self.names = {
             column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "int2str")
         }
-        self.rows = _undecoded(loaded, datasets.Image)
+        self.rows = undecoded(loaded, datasets.Image)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "options": self.options, "folder": self.folder}
@@ -71,7 +71,7 @@ class HuggingFaceDocuments(Source):
             raise type(error)(f"{shorten(self.path)}, row {index}: {error}") from None
 
 
-def _undecoded(rows: Any, image: type) -> Any:
+def undecoded(rows: Any, image: type) -> Any:
     """The rows with their pictures as files, not decoded: {"bytes", "path"}, also in lists of pictures."""
     for column, feature in rows.features.items():
         inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)

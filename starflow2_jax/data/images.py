@@ -14,6 +14,7 @@ from etils import epath
 from PIL import Image as Pillow
 from PIL import ImageOps
 
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.data.documents import Image, ImageError, StoredImage
 from starflow2_jax.data.pictures import Picture
 from starflow2_jax.text_files import reason, shorten
@@ -37,7 +38,7 @@ class ImageReader:
     channels: of pictures, 1 (gray) or 3 (RGB).
     size: (height, width) to which flow pictures are scaled on their short side, and then cropped; None: they stay as
         they are.
-    latents: the codec takes latents, so that a flow image is an array and no picture.
+    latents: whether the codec takes latents; then a flow image is an array, not a picture.
     seen: side in pixels to which the vision tower scales the largest pictures; a JPEG that is much larger is decoded at a
         lower resolution. None: pictures for the tower are decoded whole.
     """
@@ -59,6 +60,10 @@ class ImageReader:
                 pixels = from_pillow(self._flow(Picture(file), view) if flow else self._vit(Picture(file), view))
         return Image(pixels, image.generate, image.via)
 
+    def file(self, path: str | Path, via: str = "flow") -> Image:
+        """The image in a file, which the model sees `via`. Raises ImageError."""
+        return self(stored(locate(str(path), epath.Path()), via=via))
+
     def _flow(self, picture: Picture, view: View) -> Pillow.Image:
         opaque = picture.opaque(self.channels, max(self.size) if self.size else None)
         if self.size and opaque.size != (self.size[1], self.size[0]):
@@ -68,6 +73,16 @@ class ImageReader:
     def _vit(self, picture: Picture, view: View) -> Pillow.Image:
         opaque = picture.opaque(self.channels, self.seen)
         return ImageOps.mirror(opaque) if view.mirrored else opaque
+
+
+def reader_of(codec: Codec) -> ImageReader:
+    """Reads the images that a user shows to the model.
+
+    A lossy codec gets flow pictures scaled and cropped to its size. A lossless one refuses pictures of another size, because
+    its likelihoods are of the pictures themselves.
+    """
+    scaled = codec.is_pixels and codec.log_volume is None
+    return ImageReader(codec.image_channels, codec.image_shape[:2] if scaled else None)
 
 
 @contextlib.contextmanager
@@ -102,7 +117,7 @@ def read_image(path: str | Path, channels: int) -> np.ndarray:
 
     A .npy file holds the array itself: pixels, or latents (h, w, D). Raises ImageError.
     """
-    return ImageReader(channels)(stored(locate(str(path), epath.Path()))).pixels
+    return ImageReader(channels).file(path).pixels
 
 
 def locate(text: str, folder: epath.Path, what: str = "image") -> epath.Path:

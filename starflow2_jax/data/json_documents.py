@@ -41,7 +41,7 @@ def _part(i: int, part: object, folder: epath.Path) -> Text | Wordings | StoredI
     if kind == "text":
         return _text(where, part["text"], part.get("predict", False))
     if part.get("via", "flow") not in ("flow", "vit"):
-        raise DocumentError(f'{where}: "via" is "flow" or "vit", not {shorten(repr(part["via"]))}')
+        raise DocumentError(f'{where}: "via" must be "flow" or "vit", not {shorten(repr(part["via"]))}')
     try:
         return stored(locate(part["image"], folder), part.get("generate", False), part.get("via", "flow"))
     except DocumentError as error:
@@ -67,13 +67,10 @@ def _require_types(where: str, kind: str, part: dict[str, Any]) -> None:
             raise DocumentError(f"{where}: the value of {key!r} must be {JSON_TYPES[keys[key]]}")
 
 
-def read_document(path: str | Path, channels: int) -> Document:
-    """The document in a JSON file (see `from_json`), with its images read.
-
-    channels: of pictures, 1 (gray) or 3 (RGB). Raises DocumentError.
-    """
+def read_document(path: str | Path, reader: ImageReader) -> Document:
+    """The document in a JSON file (see `from_json`), with its images read by `reader`. Raises DocumentError."""
     value = read_json_file(path, DocumentError)
-    return finished(from_json(value, epath.Path(path).parent), ImageReader(channels))
+    return finished(from_json(value, epath.Path(path).parent), reader)
 
 
 def finished(draft: Draft, reader: ImageReader) -> Document:

@@ -36,7 +36,7 @@ class JsonlOptions:
 
 
 class JsonlDocuments(Source):
-    """A file of JSON records: one per line, or one array of them. What it is, its first bytes tell.
+    """A file of JSON records: one per line, or one array of them. Its first bytes tell which of the two it is.
 
     A record is a document (see `json_documents.from_json`) or a conversation (see `rows.from_conversation`). Memory holds
     the offset of every 64th record: 125 kB for a million.

@@ -137,9 +137,9 @@ def loaded(
 class GroupRows:
     """The endless Blocks of one group: every `groups`-th document of each source, from document `group` on.
 
-    threads: that read and encode documents ahead; 0: the caller's thread reads when it takes a block.
-    state: of the Block after which to begin; None: the beginning. The mixture may have changed since: each source goes on
-        where it was, and a source that the state does not know begins.
+    threads: number of threads that read and encode documents ahead; 0: the caller's thread reads when it takes a block.
+    state: the state of the Block after which to continue; None: from the beginning. The mixture may have changed since
+        then: each source continues at its position, and a new source begins at its first document.
     """
 
     def __init__(

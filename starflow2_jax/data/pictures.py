@@ -48,13 +48,18 @@ class Picture:
         Levels have 8 bits. Raises ValueError for a file with 32 bits per level, and the exceptions above.
         """
         if side is not None:
-            least = int(SPARE * side)
-            self._image.draft(None, (least, least))
+            self.drafted(side)
         try:
             image = _opaque(self._image)
         except Exception as error:
             image = _opaque(self._open_without_metadata(error))
         return image.convert("L" if channels == 1 else "RGB")
+
+    def drafted(self, side: int) -> tuple[int, int]:
+        """The (width, height) at which `opaque` decodes the picture for this `side`. Later calls of `opaque` keep to it."""
+        least = int(SPARE * side)
+        self._image.draft(None, (least, least))
+        return self._image.size
 
     def _open(self, file: BinaryIO) -> ImageFile.ImageFile:
         file.seek(0)

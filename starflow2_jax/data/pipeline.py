@@ -7,11 +7,11 @@ import grain
 import numpy as np
 
 from starflow2_jax import sequence
-from starflow2_jax.codecs.protocol import Codec
+from starflow2_jax.codecs.protocol import Codec, require_shape
 from starflow2_jax.data.documents import Document, DocumentError, Image, LengthError, counts
 from starflow2_jax.data.tokenizer import TokenIds
 from starflow2_jax.models.vlm import VisionConfig
-from starflow2_jax.sequence import Sequence, Shape, VisionInput
+from starflow2_jax.sequence import Pictures, Sequence, Shape, VisionInput
 
 Run = tuple[list[int], int, float, tuple[int, int] | None]  # token ids, their modality and weight, grid of an image
 
@@ -19,11 +19,19 @@ Run = tuple[list[int], int, float, tuple[int, int] | None]  # token ids, their m
 class Encoder:
     """Turns a Document into the features of one sequence: tokens, positions, latents and weights of predictions.
 
-    remembered: the number of texts whose tokens are cached, for documents whose texts recur.
+    remembered: the number of texts whose tokens are cached, for documents whose texts recur. pictures: leave the pictures
+    for the step to encode (sequence.Pictures).
     """
 
-    def __init__(self, tokenizer: Any, codec: Codec, vision: VisionConfig | None = None, remembered: int = 0):
-        self.tokenizer, self.codec, self.vision = tokenizer, codec, vision
+    def __init__(
+        self,
+        tokenizer: Any,
+        codec: Codec,
+        vision: VisionConfig | None = None,
+        remembered: int = 0,
+        pictures: bool = False,
+    ):
+        self.tokenizer, self.codec, self.vision, self.pictures = tokenizer, codec, vision, pictures
         self.ids, self.remembered = TokenIds.of(tokenizer), remembered
         self._make_tokenize()
 
@@ -68,6 +76,7 @@ class Encoder:
             if images
             else np.zeros((0, h * w, self.codec.channels), np.float32),
             "image_weight": np.array([i.generate for i in images], np.float32),
+            **(self._pictures(images) if self.pictures else {}),
             **self._patches(seen),
         }
 
@@ -114,10 +123,24 @@ class Encoder:
                     f"an image's latents have the shape {part.pixels.shape}, and the codec's are {shape}"
                 )
             return part.pixels.reshape(-1, self.codec.channels).astype(np.float32)
+        if self.pictures:
+            return np.zeros((shape[0] * shape[1], shape[2]), np.float32)
         try:
             return self.codec.encode(part.pixels[None])[0].reshape(-1, self.codec.channels).astype(np.float32)
         except ValueError as error:
             raise DocumentError(str(error)) from None
+
+    def _pictures(self, images: list[Image]) -> dict[str, np.ndarray]:
+        """The pixels of the images that are pictures, and which these are."""
+        pixels = np.zeros((len(images), *self.codec.image_shape), np.uint8)
+        for place, image in zip(pixels, images, strict=True):
+            if not image.encoded:
+                try:
+                    require_shape(image.pixels[None], self.codec.image_shape, "pixels")
+                except ValueError as error:
+                    raise DocumentError(str(error)) from None
+                place[:] = np.rint((image.pixels + 1) * 127.5).clip(0, 255)
+        return {"pixels": pixels, "waiting": np.array([not image.encoded for image in images], bool)}
 
     def _patches(self, seen: list[Image]) -> dict[str, np.ndarray]:
         if self.vision is None:
@@ -157,12 +180,14 @@ def _lay_out(runs: list[Run]) -> dict[str, np.ndarray]:
     }
 
 
-def lengths(shape: Shape, vision: bool) -> dict[str, int]:
-    """The length of each feature of a row. vision: the model has a vision tower."""
+def lengths(shape: Shape, vision: bool, pictures: bool = False) -> dict[str, int]:
+    """The length of each feature of a row. vision: the model has a vision tower. pictures: as for Encoder."""
     names = {
         ("tokens", "modality", "text_weight", "positions"): shape.length,
         ("latents", "image_weight"): shape.images,
     }
+    if pictures:
+        names[("pixels", "waiting")] = shape.images
     if vision and shape.patches:
         names[("patches", "coordinates", "image", "window")] = shape.patches
     return {name: length for group, length in names.items() for name in group}
@@ -177,8 +202,10 @@ def to_sequence(batch: dict[str, np.ndarray]) -> Sequence:
         image: Any = np.where(document > 0, document * 1000 + arrays["image"], 0)
         window: Any = np.where(document > 0, document * 100_000 + arrays["window"], 0)
         vision = VisionInput(arrays["patches"], arrays["coordinates"], image, window)
+    pictures = Pictures(arrays["pixels"], arrays["waiting"]) if "pixels" in batch else None
     names = ("tokens", "modality", "positions", "text_weight", "latents", "image_weight")
-    return Sequence(segments=arrays["tokens_segment_ids"], vision=vision, **{name: arrays[name] for name in names})
+    common = {name: arrays[name] for name in names}
+    return Sequence(segments=arrays["tokens_segment_ids"], vision=vision, pictures=pictures, **common)
 
 
 def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
@@ -204,7 +231,7 @@ class RowEncoder:
 
     def __init__(self, encoder: Encoder, shape: Shape):
         self.encoder, self.shape = encoder, shape
-        self.lengths = lengths(shape, encoder.vision is not None)  # of the packed features
+        self.lengths = lengths(shape, encoder.vision is not None, encoder.pictures)  # of the packed features
         if shape.vlm_length:
             self.lengths["vlm_length"] = shape.vlm_length
         # A stage may have no room for images via "vit"; then a document without any fits.

@@ -1,4 +1,4 @@
-"""Drafts -> documents: what each reading draws anew (wordings, crops, what is left out), and the images, which are read."""
+"""Turns drafts into documents: reads the images, and draws wordings, crops and what is left out anew at each reading."""
 
 from dataclasses import dataclass, replace
 from typing import Any

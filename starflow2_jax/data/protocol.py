@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
+from starflow2_jax.codecs.fingerprint import fingerprint
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.data.documents import Draft, Image, Speaker, StoredImage, Text, Wordings
 
@@ -12,7 +13,7 @@ FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documen
 class Source(Protocol):
     """Drafts of documents by index: `source[i]` is always the same. Opening a source reads no document.
 
-    A source that inherits from this class may leave out `codec`, `images` and `texts`. Training shuffles the indices anew each
+    A source that inherits from this class may leave out `codec`, `encoded_by`, `images` and `texts`. Training shuffles the indices anew each
     epoch. A source is pickled when documents are read in processes of their own.
     """
 
@@ -22,7 +23,7 @@ class Source(Protocol):
         """Open the source. path: its `path` in the config. options: an instance of `Options`. Raises UserError."""
 
     def __len__(self) -> int:
-        """Number of documents, at most 2**32: of an epoch."""
+        """Number of documents in an epoch, at most 2**32."""
         ...
 
     def __getitem__(self, index: int) -> Draft:
@@ -32,6 +33,10 @@ class Source(Protocol):
     def codec(self) -> Codec | None:
         """The codec that has encoded the documents' flow images; None: they are not encoded. Raises UserError."""
         return None
+
+    def encoded_by(self) -> str | None:
+        """The fingerprint of `codec()`, for which a source with a large codec need not read its weights."""
+        return fingerprint(codec) if (codec := self.codec()) else None
 
     def images(self) -> Iterable[Image | StoredImage]:
         """The flow images that a codec is fitted to."""

@@ -2,7 +2,7 @@
 
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ class ParquetReader:
     """
 
     def __init__(self, path: str, options: RowOptions):
-        self.options, self.files = options, _files(path, "parquet")
+        self.options, self.files = options, files_of(path, "parquet")
         self.faults: dict[int, DocumentError] = {}
         self.ends, self.units = [], 0
         for i, file in enumerate(self.files):
@@ -81,8 +81,8 @@ class ParquetReader:
             if i in self.faults:
                 yield Found(begin, str(file), self.faults[i])
             else:
-                for found in self._rows(file, max(first - begin, 0), min(last, end) - begin):
-                    yield replace(found, unit=begin + found.unit)
+                for each in self._rows(file, max(first - begin, 0), min(last, end) - begin):
+                    yield replace(each, unit=begin + each.unit)
 
     def _rows(self, file: epath.Path, first: int, last: int) -> Iterator[Found]:
         """The rows of a file; their units are counted within the file."""
@@ -101,7 +101,7 @@ class ParquetReader:
                 if row + len(batch) > first and row < last:
                     for i, values in enumerate(batch.to_pylist(), row):
                         if first <= i < last:
-                            yield _found(i, f"{file}, row {i}", values, self.options, file.parent)
+                            yield found(i, f"{file}, row {i}", values, self.options, file.parent)
                 row += len(batch)
         except (OSError, ValueError) as error:
             fault = DocumentError(f"the rest of the row group is damaged ({reason(error)})")
@@ -111,12 +111,12 @@ class ParquetReader:
 class TarReader:
     """The samples of tar files in webdataset's layout: the files NAME.* are one sample. A unit is a tar file.
 
-    A sample has pictures (NAME.jpg), a caption (NAME.txt) and further columns (NAME.json). path: a file, a folder of
-    *.tar files, or a pattern. Raises UserError.
+    A sample has pictures (NAME.jpg), a caption (NAME.txt), further columns (NAME.json), and its class in the column "cls"
+    (NAME.cls). path: a file, a folder of *.tar files, or a pattern. classes: names by number. Raises UserError.
     """
 
-    def __init__(self, path: str, options: RowOptions):
-        self.options, self.files = options, _files(path, "tar")
+    def __init__(self, path: str, options: RowOptions, classes: Sequence[str] = ()):
+        self.options, self.files, self.names = options, files_of(path, "tar"), classes
         self.units = len(self.files)
 
     def read(self, first: int, last: int) -> Iterator[Found]:
@@ -140,6 +140,8 @@ class TarReader:
             for suffix, content in members.items():
                 if suffix.endswith("txt"):
                     row["caption"] = content.decode("utf-8")
+                elif suffix.endswith("cls") and "cls" in self.options.captions:
+                    row["cls"] = self._class(content.decode("utf-8").strip())
         except DocumentError as error:
             return Found(unit, place, error)
         except UnicodeDecodeError as error:
@@ -147,7 +149,17 @@ class TarReader:
         pictures = [content for suffix, content in sorted(members.items()) if PICTURES.fullmatch(suffix)]
         if pictures:
             row |= {"images": pictures} if is_conversation(row) else {self.options.image: pictures[0]}
-        return _found(unit, place, row, self.options, folder)
+        return found(unit, place, row, self.options, folder)
+
+    def _class(self, said: str) -> str:
+        """The caption of a class, which is given by its name or its number."""
+        if said.isdecimal():
+            if not (names := self.names):
+                raise DocumentError(f"its class is the number {said}; name a file of the classes with --classes")
+            if int(said) >= len(names):
+                raise DocumentError(f"its class is the number {said}, and there are {len(names)} names of classes")
+            said = names[int(said)]
+        return self.options.template.replace("{}", said)
 
 
 def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -194,14 +206,15 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         raise tarfile.ReadError("its end is missing")
 
 
-def _found(unit: int, place: str, row: Mapping[str, Any], options: RowOptions, folder: epath.Path) -> Found:
+def found(unit: int, place: str, row: Mapping[str, Any], options: RowOptions, folder: epath.Path) -> Found:
+    """The document of a row of named columns, or what is wrong with it."""
     try:
         return Found(unit, place, from_row(row, options, folder))
     except DocumentError as error:
         return Found(unit, place, error)
 
 
-def _files(path: str, suffix: str) -> list[epath.Path]:
+def files_of(path: str, suffix: str) -> list[epath.Path]:
     """The files of a folder with a suffix, those that fit a pattern, or one file. Raises UserError."""
     where = locate(path, epath.Path(), "path")
     if where.is_dir():

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable
+import math
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +12,7 @@ from starflow2_jax.data.documents import DocumentError, Draft, Image, Speaker, S
 
 LATENTS, FILE = "latents", "file"  # what is stored of an image
 LENGTH = 4  # bytes that say how long the header is
+HEADER = json.JSONDecoder()
 
 
 def pack(draft: Draft) -> bytes:
@@ -41,15 +42,27 @@ def unpack(record: bytes, place: str, latents: tuple[int, int, int]) -> Draft:
     Raises DocumentError for a record that `pack` has not made.
     """
     try:
-        start = LENGTH + int.from_bytes(record[:LENGTH], "little")
-        blobs = memoryview(record)[start:]
+        at = LENGTH + int.from_bytes(record[:LENGTH], "little")
+        header = record[LENGTH:at].decode()
+        parts, end = HEADER.raw_decode(header)
+        if end != len(header):
+            raise ValueError("its header is too long")
         draft: Draft = []
-        for part in json.loads(record[LENGTH:start]):
-            size = part.get(LATENTS, part.get(FILE, 0))
-            draft.append(_part(part, blobs[:size], f"{place}, part {len(draft)}", latents))
-            blobs = blobs[size:]
-        if len(blobs):
-            raise ValueError("bytes are left over")
+        for part in parts:
+            if "text" in part:
+                draft.append(_text(part))
+            elif "speaker" in part:
+                draft.append(Speaker(part["speaker"]))
+            elif LATENTS in part:
+                array = np.frombuffer(record, ml_dtypes.bfloat16, math.prod(latents), at).reshape(latents)
+                draft.append(Image(array, part["generate"], part["via"], encoded=True))
+                at += part[LATENTS]
+            else:
+                blob = memoryview(record)[at : at + part[FILE]]
+                draft.append(_file(part, blob, f"{place}, part {len(draft)}"))
+                at += part[FILE]
+        if at != len(record):
+            raise ValueError(f"it has {len(record)} bytes, not {at}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DocumentError(f"{place} is damaged ({error}); encode its shard again") from None
     return draft
@@ -64,17 +77,11 @@ def _image_bytes(part: Image | StoredImage) -> bytes:
     return part.pixels.astype(ml_dtypes.bfloat16).tobytes()
 
 
-def _part(part: dict[str, Any], blob: memoryview, place: str, latents: Iterable[int]) -> Any:
-    if "speaker" in part:
-        return Speaker(part["speaker"])
-    if isinstance(part.get("text"), str):
+def _text(part: dict[str, Any]) -> Text | Wordings:
+    if isinstance(part["text"], str):
         return Text(part["text"], part["predict"])
-    if "text" in part:
-        return Wordings(tuple(part["text"]), part["predict"], tuple(part.get("weights", ())))
-    if LATENTS in part:
-        bits = np.frombuffer(blob, "<u2").astype(np.uint32)
-        bits <<= 16  # faster than a conversion from bfloat16
-        return Image(bits.view(np.float32).reshape(tuple(latents)), part["generate"], part["via"], encoded=True)
-    if len(blob) != part[FILE]:
-        raise ValueError("it is cut off")
-    return StoredImage(place, lambda: io.BytesIO(blob), part["generate"], part["via"])
+    return Wordings(tuple(part["text"]), part["predict"], tuple(part.get("weights", ())))
+
+
+def _file(part: dict[str, Any], content: memoryview, place: str) -> StoredImage:
+    return StoredImage(place, lambda: io.BytesIO(content), part["generate"], part["via"])

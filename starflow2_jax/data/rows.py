@@ -67,7 +67,7 @@ def picture(value: object, folder: epath.Path, generate: bool = False) -> Stored
         return StoredImage("in the row", lambda: io.BytesIO(value), generate)
     if isinstance(value, str):
         return stored(locate(value, folder), generate)
-    raise ImageError(f"an image is a path or the bytes of a file, not {shown(value)}")
+    raise ImageError(f"an image must be a path or the bytes of a file, not {shown(value)}")
 
 
 def is_conversation(row: object) -> bool:

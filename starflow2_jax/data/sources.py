@@ -57,7 +57,7 @@ def find(path: str) -> type[Source]:
         try:
             held = [key for key in SOURCES if key.startswith("/") and (folder / key[1:]).exists()]
         except Exception as error:  # each kind of bucket raises its own
-            raise ConfigError(f"the path {shown(path)} cannot be looked at ({reason(error)})") from None
+            raise ConfigError(f"the path {shown(path)} cannot be opened ({reason(error)})") from None
         if held:
             return SOURCES[held[0]]
     raise ConfigError(f"the path {shown(path)} names no source; there are {', '.join(SOURCES)}")
@@ -137,7 +137,7 @@ def streams(
 def _of_codec(named: Named, codec: Codec) -> Source:
     """The source, opened. Raises ConfigError if it holds latents of another codec."""
     source = named.open()
-    if (made := source.codec()) and fingerprint(made) != fingerprint(codec):
+    if (made := source.encoded_by()) and made != fingerprint(codec):
         raise ConfigError(
             f"data.sources.{named.name}: {named.config.path} holds latents of another codec than this run's; encode its "
             "source again with --codec and this run's directory"
@@ -172,17 +172,18 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
     values = config.codec.to_dict()
     kind = values.pop("kind")
     if kind not in CODECS:
-        raise ConfigError(f"codec.kind is {' or '.join(map(repr, CODECS))}, not {kind!r}")
+        raise ConfigError(f"codec.kind must be {' or '.join(map(repr, CODECS))}, not {kind!r}")
     return CODECS[kind], build(CODECS[kind].Options, values)
 
 
 def make_codec(config: Any) -> Codec:
     """The codec that has encoded a source of the config; else the codec that `config.codec` describes, fitted to the
-    sources' images if it has statistics. Raises UserError."""
+    sources' images if it has statistics. Raises UserError if `config.codec` names the folder of another than the source's."""
     opened = [(each.config, each.open()) for each in named(config)]
-    if brought := next(filter(None, (source.codec() for _, source in opened)), None):
-        return brought
+    brought = next(filter(None, (source.codec() for _, source in opened)), None)
     codec, options = codec_options(config)
+    if brought and not getattr(options, "path", ""):
+        return brought
     height, width, _ = options.image_shape(config.model.grid)
 
     def images() -> Iterator[np.ndarray]:
@@ -192,7 +193,13 @@ def make_codec(config: Any) -> Codec:
             for image in source.images():
                 yield reader(image).pixels if isinstance(image, StoredImage) else image.pixels
 
-    return codec.make(options, images())
+    made = codec.make(options, images())
+    if brought and fingerprint(brought) != fingerprint(made):
+        raise ConfigError(
+            f"a source holds latents of another codec than that of codec.path={options.path}; encode it again with --codec "
+            f"{options.path}, or leave codec.path out"
+        )
+    return made
 
 
 def make_tokenizer(config: Any) -> Any:

@@ -115,12 +115,13 @@ def _by_name(template: Any) -> Any:
     return {each["name"]: each["template"] for each in template if isinstance(each, dict) and len(each) == 2}
 
 
-def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImage]:
+def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]], **variables: Any) -> list[Text | AnyImage]:
     """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
 
-    turns: role ("system", "user" or "assistant") and what it said.
+    turns: pairs of a role ("system", "user" or "assistant") and the content of its turn. variables: more that the template
+        may read.
 
-    Some templates take what was said as a list of parts, others as one string; the form that the template handles is
+    Some templates take the content as a list of parts, others as one string; the form that the template handles is
     used. Raises DocumentError if there is no template, or it handles neither form.
     """
     if not tokenizer.chat_template:
@@ -131,7 +132,7 @@ def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImag
     for content in (_as_list, _as_string):
         messages = [{"role": role, "content": content(said)} for role, said in turns]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
         except Exception as error:  # a template is a program: it raises what it likes
             fault = fault or f"the tokenizer's chat template refuses this conversation: {reason(error)}"
             continue

@@ -127,7 +127,7 @@ def _token(text: str, predicted: bool) -> str:
 
 
 def _image(part: Image, codec: Codec, predicted: bool) -> str:
-    if part.via == "flow" and not codec.is_pixels:
+    if part.via == "flow" and not (codec.makes_pixels if part.encoded else codec.is_pixels):
         return _token(f"[{'x'.join(map(str, part.pixels.shape))} latents]", predicted)
-    pixels = np.asarray(codec.decode(part.pixels[None]))[0] if part.encoded else part.pixels
+    pixels = np.asarray(codec.decode(part.pixels[None].astype(np.float32)))[0] if part.encoded else part.pixels
     return image_element(pixels, f"{'generated' if part.generate else 'given'} image, via {part.via}", predicted)

@@ -1,7 +1,7 @@
 """The protocol of a benchmark: it gives tasks to a model and scores the answers."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +18,10 @@ class Task:
     """A prompt, and the target that its answers are compared with."""
 
     key: str  # unique in the benchmark and the same in every run, because the seeds of the answers depend on it
-    prompt: Document
-    target: Any  # for the benchmark's `score` alone
+    prompt: list[Any]  # a Document, in which images may be StoredImages, which are read when the task's batch begins
+    target: Any  # for the benchmark alone
     options: SampleOptions = SampleOptions()
+    chat: bool = False  # whether the prompt is what a user says, for the chat template of a tokenizer that has one
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,13 @@ class Answer:
 
     task: Task
     k: int  # number of the answer among those to the task, from 0
-    document: Document
+    said: Document | Callable[[], Document]  # or a function that reads it, so that memory need not hold all answers
+    pictures: tuple[Path, ...] = ()  # the files of its images, in their order
+
+    @property
+    def document(self) -> Document:
+        """The answer, read from its files each time."""
+        return self.said() if callable(self.said) else self.said
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +60,10 @@ class Benchmark(Protocol):
 
     aims: Mapping[str, float] = {}  # the value that a number should reach, for some of the numbers
     samples: int = 1  # answers to each task
+    parts: tuple[str, ...] = ()  # the parts of its data that may be asked for; (): it has none
+    part: str = ""  # the part that its tasks are from, one of `parts`
+    draws: bool = False  # whether it needs a model that makes pictures; others are refused before they are loaded
+    facts: Mapping[str, Any] = {}  # what run.json says about the prompts; they are among what decides the answers
 
     def __init__(self, data: str | None, limit: int | None) -> None:
         """`data`: the file or folder of the tasks; `limit`: most tasks of each kind (None: the benchmark's default).
@@ -71,7 +82,10 @@ class Benchmark(Protocol):
         ...
 
     def export(self, answers: list[Answer], out: Path) -> None:
-        """Write into `out` the files that the benchmark's public scorer reads."""
+        """Write into the empty folder `out` the files that the benchmark's public scorer reads.
+
+        The engine moves them to the answers when all are written.
+        """
 
     def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
         """The numbers that can be computed here, by name; None for a number that no answer bears on."""

@@ -13,6 +13,7 @@ from starflow2_jax.data.documents import Document, Image, Text, counts
 from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS, Parts
 from starflow2_jax.data.scenes.scene import UNITS
 from starflow2_jax.data.scenes.source import NEVER, SceneOptions, Scenes, rendered
+from starflow2_jax.data.scenes.words import without_plans
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task
 from starflow2_jax.evaluation.scenes_judge import Judge
@@ -41,6 +42,7 @@ AIMS = {
 }
 LIMIT = 100  # tasks of each kind, seen and composed apart
 WORDS = 48  # tokens of a caption, an answer or a step
+PLAN = 64  # tokens of a plan
 DRAW = SampleOptions(temperature=0, image_temperature=0.6, guidance=2.0, image_first=True, max_images=1)
 SAY = SampleOptions(temperature=0, max_images=0)
 CHANGE = SampleOptions(temperature=0, image_temperature=0.4, guidance=1.0, image_first=True, max_images=1)
@@ -65,19 +67,27 @@ COLUMNS = 10  # pictures in a row of the page's grid
 class ScenesBenchmark(Benchmark):
     """Tasks "kind/seen/number" and "kind/composed/number", for a model of all nouns. The size is that of its pictures.
 
-    part: the part of the source that seen tasks are from; "validation" to choose options of sampling. Raises UserError
-    for `data`.
+    The part "validation" is there to choose options of sampling by: it has no composed tasks, whose documents are held
+    out. Raises UserError for `data`.
     """
 
     aims = AIMS
+    parts = ("test", "validation")
+    part = "test"  # of the source: seen tasks are from it
     objects = 0  # nouns of the vocabulary; 0: all
+    align, plan = 1, False  # of the model's training, see SceneOptions
 
-    def __init__(self, data: str | None = None, limit: int | None = None, part: str = "test"):
+    def __init__(self, data: str | None = None, limit: int | None = None):
         if data is not None:
             raise UserError("the benchmark scenes brings its own data; leave --data out")
-        self.limit, self.parts = limit or LIMIT, {"seen": part, "composed": "held_out"}
+        self.limit = limit or LIMIT
         self.size, self.tokens = UNITS, 64
         self.read = Judge(self.objects)
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """The groups of tasks, and the part of the source that each is from."""
+        return {"seen": self.part} | ({"composed": "held_out"} if self.part == "test" else {})
 
     def begin(self, sampler: Sampler) -> None:
         """Take the size of pictures and their number of tokens from the model. Raises UserError for other pictures."""
@@ -94,7 +104,7 @@ class ScenesBenchmark(Benchmark):
         return [
             Task(f"{kind}/{group}/{i}", rendered(asked(parts), self.size), parts, self._options(kind))
             for kind in KINDS
-            for group in self.parts
+            for group in self.groups
             if (source := self._source(kind, group))
             for i, parts in enumerate(map(source.parts, range(self.limit)))
         ]
@@ -109,7 +119,7 @@ class ScenesBenchmark(Benchmark):
             for name, value in verdict.parts.items():
                 found.setdefault(f"{group}_{kind}_{name}", []).append(value)
         numbers: dict[str, float | None] = {name: float(np.mean(values)) for name, values in found.items()}
-        for group in self.parts:
+        for group in self.groups:
             six = [numbers[name] for kind in GENEVAL if (name := f"{group}_{kind}") in numbers]
             numbers[f"{group}_mean"] = float(np.mean([value for value in six if value is not None])) if six else None
             numbers |= self._likelihood(sampler, group)
@@ -134,26 +144,30 @@ class ScenesBenchmark(Benchmark):
         return title, [*answer.task.prompt, *answer.document]
 
     def _verdict(self, answer: Answer) -> Verdict:
-        return judged(self.read, of(answer)[0], answer.task.target, answer.document)
+        document = [
+            replace(part, text=without_plans(part.text)) if isinstance(part, Text) else part for part in answer.document
+        ]
+        return judged(self.read, of(answer)[0], answer.task.target, document)
 
     def _options(self, kind: str) -> SampleOptions:
         drawn = PICTURES.get(kind, 1)
-        words = 0 if OPTIONS[kind] in (DRAW, CHANGE) else WORDS
-        return replace(OPTIONS[kind], max_tokens=drawn * (self.tokens + 2) + max(drawn, 1) * words + 2)
+        options = replace(OPTIONS[kind], image_first=False) if self.plan else OPTIONS[kind]
+        words = (0 if OPTIONS[kind] in (DRAW, CHANGE) else WORDS) + PLAN * (self.plan and drawn > 0)
+        return replace(options, max_tokens=drawn * (self.tokens + 2) + max(drawn, 1) * words + 2)
 
-    def _source(self, kind: str, group: str) -> Scenes | None:
+    def _source(self, kind: str, group: str, plan: bool = False) -> Scenes | None:
         """The documents of a kind and a group; None if this kind has none."""
         if group == "composed" and kind in NEVER:
             return None
-        return Scenes(options=SceneOptions(kind, self.parts[group], self.size, self.objects))
+        return Scenes(options=SceneOptions(kind, self.groups[group], self.size, self.objects, plan, self.align))
 
     def _likelihood(self, sampler: Sampler, group: str) -> dict[str, float | None]:
         """NLL of pictures given their captions, with the noise of the training: nats per dimension without 0.5 ln 2 pi as
         in training, and bits per dimension of 8-bit levels."""
-        sources = [source for kind in CAPTIONS if (source := self._source(kind, group))]
+        sources = [source for kind in CAPTIONS if (source := self._source(kind, group, self.plan))]
         rng = np.random.default_rng(0)
         documents = [noisy(sources[i % len(sources)][i], sampler.noise, rng) for i in range(self.limit)]
-        scores = [image for [image] in score(sampler, documents)]
+        scores = [image for *_, image in score(sampler, documents)]
         nats = float(np.mean([each.nats_per_dim for each in scores])) - 0.5 * math.log(2 * math.pi)
         bits = float(np.mean([each.bits_per_dim for each in scores]))
         return {f"{group}_nll_nats_per_dim": nats, f"{group}_nll_bits_per_dim": bits}

@@ -3,7 +3,7 @@
     starflow2 train --config scenes_quick --out runs/scenes_quick
     starflow2 eval --benchmark scenes_quick --checkpoint runs/scenes_quick --out runs/scenes_quick_report
 
-Shapes, steps and shares are a start that runs; they are not tuned yet.
+Shapes, steps and shares are a first choice; they are not tuned yet.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     starflow2 train --config starflow2_7b_adapter --out runs/7b --config.data.source=answers.jsonl
 
-It goes on in the directory of the stage before; see starflow2_7b_t2i.py.
+It continues in the directory of the stage before; see starflow2_7b_t2i.py.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,13 @@
 """STARFlow2 at the paper's size, stage 1: caption -> image, on Qwen2.5-VL-7B. The other starflow2_* files start from here.
 
     starflow2 convert qwen2_5_vl --from Qwen2.5-VL-7B-Instruct --to vlm_7b
-    starflow2 init --vlm vlm_7b --config starflow2_7b_t2i --out runs/7b
+    starflow2 init --vlm vlm_7b --codec codec --config starflow2_7b_t2i --out runs/7b
     starflow2 train --config starflow2_7b_t2i --out runs/7b --config.data.source=captions.jsonl
 
 The sizes are the paper's (arXiv 2605.08029); rows, steps and optimizer are not published and are this project's choice.
-Images are latents of a 16 x 16 grid with 32 channels, as .npy files. On TPUs or GPUs add --chip, such as v5p or h100, which
-decides kernel, rows and remat as in the plans of docs/benchmarks/plans.
+Pictures of 256 pixels become 16 x 16 tokens of 32 channels by the FAE codec in the folder `codec` (docs/guides/codec.md). For
+latents of your own as .npy files, set codec.kind=latents. On TPUs or GPUs add --chip, such as v5p or h100, which decides
+kernel, rows and remat as in the plans of docs/benchmarks/plans.
 """
 
 from dataclasses import asdict
@@ -35,12 +36,12 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
     `vlm`: the size of Qwen2.5-VL, a key of QWEN2_5_VL. `runlocal`, `chip`: see `get_config`. Raises ConfigError.
     """
     c = ConfigDict()
-    c.mesh = dict(data=1, fsdp=-1)
+    c.mesh = dict(data=-1, fsdp=-1)
     c.order = tuple(STEPS)[: list(STEPS).index(last) + 1]
     c.data = dict(source="documents.jsonl", workers=16, groups=64)
     c.keep_every = 20_000
     c.faults = dict(nonfinite="skip", spike="skip")
-    c.codec = dict(kind="latents", grid=(16, 16), channels=32)
+    c.codec = dict(kind="fae", grid=(16, 16), channels=32, dtype="bfloat16")
     flow = dict(
         width=3072, heads=24, mlp_hidden=12288, norm="rms_zero", qk_norm="rms_zero", dtype="bfloat16", remat="full"
     )
@@ -57,13 +58,15 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
 
 
 def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
-    """`c` with the settings that fit on these chips, and are fast there, by the plans. Raises ConfigError."""
+    """`c` with settings that, by the predicted plans, fit on this kind of chip and are fast there. Raises ConfigError."""
     if chip not in ROWS:
         raise ConfigError(
             f"this experiment has settings for the chips {', '.join(ROWS)}, not for {chip!r}; give one of these"
         )
     for stage in c.stages.values():
         stage.rows = ROWS[chip]
+    if chip == "v6e":
+        c.stages.text_to_image.rows = 1536  # there is memory for them, and a step gathers all weights whatever its rows
     if chip in PACKED:
         c.data.groups = min(c.data.groups, ROWS[chip])
         c.model.vlm.kernel = c.model.deep.kernel = PACKED[chip]
@@ -71,7 +74,7 @@ def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
     else:
         c.model.vlm.kernel = c.model.shallow.kernel = c.model.deep.kernel = "splash"
     # There is memory for it:
-    if c.order[-1] == "text_to_image" or (c.order[-1] == "joint" and chip in ("v5p", *PACKED)):
+    if c.order[-1] == "text_to_image" or (c.order[-1] == "joint" and chip in ("v5p", "v6e", *PACKED)):
         c.model.shallow.remat = c.model.deep.remat = "dots"
     return c
 

@@ -58,12 +58,6 @@ def write_cache(stored: jax.Array, new: jax.Array, start: jax.Array) -> jax.Arra
     )
 
 
-def causal_mask(segments: jax.Array) -> jax.Array:
-    """(B, S, S) bool: query s sees the keys c <= s whose segment id is its own; segments (B, S)."""
-    size = segments.shape[1]
-    return (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((size, size), bool))
-
-
 def cached_mask(length: jax.Array, steps: int, capacity: int) -> jax.Array:
     """(B, steps, capacity) bool: new position i of row b sees the positions up to its own, length[b] + i, included."""
     last = length[:, None] + jnp.arange(steps)

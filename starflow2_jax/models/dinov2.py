@@ -45,22 +45,13 @@ class DinoConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The encoder's layers."""
-        return TransformerConfig(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            mlp_hidden=self.mlp_hidden,
+        return TransformerConfig.of(
+            self,
             norm="layer",
-            norm_eps=self.norm_eps,
             activation="silu" if self.gated_mlp else "gelu",
-            gated_mlp=self.gated_mlp,
-            qkv_bias=self.qkv_bias,
             out_bias=True,
             mlp_bias=True,
             layer_scale=True,
-            dtype=self.dtype,
-            remat=self.remat,
-            unroll=self.unroll,
         )
 
 
@@ -84,8 +75,9 @@ class DinoEncoder(nn.Module):
     def __call__(self, images: jax.Array, layers: tuple[int, ...] = ()) -> DinoFeatures:
         """Images (B, h patch, w patch, C), normalised by `preprocess` -> features of h x w patches.
 
-        layers: those whose output is returned, too, counted from 1 and in ascending order.
-        Raises ValueError for other channels, or sides that are no multiples of the patch.
+        layers: those whose outputs for the patches (B, h w, E), before any norm, go into the collection "intermediates" as
+            "layers"; they are counted from 1, in ascending order.
+        Raises ValueError for other channels, or sides that are not multiples of the patch.
         """
         c = self.cfg
         B, height, width, C = images.shape
@@ -113,12 +105,12 @@ class DinoEncoder(nn.Module):
         else:
             x, _ = Transformer(c.transformer, name="stack")(x, None, everything)
         x = Norm("layer", c.norm_eps, name="norm")(x)
-        taken = tuple(outputs[: len(layers)])
-        return DinoFeatures(x[:, first:].reshape(B, h, w, c.width), x[:, 0], x[:, 1:first], taken)
+        self.sow("intermediates", "layers", tuple(outputs[: len(layers)]))
+        return DinoFeatures(x[:, first:].reshape(B, h, w, c.width), x[:, 0], x[:, 1:first])
 
 
 def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are no multiples of the patch."""
+    """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are not multiples of the patch."""
     if size[0] % cfg.patch or size[1] % cfg.patch or not min(size):
         raise ValueError(
             f"an image of {size[0]}x{size[1]} pixels was given; the encoder takes sides that {cfg.patch} divides"
@@ -130,7 +122,7 @@ def preprocess(cfg: DinoConfig, pixels: Any) -> Any:
     """Pixels (..., height, width, C) in [-1, 1] -> the encoder's input, normalised by ImageNet's mean and deviation.
 
     Gray images (C = 1) are repeated to the encoder's channels. Nothing is resized: raises ValueError if the sides are
-    no multiples of the patch. Works on NumPy and JAX arrays alike.
+    not multiples of the patch. Works on NumPy and JAX arrays alike.
     """
     patch_grid(cfg, pixels.shape[-3:-1])
     return ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)

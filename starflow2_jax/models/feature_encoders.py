@@ -43,7 +43,7 @@ def resized(pixels: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 def _dino_init(cfg: DinoConfig, key: jax.Array) -> dict:
     side = cfg.grid * cfg.patch
-    return DinoEncoder(cfg).init(key, jnp.zeros((1, side, side, cfg.channels)))["params"]
+    return dict(DinoEncoder(cfg).init(key, jnp.zeros((1, side, side, cfg.channels)))["params"])
 
 
 def _dino_features(cfg: DinoConfig, params: dict, pixels: jax.Array, grid: Grid) -> jax.Array:
@@ -55,27 +55,30 @@ def _dino_layers(
     cfg: DinoConfig, params: dict, pixels: jax.Array, grid: Grid, layers: tuple[int, ...]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     images = preprocess(cfg, resized(pixels, (grid[0] * cfg.patch, grid[1] * cfg.patch)))
-    found = DinoEncoder(cfg).apply({"params": params}, images, layers)
-    return found.patches.reshape(len(found.patches), -1, cfg.width), found.layers
+    found: Any = DinoEncoder(cfg).apply({"params": params}, images, layers, mutable=["intermediates"])
+    output, beside = found
+    return output.patches.reshape(len(images), -1, cfg.width), beside["intermediates"]["layers"][0]
 
 
 def _tower_init(cfg: VisionConfig, key: jax.Array) -> dict:
     side = cfg.patch * cfg.merge
-    return VisionTower(cfg).init(key, _tower_input(cfg, jnp.zeros((1, side, side, cfg.channels)), (1, 1)))["params"]
+    pixels = jnp.zeros((1, side, side, cfg.channels))
+    return dict(VisionTower(cfg).init(key, _tower_input(cfg, pixels, (1, 1)))["params"])
 
 
 def _tower_input(cfg: VisionConfig, pixels: jax.Array, grid: Grid) -> VisionInput:
     """Pixels (B, h side, w side, C), with side = patch merge, as the tower reads them: one image a row."""
-    places = {name: np.broadcast_to(x, (len(pixels), *x.shape)) for name, x in cfg.places(*grid).items()}
+    places: Any = {name: np.broadcast_to(x, (len(pixels), *x.shape)) for name, x in cfg.places(*grid).items()}
     x = ((pixels + 1) / 2 - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)
-    return VisionInput(jax.vmap(cfg.patches)(x), **places, image=np.ones_like(places["window"]))
+    return VisionInput(jax.vmap(cfg.patches)(x), **places, image=jnp.ones_like(places["window"]))
 
 
 def _tower_features(cfg: VisionConfig, params: dict, pixels: jax.Array, grid: Grid) -> jax.Array:
     """Merged tokens, as the vision-language model reads them."""
     side = cfg.patch * cfg.merge
     images = resized(pixels, (grid[0] * side, grid[1] * side))
-    return VisionTower(cfg).apply({"params": params}, _tower_input(cfg, images, grid))
+    tokens: Any = VisionTower(cfg).apply({"params": params}, _tower_input(cfg, images, grid))
+    return tokens
 
 
 DINO = FeatureEncoder(DinoConfig, lambda cfg: cfg.width, _dino_init, _dino_features, _dino_layers)

@@ -31,9 +31,9 @@ class Jacobi:
 
     def __post_init__(self):
         if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise ValueError(f"a chunk is at least one token, not {self.chunk!r}")
+            raise ValueError(f"a chunk must be at least one token, not {self.chunk!r}")
         if not self.tolerance >= 0:
-            raise ValueError(f"a tolerance is at least 0, not {self.tolerance!r}")
+            raise ValueError(f"a tolerance must be at least 0, not {self.tolerance!r}")
         if self.guess not in GUESSES:
             raise ValueError(f"there is no guess {self.guess!r}; there are {', '.join(GUESSES)}")
 

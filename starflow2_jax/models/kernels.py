@@ -277,7 +277,7 @@ def _rows(B: int, sizes: dict) -> tuple[str, ...] | None:
 def _refuse(kernel: str, q: jax.Array, ways: int, mesh: AbstractMesh) -> None:
     """Raises UserError if the kernel does not take queries q (B, S, H, K) on this platform, cut into `ways` parts."""
     if kernel not in PLATFORMS:
-        raise UserError(f"the attention kernel is one of {', '.join(PLATFORMS)}, not {kernel!r}")
+        raise UserError(f"the attention kernel must be one of {', '.join(PLATFORMS)}, not {kernel!r}")
     device = (None if mesh.empty else mesh.abstract_device) or jax.devices()[0]
     S, K, platforms = q.shape[1], q.shape[3], PLATFORMS[kernel]
     if platforms and device.platform not in platforms:

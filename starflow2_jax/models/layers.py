@@ -1,8 +1,8 @@
 """The pre-norm Transformer that every stream is built from, and its parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -67,7 +67,7 @@ class TransformerConfig:
     Raises UserError for unknown values, or sizes that do not fit each other.
     """
 
-    layers: int = option("layers (L)", least=1)
+    layers: int = option("layers (L)", least=1, most=4096)
     width: int = option("channels of the residual stream (E)", least=1)
     heads: int = option("attention heads (H)", least=1)
     mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)
@@ -105,6 +105,12 @@ class TransformerConfig:
             raise UserError(f"heads={self.heads} must divide width={self.width}, or head_dim be given")
         if self.heads % self.kv:
             raise UserError(f"kv_heads={self.kv} must divide heads={self.heads}")
+
+    @classmethod
+    def of(cls, config: Any, **others: Any) -> Self:
+        """The fields that the dataclass `config` has too, by name, and `others`. The rest have their defaults."""
+        names = {field.name for field in fields(cls)} & {field.name for field in fields(config)}
+        return cls(**{name: getattr(config, name) for name in names}, **others)
 
     @property
     def kv(self) -> int:

@@ -34,7 +34,7 @@ class PretzelConfig:
     grid: tuple[int, int] = option("rows and columns of an image's tokens (N = h w)", least=1)
     channels: int = option("channels of an image token (D)", least=1)
     shallow: TransformerConfig = option("one block of the shallow flow, over the tokens of one image")
-    shallow_blocks: int = option("blocks of the shallow flow", least=1)
+    shallow_blocks: int = option("blocks of the shallow flow", least=1, most=256)
     deep: TransformerConfig = option("the deep flow, over the whole row of text and images")
     adapter_hidden: int = option("hidden channels of the adapter from image tokens into the VLM", least=1)
     deep_rotary_theta: float = option("base of the deep flow's rotary frequencies", 1e4, above=0)

@@ -24,7 +24,7 @@ class QwenConfig:
     """
 
     vocabulary: int = option("tokens (V)", least=1)
-    layers: int = option("layers (L)", least=1)
+    layers: int = option("layers (L)", least=1, most=4096)
     width: int = option("channels of the residual stream (E)", least=1)
     heads: int = option("attention heads (H)", least=1)
     kv_heads: int = option("key and value heads (J)", least=1)
@@ -56,24 +56,7 @@ class QwenConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The text decoder's layers."""
-        return TransformerConfig(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            mlp_hidden=self.mlp_hidden,
-            norm="rms",
-            norm_eps=self.norm_eps,
-            activation="silu",
-            gated_mlp=True,
-            qkv_bias=True,
-            dtype=self.dtype,
-            remat=self.remat,
-            kernel=self.kernel,
-            scan=self.scan,
-            unroll=self.unroll,
-        )
+        return TransformerConfig.of(self, norm="rms", activation="silu", gated_mlp=True, qkv_bias=True)
 
 
 class Qwen(nn.Module):

@@ -1,8 +1,8 @@
 """Qwen2.5-VL's vision tower, and how an image becomes the patches that it sees."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from starflow2_jax.sequence import VisionInput
 class VisionConfig:
     """Sizes of the tower and of the images it sees. Raises UserError for sizes that do not fit each other."""
 
-    layers: int = option("layers (L)", least=1)
+    layers: int = option("layers (L)", least=1, most=4096)
     width: int = option("channels of the residual stream (E)", least=1)
     heads: int = option("attention heads (H)", least=1)
     mlp_hidden: int = option("hidden channels of the MLP (F)", least=1)
@@ -65,22 +65,8 @@ class VisionConfig:
     @property
     def transformer(self) -> TransformerConfig:
         """The tower's layers."""
-        return TransformerConfig(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            mlp_hidden=self.mlp_hidden,
-            norm="rms",
-            norm_eps=self.norm_eps,
-            activation="silu",
-            gated_mlp=True,
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            dtype=self.dtype,
-            remat=self.remat,
-            scan=self.scan,
-            unroll=self.unroll,
+        return TransformerConfig.of(
+            self, norm="rms", activation="silu", gated_mlp=True, qkv_bias=True, out_bias=True, mlp_bias=True
         )
 
     @property
@@ -125,6 +111,10 @@ class VisionConfig:
         """(height, width) in pixels, before resizing -> grid of merged tokens. Raises ValueError as `resized` does."""
         height, width = self.resized(size)
         return height // (self.patch * self.merge), width // (self.patch * self.merge)
+
+    def bounded(self, least: int | None = None, most: int | None = None) -> Self:
+        """The same tower with other bounds on the pixels of a resized image; None: as now. Raises UserError if they cross."""
+        return replace(self, min_pixels=least or self.min_pixels, max_pixels=most or self.max_pixels)
 
     def preprocess(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Pixels (height, width, C) in [-1, 1] -> "patches" (P, patch width), "coordinates" (P, 2), "window" (P,).

@@ -6,7 +6,7 @@ Flax module and a row of VLMS; docs/extending.md walks through it.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import flax.linen as nn
 import jax
@@ -81,6 +81,10 @@ class VisionConfig(Protocol):
 
     def merged_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels, before resizing -> grid of merged tokens. Raises ValueError as `resized` does."""
+        ...
+
+    def bounded(self, least: int | None = None, most: int | None = None) -> Self:
+        """The same tower for images of at least and at most so many pixels; None: as now. A tower of one size returns itself."""
         ...
 
     def preprocess(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Starting JAX's devices, and one sentence where they do not start."""
+"""Starts JAX's devices. If they do not start, the error is one sentence that says what to do."""
 
 import os
 import re
@@ -23,8 +23,25 @@ def start() -> list[Any]:
         raise UserError(explanation(str(error), os.environ.get("JAX_PLATFORMS", ""))) from None
 
 
+def free_memory(device: Any) -> float:
+    """Bytes that are free in the memory of a device; of a CPU device, in the machine's. Infinite if this is not known."""
+    if stats := device.memory_stats():
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    return int(found[1]) * 1024 if found else float("inf")
+
+
+def memory(device: Any) -> float | None:
+    """Bytes of memory that programs can use on a device; None where JAX does not tell. The CPU devices of a process share
+    the machine's memory alike."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def explanation(error: str, platforms: str) -> str:
-    """One sentence for JAX's error. `platforms`: the value of $JAX_PLATFORMS."""
+    """What JAX's error means and what to do, in one sentence. `platforms`: the value of $JAX_PLATFORMS."""
     reason = " ".join(re.sub(r"\((set|you may need).*?\)$", "", error.strip(), flags=re.DOTALL).split())[:300]
     named = next((name for name in platforms.split(",") if name in EXTRAS), None)
     if IN_USE.search(error):

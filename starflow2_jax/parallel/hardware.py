@@ -1,4 +1,4 @@
-"""TPUs and GPUs by their makers' tables, and how many of them are joined how: v5p:4x4x4, or h100:8x8 for 8 nodes of 8."""
+"""Data of TPUs and GPUs from their makers' specifications, and topologies: v5p:4x4x4, or h100:8x8 for 8 nodes of 8 GPUs."""
 
 import math
 import re
@@ -189,7 +189,7 @@ def cluster_of(gpu: Gpu, gpus: int) -> tuple[int, int]:
 
 
 def count(sizes: str) -> int:
-    """The number of chips that a malformed topology may mean: the product of its numbers, 64 without any."""
+    """A guess of how many chips a malformed topology means: the product of the numbers in it, or 64 if there are none."""
     numbers = [int(n) for n in re.findall(r"\d+", sizes)]
     return max(1, math.prod(numbers)) if numbers else 64
 

@@ -38,7 +38,7 @@ def initialize(args: argparse.Namespace) -> None:
         return
     coordinator, processes, process = (values[name] for name in ENVIRONMENT)
     if not processes.isdigit() or not process.isdigit() or ":" not in coordinator:
-        raise UserError("--coordinator is HOST:PORT, --processes and --process are numbers")
+        raise UserError("--coordinator must be HOST:PORT, --processes and --process must be numbers")
     if int(process) >= int(processes):
         raise UserError(f"--process={process} must be below --processes={processes}")
     _join(coordinator, int(processes), int(process))

@@ -39,6 +39,9 @@ PARAMETER_RULES = (
     (r".", ()),
 )
 
+# A width of 3072 over 64 devices leaves 48 channels each, whole tiles of a TPU's memory. Over 256 it leaves 12, and libtpu
+# then all-reduces gradients, which sends twice what a reduce-scatter does.
+MOST_FSDP = 64
 LEAST = 2**24  # bytes of parameters that devices may hold whole without a word
 
 
@@ -47,19 +50,36 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over `devices` (None: all). One size may be -1: all devices that the others leave.
 
+    If data and fsdp are both -1, they share these devices: fsdp takes as many as `fsdp_of` allows, data the others.
     With devices of several slices the data axis spans the slices, and fsdp too if data is too short for all of them;
     the other axes stay within a slice. Within a slice, axes may share a dimension of the torus. Raises UserError for
     sizes that do not fit the devices.
     """
     devices = devices or start()
-    sizes, count = [data, fsdp, sequence, tensor], len(devices)
-    fixed = int(np.prod([s for s in sizes if s > 0]))
+    count, fixed = len(devices), int(np.prod([s for s in (data, fsdp, sequence, tensor) if s > 0]))
+    if data == fsdp == -1 and count % fixed == 0:
+        fsdp = fsdp_of(devices, count // fixed)
+        fixed *= fsdp
+    sizes = [data, fsdp, sequence, tensor]
     if sizes.count(-1) > 1 or count % fixed or (-1 not in sizes and fixed != count):
         raise UserError(
             f"mesh data={data} fsdp={fsdp} sequence={sequence} tensor={tensor} does not fit {count} devices"
         )
     sizes = tuple(count // fixed if s == -1 else s for s in sizes)
     return Mesh(placed_devices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fsdp_of(devices: Sequence, count: int) -> int:
+    """The size of fsdp where it shares `count` devices with data: at most MOST_FSDP, within a slice of TPUs and a plane.
+
+    libtpu gathers and reduce-scatters over two dimensions of a torus, and replaces both by all-reduces over three.
+    """
+    count //= len({getattr(device, "slice_index", 0) for device in devices})
+    most = min(MOST_FSDP, count)
+    if hasattr(devices[0], "coords"):
+        sides = np.ptp([device.coords for device in devices], axis=0) + 1
+        most = min(most, int(np.prod(np.sort(sides)[-2:])))
+    return max((n for n in range(1, most + 1) if count % n == 0), default=1)
 
 
 def placed_devices(sizes: tuple[int, ...], devices: Sequence) -> np.ndarray:

@@ -30,7 +30,6 @@ from starflow2_jax.sequence import Shape
 from starflow2_jax.stages import Stage
 from starflow2_jax.training import program
 from starflow2_jax.training.optimizer import make_optimizer
-from starflow2_jax.training.step import HOST
 
 # Keep libtpu from looking for a TPU on this machine, and from logging that there is none.
 QUIET = {
@@ -44,8 +43,20 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+# What launch/common.sh sets in LIBTPU_INIT_ARGS for runs on TPUs: weights are gathered beside computation.
+TPU_OPTIONS = dict.fromkeys(
+    (
+        "xla_enable_async_all_gather",
+        "xla_tpu_enable_async_collective_fusion",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "xla_tpu_overlap_compute_collective_tc",
+    ),
+    True,
+)
 # What launch/common.sh sets in XLA_FLAGS for runs on GPUs.
 GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+OPTIONS = {"tpu": TPU_OPTIONS, "cuda": GPU_OPTIONS}
 MISSING = "planning for {0} needs their compiler; install it with pip install 'starflow2_jax[{1}]'"
 
 
@@ -173,8 +184,8 @@ def compile_step(config: Config, stage: Stage, devices: list) -> Program:
     moving = {name: state.params[name] for name in stage.trains}
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
-    held = {name: bytes_a_chip(tree) for name, tree in kinds.items()}
-    return Program(compiled, mesh, held, bytes_a_chip(kinds, host=True))
+    held = {name: program.bytes_a_device(tree) for name, tree in kinds.items()}
+    return Program(compiled, mesh, held, program.bytes_a_device(kinds, host=True))
 
 
 def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
@@ -207,7 +218,7 @@ def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capa
         read = compile_for(devices, steps.read, kind, params, state, batch, 0, lengths, lengths)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
         write = compile_for(devices, steps.write, kind, params, state, count)
-    kinds = {"parameters": bytes_a_chip(params), "caches": bytes_a_chip(state.caches)}
+    kinds = {"parameters": program.bytes_a_device(params), "caches": program.bytes_a_device(state.caches)}
     return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
 
 
@@ -229,7 +240,7 @@ def compile_for(devices: list, function: Any, *arguments: Any) -> jax.stages.Com
     with _answering_for(devices[0]):
         lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
-        return lowered.compile(compiler_options=GPU_OPTIONS if gpus else None)
+        return lowered.compile(compiler_options=OPTIONS.get(platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -252,14 +263,3 @@ def out_of_memory(message: str) -> DoesNotFit:
 def _size(number: str, unit: str) -> float:
     """Bytes of a size in XLA's message, such as "1.5" and "G"."""
     return float(number) * 1024 ** " KMGT".index(unit or " ")
-
-
-def bytes_a_chip(tree: Any, host: bool = False) -> float:
-    """Bytes of sharded arrays that one chip holds, or with `host` the host's memory for it; without padding."""
-    leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == host]
-    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=float) * _width(x.dtype) for x in leaves))
-
-
-def _width(dtype: Any) -> int:
-    """Bytes of an element; a random key has 8."""
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize

@@ -31,6 +31,7 @@ FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all"),
     *("copy-done", "slice-done", "async-update", "domain", "opt-barrier", "optimization-barrier", "add-dependency"),
 }
+IOTA = r"(\[[\d,]+\])(?:T\(([\d,]+)\))?"  # XLA's notation of an order of partitions: [4,16]T(1,0)
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 
 
@@ -117,7 +118,7 @@ class Analysis:
             channel = re.search(r"channel_id=(\d+)", collective.attributes)
             name = f"channel {channel[1]}" if channel else at.name
             if name not in pending:
-                kind, seconds = self._collective(computation, collective, times)
+                kind, seconds = self._collective(computation, collective, times, fused=True)
                 kind.started += times
                 clocks[1] = max(begin, clocks[1]) + seconds
                 pending[name] = clocks[1], seconds, kind
@@ -239,9 +240,16 @@ class Analysis:
             return self._written(inner, inner[root.operands[0]])
         return inner[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else root.bytes
 
-    def _collective(self, computation: Computation, at: Instruction, times: float) -> tuple[Collective, float]:
-        """Add `times` executions of a collective to the costs; its entry there, and the seconds of one execution."""
+    def _collective(
+        self, computation: Computation, at: Instruction, times: float, fused: bool = False
+    ) -> tuple[Collective, float]:
+        """Add `times` executions of a collective to the costs; its entry there, and the seconds of one execution.
+
+        The TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and slices.
+        """
         base = at.opcode.removesuffix("-start")
+        if fused and base == "all-reduce" and _only_slices(computation, at):
+            base = "reduce-scatter"
         group = first_group(at.attributes, len(self.coordinates))
         size = self._payload(computation, at, base)
         n = len(group)
@@ -268,6 +276,15 @@ class Analysis:
         return "+".join(a for a, column in zip(self.mesh, places.T, strict=True) if len(set(column)) > 1) or "one chip"
 
 
+def _only_slices(computation: Computation, at: Instruction) -> bool:
+    """Whether a computation uses slices of an instruction's arrays, and nothing else of them."""
+    users = computation.users.get(at.name, [])
+    return bool(users) and all(
+        i.opcode == "dynamic-slice" or (i.opcode in ("get-tuple-element", "bitcast") and _only_slices(computation, i))
+        for i in users
+    )
+
+
 def _moves(at: Instruction) -> bool:
     """Whether an instruction in a fusion is a collective, or a mark where an asynchronous one begins or ends."""
     return at.opcode.removesuffix("-start") in COLLECTIVES or "AsyncCollective" in at.attributes
@@ -279,13 +296,25 @@ def first_group(attributes: str, chips: int) -> list[int]:
         return _cycle([(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(i) for i in listed[1].split(",")]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        out, sizes, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        return (ids.transpose(order) if order else ids).reshape(out)[0].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        return _named(named[1], named[2])
+    if iota := re.search(rf"replica_groups=(\[[\d,]+\])<={IOTA}", attributes):
+        return _iota(*iota.groups()[1:]).reshape(_numbers(iota[1]))[0].tolist()
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))?\s*\{{([^}}]*)\}}", attributes):
+        axes, *order, used = named.groups()
+        group = np.array(_named(axes, used))
+        return (_iota(*order).reshape(-1)[group] if order[0] else group).tolist()
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"the XLA module has groups in an unknown notation: {attributes[:200]}")
     return list(range(chips))
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The partitions in the order of [4,16]T(1,0): counted in an array of these sizes, which is then transposed."""
+    ids = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def _cycle(pairs: list[tuple[int, int]]) -> list[int]:

@@ -1,17 +1,19 @@
 """A folder of answers to many prompts.
 
-It is written batch by batch, can be resumed, and several processes may share it.
+It is written batch by batch, can be resumed, and several processes may share it. Process i mod N answers batch i, and a batch
+that was interrupted runs again with all of its prompts: so a prompt always runs beside the same others, and neither the number
+of processes nor an interruption changes a bit of its answers.
 
 run.json               the settings that decide the answers; a folder holds the answers of one run
 samples.jsonl          a line for each answer: {"document": key, "seed": int, "parts": [{"text": str} | {"image": name}]}
-samples.I-of-N.jsonl   the same from process I, if N processes share the work; process i mod N answers prompt i
+samples.I-of-N.jsonl   the same from process I, if N processes share the batches
 samples.json           the parts of all answers in the order of the prompts, written when all answers are there
 NNN_K.png or .npy      image K of answer NNN; a prompt's answers have consecutive numbers
 lock.json              while a process writes samples.jsonl: which one (checkpoints/lock.py); else lock.I-of-N.json
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -45,7 +47,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Share:
-    """The share of the prompts that this process answers. Raises UserError for an index that is not below the count."""
+    """The share of the batches that this process answers. Raises UserError for an index that is not below the count."""
 
     process: int = 0
     processes: int = 1
@@ -78,10 +80,11 @@ def about(sampler: Sampler, checkpoint: str | Path, dtype: str | None, seed: int
     return {"checkpoint": checkpoint, "step": sampler.step, "dtype": dtype, "seed": seed, "solvers": solvers}
 
 
-def begin(out: Path, run: dict[str, Any]) -> None:
+def begin(out: Path, run: dict[str, Any], versions: Mapping[str, str] | None = None) -> None:
     """Make the folder of a run, or resume the run in it.
 
-    Raises UserError if the folder holds the answers of another run.
+    `versions`: of programs, which run.json records and which may change before a run is resumed. Raises UserError if the
+    folder holds the answers of another run.
     """
     run, described = json.loads(json.dumps(run)), out / "run.json"
     if described.is_file():
@@ -97,7 +100,7 @@ def begin(out: Path, run: dict[str, Any]) -> None:
         )
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(described, json.dumps(run, indent=1))
+        write_whole(described, json.dumps(run | ({"versions": dict(versions)} if versions else {}), indent=1))
 
 
 def write(
@@ -125,15 +128,19 @@ def _write(
     sampler: Sampler, prompts: Sequence[Prompt], out: Path, batch: int, denoised: bool, share: Share, progress: bool
 ) -> bool:
     done = answered(out, prompts)
-    mine = list(range(share.process, len(prompts), share.processes))
-    todo = [i for i in mine if prompts[i].key not in done]
+    mine = list(_batches(prompts, batch))[share.process :: share.processes]
+    todo = [(several, rows) for several, rows in mine if any(prompts[i].key not in done for i in several)]
+    count, left = (sum(len(several) for several, _ in batches) for batches in (mine, todo))
     _keep_complete(out / share.file, done)
-    with tqdm(total=len(mine), initial=len(mine) - len(todo), disable=not progress) as bar:
-        for several, rows in _batches(prompts, todo, batch):
+    with tqdm(total=count, initial=count - left, unit="prompt", disable=not progress) as bar:
+        for several, rows in todo:
             answers = _answers(sampler, [prompts[i] for i in several], denoised, rows)
             with (out / share.file).open("a", encoding="utf-8") as file:
                 for i, documents in zip(several, answers, strict=True):
-                    file.writelines(json.dumps(line) + "\n" for line in _lines(sampler, prompts[i], i, documents, out))
+                    if prompts[i].key not in done:
+                        file.writelines(
+                            json.dumps(line) + "\n" for line in _lines(sampler, prompts[i], i, documents, out)
+                        )
             bar.update(len(several))
     done = answered(out, prompts)
     if complete := len(done) == len(prompts):
@@ -171,9 +178,9 @@ def answered(out: Path, prompts: Sequence[Prompt]) -> dict[int | str, list[Line]
     }
 
 
-def _batches(prompts: Sequence[Prompt], todo: list[int], batch: int) -> Iterator[tuple[list[int], int]]:
+def _batches(prompts: Sequence[Prompt], batch: int) -> Iterator[tuple[list[int], int]]:
     """Batches as (indices of prompts that run together, rows of the largest batch with the same options)."""
-    for _, group in groupby(todo, lambda i: prompts[i].options):
+    for _, group in groupby(range(len(prompts)), lambda i: prompts[i].options):
         several = list(group)
         rows = min(batch, len(several))  # a shorter last batch is padded to it, so it needs no program of its own
         for start in range(0, len(several), batch):
@@ -200,7 +207,7 @@ def _answers(sampler: Sampler, prompts: list[Prompt], denoised: bool, rows: int)
 
 def _named(error: DocumentError, prompt: Prompt) -> DocumentError:
     """The error with the prompt's name in front, unless it is there already."""
-    return error if str(error).startswith(prompt.where) else DocumentError(f"{prompt.where}{error}")
+    return error if str(error).startswith(prompt.where.removesuffix(": ")) else DocumentError(f"{prompt.where}{error}")
 
 
 def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Document], out: Path) -> list[Line]:
@@ -209,7 +216,7 @@ def _lines(sampler: Sampler, prompt: Prompt, index: int, documents: list[Documen
     for k, (seed, document) in enumerate(zip(prompt.seeds, documents, strict=True)):
         name = f"{index * len(documents) + k:03d}"
         parts = [
-            {"image": write_image(out / f"{name}_{p}", part.pixels, sampler.codec.is_pixels).name}
+            {"image": write_image(out / f"{name}_{p}", part.pixels, sampler.codec.makes_pixels).name}
             if isinstance(part, Image)
             else {"text": part.text}
             for p, part in enumerate(document)

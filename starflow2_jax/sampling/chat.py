@@ -53,7 +53,9 @@ class Chat:
         if not self.intact:
             raise UserError("the last answer was broken off, so this conversation cannot go on; begin a new one")
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
-            raise UserError("a conversation keeps its kinds of guidance, and takes no stop strings")
+            raise UserError(
+                "a conversation cannot switch guidance or image guidance on or off, and takes no stop strings; begin a new one"
+            )
         options, document = options or self.options, spoken(self.sampler.tokenizer, said)
         if is_empty(document) and (self.turns or not options.image_first):
             raise DocumentError("nothing was said; give some text or an image")

@@ -40,7 +40,7 @@ class Sampler(Runtime):
         matrices and caches, one of DTYPES; None: the config's. Raises CheckpointError, and UserError for another dtype.
         """
         if dtype not in (None, *DTYPES):
-            raise UserError(f"dtype is {' or '.join(DTYPES)}, not {dtype!r}")
+            raise UserError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
         checkpoints = CheckpointDirectory(folder)
         config, number = checkpoints.config(), checkpoints.require_latest()
         cfg = configs.pretzel(config)

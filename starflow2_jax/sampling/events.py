@@ -15,6 +15,7 @@ class Words:
 
     choice: int
     text: str
+    places: tuple[int, ...] = ()  # positions of the answer whose text tokens were read since the last such event
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Answer:
         self.choice, self.tokenizer, self.N, self.end, self.stop = choice, tokenizer, tokens_of_image, end, stop
         self.at = self.images = 0  # positions and images read so far
         self.run: list[int] = []  # text tokens since the last image
+        self.places: list[int] = []  # their positions, as far as no event has carried them
         self.sent = 0  # characters of their text that events have carried
         self.ended: End | None = None
         self.cut = False  # whether a stop string ended the answer
@@ -96,6 +98,7 @@ class Answer:
         while self.at < len(tokens) and self.ended is None:
             if tokens[self.at] >= 0:
                 self.run.append(int(tokens[self.at]))
+                self.places.append(self.at)
                 self.at += 1
                 if self.stop:
                     yield from self._text(False)
@@ -125,8 +128,8 @@ class Answer:
             text, whole = text[: min(cuts)], True
         safe = len(text) if whole else self._safe(text)
         if safe > self.sent:
-            yield Words(self.choice, text[self.sent : safe])
-            self.sent = safe
+            yield Words(self.choice, text[self.sent : safe], tuple(self.places))
+            self.sent, self.places = safe, []
         if cuts:
             self.cut, self.ended = True, End(self.choice, "stop", self.at)
             yield self.ended

@@ -43,8 +43,8 @@ def decode(sampler: Sampler, prompts: list[Document], z: np.ndarray, batch_size:
     Token by token, u_n = mu_n + sigma_n z_n; then the shallow flow and the codec are inverted. With another prompt than
     the one given to `encode`, the same noise makes another image. Raises DocumentError.
     """
-    blank = np.zeros(sampler.codec.image_shape, np.float32)
-    features = [layout(sampler, _with(prompt, blank), closed=False) for prompt, _ in _pairs(prompts, z)]
+    blank = Image(np.zeros((*sampler.codec.grid, sampler.codec.channels), np.float32), generate=True, encoded=True)
+    features = [layout(sampler, [*prompt, blank], closed=False) for prompt, _ in _pairs(prompts, z)]
     u = np.zeros(z.shape, np.float32)
     for rows, batch in batches(sampler, features, ("the image of noise",), batch_size):
         given = rows + rows[-1:] * (len(batch.tokens) - len(rows))
@@ -65,7 +65,7 @@ def denoise(
     DocumentError.
     """
     if sigma < 0:
-        raise DocumentError(f"sigma is a standard deviation, at least 0, not {sigma!r}")
+        raise DocumentError(f"sigma is a standard deviation and must be at least 0, not {sigma!r}")
     features = [layout(sampler, p + a, closed=False) for p, a in _pairs(prompts, answers)]
     variance = np.square(sigma / np.asarray(sampler.codec.std, np.float32))
     cleaned = list(answers)
@@ -73,7 +73,7 @@ def denoise(
         latents = np.asarray(sampler.run(_tweedie, sampler.model, sampler.skips, sampler.params, batch, variance))
         for row, i in enumerate(rows):
             own = latents[row, sum(map(_is_flow, prompts[i])) :].reshape(-1, *sampler.codec.grid, latents.shape[-1])
-            images = iter(np.asarray(sampler.codec.decode(own)))
+            images = iter(np.asarray(sampler.run(sampler.codec.decode, own)))
             cleaned[i] = [Image(next(images), part.generate) if _is_flow(part) else part for part in answers[i]]
     return cleaned
 

@@ -4,6 +4,7 @@ Special tokens mark turns and images. A user's text must not hold them, because 
 """
 
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(named | {*SPECIAL_TOKENS}))))
 
 
-def texts(document: Document) -> list[str]:
+def texts(document: Sequence[object]) -> list[str]:
     """The texts of a document; neighbouring texts are joined, as a chat template joins them."""
     runs = groupby(document, lambda part: isinstance(part, Text))
     return ["".join(part.text for part in run if isinstance(part, Text)) for words, run in runs if words]

@@ -16,16 +16,18 @@ from starflow2_jax.models.pretzel import Caches, Pretzel, apply
 from starflow2_jax.parallel.sharding import constrain_rows
 
 BUCKET = 32  # lengths of prompts and caches are this times a power of two, so that few shapes are compiled
-WHOLE = ("max_tokens", "top_k", "max_images", "jacobi")  # options that are whole numbers
-REALS = ("temperature", "image_temperature", "guidance", "image_guidance", "top_p", "tolerance")
-OPTIONAL = ("max_tokens", "image_guidance", "max_images")  # options that may be None
+WHOLE = ("max_tokens", "top_k", "max_images", "jacobi", "logprobs")  # options that are whole numbers
+REALS = ("temperature", "image_temperature", "guidance", "image_guidance", "top_p", "tolerance", "repetition_penalty")
+PENALTIES = ("presence_penalty", "frequency_penalty")  # options from -MOST_PENALTY to MOST_PENALTY
+MOST_PENALTY = 2.0
+OPTIONAL = ("max_tokens", "image_guidance", "max_images", "logprobs")  # options that may be None
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     """How an answer is drawn.
 
-    The rows of a batch may differ in all options but `stop`, `jacobi`, `tolerance` and `branches`.
+    The rows of a batch may differ in all options but `stop`, `jacobi`, `tolerance`, `logprobs` and `branches`.
 
     Raises UserError for a value out of its range.
     """
@@ -46,6 +48,12 @@ class SampleOptions:
     stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
     jacobi: int = 0  # image tokens solved for at once; 1: token by token; 0: as calibrated, else token by token
     tolerance: float = 1e-3  # Jacobi passes end at this mean squared change / mean square; not used with jacobi 0
+    presence_penalty: float = 0.0  # taken off the logits of tokens that the answer holds already
+    frequency_penalty: float = 0.0  # taken off a token's logit as many times as the answer holds the token
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens in prompt and answer
+    logprobs: int | None = (
+        None  # record the log-probability of each text token and of this many likely ones; None: none
+    )
 
     def __post_init__(self):
         for name in (*WHOLE, *REALS):
@@ -55,12 +63,17 @@ class SampleOptions:
             kind = Integral if name in WHOLE else Real
             if not isinstance(value, kind) or not math.isfinite(value) or value < least:
                 raise UserError(
-                    f"{name} is a {'whole ' if kind is Integral else ''}number of at least {least}, not {value!r}"
+                    f"{name} must be a {'whole ' if kind is Integral else ''}number of at least {least}, not {value!r}"
                 )
+        for name in PENALTIES:
+            if not isinstance(value := getattr(self, name), Real) or not abs(float(value)) <= MOST_PENALTY:
+                raise UserError(f"{name} is a number from {-MOST_PENALTY} to {MOST_PENALTY}, not {value!r}")
+        if self.repetition_penalty <= 0:
+            raise UserError("repetition_penalty is a number above 0; 1 changes nothing")
         if self.top_p > 1:
-            raise UserError(f"top_p is a probability, at most 1, not {self.top_p!r}")
+            raise UserError(f"top_p is a probability and must be at most 1, not {self.top_p!r}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise UserError(f"stop is a tuple of non-empty strings, not {self.stop!r}")
+            raise UserError(f"stop must be a tuple of non-empty strings, not {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def sized(self, image: int) -> "SampleOptions":
@@ -71,6 +84,11 @@ class SampleOptions:
     def calibrated(self) -> bool:
         """Whether images are decoded by the checkpoint's calibrated solvers, if it has any; not with `jacobi` 1."""
         return self.jacobi != 1
+
+    @property
+    def scored(self) -> int:
+        """Number of tokens whose log-probabilities are recorded at each position: the drawn one and the likely ones."""
+        return 0 if self.logprobs is None else 1 + self.logprobs
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -86,6 +104,10 @@ class Controls(struct.PyTreeNode):
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    repetition_penalty: jax.Array
+    scored: jax.Array  # bool: record log-probabilities
     image_temperature: jax.Array
     weights: jax.Array  # (B, branches)
     linear: jax.Array
@@ -110,6 +132,10 @@ class Controls(struct.PyTreeNode):
             every("temperature"),
             every("top_k", np.int32),
             every("top_p"),
+            every("presence_penalty"),
+            every("frequency_penalty"),
+            every("repetition_penalty"),
+            every("scored", bool),
             every("image_temperature"),
             weights,
             every("linear", bool),
@@ -143,13 +169,16 @@ class Rows(struct.PyTreeNode):
     controls: Controls
     tokens: jax.Array  # (B, T) the turn's record: text tokens, -1 for an image token, -2 where nothing is written
     u: jax.Array  # (B, T, D) the image tokens of the record
+    likely: jax.Array  # (B, T, W) at text tokens of the record: the token itself, and the W - 1 most likely ones
+    logprobs: jax.Array  # (B, T, W) their log-probabilities
+    seen: jax.Array  # (B, V) bool: the text tokens that lane 0 has read
     begun: jax.Array  # (B,) image tokens at the record's start, of an image that the turn before left unfinished
     count: jax.Array  # (B,) positions written in this turn; they follow those in the record
 
 
-@partial(jax.jit, static_argnums=(0, 2))
-def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> Rows:
-    """Rows that have read nothing, one for each seed (B,), without room in their caches.
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...], scored: int = 0) -> Rows:
+    """Rows that have read nothing, one for each seed (B,), without room in their caches. `scored`: see SampleOptions.
 
     Like the rows of all functions below, they lie on the mesh of `jax.set_mesh`.
     """
@@ -174,6 +203,9 @@ def empty_rows(model: Pretzel, seeds: np.ndarray, branches: tuple[str, ...]) -> 
         controls=Controls.of([SampleOptions(max_tokens=1)] * B, branches),
         tokens=jnp.zeros((B, 0), jnp.int32),
         u=jnp.zeros((B, 0, cfg.channels)),
+        likely=jnp.zeros((B, 0, scored), jnp.int32),
+        logprobs=jnp.zeros((B, 0, scored)),
+        seen=jnp.zeros((B, cfg.vlm.vocabulary), bool),
         begun=number(0),
         count=number(0),
     )
@@ -193,8 +225,16 @@ def new_turn(rows: Rows, controls: Controls, room: int, begun: np.ndarray, idle:
     if T:
         before = jnp.clip((rows.begun + rows.count - begun)[:, None] + at, 0, T - 1)
         u = jnp.where(head[..., None], jnp.take_along_axis(rows.u, before[..., None], axis=1), 0)
+    W = rows.logprobs.shape[-1]
     fresh = dict(
-        controls=controls, tokens=jnp.where(head, -1, -2), u=u, begun=begun, count=jnp.zeros_like(begun), done=idle
+        controls=controls,
+        tokens=jnp.where(head, -1, -2),
+        u=u,
+        likely=jnp.zeros((B, room, W), jnp.int32),
+        logprobs=jnp.zeros((B, room, W)),
+        begun=begun,
+        count=jnp.zeros_like(begun),
+        done=idle,
     )
     return constrain_rows(fresh)
 
@@ -247,7 +287,7 @@ def with_room(rows: Rows, capacity: int) -> Rows:
 
 
 def bucket(length: int) -> int:
-    """BUCKET times the least power of two that holds `length`."""
+    """The least of BUCKET, 2 BUCKET, 4 BUCKET, ... that is at least `length`."""
     return BUCKET * power(-(-length // BUCKET))
 
 

@@ -18,6 +18,7 @@ from starflow2_jax.parallel import sharding
 from starflow2_jax.sampling.inversion import Inversion
 from starflow2_jax.sampling.rows import Rows, power
 from starflow2_jax.sampling.steps import Program
+from starflow2_jax.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class Runtime:
         u = np.concatenate([u, np.zeros((power(count) - count, *u.shape[1:]), u.dtype)])  # few batch sizes are compiled
         schedule = self.schedule if calibrated else None
         self.uses(("decode", schedule, u.shape), f"the decoding of {len(u)} images")
-        latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))[:count]
-        return np.asarray(self.codec.decode(latents.reshape(-1, h, w, latents.shape[-1])))
+        latents = np.asarray(self.run(_decode, self.model, schedule, self.params, self.place(u)))
+        return np.asarray(self.run(self.codec.decode, latents.reshape(-1, h, w, latents.shape[-1])))[:count]
 
     def pictures(self, u: jax.Array, begins: list[list[int]], calibrated: bool = True) -> list[dict[int, np.ndarray]]:
         """Decode all images in the records u (B, T, D) at once.
@@ -103,9 +104,16 @@ class Runtime:
     def run_step(self, program: Program, compiled: Any, rows: Rows, *arguments: Any) -> Rows:
         """Run `steps.read` or `steps.write` on rows; logs it if it must be compiled first."""
         shapes = tuple(getattr(x, "shape", x) for x in jax.tree.leaves((rows, arguments)))
-        what = f"{compiled.__name__} for {len(rows.done)} rows with room for {rows.caches.capacity} positions"
+        of = _described(arguments[0]) if isinstance(arguments[0], Sequence) else ""
+        what = f"{compiled.__name__}{of} for {len(rows.done)} rows with room for {rows.caches.capacity} positions"
         self.uses((compiled.__name__, program, shapes), what)
         return self.run(compiled, program, self.params, rows, *arguments)
+
+
+def _described(batch: Sequence) -> str:
+    """The sizes of a batch, for the log."""
+    patches = 0 if batch.vision is None else batch.vision.patches.shape[1]
+    return f" of {batch.tokens.shape[1]} positions, {batch.latents.shape[1]} images and {patches} patches"
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -105,12 +105,12 @@ def score(sampler: Sampler, documents: list[Document], batch_size: int = BATCH) 
 
 
 def illustrate(caption: str, image: np.ndarray) -> Document:
-    """A document in which the caption comes first and the image counts."""
+    """A document in which the caption comes first and the image is scored."""
     return [Text(caption), Image(image, generate=True)]
 
 
 def describe(caption: str, image: np.ndarray) -> Document:
-    """A document in which the image comes first and the caption counts."""
+    """A document in which the image comes first and the caption is scored."""
     return [Image(image), Text(caption, predict=True)]
 
 
@@ -122,10 +122,11 @@ def rank(
     make_document: Callable[[str, np.ndarray], Document] = illustrate,
     batch_size: int = BATCH,
 ) -> list[tuple[str, float]]:
-    """The captions and their scores in nats, best first. A score is the sum over the parts that count in a document.
+    """The captions and their scores in nats, best first.
 
-    make_document(caption, image) makes that document; write one with the wording that the model was trained on.
-    `illustrate` asks which caption explains the image best: it gives log p(image | caption), and with `prior` log
+    make_document(caption, image) makes the document of a caption, with parts that are marked `generate` or `predict`. The
+    score is the sum of their log-likelihoods. Give a function of your own that words the document as the training data
+    did. `illustrate` asks which caption explains the image best: it gives log p(image | caption), and with `prior` log
     p(image | caption) - log p(image | no caption). The prior is the same for all captions, so it does not change their
     order; a score above 0 then means that the caption makes the image more likely. `describe`, to be used without
     `prior`, asks which caption the model would write: log p(caption | image), which favours short and common captions.

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class Session:
     """A batch of conversations with one sampler. The caches of both streams keep everything that was read or written.
 
-    `options`: those of all rows, or a list with those of each; the rows share `stop`, `jacobi`, `tolerance` and
-    `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch. `rows`: smallest size
+    `options`: those of all rows, or a list with those of each; the rows share `stop`, `jacobi`, `tolerance`,
+    `logprobs` and `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch. `rows`: smallest size
     of the batch, filled up by idle rows. `state`: rows that have read something already; None: empty rows. Raises
     UserError for options that do not go together.
     """
@@ -53,16 +53,24 @@ class Session:
         spare = _spare(sampler, self.size, rows)
         self.options += self.options[-1:] * spare
         self.program = self._program(self.options)
-        empty = partial(sampler.run, row.empty_rows, sampler.model, _seeds(seeds, spare), self.program.branches)
+        empty = partial(
+            sampler.run,
+            row.empty_rows,
+            sampler.model,
+            _seeds(seeds, spare),
+            self.program.branches,
+            self.options[0].scored,
+        )
         self.rows: Rows = empty() if state is None else state
 
     def _program(self, options: list[SampleOptions]) -> Program:
         """The program for the rows' options. Raises UserError if these do not go together."""
         one, sampler = options[0], self.sampler
-        shared = [(o.branches, o.stop, o.jacobi, o.tolerance) for o in options]
+        shared = [(o.branches, o.stop, o.jacobi, o.tolerance, o.logprobs) for o in options]
         if any(s != shared[0] for s in shared):
             raise UserError(
-                "the rows of a session share stop, jacobi, tolerance and the kinds of guidance; give all the same"
+                "all rows of a session must have the same stop, jacobi, tolerance, logprobs and kinds of guidance; give them "
+                "the same values"
             )
         if any(o.image_first and o.max_images == 0 for o in options):
             raise UserError("image_first asks for an image, but max_images is 0; change one of them")
@@ -193,7 +201,8 @@ class Session:
         """Set the options of all rows for the turns to come. Raises UserError if they need other guidance branches."""
         if options.branches != self.program.branches:
             raise UserError(
-                "a session keeps its kinds of guidance, whose branches have read everything so far; begin a new one"
+                "guidance and image guidance cannot be switched on or off within a session, because the branch of each must read "
+                "everything from the start; begin a new session"
             )
         several = [options.sized(self.sampler.model.cfg.tokens)] * len(self.options)
         self.program, self.options = self._program(several), several

@@ -81,10 +81,18 @@ def read(
         return rows
     return rows.replace(
         text=jnp.where(some[:, None], output.text[last], rows.text),
+        seen=_with_seen(rows.seen, batch, lengths),
         token=jnp.where(some, batch.tokens[last], rows.token),
         in_image=jnp.where(some, -1, rows.in_image),
         passes=rows.passes + some,
     )
+
+
+def _with_seen(seen: jax.Array, batch: Sequence, lengths: jax.Array) -> jax.Array:
+    """`seen` (B, V) with the text tokens of the first `lengths` (B,) positions of a batch (B, S)."""
+    B, S = batch.tokens.shape
+    text = (jnp.arange(S) < lengths[:, None]) & (batch.modality == sequence.TEXT)
+    return seen.at[jnp.arange(B)[:, None], jnp.where(text, batch.tokens, seen.shape[1])].set(True, mode="drop")
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -125,7 +133,7 @@ def _next_image_token(program: Program, rows: Rows) -> jax.Array:
 def _one_position(program: Program, params: dict, rows: Rows, active: jax.Array) -> Rows:
     """Draw the next position of the active rows and read it."""
     ids, slot = program.ids, _next_image_token(program, rows)
-    token = _draw_token(program, params, rows, active & (slot < 0))
+    token, scores = _draw_token(program, params, rows, active & (slot < 0))
     token = jnp.where(slot >= 0, ids.image, token)
     u = _draw_u(program, rows, (rows.mean, rows.scale), slot, _noise(rows, 1)[:, 0])[:, None]
     if program.branches:  # the last lane, "bare", starts again empty at each image
@@ -133,6 +141,12 @@ def _one_position(program: Program, params: dict, rows: Rows, active: jax.Array)
         caches = rows.caches.rewind(jnp.where(fresh, 0, rows.caches.length))
         rows = rows.replace(caches=caches, offset=jnp.where(fresh, 0, rows.offset))
     output = _run(program, params, rows, token[:, None], slot[:, None], u)
+    at = jnp.arange(len(active)), jnp.where(active & (slot < 0), rows.begun + rows.count, rows.tokens.shape[1])
+    rows = rows.replace(
+        likely=rows.likely.at[at].set(scores[0], mode="drop"),
+        logprobs=rows.logprobs.at[at].set(scores[1], mode="drop"),
+        seen=rows.seen.at[at[0], jnp.where(active & (slot < 0), token, rows.seen.shape[1])].set(True, mode="drop"),
+    )
     return _accept(program, rows, output, token, slot[:, None], u, active.astype(jnp.int32))
 
 
@@ -277,13 +291,29 @@ def _draw_u(program: Program, rows: Rows, gaussians: Gaussian, slot: jax.Array, 
     return mean + controls.image_temperature[:, None] * scale * noise
 
 
-def _draw_token(program: Program, params: dict, rows: Rows, needed: jax.Array) -> jax.Array:
-    """(B,): the next token of the rows where `needed` (B,) is True; the text head does not run if none needs it."""
-    ids, controls = program.ids, rows.controls
-    vocabulary = program.model.cfg.vlm.vocabulary
+Scores = tuple[jax.Array, jax.Array]  # ids and log-probabilities (B, W), see Rows.likely
 
-    def drawn() -> jax.Array:
-        logits = apply(program.model, params, rows.text, method=Pretzel.text_logits)
+
+def _draw_token(program: Program, params: dict, rows: Rows, needed: jax.Array) -> tuple[jax.Array, Scores]:
+    """The next token (B,) of the rows where `needed` (B,) is True, with its scores.
+
+    The text head does not run if no row needs it.
+    """
+    ids, controls = program.ids, rows.controls
+    vocabulary, W = program.model.cfg.vlm.vocabulary, rows.likely.shape[-1]
+
+    def scores(logits: jax.Array, token: jax.Array) -> Scores:
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        best, which = jax.lax.top_k(logprobs, W - 1)
+        own = jnp.take_along_axis(logprobs, token[:, None], axis=1)
+        return jnp.concatenate([token[:, None], which], axis=1), jnp.concatenate([own, best], axis=1)
+
+    def drawn() -> tuple[jax.Array, Scores]:
+        model_logits = logits = apply(program.model, params, rows.text, method=Pretzel.text_logits)
+        penalised = (
+            (controls.repetition_penalty != 1) | (controls.presence_penalty != 0) | (controls.frequency_penalty != 0)
+        )
+        logits = jax.lax.cond(jnp.any(free & penalised), lambda: penalise(logits, rows), lambda: logits)
         logits = logits.at[:, jnp.array([ids.image, ids.vision_end, ids.pad])].set(-jnp.inf)  # never drawn as text
         no_more = jnp.where(controls.images_left == 0, -jnp.inf, logits[:, ids.vision_start])
         logits = logits.at[:, ids.vision_start].set(no_more)
@@ -293,12 +323,34 @@ def _draw_token(program: Program, params: dict, rows: Rows, needed: jax.Array) -
         warm = jax.lax.cond(jnp.any(some), lambda: jnp.where(some[:, None], cut(), warm), lambda: warm)
         keys = jax.vmap(jax.random.fold_in)(rows.key, rows.drawn)
         random = jax.vmap(jax.random.categorical)(keys, warm)
-        return jnp.where(controls.temperature > 0, random, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+        token = jnp.where(controls.temperature > 0, random, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+        if not W:
+            return token, nothing
+        return token, jax.lax.cond(
+            jnp.any(free & controls.scored), lambda: scores(model_logits, token), lambda: nothing
+        )
 
+    B = len(needed)
+    nothing = jnp.zeros((B, W), jnp.int32), jnp.zeros((B, W))
     free = needed & ~controls.image_next & (rows.in_image < 0)
-    token = jax.lax.cond(jnp.any(free), drawn, lambda: jnp.full(needed.shape, vocabulary - 1, jnp.int32))
+    none = jnp.full((B,), vocabulary - 1, jnp.int32), nothing
+    token, scored = jax.lax.cond(jnp.any(free), drawn, lambda: none)
     token = jnp.where(controls.image_next, ids.vision_start, token)
-    return jnp.where(rows.in_image == program.model.cfg.tokens - 1, ids.vision_end, token)
+    return jnp.where(rows.in_image == program.model.cfg.tokens - 1, ids.vision_end, token), scored
+
+
+def penalise(logits: jax.Array, rows: Rows) -> jax.Array:
+    """Logits (B, V), lower at tokens that the rows hold already, by the penalties of `rows.controls`.
+
+    The repetition penalty (arXiv 1909.05858) counts prompt and answer, and comes first. The presence and frequency penalties
+    are OpenAI's and count the answer alone.
+    """
+    c, B = rows.controls, len(logits)
+    repetition = c.repetition_penalty[:, None]
+    logits = jnp.where(rows.seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    text = jnp.where(rows.tokens >= 0, rows.tokens, logits.shape[1])  # a record has negative ids where no text is
+    count = jnp.zeros(logits.shape).at[jnp.arange(B)[:, None], text].add(1, mode="drop")
+    return logits - c.presence_penalty[:, None] * (count > 0) - c.frequency_penalty[:, None] * count
 
 
 def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

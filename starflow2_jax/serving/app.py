@@ -6,6 +6,7 @@ import hmac
 import json
 import time
 import uuid
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -23,15 +25,18 @@ from starflow2_jax.data.documents import DocumentError
 from starflow2_jax.sampling.events import End, Event
 from starflow2_jax.serving import completions
 from starflow2_jax.serving.errors import ApiError, bad, told
-from starflow2_jax.serving.guards import AtMost, KnownHosts, refusal
+from starflow2_jax.serving.guards import AtMost, KnownHosts, Line, Room, refusal
 from starflow2_jax.serving.jobs import Fault, Job, Started, Task
 from starflow2_jax.serving.ranking import ranking
 from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.requests import chat_request, check_model, rank_request
 from starflow2_jax.serving.worker import Worker
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE, SCRIPT = (Path(__file__).with_name(f"page.{suffix}") for suffix in ("html", "js"))
 BODY_SECONDS = 60  # limit for receiving a whole request
+BODIES = 64  # requests of the largest size that may wait together; of smaller ones, more
+AHEAD = 8  # prompts that are decoded while no row is free for them
+GZIP = 16 + zlib.MAX_WBITS  # zlib's number for the gzip format
 SAFETY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -50,16 +55,27 @@ class Service:
     key: str | None  # that clients must send
     max_body: int  # bytes of a request
     host: str  # the name of the address that the server listens on
+    origins: tuple[str, ...]  # web sites whose pages may use the server; "*": all
+    line: Line
+    room: Room
 
     async def body(self, request: Request) -> object:
         """The JSON value in the body of a request for this model. Raises ApiError."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise bad("the body must be JSON; send it with Content-Type: application/json")
-        data = bytearray()
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", "gzip"):
+            raise ApiError(
+                415, f"the body has the encoding {encoding!r}; send it as it is, or with gzip", "unsupported"
+            )
+        data, packed = bytearray(), zlib.decompressobj(GZIP) if encoding == "gzip" else None
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for piece in request.stream():
+                    piece = packed.decompress(piece, self.max_body + 1 - len(data)) if packed else piece
                     data += piece
+                    request.state.held += len(piece)
+                    self.room.take(len(piece))
                     if len(data) > self.max_body:
                         raise ApiError(
                             413,
@@ -70,6 +86,10 @@ class Service:
             raise ApiError(
                 408, f"the request did not arrive within {BODY_SECONDS} seconds; send it again", "timeout"
             ) from None
+        except zlib.error:
+            raise bad("the body is not valid gzip") from None
+        if packed and not packed.eof:
+            raise bad("the body is not whole gzip data")
         body = await run_in_threadpool(_parsed, data)
         check_model(body, self.name)
         return body
@@ -96,7 +116,7 @@ def _parsed(data: bytearray) -> object:
 
 def make_app(service: Service) -> Starlette:
     """The ASGI application."""
-    page = PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8").replace("{{ page.js }}", SCRIPT.read_text(encoding="utf-8"))
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page, headers=SAFETY)
@@ -104,33 +124,51 @@ def make_app(service: Service) -> Starlette:
     async def health(request: Request) -> Response:
         worker = service.worker
         well = worker.is_alive() and worker.closing is None
-        state = {"status": "ok" if well else "closing", "running": worker.running, "waiting": len(worker.waiting)}
+        state = {
+            "status": "ok" if well else "closing",
+            "running": worker.running,
+            "waiting": len(worker.waiting) + service.line.waiting,
+        }
         state["programs"] = len(worker.sampler.programs)  # compiled so far
         return JSONResponse(state, 200 if well else 503)
 
+    described = {
+        "id": service.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "starflow2",
+        "drawing": service.limits.drawing,
+        "editing": service.limits.editing,
+        "most_choices": service.limits.max_choices,
+    }
+
     async def models(request: Request) -> Response:
-        model = {
-            "id": service.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "starflow2",
-            "drawing": service.limits.draws,
-            "editing": service.limits.editing,
-        }
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [described]})
+
+    async def model(request: Request) -> Response:
+        check_model({"model": request.path_params["name"]}, service.name)
+        return JSONResponse(described)
 
     def guarded(endpoint: Callable[[Request], Awaitable[Response]]):
         @functools.wraps(endpoint)
         async def checked(request: Request) -> Response:
             service.check_key(request)
-            return await endpoint(request)
+            request.state.held = 0
+            try:
+                return await endpoint(request)
+            finally:
+                service.room.used -= request.state.held
 
         return checked
 
     places = service.worker.size + service.worker.max_queue  # for requests that are answered, and that wait
-    guards = [Middleware(AtMost, places)]
+    guards = [Middleware(AtMost, places, service.worker.seconds_to_wait)]
     if service.key is None:
         guards.insert(0, Middleware(KnownHosts, (service.host,)))
+    if service.origins:
+        headers = ["Authorization", "Content-Type", "Content-Encoding"]
+        cors = Middleware(CORSMiddleware, service.origins, ("GET", "POST"), headers, expose_headers=["Retry-After"])
+        guards.insert(0, cors)
     handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
         ApiError: _api_error,
         DocumentError: _api_error,
@@ -143,6 +181,7 @@ def make_app(service: Service) -> Starlette:
             Route("/", index),
             Route("/health", health),
             Route("/v1/models", guarded(models)),
+            Route("/v1/models/{name:path}", guarded(model)),
             Route("/v1/chat/completions", guarded(functools.partial(_chat, service)), methods=["POST"]),
             Route("/v1/rank", guarded(functools.partial(_rank, service)), methods=["POST"]),
         ],
@@ -158,17 +197,23 @@ async def _chat(service: Service, request: Request) -> Response:
     def tell(event: Started | Event | Fault) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = await run_in_threadpool(_job, service, body, tell)
-    wanted = job.request
-    service.worker.submit(job)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     gone = asyncio.ensure_future(_disconnected(request))
-    story = _events(service.worker, job, events, gone)
-    first = await anext(story)  # an error in the prompt sets the status of the response, streamed or not
+    try:
+        async with service.line.turn(gone):
+            job = await run_in_threadpool(_job, service, body, tell)
+            wanted = job.request
+            service.worker.submit(job)
+            story = _events(service.worker, job, events, gone)
+            first = await anext(story)  # an error in the prompt sets the status of the response, streamed or not
+    except BaseException:
+        gone.cancel()
+        raise
     if wanted.stream:
         lines = completions.stream(story, first, frame, wanted.include_usage)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    return JSONResponse(await completions.whole(story, first, frame, len(wanted.seeds)))
+    scored = wanted.options.logprobs is not None
+    return JSONResponse(await completions.whole(story, first, frame, len(wanted.seeds), scored))
 
 
 def _job(service: Service, body: object, tell: Callable[[Started | Event | Fault], None]) -> Job:

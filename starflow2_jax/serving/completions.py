@@ -13,18 +13,21 @@ from starlette.requests import ClientDisconnect
 from starflow2_jax.sampling.events import End, Event, Picture, Progress, Words
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.images import to_url
-from starflow2_jax.serving.jobs import Started
+from starflow2_jax.serving.jobs import ScoredWords, Started
 
 
-async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choices: int) -> dict:
+async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choices: int, logprobs: bool = False) -> dict:
     """The chat.completion object of a whole answer.
 
-    `story`: the events after `first`. `frame`: "id", "created" and "model". `choices`: number of answers.
+    `story`: the events after `first`. `frame`: "id", "created" and "model". `choices`: number of answers. `logprobs`: list
+    the log-probabilities of text tokens.
     """
     parts: list[list[dict]] = [[] for _ in range(choices)]
+    scores: list[list[dict]] = [[] for _ in range(choices)]
     ends: dict[int, End] = {}
     async for event in story:
         if isinstance(event, Words):
+            scores[event.choice] += _scores(event)
             mine = parts[event.choice]
             if mine and mine[-1]["type"] == "text":
                 mine[-1]["text"] += event.text
@@ -35,14 +38,16 @@ async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choice
         elif isinstance(event, End):
             ends[event.choice] = event
     listed = [_choice(i, mine, ends[i].reason) for i, mine in enumerate(parts)]
+    for choice in listed:
+        choice["logprobs"] = {"content": scores[choice["index"]]} if logprobs else None
     return {**frame, "object": "chat.completion", "choices": listed, "usage": _usage(first, list(ends.values()))}
 
 
 def _choice(index: int, parts: list[dict], reason: str) -> dict:
     text = "".join(p["text"] for p in parts if p["type"] == "text")
     images = [p for p in parts if p["type"] == "image_url"]
-    message = {"role": "assistant", "content": text or None, "parts": parts} | ({"images": images} if images else {})
-    return {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
+    message = {"role": "assistant", "content": text, "parts": parts} | ({"images": images} if images else {})
+    return {"index": index, "message": message, "finish_reason": reason}
 
 
 def _picture(event: Picture) -> dict:
@@ -76,7 +81,8 @@ async def stream(
             if isinstance(event, End):
                 ends.append(event)
                 reason = event.reason
-            yield _line(frame, [{"index": event.choice, "delta": delta, "finish_reason": reason}])
+            scores = {"content": _scores(event)} if isinstance(event, ScoredWords) else None
+            yield _line(frame, [{"index": event.choice, "delta": delta, "finish_reason": reason, "logprobs": scores}])
         if include_usage:
             yield _line(frame | {"usage": _usage(first, ends)}, [])
         yield "data: [DONE]\n\n"
@@ -86,6 +92,10 @@ async def stream(
         yield f"data: {json.dumps(error.body())}\n\n"
     finally:
         await story.aclose()
+
+
+def _scores(event: Words) -> list[dict]:
+    return list(event.scores) if isinstance(event, ScoredWords) else []
 
 
 def _delta(event: Words | Progress | Picture | End) -> dict:

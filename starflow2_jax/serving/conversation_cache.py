@@ -86,4 +86,5 @@ class Conversations:
 def _cut(rows: Rows, capacity: int) -> Rows:
     """The rows with caches cut to `capacity` positions, and without the record of the tokens that they wrote."""
     caches = jax.tree.map(lambda x: x[:, :, :capacity] if x.ndim > 1 else x, rows.caches)
-    return rows.replace(caches=caches, tokens=rows.tokens[:, :0], u=rows.u[:, :0])
+    record = {name: getattr(rows, name)[:, :0] for name in ("tokens", "u", "likely", "logprobs")}
+    return rows.replace(caches=caches, **record)

@@ -12,12 +12,14 @@ class ApiError(Exception):
     """An error response.
 
     `status`: of HTTP. `message`: one sentence for the user. `code`: a word for programs. `param`: the field of the request
-    that is wrong.
+    that is wrong. `retry`: seconds after which the client may try again.
     """
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, retry: int | None = None
+    ):
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code, self.param, self.retry = status, message, code, param, retry
 
     def body(self) -> dict:
         """The JSON body of the response."""

@@ -1,8 +1,11 @@
 """Middleware in front of the endpoints. It refuses unknown host names, and too many requests at the same time."""
 
+import asyncio
+import contextlib
 import ipaddress
+from collections.abc import AsyncIterator, Callable
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -38,10 +41,13 @@ class KnownHosts:
 
 
 class AtMost:
-    """Allows `count` POST requests at the same time, and refuses more before it reads their bodies."""
+    """Allows `count` POST requests at the same time, and refuses more before it reads their bodies.
 
-    def __init__(self, app: ASGIApp, count: int):
-        self.app, self.count, self.inside = app, count, 0
+    `retry`: the seconds after which a refused client may try again, with so many requests ahead of it.
+    """
+
+    def __init__(self, app: ASGIApp, count: int, retry: Callable[[int], int]):
+        self.app, self.count, self.retry, self.inside = app, count, retry, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an ASGI request: refuse it, or pass it on."""
@@ -49,7 +55,10 @@ class AtMost:
             await self.app(scope, receive, send)
         elif self.inside >= self.count:
             error = ApiError(
-                429, f"the server is already handling {self.count} requests; try again later", "queue_full"
+                429,
+                f"the server is already handling {self.count} requests; try again later",
+                "queue_full",
+                retry=self.retry(self.count),
             )
             await refusal(error)(scope, receive, send)
         else:
@@ -63,4 +72,45 @@ class AtMost:
 def refusal(error: ApiError) -> JSONResponse:
     """The response for an error, with the headers that belong to its status."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
-    return JSONResponse(error.body(), error.status, headers.get(error.status))
+    mine = {"Retry-After": str(error.retry)} if error.retry else headers.get(error.status)
+    return JSONResponse(error.body(), error.status, mine)
+
+
+class Line:
+    """Lets `count` requests at a time decode their pictures and wait for the device. The others wait as their bodies came."""
+
+    def __init__(self, count: int):
+        self.places, self.waiting = asyncio.Semaphore(count), 0
+
+    @contextlib.asynccontextmanager
+    async def turn(self, gone: asyncio.Future) -> AsyncIterator[None]:
+        """A place, first come, first served. Raises ClientDisconnect if `gone` is done first."""
+        mine = asyncio.ensure_future(self.places.acquire())
+        self.waiting += 1
+        try:
+            try:
+                await asyncio.wait((mine, gone), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self.waiting -= 1
+            if not mine.done():
+                raise ClientDisconnect
+            yield
+        finally:
+            if mine.done():
+                self.places.release()
+            else:
+                mine.cancel()
+
+
+class Room:
+    """The bytes of requests that are held together, `most` at a time."""
+
+    def __init__(self, most: int):
+        self.most, self.used = most, 0
+
+    def take(self, count: int) -> None:
+        """Count more bytes. Raises ApiError if there are too many."""
+        self.used += count
+        if self.used > self.most:
+            message = f"the requests that wait have {self.most} bytes together; try again later"
+            raise ApiError(429, message, "queue_full")

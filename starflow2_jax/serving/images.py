@@ -2,8 +2,11 @@
 
 import base64
 import binascii
+import contextlib
 import io
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image as Pillow
@@ -11,43 +14,46 @@ from PIL import ImageOps
 
 from starflow2_jax.data.images import as_pillow, from_pillow
 from starflow2_jax.data.pictures import Picture
+from starflow2_jax.models.vlm import VisionConfig
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.request_limits import RequestLimits
 
-FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG"}
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]  # found by a file's first bytes, whatever type its label names
+Size = tuple[int, int]
 
 
 class Budget:
     """The pixels and positions that are left for the images of a request.
 
-    An image counts with the pixels that its file's header states, read before the file is decoded, or with those after
-    resizing, if they are more.
+    Images are decoded one after another, and each is scaled to what the model sees of it at once. So an image needs room
+    for its own pixels as its file is decoded, known from the header, beside those of the images before it as they are kept.
     """
 
     def __init__(self, limits: RequestLimits):
         self.limits, self.pixels, self.positions = limits, limits.max_pixels, limits.positions
 
-    def take(self, size: tuple[int, int], via: str, param: str) -> None:
+    def take(self, size: Size, via: str, param: str, shown: Size | None = None) -> None:
         """Count one image. Raises ApiError if not enough is left.
 
-        `size`: (width, height) of the file in pixels. `via`: "flow", or "vit" for a model with a vision tower. `param`:
-        the image's place in the request, for messages.
+        `size`: (width, height) as it is decoded, in pixels. `via`: "flow", or "vit" for a model with a vision tower.
+        `param`: the image's place in the request, for messages. `shown`: (height, width) to which an image "vit" is scaled;
+        None: as the tower does it.
         """
-        shown, positions, vision = self.limits.size, self.limits.tokens, self.limits.vision
+        kept, positions, vision = self.limits.size, self.limits.tokens, self.limits.vision
         if via == "vit" and vision:
-            width, height = size
-            try:
-                shown = vision.resized((height, width))
-                positions = math.prod(vision.merged_grid((height, width)))
-            except ValueError as error:
-                raise bad(str(error), param) from None
-        self.pixels -= max(math.prod(size), math.prod(shown or ()))
+            kept = shown or resized(vision, (size[1], size[0]), param)
+            positions = math.prod(vision.merged_grid(kept))
         self.positions -= positions + 2  # with the tokens that open and close an image
-        if self.pixels < 0:
+        if not self.holds(size) or not self.holds(kept or ()):
             raise self.refusal(param)
+        self.pixels -= math.prod(kept or ())
         if self.positions < 0:
             message = f"the images of a request take more than the {self.limits.positions} positions of a row; send fewer images"
             raise ApiError(400, message, "context_length_exceeded", param)
+
+    def holds(self, size: tuple[int, ...]) -> bool:
+        """Whether an image of this size may be decoded now."""
+        return math.prod(size) <= self.pixels
 
     def refusal(self, param: str) -> ApiError:
         """The error for too many pixels."""
@@ -55,34 +61,110 @@ class Budget:
         return ApiError(413, message, "too_large", param)
 
 
-def from_url(url: object, via: str, budget: Budget, param: str) -> np.ndarray:
-    """The pixels of a data: URL that holds a PNG or JPEG file: (height, width, channels) fp32 in [-1, 1]. Raises ApiError.
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """An image of a request. Its header has been read, its pixels have not. `param`: its place in the request."""
 
-    An image via "flow" is scaled to the model's size, and cropped around its centre if the proportions differ. `budget`
-    counts the image before it is decoded. `param`: the image's place in the request, for messages.
-    """
-    channels, size = budget.limits.channels, budget.limits.size if via == "flow" else None
-    if not isinstance(url, str) or not url.startswith("data:"):
-        raise bad('an image must be a data URL, "data:image/png;base64,..."; this server fetches no addresses', param)
-    head, _, body = url.removeprefix("data:").partition(",")
-    kind, *rest = head.lower().split(";")
-    if kind not in FORMATS or "base64" not in rest:
-        raise bad(f"an image must be a base64 data URL of {' or '.join(FORMATS)}, not {head[:60]!r}", param)
+    picture: Picture
+    via: str  # "flow" or "vit"
+    param: str
+
+    def decode(self, budget: Budget, shown: Size | None = None) -> np.ndarray:
+        """The pixels as the model sees them, (height, width, C) fp32 in [-1, 1]. Raises ApiError.
+
+        An image "flow" is scaled to the model's size, and cropped around its centre if the proportions differ. An image
+        "vit" is scaled to `shown` (height, width); None: as the tower does it. A JPEG file that is too large to decode
+        whole is decoded at a lower resolution, but never below that of the result.
+        """
+        limits, size = budget.limits, self.picture.size
+        with _readable(budget, self.param):
+            if self.via == "vit" and limits.vision:
+                target = shown or resized(limits.vision, (size[1], size[0]), self.param)
+            else:
+                target = limits.size
+            side = None
+            if target and not budget.holds(size):
+                side, size = max(target), self.picture.drafted(max(target))
+            budget.take(size, self.via, self.param, target if self.via == "vit" else None)
+            image = self.picture.opaque(limits.channels, side)
+            if self.via == "vit":
+                return from_pillow(_scaled(image, target, self.picture.size))
+            if target and image.size != (wanted := (target[1], target[0])):
+                image = ImageOps.fit(image, wanted, Pillow.Resampling.LANCZOS)
+            return from_pillow(image)
+
+
+@contextlib.contextmanager
+def _readable(budget: Budget, param: str) -> Iterator[None]:
+    """Raises ApiError in place of the errors of a file that cannot be read."""
     try:
-        data = base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
-        raise bad("the image's data is not valid base64", param) from None
-    try:
-        picture = Picture(io.BytesIO(data), formats=list(FORMATS.values()))
-        budget.take(picture.size, via, param)
-        image = picture.opaque(channels)
-        if size is not None and image.size != (wanted := (size[1], size[0])):
-            image = ImageOps.fit(image, wanted, Pillow.Resampling.LANCZOS)
-        return from_pillow(image)
+        yield
     except Pillow.DecompressionBombError:  # Pillow's own limit, which it also reads from the header
         raise budget.refusal(param) from None
     except (OSError, SyntaxError, ValueError):
-        raise bad("the image cannot be read; send a whole PNG or JPEG file", param) from None
+        raise bad("the image cannot be read; send a whole PNG, JPEG, WEBP, GIF or BMP file", param) from None
+
+
+def _scaled(image: Pillow.Image, target: Size | None, stored: Size) -> Pillow.Image:
+    """The picture at `target` (height, width), which was computed from the file's `stored` (width, height)."""
+    if target is None:
+        return image
+    turned = (image.width > image.height) != (stored[0] > stored[1]) and image.width != image.height
+    width, height = target if turned else target[::-1]
+    return image if image.size == (width, height) else image.resize((width, height), Pillow.Resampling.BICUBIC)
+
+
+def resized(vision: VisionConfig, size: Size, param: str) -> Size:
+    """`VisionConfig.resized`, with its ValueError as an ApiError. `size`: (height, width) in pixels."""
+    try:
+        return vision.resized(size)
+    except ValueError as error:
+        raise bad(str(error), param) from None
+
+
+def fitted(vision: VisionConfig, asked: VisionConfig, uploads: list[Upload], room: int, row: int) -> list[Size]:
+    """The (height, width) at which the tower sees each picture, so that all of them take at most `room` positions.
+
+    A picture that needs more than its share of `room` is scaled down to its share; what the others leave is shared, too.
+    `asked`: the tower with the request's own bounds. `row`: positions of a row, for messages. Raises ApiError if a picture
+    cannot be scaled down that far.
+    """
+    files: list[Size] = [(upload.picture.size[1], upload.picture.size[0]) for upload in uploads]
+    sizes = [vision.resized(resized(asked, size, upload.param)) for size, upload in zip(files, uploads, strict=True)]
+    wanted = [math.prod(vision.merged_grid(size)) for size in sizes]
+    order, left = sorted(range(len(sizes)), key=wanted.__getitem__), room
+    for done, i in enumerate(order):
+        share = max(left, 0) // (len(order) - done)
+        if wanted[i] > share:
+            most = max(share, 1) * math.prod(sizes[i]) // wanted[i]  # pixels
+            sizes[i] = vision.bounded(1, most).resized(files[i])
+            if (least := math.prod(vision.merged_grid(sizes[i]))) > share:
+                raise ApiError(
+                    400,
+                    f"a picture of {'x'.join(map(str, uploads[i].picture.size))} pixels takes at least {least} positions, and of "
+                    f"the {row} positions of a row {max(left, 0)} are left for {len(order) - done} "
+                    f"{'pictures' if len(order) - done > 1 else 'picture'}; shorten the text, or send fewer pictures",
+                    "context_length_exceeded",
+                    uploads[i].param,
+                )
+        left -= math.prod(vision.merged_grid(sizes[i]))
+    return sizes
+
+
+def upload(url: object, via: str, limits: RequestLimits, param: str) -> Upload:
+    """The image in a data: URL, with its header read. Raises ApiError. `param`: its place in the request, for messages."""
+    if not isinstance(url, str) or url[:5].lower() != "data:":
+        raise bad('an image must be a data URL, "data:image/png;base64,..."; this server fetches no addresses', param)
+    head, _, body = url[5:].partition(",")
+    kind, *rest = (word.strip() for word in head.lower().split(";"))
+    if not kind.startswith("image/") or "base64" not in rest:
+        raise bad(f"an image must be a base64 data URL, data:image/png;base64,..., not {head[:60]!r}", param)
+    try:
+        data = base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise bad("the image's data is not valid base64", param) from None
+    with _readable(Budget(limits), param):
+        return Upload(Picture(io.BytesIO(data), formats=FORMATS), via, param)
 
 
 def to_url(pixels: np.ndarray) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from starflow2_jax.sampling.events import Event
+from starflow2_jax.sampling.events import Event, Words
 from starflow2_jax.serving.errors import ApiError
 from starflow2_jax.serving.requests import ChatRequest
 
@@ -17,6 +17,13 @@ class Started:
 
     prompt_tokens: int  # positions of the prompt
     cached: int  # of these, the first positions that were in the caches of an earlier request
+
+
+@dataclass(frozen=True)
+class ScoredWords(Words):
+    """Words with the log-probabilities of their tokens, see `logprobs.Spelling.entries`."""
+
+    scores: tuple[dict, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Job:
     """A chat request with its encoded prompt."""
 
     request: ChatRequest
-    identity: tuple  # of its conversation, see prompts.identity
+    identity: tuple | None  # of its conversation, see prompts.identity; None: not to be kept or continued
     lanes: list[
         dict[str, np.ndarray]
     ]  # the features of the prompt for each lane of a row: the answer's, and its guidance's

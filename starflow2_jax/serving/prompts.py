@@ -1,7 +1,9 @@
 """The prompt of a request: its turns become a document, the document features, the features pieces to read in order."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -11,16 +13,17 @@ from starflow2_jax.data.images import as_pillow
 from starflow2_jax.data.tokenizer import chat
 from starflow2_jax.sampling.engine import Sampler
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Turns = list[tuple[str, Document]]  # a conversation: the role and the content of each message
 
 
-def prompt(sampler: Sampler, turns: Turns) -> Document:
-    """The document that the answer continues: the turns in the tokenizer's chat template.
+def prompt(sampler: Sampler, turns: Turns, variables: Mapping[str, Any] = NOTHING) -> Document:
+    """The document that the answer continues: the turns in the tokenizer's chat template, which reads `variables`.
 
     Without a template, the turns are joined as they are, with <|im_end|> after each answer of the model.
     """
     if sampler.tokenizer.chat_template:
-        return chat(sampler.tokenizer, turns)
+        return chat(sampler.tokenizer, turns, **variables)
     parts = [[*said, Text("<|im_end|>")] if role == "assistant" else said for role, said in turns]
     return [part for said in parts for part in said]
 

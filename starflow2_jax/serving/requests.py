@@ -1,38 +1,36 @@
 """Chat and ranking requests: the JSON of a body becomes checked values. All functions here raise ApiError."""
 
+import inspect
 import math
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from starflow2_jax.data.documents import Document, Image, Text
-from starflow2_jax.sampling.prompts import texts
+from starflow2_jax.data.documents import Document
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.serving.errors import ApiError, bad
-from starflow2_jax.serving.images import Budget, from_url
+from starflow2_jax.serving.images import Budget, upload
+from starflow2_jax.serving.messages import LATENTS, turns_of
 from starflow2_jax.serving.request_limits import RequestLimits
 
-ROLES = ("system", "developer", "user", "assistant")
 # Fields that have no effect here.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("modalities", "reasoning_effort", "verbosity", "prediction", "tool_choice"),
+    *("reasoning_effort", "verbosity", "prediction", "tool_choice"),
 )
 # Fields that are accepted with this value alone, which has no effect.
 NEUTRAL = {
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logprobs": False,
-    "top_logprobs": 0,
     "logit_bias": {},
     "tools": [],
     "functions": [],
     "parallel_tool_calls": True,
     "response_format": {"type": "text"},
     # Clients of other OpenAI-compatible servers send these.
-    "repetition_penalty": 1,
     "length_penalty": 1,
     "min_p": 0,
     "best_of": 1,
@@ -42,13 +40,17 @@ NEUTRAL = {
     "skip_special_tokens": True,
     "stop_token_ids": [],
 }
+TOP_LOGPROBS = 20  # most likely tokens that are listed with a token
 # Fields with numbers, and with whole numbers: the least and the largest value.
-NUMBERS = {
+NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "top_p": (0, 1),
     "image_temperature": (0, 10),
     "guidance": (0, 100),
     "image_guidance": (0, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
 }
 INTEGERS = {
     "max_tokens": (1, 2**31),
@@ -57,11 +59,16 @@ INTEGERS = {
     "seed": (-(2**63), 2**63 - 1),
     "top_k": (0, 10**6),
     "max_images": (0, 10**6),
+    "top_logprobs": (0, TOP_LOGPROBS),
 }
-FLAGS = ("stream", "image_first", "linear", "annealed")
-OTHERS = ("model", "messages", "stop", "stream_options")
+UNLIMITED = ("max_tokens", "max_completion_tokens", "top_k")  # fields in which other servers take -1 as no limit
+FLAGS = ("stream", "image_first", "linear", "annealed", "logprobs")
+OTHERS = ("model", "messages", "stop", "stream_options", "modalities", "chat_template_kwargs", "mm_processor_kwargs")
+BOUNDS = ("min_pixels", "max_pixels")  # the fields of mm_processor_kwargs
+# Not for requests: the tokenizer's own arguments, and what a template is always given.
+RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+TEMPLATE_VALUES = (str, bool, int, float, NoneType)
 JSON_TYPES = {bool: "true or false", dict: "an object", list: "a list"}
-LATENTS = "this model's own images are latents, not pictures"
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class ChatRequest:
     seeds: list[int]  # one for each choice
     stream: bool  # send the answer as events while the model writes it
     include_usage: bool  # send the counts of tokens at the end of a stream
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
 
 def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
@@ -81,6 +89,7 @@ def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
     body = _fields(body, {*NUMBERS, *INTEGERS, *FLAGS, *OTHERS})
     given = {name: _number(body, name, *NUMBERS[name], (int, float)) for name in NUMBERS}
     whole = {name: _number(body, name, *INTEGERS[name], (int,)) for name in INTEGERS}
+    most_images = 0 if _text_only(body) else limits.images_of(whole["max_images"])
     flags = {name: _typed(body, name, bool) or False for name in FLAGS}
     n = whole["n"] or 1
     if n > limits.max_choices:
@@ -90,26 +99,32 @@ def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
         raise bad("image_guidance needs a server that was started with --editing", "image_guidance")
     if flags["image_first"] and not limits.draws:
         raise bad(f"{LATENTS}; leave image_first out", "image_first")
-    if flags["image_first"] and whole["max_images"] == 0:
-        raise bad("image_first asks for an image, but max_images is 0", "max_images")
+    if flags["image_first"] and most_images == 0:
+        given_by = "this server's" if limits.max_images == 0 else "the request's modalities or"
+        raise bad(f"image_first asks for an image, but {given_by} max_images is 0", "max_images")
+    if whole["top_logprobs"] and not flags["logprobs"]:
+        raise bad("top_logprobs needs logprobs to be true", "top_logprobs")
     try:
         options = SampleOptions(
             **{name: value for name, value in given.items() if value is not None},
             **{name: flags[name] for name in ("image_first", "linear", "annealed")},
             top_k=whole["top_k"] or 0,
-            max_images=whole["max_images"] if limits.draws else 0,
+            max_images=most_images,
+            logprobs=(whole["top_logprobs"] or 0) if flags["logprobs"] else None,
             stop=_stop(body),
         )
     except ValueError as error:
         raise bad(str(error)) from None
     extras = _typed(body, "stream_options", dict) or {}
+    most, variables = whole["max_completion_tokens"] or whole["max_tokens"], _variables(body, limits)
     return ChatRequest(
-        turns=_turns(body.get("messages"), limits),
+        turns=turns_of(body.get("messages"), limits, most or limits.positions, variables, _bounds(body)),
         options=options,
-        max_tokens=whole["max_completion_tokens"] or whole["max_tokens"],
+        max_tokens=most,
         seeds=[(seed + i) % 2**32 for i in range(n)],
         stream=flags["stream"],
         include_usage=_typed(extras, "include_usage", bool) or False,
+        variables=variables,
     )
 
 
@@ -127,7 +142,7 @@ def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[
     for i, caption in enumerate(captions):
         limits.check_text(caption, room, f"captions[{i}]")
         room -= len(caption)
-    return from_url(body.get("image"), "flow", Budget(limits), "image"), captions, by == "image"
+    return upload(body.get("image"), "flow", limits, "image").decode(Budget(limits)), captions, by == "image"
 
 
 def _fields(body: object, known: set[str]) -> dict:
@@ -137,9 +152,56 @@ def _fields(body: object, known: set[str]) -> dict:
     for name, value in body.items():
         if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
+        if name in ("tools", "functions") and body.get("tool_choice", body.get("function_call")) == "none":
+            continue
+        if name == "response_format":
+            kind = value.get("type") if isinstance(value, dict) else value
+            raise bad(
+                f"response_format {kind!r} is not supported, because nothing here binds the model to a format; leave it out, "
+                "and ask for the format in the prompt",
+                name,
+                "unsupported_parameter",
+            )
         if name not in known and name not in IGNORED:
             raise bad(f"{name!r} is not supported by this server; leave it out", name, "unsupported_parameter")
-    return body
+    return {name: value for name, value in body.items() if not (name in UNLIMITED and value == -1)}
+
+
+def _text_only(body: dict) -> bool:
+    """Whether the request's modalities leave pictures out."""
+    modalities = _typed(body, "modalities", list)
+    if modalities is None:
+        return False
+    if not modalities or not all(each in ("text", "image") for each in modalities):
+        raise bad('modalities must be ["text"], or ["text", "image"]', "modalities")
+    return "image" not in modalities
+
+
+def _variables(body: dict, limits: RequestLimits) -> dict[str, Any]:
+    """The variables for the chat template."""
+    variables = _typed(body, "chat_template_kwargs", dict) or {}
+    for name, value in variables.items():
+        where = f"chat_template_kwargs.{name}"
+        if name in RESERVED or not name.isidentifier():
+            raise bad(f"{name!r} is no variable of a chat template that a request may set; leave it out", where)
+        if not isinstance(value, TEMPLATE_VALUES):
+            raise bad(f"{where} must be a text, a number, true, false or null", where, "invalid_type")
+        limits.check_text(str(value), limits.max_text, where)
+    return variables
+
+
+def _bounds(body: dict) -> tuple[int | None, int | None]:
+    """The least and the most pixels of pictures that the vision tower sees; None: the server's."""
+    given = _typed(body, "mm_processor_kwargs", dict) or {}
+    if other := sorted(given.keys() - set(BOUNDS)):
+        raise bad(
+            f"mm_processor_kwargs has {other[0]!r}, which is not supported; set {' or '.join(BOUNDS)}",
+            "mm_processor_kwargs",
+        )
+    least, most = (_number(given, name, 1, 10**9, (int,)) for name in BOUNDS)
+    if least and most and least > most:
+        raise bad("mm_processor_kwargs has min_pixels above max_pixels", "mm_processor_kwargs")
+    return least, most
 
 
 def _typed(body: dict, name: str, kind: type) -> Any:
@@ -173,63 +235,6 @@ def _stop(body: dict) -> tuple[str, ...]:
     if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(s, str) and s for s in strings):
         raise bad("stop must be a text or a list of up to 4 texts, none of them empty", "stop")
     return tuple(strings)
-
-
-def _turns(messages: object, limits: RequestLimits) -> list[tuple[str, Document]]:
-    """The role and the content of each message."""
-    if not isinstance(messages, list) or not messages:
-        raise bad("messages must be a list of at least one message", "messages")
-    budget, turns, room = Budget(limits), [], limits.max_text
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise bad(f"the role of a message must be one of {', '.join(ROLES)}", f"{where}.role")
-        role = "system" if message["role"] == "developer" else message["role"]
-        drawn = role == "assistant" and limits.draws  # images that the model drew are flow tokens
-        default = "flow" if drawn else limits.images
-        document = [
-            _part(part, limits, budget, default, f"{where}.content[{k}]")
-            for k, part in enumerate(_content(message, where))
-        ]
-        for text in texts(document):
-            limits.check_text(text, room, where)
-            room -= len(text)
-        turns.append((role, document))
-    if turns[-1][0] == "assistant":
-        raise bad("the last message must not be the assistant's; end with the message to answer", "messages")
-    return turns
-
-
-def _content(message: dict, where: str) -> list:
-    """The parts of a message. Clients may send back the `parts` or the `images` of an earlier answer as they are."""
-    content = message.get("parts") or message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    if not isinstance(parts, list):
-        raise bad("content must be a text or a list of parts", f"{where}.content")
-    if "parts" not in message:
-        images = message.get("images") or []
-        if not isinstance(images, list):
-            raise bad("images must be a list of image_url parts", f"{where}.images")
-        parts = parts + images
-    return parts
-
-
-def _part(part: object, limits: RequestLimits, budget: Budget, via: str, where: str) -> Text | Image:
-    """A part of a message. `via`: how the model sees an image that does not say it. `where`: the part's place."""
-    fields: dict = part if isinstance(part, dict) else {}
-    kind, text, image = fields.get("type"), fields.get("text"), fields.get("image_url")
-    if kind == "text" and isinstance(text, str):
-        return Text(text)
-    if kind != "image_url" or not isinstance(image, dict):
-        raise bad('a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}', where)
-    if not limits.draws and not limits.vision:
-        raise bad(f"{LATENTS}, and it has no vision tower to see yours; send text alone", where)
-    via = image.get("via", via)
-    if via == "flow" and not limits.draws:
-        raise bad(f"{LATENTS}; leave via out, so that its vision tower reads yours", f"{where}.image_url.via")
-    if via not in ("flow", "vit") or (via == "vit" and not limits.vision):
-        raise bad('via must be "flow", or "vit" if the model has a vision tower', f"{where}.image_url.via")
-    return Image(from_url(image.get("url"), via, budget, where), via=via)
 
 
 def check_model(body: object, name: str) -> None:

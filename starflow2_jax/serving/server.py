@@ -3,14 +3,15 @@
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import uvicorn
 
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import UserError, shown
 from starflow2_jax.sampling.engine import Sampler
-from starflow2_jax.serving.app import Service, make_app
+from starflow2_jax.serving.app import AHEAD, BODIES, Service, make_app
+from starflow2_jax.serving.guards import Line, Room
 from starflow2_jax.serving.request_limits import RequestLimits
 from starflow2_jax.serving.worker import Worker
 
@@ -22,15 +23,19 @@ class Limits:
     """Options of a server."""
 
     rows: int = 8  # answers that are written at the same time
-    max_queue: int = 32  # requests that may wait
+    max_queue: int = 512  # requests that may wait
     max_tokens: int = 512  # positions of an answer, image tokens included
-    max_pixels: int = 16_000_000  # in all images of a request
+    max_pixels: int = 40_000_000  # of an image as it is decoded, beside those before it as they are kept
     max_body: int = 32_000_000  # bytes of a request
     grace: float = 20.0  # seconds that running requests get when the server is stopped
     jacobi: int = 0  # image tokens to solve for at once; 0: as calibrated, or else 1
     keep: int = 4  # conversations whose caches are kept
     images: str = "flow"  # how the model sees images that set no `via`
     editing: bool = False  # whether requests may use `image_guidance`
+    max_images: int | None = None  # most images of an answer; None: any number
+    vit_min_pixels: int | None = None  # least and most pixels to which pictures are scaled for the vision tower;
+    vit_max_pixels: int | None = None  # None: the model's
+    origins: tuple[str, ...] = ()  # web sites whose pages may use the server; "*": all
 
 
 def bind(host: str, port: int) -> tuple[socket.socket, ...]:
@@ -41,7 +46,7 @@ def bind(host: str, port: int) -> tuple[socket.socket, ...]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--host {host!r} is no address of this machine ({_reason(error)})") from None
+        raise UserError(f"--host {shown(host)} is no address of this machine ({_reason(error)})") from None
     bound: list[socket.socket] = []
     for family, kind, protocol, _, address in dict.fromkeys(found):
         listener = socket.socket(family, kind, protocol)
@@ -88,15 +93,19 @@ class Server(uvicorn.Server):
         self.limits, self.listeners, self.ready = limits, listeners, ready
         if limits.images == "vit" and sampler.model.cfg.vlm.vision is None:
             raise UserError("--images vit needs a vision tower, which this model does not have")
+        _see(sampler, limits)
         request_limits = RequestLimits.of(
             sampler,
             max_pixels=limits.max_pixels,
             max_choices=limits.rows,
             images=limits.images,
             editing=limits.editing,
+            max_images=limits.max_images,
         )
         if limits.editing and not request_limits.draws:
             raise UserError("--editing needs a model that draws pixels; the images of this one are latents")
+        if limits.editing and not request_limits.drawing:
+            raise UserError("--editing needs answers with images, and --max-images is 0; leave one of them out")
         self.worker = Worker(
             sampler,
             limits.rows,
@@ -105,9 +114,14 @@ class Server(uvicorn.Server):
             jacobi=limits.jacobi,
             keep=limits.keep,
             editing=limits.editing,
-            draws=request_limits.draws,
+            draws=request_limits.drawing,
+            images=request_limits.images,
         )
-        app = make_app(Service(self.worker, name, request_limits, key, limits.max_body, host))
+        line, self.room = Line(limits.rows + AHEAD), Room(BODIES * limits.max_body)
+        service = Service(
+            self.worker, name, request_limits, key, limits.max_body, host, limits.origins, line, self.room
+        )
+        app = make_app(service)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -150,6 +164,17 @@ class Server(uvicorn.Server):
         finally:
             self.worker.close(0)
             self.worker.join()
+
+
+def _see(sampler: Sampler, limits: Limits) -> None:
+    """Let the sampler scale pictures for its vision tower to the server's bounds. Raises UserError."""
+    given = {"min_pixels": limits.vit_min_pixels, "max_pixels": limits.vit_max_pixels}
+    bounds = {name: value for name, value in given.items() if value is not None}
+    if not bounds:
+        return
+    if sampler.encoder.vision is None:
+        raise UserError("--vit-min-pixels and --vit-max-pixels need a vision tower, which this model does not have")
+    sampler.encoder.vision = replace(sampler.encoder.vision, **bounds)
 
 
 def end_quietly() -> None:

@@ -4,7 +4,9 @@ The batch is written in chunks of a few positions. Between two chunks, finished 
 new requests enter free rows.
 """
 
+import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -15,24 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.data.documents import DocumentError, Text
-from starflow2_jax.data.pipeline import collate
+from starflow2_jax.data.documents import Document, DocumentError, Image, Text
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import Sampler
-from starflow2_jax.sampling.events import Answer, End, Event, Picture, as_document
+from starflow2_jax.sampling.events import Answer, End, Event, Picture, Words, as_document
 from starflow2_jax.sampling.rows import BUCKET, Controls, Rows, SampleOptions, bucket, power
 from starflow2_jax.sampling.session import Session
-from starflow2_jax.sequence import Shape
 from starflow2_jax.serving.conversation_cache import Conversations
 from starflow2_jax.serving.errors import ApiError, told
-from starflow2_jax.serving.jobs import Fault, Job, Started, Task
+from starflow2_jax.serving.jobs import Fault, Job, ScoredWords, Started, Task
+from starflow2_jax.serving.logprobs import Spelling
 from starflow2_jax.serving.prompts import Turns, identity, pieces, prompt
-from starflow2_jax.serving.requests import ChatRequest
+from starflow2_jax.serving.reader import PIECE, Reader, rounded
+from starflow2_jax.serving.requests import TOP_LOGPROBS, ChatRequest
 
 # Every row has the guidance branch, so that one program serves all requests. A request without guidance has weight 0.
 WIDEST = SampleOptions(guidance=1.0, max_tokens=1)
-PIECE = 256  # positions of a prompt to read between two chunks of the running rows
 log = logging.getLogger(__name__)
 _put = jax.jit(row.put, donate_argnums=0)
 
@@ -45,6 +46,7 @@ class Writing:
     options: SampleOptions
     answer: Answer
     turns: Turns  # the conversation that it answers
+    begun: float  # time at which it was put into its row
     heard: list[Event] = field(default_factory=list)  # its events so far
 
 
@@ -55,7 +57,8 @@ class Worker(threading.Thread):
     number of requests that may wait. `chunk`: positions that are written between two looks at the queue. `jacobi`: image
     tokens that are solved for at once; 0: as calibrated. `keep`: number of conversations whose caches are kept, so that a
     request that continues one reads only its new part. `editing`: rows also have the guidance branch that drops the text
-    but keeps the images. `draws`: whether the model writes images; if not, rows have no guidance branch.
+    but keeps the images. `draws`: whether the model writes images; if not, rows have no guidance branch. `images`: how
+    the model sees images that set no `via`.
     """
 
     def __init__(
@@ -69,18 +72,22 @@ class Worker(threading.Thread):
         keep: int = 4,
         editing: bool = False,
         draws: bool = True,
+        images: str = "flow",
     ):
         super().__init__(name="device", daemon=True)
         self.sampler, self.size, self.max_queue, self.chunk = sampler, rows, max_queue, chunk
         self.max_tokens = min(max_tokens, sampler.max_positions - 1)
         self.positions = sampler.max_positions
-        self.draws = draws
+        self.draws, self.images = draws, images
         guidance, image_guidance = float(draws), 1.0 if editing else None
-        self.widest = replace(WIDEST, jacobi=jacobi, guidance=guidance, image_guidance=image_guidance)
+        self.widest = replace(
+            WIDEST, jacobi=jacobi, guidance=guidance, image_guidance=image_guidance, logprobs=TOP_LOGPROBS
+        )
+        self.spelling = Spelling(sampler.tokenizer)
         self.fresh = self._session(1)  # an empty conversation
         # A step may write `jacobi` positions beyond the last one, and a piece of a prompt is padded to a multiple of BUCKET.
         beyond = max(self.fresh.program.jacobi, BUCKET - 1)
-        self.capacity, self.written = _rounded(self.positions + beyond), bucket(self.max_tokens)
+        self.capacity, self.written = rounded(self.positions + beyond), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
         # The one job whose prompt is being read, or the one task that is being done, with its remaining pieces.
         self.entering: tuple[Job | Task, Iterator[None]] | None = None
@@ -88,6 +95,8 @@ class Worker(threading.Thread):
         self.news = threading.Condition()  # guards `waiting` and `closing`
         self.closing: float | None = None  # the time at which running requests are given up; None: the server is open
         self.lost = False  # whether the device failed and did not recover
+        self.reader = Reader(sampler, self.capacity, lambda: self._with_room(self._session(1).rows))
+        self.seconds = 1.0  # that an answer takes, on average of late
         self.batch = self._empty()
         self.writing: list[Writing | None] = [None] * rows
 
@@ -96,12 +105,14 @@ class Worker(threading.Thread):
 
         `tell`: called on this thread with each event. Raises ApiError and DocumentError for a prompt that does not fit.
         """
-        lanes = self.fresh.encode(prompt(self.sampler, request.turns))
+        lanes = self.fresh.encode(prompt(self.sampler, request.turns, request.variables))
         length = len(lanes[0]["tokens"])
         if not length and not request.options.image_first:
             raise DocumentError("the prompt is empty; give some text or an image")
         self._left(length)
-        return Job(request, identity(request.turns), lanes, tell)
+        # The template may write earlier turns by these variables, so the caches of other requests do not fit.
+        known = None if request.variables else identity(request.turns)
+        return Job(request, known, lanes, tell)
 
     def _left(self, length: int) -> int:
         """Number of positions that may be written after a prompt. Raises ApiError if there is none."""
@@ -111,18 +122,36 @@ class Worker(threading.Thread):
         return min(self.max_tokens, self.positions - length)
 
     def warm(self) -> None:
-        """Compile the programs that every request needs, by answering one. Call it before the thread starts."""
+        """Compile the programs that most requests need, by answering two. Call it before the thread starts."""
         options = SampleOptions(image_first=self.draws, max_images=int(self.draws))
         most = min(self.max_tokens, self.sampler.model.cfg.tokens + 2) if self.draws else 1
-        request = ChatRequest([("user", [Text("image")])], options, most, [0], stream=False, include_usage=False)
-        self.submit(self.job(request, lambda event: None))
-        while self.waiting or self.entering or self.running:
-            self._turn()
+        sights: tuple[Document, ...] = ([Text("image")], [*self._blank_picture(), Text("image")])
+        for said in sights:
+            request = ChatRequest([("user", said)], options, most, [0], stream=False, include_usage=False)
+            with contextlib.suppress(ApiError, DocumentError):  # a picture may be too large for a short row
+                self.submit(self.job(request, lambda event: None))
+            while self.waiting or self.entering or self.running:
+                self._turn()
         self.conversations.forget()
         if self.draws:
             cfg = self.sampler.model.cfg
             for count in {power(n + 1) for n in range(self.size)}:  # numbers of images that are decoded together
                 self.sampler.decode(np.zeros((count, cfg.tokens, cfg.channels)), self.widest.calibrated)
+
+    def _blank_picture(self) -> Document:
+        """The smallest image that a prompt may show in the way that requests do; nothing for a model that sees none."""
+        codec = self.sampler.codec
+        if self.images == "vit":
+            return (
+                [Image(np.zeros((1, 1, codec.image_channels), np.float32), via="vit")]
+                if self.sampler.encoder.vision
+                else []
+            )
+        return [Image(np.zeros((*codec.grid, codec.channels), np.float32), encoded=True)]
+
+    def seconds_to_wait(self, ahead: int) -> int:
+        """Estimated seconds until a request gets a row, with `ahead` requests before it; at least 1, at most 600."""
+        return min(max(math.ceil(self.seconds * ahead / self.size), 1), 600)
 
     def submit(self, work: Job | Task) -> None:
         """Put work into the queue. Raises ApiError: 429 if too many requests wait, 503 if the server is closing."""
@@ -130,7 +159,9 @@ class Worker(threading.Thread):
             if self.closing is not None:
                 raise _closing()
             if len(self.waiting) >= self.max_queue:
-                raise ApiError(429, f"{self.max_queue} requests are already waiting; try again later", "queue_full")
+                seconds = self.seconds_to_wait(len(self.waiting))
+                message = f"{self.max_queue} requests are already waiting; try again later"
+                raise ApiError(429, message, "queue_full", retry=seconds)
             self.waiting.append(work)
             self.news.notify()
 
@@ -230,7 +261,7 @@ class Worker(threading.Thread):
             for number, piece in enumerate(pieces(features, PIECE)):
                 if lane or number:
                     yield
-                rows = self._read(rows, lane, piece, used)
+                rows = yield from self.reader.read(self.program, rows, lane, piece, used, lambda: self.running > 0)
                 used += len(piece["tokens"])
         options = replace(job.request.options, max_tokens=most, jacobi=self.widest.jacobi)
         rows = self._new_turn(rows, [_for_branches(options, self.widest.branches)])
@@ -243,23 +274,14 @@ class Worker(threading.Thread):
             self.batch = self.sampler.run(_put, self.batch, index, chosen)
             cfg, tokenizer = self.sampler.model.cfg, self.sampler.tokenizer
             answer = Answer(choice, tokenizer, cfg.tokens, self.sampler.ids.end, options.stop)
-            self.writing[index] = Writing(job, options, answer, turns)
+            self.writing[index] = Writing(job, options, answer, turns, time.monotonic())
 
     def _beginning(self, job: Job) -> tuple[Turns, Rows, list[dict]]:
         """The conversation, a row whose caches hold the part that was read before, and for each lane the features to read."""
-        if found := self.conversations.go_on(job.request.turns, job.identity):
+        if job.identity and (found := self.conversations.go_on(job.request.turns, job.identity)):
             turns, rows, lanes = found
             return turns, self._with_room(rows), lanes
         return job.request.turns, self._with_room(self._session(1).rows), job.lanes
-
-    def _read(self, rows: Rows, lane: int, piece: dict[str, np.ndarray], used: int) -> Rows:
-        """Read a piece of a prompt into a lane that already holds `used` positions."""
-        length, patches = len(piece["tokens"]), len(piece.get("patches", ()))
-        room = bucket(length) if used + bucket(length) <= self.capacity else _rounded(length)
-        shape = Shape(1, room, power(len(piece["latents"])), bucket(patches) if patches else 0)
-        end = piece["positions"].max() + 1
-        given = self.sampler.place((collate([piece], shape), np.array([length], np.int32), np.array([end], np.int32)))
-        return self.sampler.run_step(self.program, steps.read, rows, given[0], lane, *given[1:])
 
     def _report(self) -> None:
         """Send the events of the last chunk to their jobs, and free the rows of finished answers."""
@@ -274,7 +296,7 @@ class Worker(threading.Thread):
             try:
                 for event in answer.read(records[i], bool(done[i]), pictures[i]):
                     self._heard(i, writing, event)
-                    job.say(event)
+                    job.say(self._with_scores(i, writing, event))
             except Exception as error:  # of any kind: it concerns this answer alone
                 job.fail(told(error))
             if answer.ended or job.cancelled:
@@ -287,8 +309,21 @@ class Worker(threading.Thread):
                 500, "the model wrote an image with values that are not finite; try another seed", "model_failed"
             )
         writing.heard.append(event)
-        if isinstance(event, End) and not writing.answer.cut:  # text that a stop string cut off is still in the caches
+        if isinstance(event, End):
+            self.seconds += (time.monotonic() - writing.begun - self.seconds) / 8
+        # Text that a stop string cut off is still in the caches.
+        if isinstance(event, End) and not writing.answer.cut and writing.job.identity:
             self.conversations.keep([*writing.turns, ("assistant", as_document(writing.heard))], self.batch, index)
+
+    def _with_scores(self, index: int, writing: Writing, event: Event) -> Event:
+        """The event with the log-probabilities of its words, if the request wants them."""
+        top = writing.options.logprobs
+        if top is None or not isinstance(event, Words):
+            return event
+        at = np.array(event.places, int)
+        likely, logprobs = jax.device_get((self.batch.likely, self.batch.logprobs))
+        scores = self.spelling.entries(likely[index, at], logprobs[index, at], top)
+        return ScoredWords(event.choice, event.text, event.places, tuple(scores))
 
     def _free(self, indices: list[int]) -> None:
         """Drop the answers of these rows, and mark all free rows as done, so that steps skip them."""
@@ -340,10 +375,6 @@ def _for_branches(options: SampleOptions, branches: tuple[str, ...]) -> SampleOp
     if len(branches) < 2 or options.image_guidance is not None:
         return options
     return replace(options, guidance=0.0, image_guidance=options.guidance)
-
-
-def _rounded(length: int) -> int:
-    return -(-length // BUCKET) * BUCKET
 
 
 def _solve(task: Task) -> Iterator[None]:

@@ -137,7 +137,7 @@ class Sweep:
     averaged: int = AVERAGED  # last values of the metric; 1 for an evaluation, whose documents are always the same
 
     def result(self, point: Point) -> float | None:
-        """The metric of a point; None as for Point.result."""
+        """The sweep's metric of a point. None in the same cases as `Point.result`."""
         return point.result(self.metric, self.averaged)
 
     @property
@@ -203,8 +203,8 @@ def train_command(sweep: Sweep, point: Point, runlocal: bool = False) -> list[st
 def launch_command(sweep: Sweep, point: Point, template: str) -> list[str]:
     """The command of a launcher for a point: `template` with {config}, {out}, {name} and {overrides} filled in.
 
-    {name} is made from the name of the point's folder. The word {overrides} alone becomes one word for each override;
-    within a word, it becomes all of them, quoted for a shell.
+    {name} is made from the name of the point's folder. {overrides} as a word of its own becomes one argument for each
+    override. As a part of a longer word it becomes all overrides, quoted for a shell.
     """
     filled = []
     for word in shlex.split(template):
@@ -268,11 +268,11 @@ def _wait(command: list[str], log: Path) -> int:
 
 
 def submit(sweep: Sweep, template: str, again: str | None = None, report: Callable[[str], None] = print) -> None:
-    """Hand each point that is neither done nor handed on to a launcher, as a job.
+    """Submit each point to a launcher as a job, unless it is done or was submitted before.
 
-    `template`: the launcher's command, see `launch_command`. `again`: "ended" also hands on points whose jobs have ended
-    without finishing; "all" hands on every point that is not done. A job tells that it has ended by writing its exit code
-    to the file that the environment variable ENDED names. `report`: called with a line about each point.
+    `template`: the launcher's command, see `launch_command`. `again`: "ended" also submits points again whose jobs ended
+    without finishing; "all" submits every point that is not done. At its end, a job writes its exit code to the file that
+    the environment variable ENDED names. `report`: called with a line about each point.
     """
     for number, point in enumerate(sweep.points, 1):
         title = f"point {number} of {len(sweep.points)} ({_described(sweep, point)})"

@@ -25,6 +25,7 @@ from starflow2_jax.models.vlm import VlmConfig
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.parallel.hardware import peak_flops
 from starflow2_jax.stages import STAGES
+from starflow2_jax.training import beginning
 from starflow2_jax.training.evals.protocol import Evaluation
 from starflow2_jax.training.evals.table import evaluations
 from starflow2_jax.training.goodput import Ledger
@@ -58,7 +59,9 @@ def train(
     LossSpike for a bad step, if that is the policy.
     """
     if profile < 0:
-        raise UserError(f"the number of steps to profile is at least 0, not {profile}; leave out --profile for none")
+        raise UserError(
+            f"the number of steps to profile must be at least 0, not {profile}; leave out --profile for none"
+        )
     checkpoints.steps.open()
     done = checkpoints.steps.latest() or 0
     ledger = Ledger(checkpoints.steps.meta(done).get("time") if done else None)
@@ -152,7 +155,7 @@ class Trainer:
             self._require_stages()  # now, before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
-            if processes.primary() and (whole := held_whole(self.config, self.model, self.mesh)):
+            if processes.primary() and (whole := self._held_whole()):
                 print(f"NOTE: {whole}", file=sys.stderr)
             tasks = [self.task(name) for name in c.order]  # with the codec that the directory holds
             return train(
@@ -182,12 +185,17 @@ class Trainer:
             self._require_stages()
             processes.on_primary(partial(self.checkpoints.write_config, self.config))
         else:
-            processes.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))
+            self._create()
         self.begun = True
-        if (
-            not processes.primary()
-        ):  # use what process 0 fitted, because another machine's fit may differ in the last bit
+
+    def _create(self) -> None:
+        """Make the directory. All processes of the run call it together."""
+        processes.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))
+        if not processes.primary():  # use what process 0 fitted: another machine's fit may differ in the last bit
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
+
+    def _held_whole(self) -> str:
+        return held_whole(self.config, self.model, self.mesh)
 
     def _require_same_steps(self) -> None:
         """Raises ConfigError if a run with the config's order and steps would not pass through the directory's last step."""
@@ -223,14 +231,21 @@ class Trainer:
 
     @classmethod
     def begin(
-        cls, config: Config, folder: str | Path, vlm: str | Path, read_config: Callable[[Path], VlmConfig]
+        cls,
+        config: Config,
+        folder: str | Path,
+        vlm: str | Path,
+        read_config: Callable[[Path], VlmConfig],
+        say: Callable[[str], None] = lambda line: None,
+        force: bool = False,
     ) -> None:
         """Make a directory `folder` for a run on the converted VLM in the folder `vlm`, with untrained flows as step 0.
 
-        `read_config` reads vlm.json. Raises UserError if `folder` exists or the config describes another VLM, and
-        StorageError if a file cannot be written; then no folder is left.
+        `read_config` reads vlm.json. `say` gets a line about each piece of work before it begins. `force`: also begin if
+        the flows do not fit into memory. Raises UserError if they do not, if `folder` exists or if the config describes
+        another VLM, and StorageError if a file cannot be written; then no folder is left.
         """
-        vlm, folder = Path(vlm), Path(folder).resolve()
+        config, vlm, folder = configs.complete(config), Path(vlm), Path(folder).resolve()
         require_new(folder)
         if makes_vlm(config):
             raise ConfigError(f"{vlm} holds a pretrained VLM; remove the stage pretrain from the config's order")
@@ -238,12 +253,19 @@ class Trainer:
             raise ConfigError(
                 f"{vlm} holds another VLM than the config: its {', '.join(other)}; change model.vlm in the config"
             )
+        axes = config.mesh
+        mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, sequence=axes.sequence)
+        model = Pretzel(configs.pretzel(config))
+        groups, copied = beginning.groups(model, mesh), sum(file.stat().st_size for file in vlm.rglob("*"))
+        beginning.require_memory(groups, mesh, folder, say, force)
         codec = sources.make_codec(config)
-        with new_folder(folder, sum(file.stat().st_size for file in vlm.rglob("*"))) as partial:
+        with new_folder(folder, copied + sum(group.size for group in groups)) as partial:
+            say(f"copying the VLM: {copied / 1e9:.3g} GB")
             CheckpointDirectory(partial).create_on(vlm, config, codec)
             trainer = cls(config, partial)
             meta = {"stage": config.order[0], "stage_step": 0, "key": [], "data": None}
-            with jax.set_mesh(trainer.mesh):
-                params = trainer.task(config.order[0]).fresh("trainable")
+            with jax.set_mesh(mesh):
+                params = beginning.make(model, config.seed, groups, mesh, say)
+                say(f"writing the checkpoint: {sum(group.size for group in groups) / 1e9:.3g} GB")
                 trainer.checkpoints.steps.save(0, {"params": params}, meta)
             trainer.checkpoints.steps.close()

@@ -1,6 +1,7 @@
 """A stage's compiled step, and the shapes and shardings of its arguments, which need no devices."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,22 @@ from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 from optax import GradientTransformation
 
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.config.schema import Config
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
-from starflow2_jax.parallel import sharding
+from starflow2_jax.parallel import devices, sharding
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
 from starflow2_jax.stages import STAGES, Stage
 from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.step import (
+    HOST,
     Objective,
     TrainState,
     counted,
+    encoding,
     make_step,
     new_state,
     offloaded,
@@ -34,16 +38,24 @@ PAPER = {"1": "text_to_image", "2": "image_to_text", "3": "joint"}
 
 
 def jitted_step(
-    config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, deviations: ArrayLike, mesh: Mesh
+    config: Config,
+    model: Pretzel,
+    stage: Stage,
+    optimizer: GradientTransformation,
+    deviations: ArrayLike,
+    mesh: Mesh,
+    codec: Codec | None = None,
 ) -> Wrapped:
     """The step of a stage as `task.Step` describes it, compiled when it is first called.
 
     Input and output state share one sharding, so steps can be chained. `deviations` (D,): standard deviations of the
-    codec's latent channels.
+    codec's latent channels. `codec`: encodes the batch's pictures, if it has any, with the step's frozen["codec"].
     """
     cfg = config.stages[stage.name]
     loss = objective(config, stage, deviations)
     update = make_step(model, stage, optimizer, loss, accumulate=cfg.accumulate, ema_decay=cfg.ema)
+    if codec:
+        update = encoding(update, codec, cfg.accumulate)
     step = guarded(counted(update, stage), config.faults)
     if cfg.optimizer.offload:
         step = offloaded(step)
@@ -119,6 +131,15 @@ def fresh_params(model: Pretzel, seed: int, tree: str, mesh: Mesh, dtype: DTypeL
     return jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make), mesh))()
 
 
+def fresh_group(model: Pretzel, seed: int, name: str, mesh: Mesh) -> dict:
+    """The group `name` of what `fresh_params` makes."""
+
+    def make() -> dict:
+        return init_params(model, jax.random.key(seed))[name]
+
+    return jax.jit(make, out_shardings=sharding.tree_shardings({name: jax.eval_shape(make)}, mesh)[name])()
+
+
 def _initial(model: Pretzel, seed: int, tree: str, dtype: DTypeLike | None = None) -> dict:
     params = init_params(model, jax.random.key(seed))
     params = {name: group for name, group in params.items() if (name in FROZEN) == (tree == "frozen")}
@@ -146,6 +167,27 @@ def abstract_arguments(
     rest = _as_published(config, abstract_params(model, other_tree(trained_tree(stage))))
     batch = sharding.placed(empty_batch(model.cfg, batch_shape(config, stage)), sharding.batch_sharding(mesh))
     return abstract_state(config, model, stage, optimizer, mesh), sharding.abstract(rest, mesh), batch
+
+
+def require_memory(config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh) -> None:
+    """Raises ConfigError if the arguments of a stage's step alone are larger than a device's memory, where that is known."""
+    needed = bytes_a_device(abstract_arguments(config, model, stage, optimizer, mesh))
+    if (memory := devices.memory(mesh.devices.flat[0])) is not None and needed > memory:
+        raise ConfigError(
+            f"parameters, optimizer and batch need {needed / 1e9:,.1f} GB on each device, which has {memory / 1e9:,.1f} GB; use a "
+            "smaller model or batch, or more devices on the axis mesh.fsdp"
+        )
+
+
+def bytes_a_device(tree: Any, host: bool = False) -> float:
+    """Bytes of sharded arrays that one device holds, or with `host` the host's memory for it; without padding."""
+    leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == host]
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape), dtype=float) * _width(x.dtype) for x in leaves))
+
+
+def _width(dtype: Any) -> int:
+    """Bytes of an element; a random key has 8."""
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
 def held_whole(config: Config, model: Pretzel, mesh: Mesh) -> str:

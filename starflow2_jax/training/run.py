@@ -93,7 +93,7 @@ class Run(Generic[S]):
         self.read: dict[str, int] = {}  # counts of documents, at the last check
 
     def run(self, last: int, stop_at: int | None) -> bool:
-        """Train up to step `last`. Returns False if the run stopped at `stop_at` before.
+        """Train up to step `last`, or to `stop_at` if that comes first. Returns False if it stopped at `stop_at`.
 
         Raises Preempted, NonFiniteLoss or LossSpike.
         """

@@ -59,15 +59,17 @@ class StageTask:
         return training_flops(self.model.cfg, self.stage, program.batch_shape(self.config, self.stage)).total
 
     def check(self) -> None:
-        """Raises UserError for rows that do not fit the mesh, devices without host memory, or a source that cannot be opened."""
+        """Raises UserError for rows that do not fit the mesh, arrays that do not fit the devices' memory, devices without host
+        memory, or a source that cannot be opened."""
         program.require_rows(self.config, self.stage, self.mesh)
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
+        program.require_memory(self.config, self.model, self.stage, self.optimizer, self.mesh)
         self.step()
         self.streams()
 
     def continues(self, name: str) -> bool:
-        """Whether the stage `name` trains the same tree as this one."""
+        """Whether the stage `name` trains the same tree of parameters as this stage."""
         return program.trained_tree(STAGES[name]) == program.trained_tree(self.stage)
 
     def abstract_state(self) -> TrainState:
@@ -89,16 +91,24 @@ class StageTask:
         return program.fresh_params(self.model, self.config.seed, tree, self.mesh)
 
     def frozen(self, checkpoints: CheckpointDirectory) -> dict:
-        """The tree that the stage does not train. Raises ConfigError if that is the VLM and the directory has none yet."""
+        """The tree that the stage does not train, and "codec" if the step encodes pictures. Raises ConfigError if that is the VLM and the directory has none yet."""
         if program.trained_tree(self.stage) == "frozen":
-            return self.fresh("trainable")
-        if not checkpoints.frozen.exists():
+            frozen = self.fresh("trainable")
+        elif not checkpoints.frozen.exists():
             raise ConfigError(f"stage {self.name} needs a pretrained VLM; run the stage pretrain before it")
-        return checkpoints.frozen.restore(sharding.abstract(program.abstract_params(self.model, "frozen"), self.mesh))
+        else:
+            abstract = sharding.abstract(program.abstract_params(self.model, "frozen"), self.mesh)
+            frozen = checkpoints.frozen.restore(abstract)
+        if self.pictures:
+            weights = self.codec.encoder_weights()
+            frozen["codec"] = jax.device_put(weights, sharding.tree_shardings(weights, self.mesh))
+        return frozen
 
     def step(self) -> Wrapped:
         """The step function, which is compiled when it is first called."""
-        return program.jitted_step(self.config, self.model, self.stage, self.optimizer, self.codec.std, self.mesh)
+        return program.jitted_step(
+            self.config, self.model, self.stage, self.optimizer, self.codec.std, self.mesh, self.codec
+        )
 
     def check_batch(self, batch: Sequence) -> None:
         """Raises ConfigError if no part of the batch counts in the stage's losses."""
@@ -114,10 +124,23 @@ class StageTask:
                 '"predict" and the images that are marked by "generate")'
             )
 
-    def row_encoder(self) -> RowEncoder:
-        """Turns documents into parts of this stage's rows."""
+    @cached_property
+    def pictures(self) -> bool:
+        """Whether the step encodes pictures: the codec can, and a source of the stage or of an evaluation holds pictures."""
+        if not self.codec.in_step:
+            return False
+        mixes = [getattr(each, "mix", None) or {} for each in self.config.evals.values()]
+        named = [
+            *sources.named(self.config, self.name),
+            *(each for mix in mixes for each in sources.mixed(self.config, mix)),
+        ]
+        return any(each.open().encoded_by() is None for each in named)
+
+    def row_encoder(self, streams: list[Stream]) -> RowEncoder:
+        """Turns documents of the streams into parts of this stage's rows. It leaves pictures for the step, if that encodes."""
         vision = self.model.cfg.vlm.vision
-        encoder = Encoder(self.tokenizer, self.codec, vision, remembered=REMEMBERED)
+        pictures = self.codec.in_step and any(each.source.encoded_by() is None for each in streams)
+        encoder = Encoder(self.tokenizer, self.codec.without_weights(), vision, REMEMBERED, pictures)
         return RowEncoder(encoder, program.batch_shape(self.config, self.stage))
 
     def streams(self) -> list[Stream]:
@@ -131,7 +154,7 @@ class StageTask:
 
     def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
         """The same of other streams. `workers`: processes that read ahead."""
-        data, encode = self.config.data, self.row_encoder()
+        data, encode = self.config.data, self.row_encoder(streams)
         rows = own_rows(sharding.batch_sharding(self.mesh), encode.shape.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
         return GroupedBatches(streams, encode, data.groups, workers, data.threads, faults, rows)

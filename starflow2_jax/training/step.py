@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.likelihood import CHUNK
 from starflow2_jax.models.pretzel import Pretzel
@@ -80,6 +81,29 @@ def counted(step: Callable, stage: Stage) -> Callable:
         return state, metrics | {"tokens": jnp.sum(batch.segments > 0), "targets": losses.targets(batch, stage)}
 
     return run
+
+
+def encoding(step: Callable, codec: Codec, parts: int) -> Callable:
+    """`step` of batches with pictures, which the codec encodes with frozen["codec"]; `parts`: as for `encoded`."""
+
+    def run(state: TrainState, frozen: dict, batch: Sequence):
+        return step(state, frozen, encoded(codec, frozen, batch, parts))
+
+    return run
+
+
+def encoded(codec: Codec, frozen: dict, batch: Sequence, parts: int = 1) -> Sequence:
+    """The batch with latents in place of its pictures, if it has any. `parts`: encode so many parts of the rows in turn."""
+    if batch.pictures is None:
+        return batch
+
+    def latents(part: Any) -> jax.Array:
+        pixels = part.pictures.pixels / 127.5 - 1
+        flat = codec.encode_with(frozen["codec"], pixels.reshape(-1, *pixels.shape[2:]))
+        return jnp.where(part.pictures.waiting[..., None, None], flat.reshape(part.latents.shape), part.latents)
+
+    new = jax.lax.map(latents, in_parts(batch, parts)) if parts > 1 else latents(batch)[None]
+    return batch.replace(latents=new.swapaxes(0, 1).reshape(batch.latents.shape), pictures=None)
 
 
 @dataclass(frozen=True, eq=False)

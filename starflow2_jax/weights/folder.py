@@ -16,6 +16,7 @@ from starflow2_jax.weights.other_formats import advice, require_folder, require_
 from starflow2_jax.weights.table import WeightError, refuse
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DIFFUSERS = "diffusion_pytorch_model"  # `diffusers` writes this in place of "model"
 TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -39,12 +40,15 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder by name, in the order in which the files hold them. Reads only headers. Raises WeightError."""
+def read_entries(folder: Path, name: str = "model") -> dict[str, Entry]:
+    """Every tensor of a folder by name, in the order in which the files hold them. Reads only headers. Raises WeightError.
+
+    `name`: what the names of the safetensors file and of the index begin with.
+    """
     require_folder(folder)
-    single, index = folder / SINGLE, folder / INDEX
+    single, index = (folder / file.replace("model", name, 1) for file in (SINGLE, INDEX))
     if single.is_file() and index.is_file():
-        raise WeightError(f"{folder} holds both {SINGLE} and {INDEX}; remove one of them")
+        raise WeightError(f"{folder} holds both {single.name} and {index.name}; remove one of them")
     if not single.is_file() and not index.is_file():
         raise WeightError(f"{folder} {what_it_is(folder)}")
     entries = _read_header(single) if single.is_file() else _read_shards(folder, index)
@@ -59,15 +63,17 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
     for file in sorted(set(where.values())):
         named = {name for name, f in where.items() if f == file}
         if not (folder / file).is_file():
-            faults.append(f"{folder / file} is missing; {INDEX} names it for {len(named)} tensors")
+            faults.append(f"{folder / file} is missing; {index.name} names it for {len(named)} tensors")
             continue
         try:
             present = _read_header(folder / file)
         except WeightError as error:
             faults.append(str(error))
             continue
-        faults += [f"{INDEX} says that {file} holds {name}, but it does not" for name in sorted(named - set(present))]
-        faults += [f"{file} holds {name}, but {INDEX} does not say so" for name in sorted(set(present) - named)]
+        faults += [
+            f"{index.name} says that {file} holds {name}, but it does not" for name in sorted(named - set(present))
+        ]
+        faults += [f"{file} holds {name}, but {index.name} does not say so" for name in sorted(set(present) - named)]
         entries |= {name: entry for name, entry in present.items() if name in named}
     refuse(faults)
     return entries
@@ -116,8 +122,8 @@ def read_tensor(entry: Entry) -> np.ndarray:
 class FolderTensors(Mapping):
     """The tensors of a folder by name, each read on access. Raises WeightError as `read_entries` does."""
 
-    def __init__(self, folder: Path):
-        self.entries = read_entries(folder)
+    def __init__(self, folder: Path, name: str = "model"):
+        self.entries = read_entries(folder, name)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return read_tensor(self.entries[name])

@@ -123,8 +123,8 @@ def _refuse_unsupported(path: Path, text: Any, vision: Any) -> None:
 
 
 def table(cfg: QwenConfig, names: Collection[str] = ()) -> tuple[Rule, ...]:
-    """The weight table of `abstract_params(cfg)`. `names`: of the folder's tensors, which have the OLDER or NEWER prefixes;
-    empty: OLDER."""
+    """The weight table of `abstract_params(cfg)`. `names`: the names of the folder's tensors, which decide between the OLDER
+    and the NEWER prefixes; OLDER if there are none."""
     text, vision = generation(names)
     layer = text + "layers.{layer}."
     rules = (

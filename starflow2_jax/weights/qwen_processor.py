@@ -61,7 +61,9 @@ def _refuse_unsupported(path: Path, values: dict, vision: VisionConfig) -> None:
     sizes = {"patch_size": vision.patch, "merge_size": vision.merge, "temporal_patch_size": vision.temporal_patch}
     for name, have in sizes.items():
         if (given := values.get(name)) not in (None, have):
-            raise WeightError(f"{path} has {name} {shorten(given)}, but config.json has {have}")
+            raise WeightError(
+                f"{path} has {name} {shorten(given)}, but config.json has {have}; fetch both files again from the same model"
+            )
     faults = [
         f"{name} = {values[name]}" for name in ("do_resize", "do_rescale", "do_normalize") if values.get(name) is False
     ]

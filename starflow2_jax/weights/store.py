@@ -41,7 +41,7 @@ class ArrayStore:
         self._sums = {path: np.zeros(2, np.uint32) for path in leaves}
 
     def write(self, path: str, layer: int | None, value: np.ndarray) -> None:
-        """Write an array, or its slice `layer`, chunk by chunk."""
+        """Write an array chunk by chunk; only the slice `layer` of its first axis if that is not None."""
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
             piece = np.array(value[index], order="C")  # a copy: JAX may keep it for a while, and `value` is large
@@ -50,7 +50,7 @@ class ArrayStore:
             done.result()
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """Read an array, or its slice `layer`. Raises WeightError if its files are damaged."""
+        """Read an array; only the slice `layer` of its first axis if that is not None. Raises WeightError if its files are damaged."""
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         value = np.empty(array.shape, array.dtype.numpy_dtype)
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):

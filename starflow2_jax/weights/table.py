@@ -32,8 +32,8 @@ class Rule:
     """One source tensor <-> one of our parameters, or several that the source concatenates along its first axis.
 
     source: the tensor's name with fields for numbers, as in "blocks.{block}.layers.{layer}.qkv.weight".
-    target: the parameter's path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel". At most one
-        field can be in the source alone. It is an index into the target's first axis, which has the layers of a scan.
+    target: the parameter's path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel". A field
+        that only the source has, at most one, is an index into the target's first axis: the layers of a scan.
     axes: the axes of source and target (without the axis of layers), as in "(h k) e -> e h k". "1" is an axis of size 1
         that the target does not have. None: both have the same axes.
     sizes: sizes of axes that appear only within groups, as in {"p": 14}; a missing one follows from the tensor's shape.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.fft import dctn
 
 from starflow2_jax.checkpoints.codec import restore_codec, write_codec
 from starflow2_jax.codecs.table import CODECS
@@ -15,18 +16,19 @@ GRID = (2, 3)
 RNG = np.random.default_rng(0)
 OPTIONS = {
     "patch": CODECS["patch"].Options(patch=2, image_channels=3),
+    "patch, cosine": CODECS["patch"].Options(patch=2, image_channels=3, basis="cosine"),
     "latents": CODECS["latents"].Options(grid=GRID, channels=5, shift=0.5, scale=2.0),
 }
 
 
-@pytest.fixture(params=sorted(set(CODECS) - {"fae"}))
+@pytest.fixture(params=sorted(OPTIONS))
 def codec(request):
     return made(request.param)
 
 
-def made(kind: str):
-    shape = OPTIONS[kind].image_shape(GRID)
-    return CODECS[kind].make(OPTIONS[kind], iter(RNG.uniform(-1, 1, (9, *shape)).astype(np.float32)))
+def made(name: str):
+    shape = OPTIONS[name].image_shape(GRID)
+    return CODECS[name.split(",")[0]].make(OPTIONS[name], iter(RNG.uniform(-1, 1, (9, *shape)).astype(np.float32)))
 
 
 def test_shapes_are_as_it_says(codec):
@@ -59,6 +61,21 @@ def test_it_is_the_same_after_it_was_saved(codec, tmp_path):
 def test_a_kind_that_there_is_not(tmp_path):
     with pytest.raises(UserError, match="'vae', but the known kinds are patch, latents, fae.*--import"):
         restore_codec(tmp_path, {"kind": "vae"})
+
+
+def test_the_cosine_basis():
+    """A flat patch has one channel for each colour; the transform is SciPy's of two dimensions, and keeps distances."""
+    patch, codec = RNG.uniform(-1, 1, (1, 4, 4, 3)).astype(np.float32), cosine(4)
+    wanted = dctn(patch[0].transpose(2, 0, 1), axes=(1, 2), norm="ortho")
+    np.testing.assert_allclose(codec.encode(patch).reshape(3, 4, 4), wanted, atol=1e-5)
+    flat = codec.encode(np.tile(patch[:, :1, :1], (1, 4, 4, 1))).reshape(3, 16)
+    assert (np.abs(flat) > 1e-5).sum(1).tolist() == [1, 1, 1]
+
+
+def cosine(patch: int):
+    """A codec of patches that neither centres nor scales."""
+    D = 3 * patch * patch
+    return CODECS["patch"]((patch, patch), 3, patch, (0.0,) * D, (1.0,) * D, "cosine")
 
 
 def test_latents_need_no_images():

@@ -13,6 +13,7 @@ from tiny_fae import CHANNELS, GRID, NETWORKS, codec, pictures
 from starflow2_jax.checkpoints.codec import write_codec
 from starflow2_jax.codecs.fae import FaeCodec, FaeOptions, read_fae
 from starflow2_jax.codecs.fingerprint import fingerprint, packed, unpacked
+from starflow2_jax.codecs.latents import LatentCodec
 from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.models.fae import FeatureDecoder, LatentEncoder, PixelDecoder
 from starflow2_jax.models.feature_encoders import ENCODERS
@@ -134,8 +135,24 @@ def test_folders_that_are_refused(folder, tmp_path_factory):
     description = (folder / "codec.json").read_text()
     refused("holds a codec of the kind 'patch', not 'fae'", kind="patch")
     refused("content hash differs", content_hash="0")
-    refused("encoder_kind is one of dinov2, vit, vlm, not 'dino2'", encoder_kind="dino2")
+    refused("encoder_kind must be one of dinov2, vit, vlm, not 'dino2'", encoder_kind="dino2")
     refused("codec.json in .* is damaged .'mean'", mean=None)
     refused("mean and std must have one entry for each of the 4 channels", mean=[0.0])
     with pytest.raises(UserError, match="holds no codec, because it has no codec.json"):
         read_fae(tmp_path_factory.mktemp("empty"))
+
+
+def test_a_decoder_of_latents_in_files(folder):
+    """Arrays go in, pictures come out: those that the decoder makes of the arrays."""
+    options = dict(grid=GRID, channels=CHANNELS, shift=0.5, scale=2.0)
+    plain, made = (LatentCodec.make(LatentCodec.Options(**options, decoder=path), ()) for path in ("", str(folder)))
+    assert (plain.makes_pixels, made.makes_pixels, made.is_pixels) == (False, True, False)
+    arrays = np.random.default_rng(0).standard_normal((2, *GRID, CHANNELS)).astype(np.float32)
+    latents = made.encode(arrays)
+    np.testing.assert_array_equal(latents, plain.encode(arrays))
+    np.testing.assert_allclose(made.decode(latents), codec().decode(arrays), atol=1e-5)
+    again = unpacked(*packed(made))
+    assert again == made and fingerprint(again) == fingerprint(made) != fingerprint(plain)
+    np.testing.assert_array_equal(again.decode(latents), made.decode(latents))
+    with pytest.raises(ConfigError, match="codec.channels is 5, but the codec in .* has 4"):
+        LatentCodec.make(LatentCodec.Options(**options | {"channels": 5}, decoder=str(folder)), ())

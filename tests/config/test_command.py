@@ -12,6 +12,7 @@ from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import ExperimentConfig
 from starflow2_jax.fields import keys
+from starflow2_jax.weights import vlm
 
 COMMANDS = {
     "config": [],
@@ -62,6 +63,7 @@ def test_the_chip_is_an_option(command, capsys, monkeypatch):
     """It reaches the experiment; a wrong one and one that is not needed are one sentence each."""
     seen = []
     load = configs.load
+    monkeypatch.setattr(vlm, "load_config", lambda path: None)  # `init` takes the experiment's own VLM
     with monkeypatch.context() as patched:
         patched.setattr(configs, "load", lambda *a, **k: (seen.append(load(*a, **k)), exit(7)))
         with pytest.raises(SystemExit):

@@ -57,7 +57,7 @@ def test_the_options_of_another_kind_go_with_it(tmp_path):
     latents = ["codec.grid=4,4", "codec.channels=4", "codec.kind=latents", "data.sources.*.path=mine.jsonl"]
     for given in (latents, latents[::-1]):
         config = configs.load("digits", given)
-        assert config.codec.to_dict() == dict(kind="latents", grid=(4, 4), channels=4, shift=0.0, scale=1.0)
+        assert config.codec.to_dict() == dict(kind="latents", grid=(4, 4), channels=4, shift=0.0, scale=1.0, decoder="")
         assert config.data.sources.read.path == "mine.jsonl" and "warp" not in config.data.sources.read
     file = tmp_path / "odd.py"
     file.write_text(
@@ -87,7 +87,7 @@ def test_the_options_of_another_kind_go_with_it(tmp_path):
         ("digits_quick", ["stages.joint.accumulate=3"], ("stages.joint.rows=16", "multiple of 3")),
         ("digits_quick", ["mesh.data=4", "mesh.fsdp=8"], ("rows=16", "multiple of 32", "mesh.fsdp")),
         ("digits_quick", ["mesh.fsdp=-1"], ("mesh", "only one axis")),
-        ("digits_quick", ["mesh.tensor=0"], ("mesh", "tensor is at least 1", "-1")),
+        ("digits_quick", ["mesh.tensor=0"], ("mesh", "tensor must be at least 1", "-1")),
         ("digits_quick", ["stages.joint.optimizer.moments=bfloat16", "stages.joint.optimizer.b2=0.999"], ("stages.joint", "at most 0.99")),
         ("digits_quick", ["stages.*.optimizer.moments=bfloat16", "stages.*.optimizer.name=adafactor"], ("adafactor", "'float32'")),
         ("digits_quick", ["stages.joint.vlm_length=9"], ("stages.joint.vlm_length must be 0",)),

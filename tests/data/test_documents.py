@@ -131,7 +131,7 @@ def test_files_that_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "blank.jsonl").write_bytes(b'\xef\xbb\xbf\n[{"text": "a"}]')
     assert len(JsonlDocuments(tmp_path / "blank.jsonl")) == 1
     (tmp_path / "data.json").write_bytes(b'\xef\xbb\xbf[{"text": "a"}]')
-    assert read_document(tmp_path / "data.json", 1) == [Text("a")]
+    assert read_document(tmp_path / "data.json", ImageReader(1)) == [Text("a")]
 
 
 @pytest.mark.parametrize(

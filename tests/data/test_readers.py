@@ -1,5 +1,6 @@
 """Files that the formats' own libraries write are read back equal; damaged ones lose what is damaged, and nothing else."""
 
+import csv
 import json
 import tarfile
 
@@ -15,6 +16,7 @@ from starflow2_jax.data.documents import DocumentError, Speaker, Text, Wordings
 from starflow2_jax.data.images import ImageReader
 from starflow2_jax.data.readers import ParquetReader, Reader, TarReader
 from starflow2_jax.data.rows import RowOptions
+from starflow2_jax.data.tar_index import TarIndexReader
 from starflow2_jax.errors import UserError
 
 OPTIONS = RowOptions()
@@ -136,6 +138,47 @@ def test_conversations_and_captions_of_json_in_tar(tmp_path):
         assert isinstance(fault, DocumentError) and saying in str(fault)
 
 
+def test_classes_in_tar(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i, said in enumerate(("1", "0", "2", "red fox")):
+            writer.write({"__key__": str(i), "png": png(i), "cls": said})
+    options = RowOptions(captions=("cls",), template="a {}")
+    one, zero, fault, named = drafts(TarReader(str(tmp_path), options, ["zebra", "red panda"]))
+    assert same(one, ("a red panda",), 0) and same(zero, ("a zebra",), 1) and same(named, ("a red fox",), 3)
+    assert "2 names of classes" in str(fault)
+    assert "--classes" in str(drafts(TarReader(str(tmp_path), options))[0])
+    assert "no caption" in str(drafts(TarReader(str(tmp_path), OPTIONS))[0])  # a class that nobody asks for
+
+
+def write_index(path, *rows: tuple[str, ...]) -> None:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(rows)
+
+
+def test_rows_that_name_files_in_tars(tmp_path):
+    tar(tmp_path / "0.tar", 5)
+    tar(tmp_path / "1.tar", 3)
+    rows = [(f"{t}.tar", f"folder/{i:04d}.png", f"zebra {i}\nof {t}") for t, i in ((0, 4), (0, 1), (1, 2), (0, 0))]
+    write_index(
+        tmp_path / "a.tsv", ("tar", "file", "caption"), *rows, ("1.tar", "none.png", "a"), ("2.tar", "0.png", "a")
+    )
+    columns = ("tar", "file", "edit_instruction", "edited_file")
+    write_index(tmp_path / "b.tsv", columns, ("1.tar", "folder/0000.png", "turn it", "folder/0002.png"))
+    reader = TarIndexReader(str(tmp_path), OPTIONS)
+    assert reader.units == 6
+    found = list(reader.read(0, reader.units))
+    assert [f.unit for f in found] == [0, 0, 1, 2, 3, 4, 5]
+    for f, seed, t in zip(found, (4, 1, 2, 0), (0, 0, 1, 0), strict=False):
+        assert same(f.draft, (f"zebra {seed}\nof {t}",), seed)
+    assert "none.png" in str(found[4].draft) and "2.tar" in str(found[5].draft)
+    before, words, after = found[6].draft
+    assert words == Wordings(("turn it",)) and (before.generate, after.generate) == (False, True)
+    assert np.allclose(ImageReader(3)(after).pixels, pixels(2), atol=1e-6)
+    assert [f.unit for f in reader.read(1, 3)] == [1, 2] and found[2].place.endswith("a.tsv, row 2")
+    write_index(tmp_path / "c.tsv", ("tar", "caption"), ("0.tar", "a"))
+    refused(UserError, TarIndexReader, str(tmp_path / "c.tsv"), OPTIONS, saying=("no column file",))
+
+
 @pytest.mark.parametrize("damage", ["cut", "zeros", "noise"])
 def test_a_damaged_tar_keeps_what_comes_before(tmp_path, damage):
     tar(tmp_path / "a.tar", 6)
@@ -156,7 +199,7 @@ def test_a_damaged_tar_keeps_what_comes_before(tmp_path, damage):
 
 
 def test_paths_without_files(tmp_path):
-    for reader in (ParquetReader, TarReader):
+    for reader in (ParquetReader, TarReader, TarIndexReader):
         for path in (tmp_path, tmp_path / "none", tmp_path / "*.x"):
             refused(UserError, reader, str(path), OPTIONS, saying=("give a file, a folder",))
 

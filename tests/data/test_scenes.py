@@ -15,7 +15,7 @@ from starflow2_jax.data.scenes.edits import Edit, in_corner
 from starflow2_jax.data.scenes.kinds import CAPTIONS, EDITS, KINDS, Shown
 from starflow2_jax.data.scenes.scene import BACKGROUNDS, RELATIONS, Placed, Scene, held_out, related, render, stands_out
 from starflow2_jax.data.scenes.source import NEVER, PARTS, SceneOptions, Scenes
-from starflow2_jax.data.scenes.words import countable, describe, name, parse, plural, some
+from starflow2_jax.data.scenes.words import countable, describe, name, parse, plan, plural, relation, some
 from starflow2_jax.errors import UserError
 
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -107,6 +107,40 @@ def test_documents_are_well_formed(kind, size):
         for part in parts:
             if isinstance(part, Shown):
                 check(part.scene)
+
+
+@KIND
+def test_aligned_scenes_are_as_well_formed_and_say_the_same(kind):
+    """Aligned sprites stand at multiples; words, sprites and sides are those of the document that is not aligned."""
+    free, aligned = source(kind), source(kind, align=4)
+    for i in range(40):
+        for a, b in zip(free.parts(i), aligned.parts(i), strict=True):
+            if isinstance(b, Text):
+                assert a == b
+                continue
+            check(b.scene)
+            for x, y in zip(a.scene.placed, b.scene.placed, strict=True):
+                assert (x.sprite, x.side) == (y.sprite, y.side) and 0 <= x.row - y.row < 4 > x.column - y.column >= 0
+                assert y.row % 4 == y.column % 4 == 0
+            if len(b.scene.placed) == 2 and kind in ("two", "position"):
+                first, second = b.scene.placed
+                assert [how for how in RELATIONS if related(first, how, second)] == [relation(a.scene)]
+
+
+def test_plans_come_before_the_pictures_to_draw():
+    parts = source("story", align=4, plan=True).parts(1)
+    drawn = [i for i, part in enumerate(parts) if isinstance(part, Shown)]
+    for i in drawn:
+        written, scene = parts[i - 1], parts[i].scene
+        assert written.predict and written.text == f" {plan(scene)}"
+        ground, sprites = written.text.removeprefix(" on ").split(": ")
+        assert ground == scene.background
+        for said, each in zip(sprites.split("; "), scene.placed, strict=True):
+            assert said == f"{name(each.sprite)} {each.side} at {each.row} {each.column}"
+    without = source("story", align=4).parts(1)
+    assert [part for i, part in enumerate(parts) if i + 1 not in drawn] == without and len(drawn) > 1
+    read = source("description", plan=True).parts(1)
+    assert read == source("description").parts(1)  # its picture is given
 
 
 def check(scene: Scene) -> None:
@@ -249,9 +283,9 @@ def test_puzzles_are_answered_by_their_pictures():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(size=48), "size is 32 or 64, not 48"),
-        (dict(objects=3), "at least 16 nouns, or 0 for all, not 3"),
-        (dict(kind="single", part="held_out"), "kind single hold no combination out; take part=test"),
+        (dict(size=48), "size must be 32 or 64, not 48"),
+        (dict(objects=3), "at least 16, or 0 for all nouns, not 3"),
+        (dict(kind="single", part="held_out"), "kind single have no held-out combinations; use part=test"),
     ],
 )
 def test_options_that_make_no_scenes(options, message):

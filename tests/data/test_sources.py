@@ -60,7 +60,7 @@ def test_the_tokenizer_learns_the_documents_words(tmp_path):
         ((4, 4), "vit", {}, 'no images via "flow"'),
         ((4, 6), "flow", {}, r"sizes \[\(4, 4\), \(4, 6\)\]; bring them to one size"),
         ((4, 4), "flow", {"patch": 3}, "codec.patch=3 does not divide an image's side of 4 pixels"),
-        ((4, 4), "flow", {"kind": "vae"}, "codec.kind is 'patch' or 'latents', not 'vae'"),
+        ((4, 4), "flow", {"kind": "vae"}, "codec.kind must be 'patch' or 'latents' or 'fae', not 'vae'"),
     ],
 )
 def test_images_that_no_codec_fits(tmp_path, sides, via, codec, saying):

@@ -38,7 +38,7 @@ class Speaker:
     """A sampler that repeats the word in its prompt unless it is "red"; `drawn`: all seeds that it was given."""
 
     model = SimpleNamespace(cfg=SimpleNamespace(tokens=4))
-    codec = SimpleNamespace(is_pixels=True, image_channels=1)
+    codec = SimpleNamespace(is_pixels=True, makes_pixels=True, image_channels=1)
 
     def __init__(self):
         self.drawn: list[int] = []
@@ -71,9 +71,9 @@ def test_seeds_depend_on_base_key_and_k_alone(tmp_path):
 def test_processes_share_the_tasks_and_the_last_one_scores(tmp_path):
     names, speakers = ("red", "blue", "green"), [Speaker(), Speaker()]
     benchmark = Colours(names)
-    assert evaluate(speakers[1], benchmark, tmp_path, RUN, share=Share(1, 2), progress=False) is None
+    assert evaluate(speakers[1], benchmark, tmp_path, RUN, batch=1, share=Share(1, 2), progress=False) is None
     assert not (tmp_path / "for_the_scorer.txt").exists()
-    numbers, _ = evaluate(speakers[0], benchmark, tmp_path, RUN, share=Share(0, 2), progress=False)
+    numbers, _ = evaluate(speakers[0], benchmark, tmp_path, RUN, batch=1, share=Share(0, 2), progress=False)
     assert numbers == {"right": pytest.approx(2 / 3)} and [len(s.drawn) for s in speakers] == [4, 2]
     again = Speaker()
     assert evaluate(again, benchmark, tmp_path, RUN, progress=False)[0] == numbers and not again.drawn

@@ -12,12 +12,13 @@ from starflow2_jax import cli
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS, Shown
 from starflow2_jax.data.scenes.scene import BACKGROUNDS, Placed, Scene, render, visible
-from starflow2_jax.data.scenes.source import NEVER, rendered
+from starflow2_jax.data.scenes.source import NEVER, planned, rendered
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation import scenes as evaluation
 from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, ScenesBenchmark, asked
 from starflow2_jax.evaluation.scenes_verdicts import region_error, scenes, spoken
+from starflow2_jax.evaluation.table import open_benchmark
 from starflow2_jax.sampling.scoring import Score
 
 LIMIT = 8
@@ -61,8 +62,6 @@ def test_tasks_are_documents_up_to_what_is_asked(benchmark):
         assert len(task.prompt) < len(task.target)
         assert task.options.max_tokens > 18 or "question" in task.key or "description" in task.key
         assert len(task.prompt) == len(asked(task.target))
-    seen = QuickScenesBenchmark(limit=LIMIT, part="validation").tasks()
-    assert seen[0].target != tasks[0].target and seen[0].key == tasks[0].key
 
 
 def test_right_answers_are_right(benchmark):
@@ -75,6 +74,29 @@ def test_right_answers_are_right(benchmark):
     assert {f"{group}_mean" for group in ("seen", "composed")} <= set(found)
     assert nll["seen_nll_nats_per_dim"] == pytest.approx(1.5 - 0.5 * np.log(2 * np.pi))
     assert nll["composed_nll_bits_per_dim"] == pytest.approx(1.5 / np.log(2) + 7)
+
+
+def test_right_answers_with_plans_are_right(benchmark, monkeypatch):
+    """A model that plans writes each plan in one text with the words before it, and has room for both."""
+    monkeypatch.setattr(QuickScenesBenchmark, "plan", True)
+
+    def planned_answer(task):
+        parts = [each for part in task.target[len(task.prompt) :] for each in planned(part)]
+        joined = []
+        for part in parts:
+            if isinstance(part, Text) and joined and isinstance(joined[-1], Text):
+                joined[-1] = replace(part, text=joined[-1].text + part.text)
+            else:
+                joined.append(part)
+        return rendered(joined, 32)
+
+    found = numbers(benchmark, planned_answer)
+    assert all(value == 1 for name, value in found.items() if "nll" not in name and "error" not in name)
+    assert not any(task.options.image_first for task in benchmark.tasks())
+    with_plans = {task.key: task.options.max_tokens for task in benchmark.tasks()}
+    monkeypatch.setattr(QuickScenesBenchmark, "plan", False)
+    more = {task.key.split("/")[0]: with_plans[task.key] - task.options.max_tokens for task in benchmark.tasks()}
+    assert (more["single"], more["story"], more["think"], more["question"]) == (64, 192, 64, 0)
 
 
 def test_who_says_and_draws_nothing_has_nothing_right(benchmark):
@@ -189,6 +211,16 @@ def test_the_page_has_pictures_and_verdicts(benchmark):
     assert "on " in title
     blank = benchmark.page([replace(answer, document=[]) for answer in answers])
     assert (blank.grid == 0).all() and all("WRONG" in title for title, _ in blank.examples)
+
+
+def test_validation_shows_neither_test_nor_held_out_documents():
+    test, validation = (open_benchmark("scenes_quick", limit=LIMIT, part=part) for part in (None, "validation"))
+    of_test, of_validation = ({task.key: spoken(task.target) for task in b.tasks()} for b in (test, validation))
+    assert {key.split("/")[1] for key in of_validation} == {"seen"} and of_validation.keys() < of_test.keys()
+    assert sum(of_test[key] != words for key, words in of_validation.items()) > len(of_validation) / 2
+    for name, part in (("scenes", "train"), ("digits", "validation")):
+        with pytest.raises(UserError, match=f"none named '{part}'"):
+            open_benchmark(name, part=part)
 
 
 def test_models_and_data_that_do_not_fit():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from starflow2_jax.planning.compiling import GPU_OPTIONS
+from starflow2_jax.planning.compiling import GPU_OPTIONS, TPU_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -57,6 +57,11 @@ TPU_POD = [
     ("delete", TPU, [[*QUEUED, "delete", "pod", *AT, "--force", "--quiet"]]),
 ]  # fmt: skip
 
+FLAGS, TPU_FLAGS = (
+    " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+    for options in (GPU_OPTIONS, TPU_OPTIONS)
+)
+TPU_JOIN = f"export LIBTPU_INIT_ARGS='{TPU_FLAGS}' && "
 GKE = {"CLUSTER": "big", "ZONE": "us-east5-a", "PROJECT": "lab", "TPU": "v6e-256", "NAME": "joint", **RUN}
 IN = ["--cluster", "big", *AT]
 SLICES = ["--tpu-type=v6e-256", "--num-slices=2"]
@@ -66,9 +71,8 @@ ESCAPED = shlex.join(TRAIN).replace("'an experiment.py'", "an\\ experiment.py")
 FOR_YAML = shlex.join(TRAIN).replace("'an experiment.py'", "$'an experiment.py'")
 SUBMIT = [
     *WORKLOAD, *SLICES, "--base-docker-image=python:3.11", f"--script-dir={ROOT}", *RESTARTED,
-    f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {FOR_YAML}",
+    f"--command=python3 -m pip install --quiet -c constraints.txt -e '.[tpu]' && {TPU_JOIN}{FOR_YAML}",
 ]  # fmt: skip
-FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in GPU_OPTIONS.items())
 JOIN = (
     f"export XLA_FLAGS={FLAGS} && "
     "export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES "
@@ -227,6 +231,16 @@ def test_processes_on_gpus_get_the_flags_that_plans_are_made_with(call, tmp_path
     assert found == flags and command == ["starflow2", "train", "--config", "an experiment.py", *join]
     done, (found, command) = call("slurm", "job starflow2 train", {"XLA_FLAGS": "--mine"})
     assert found == flags and command[0] == "srun", done.stderr
+
+
+def test_processes_on_tpus_get_the_flags_that_plans_are_made_with(call, tmp_path):
+    """And a user's own flags after them."""
+    os.mkfifo(tmp_path / "starflow2.log")
+    log = os.open(tmp_path / "starflow2.log", os.O_RDONLY | os.O_NONBLOCK)
+    done, _ = call("tpu_vm", "start 0 printenv LIBTPU_INIT_ARGS", {"LIBTPU_INIT_ARGS": "--mine"})
+    os.set_blocking(log, True)
+    with os.fdopen(log) as lines:
+        assert done.returncode == 0 and lines.read() == f"{TPU_FLAGS} --mine\n", done.stderr
 
 
 def test_the_container_recipe():

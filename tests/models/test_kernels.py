@@ -237,7 +237,12 @@ def test_what_cudnn_is_told_is_right(monkeypatch, cudnn_anywhere, mesh):
 @pytest.mark.parametrize(
     "kernel, shape, dtype, reason",
     [
-        ("flash", (1, 256, 2, 128), jnp.float32, "the attention kernel is one of xla, cudnn, cudnn_packed, triton"),
+        (
+            "flash",
+            (1, 256, 2, 128),
+            jnp.float32,
+            "the attention kernel must be one of xla, cudnn, cudnn_packed, triton",
+        ),
         ("splash", (1, 256, 2, 128), jnp.float32, "'splash' runs on tpu, not on cpu"),
         ("cudnn", (1, 256, 2, 128), jnp.bfloat16, "'cudnn' runs on gpu, not on cpu"),
         ("triton", (1, 256, 2, 128), jnp.bfloat16, "'triton' runs on gpu, not on cpu"),

@@ -35,5 +35,5 @@ def test_what_is_computed_again():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(UserError, match="remat is one of none, full, dots, offload, not 'some'"):
+    with pytest.raises(UserError, match="remat must be one of none, full, dots, offload, not 'some'"):
         gradient("some")(PARAMS)

@@ -76,6 +76,9 @@ class MosaicConfig:
     def merged_grid(self, size):
         return size[0] // 2, size[1] // 2
 
+    def bounded(self, least=None, most=None):
+        return self
+
     def preprocess(self, pixels):
         h, w = self.merged_grid(pixels.shape[:2])
         patches = pixels[..., 0].reshape(h, 2, w, 2).transpose(0, 2, 1, 3).reshape(h * w, 4)
@@ -260,7 +263,7 @@ def test_its_config_as_values(tmp_path):
     assert load_config(tmp_path / "vlm.json") == CONFIG.vlm
     assert differences(CONFIG, tiny.CONFIG) == ["vlm.kind is layered, not qwen2_5_vl"]
     values["vlm"]["kind"] = "layerd"
-    with pytest.raises(UserError, match="vlm.kind is one of .*'layerd'; did you mean 'layered'"):
+    with pytest.raises(UserError, match="vlm.kind must be one of .*'layerd'; did you mean 'layered'"):
         build(PretzelConfig, values)
 
 

@@ -49,6 +49,36 @@ def test_tensor_never_does():
         slices(tensor=8)
 
 
+@dataclass(frozen=True)
+class Torus(Device):
+    coords: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    "torus, slices, tensor, mesh",
+    [
+        ((4, 4), 1, 1, (1, 16)),
+        ((16, 16), 1, 1, (4, 64)),  # 256 would leave 12 of 3072 channels
+        ((4, 4, 4), 1, 1, (4, 16)),  # a plane
+        ((4, 8, 8), 1, 1, (4, 64)),
+        ((4, 4, 4), 1, 2, (2, 16)),
+        ((4, 4), 2, 1, (2, 16)),  # within a slice
+    ],
+)
+def test_data_and_fsdp_share_the_devices_of_a_torus(torus, slices, tensor, mesh):
+    places = [*np.ndindex(torus)] * slices
+    devices = [Torus(i, i // np.prod(torus), "tpu", "TPU v5", 0, place) for i, place in enumerate(places)]
+    assert (len(devices) // mesh[1] // tensor, sharding.fsdp_of(devices, len(devices) // tensor)) == mesh
+
+
+def test_data_and_fsdp_share_the_devices_without_a_torus():
+    assert sharding.make_mesh(-1, -1).shape == dict(data=1, fsdp=8, sequence=1, tensor=1)
+    assert sharding.make_mesh(-1, -1, tensor=2).shape == dict(data=1, fsdp=4, sequence=1, tensor=2)
+    assert sharding.fsdp_of([Device(i, 0) for i in range(512)], 512) == 64
+    with pytest.raises(UserError, match="data=-1 fsdp=-1 sequence=1 tensor=3 does not fit 8 devices"):
+        sharding.make_mesh(-1, -1, tensor=3)
+
+
 def shapes(**sizes: tuple[int, ...]) -> dict:
     return {"block": {name: {"kernel": jax.ShapeDtypeStruct(shape, np.float32)} for name, shape in sizes.items()}}
 

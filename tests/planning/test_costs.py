@@ -51,6 +51,8 @@ def test_collectives_of_a_scan_by_axis():
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [0, 2]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5}}", [0, 1, 2, 3]),
         ("source_target_pairs={{0,0},{2,1},{1,2},{3,3}}", [2, 1]),
         ("replica_groups={}", list(range(8))),
@@ -58,6 +60,11 @@ def test_collectives_of_a_scan_by_axis():
 )
 def test_groups_as_they_are_written(written, group):
     assert first_group(f"channel_id=1, {written}, use_global_device_ids=true", 8) == group
+
+
+def test_groups_in_a_notation_that_is_not_known():
+    with pytest.raises(ValueError, match="unknown notation"):
+        first_group("channel_id=1, replica_groups=mesh['a'=2,'b'=4], device_ids=(3,1,2,0) {'b'}", 8)
 
 
 def overlap(between: str) -> str:
@@ -165,6 +172,36 @@ ENTRY %main (a: bf16[512,1024], b: bf16[4096,4096]) -> (bf16[4096,1024], bf16[40
     assert gathering.count == 1 and gathering.overlapped == gathering.seconds > 0 == costs.exposed
     assert costs.seconds == pytest.approx(2 * 4096**3 / CHIPS["v5e"].flops)
     assert costs.bytes == 2 * (4096 * 1024 + 512 * 1024) + 2 * 2 * 4096 * 4096  # the gathering's, the product's
+
+
+@pytest.mark.parametrize("root, kind, part", [("%d", "reduce-scatter", 1), ("%r", "all-reduce", 2)])
+def test_an_all_reduce_fused_with_its_slices_is_a_reduce_scatter(root, kind, part):
+    """Libtpu writes a reduce-scatter so; a fusion that returns the whole sum, too, is an all-reduce."""
+    whole, shard = "f32[4096,128]{1,0}", "f32[512,128]{1,0}"
+    lines = {
+        "%d": f"  ROOT %d = {shard} dynamic-slice(%e, %i, %z), dynamic_slice_sizes={{512,128}}",
+        "%r": f"  %d = {shard} dynamic-slice(%e, %i, %z), dynamic_slice_sizes={{512,128}}\n"
+        f"  ROOT %t = ({shard}, {whole}) tuple(%d, %e)",
+    }
+    text = f"""HloModule m, is_scheduled=true
+
+%summed (p: f32[4096,128]) -> f32[512,128] {{
+  %p = {whole} parameter(0)
+  %r = ({whole}) all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+  %e = {whole} get-tuple-element(%r), index=0
+  %i = u32[] partition-id()
+  %z = u32[] constant(0)
+{lines[root]}
+}}
+
+ENTRY %main (a: f32[4096,128]) -> f32[512,128] {{
+  %a = {whole} parameter(0)
+  ROOT %s = {shard} fusion(%a), kind=kCustom, calls=%summed
+}}
+"""
+    [collective] = analyse(text, {"data": 1, "fsdp": 8}).collectives.values()
+    assert (collective.kind, collective.axis) == (kind, "fsdp")
+    assert collective.bytes == part * 7 / 8 * 4096 * 128 * 4
 
 
 def test_what_a_collective_in_pieces_passes_through_fusions_is_neither_read_nor_written():

@@ -18,6 +18,8 @@ def get_config(runlocal=False):
     return c
 """
 
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
 pytestmark = pytest.mark.tpu
 
 
@@ -26,8 +28,7 @@ def planned(folder: Path, *arguments: str) -> tuple[list[dict], str]:
     (folder / "experiment.py").write_text(EXPERIMENT)
     command = [sys.executable, "-m", "starflow2_jax.cli", "plan", "--config", str(folder / "experiment.py")]
     command += ["--topology", "v5e:2x2", "--json", str(folder / "plan.json"), *arguments]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "plan.json").read_text()), done.stdout
 
@@ -73,3 +74,47 @@ def test_a_search(tmp_path):
     assert [c["choice"] for c in ranked] == ["rows=8 data=2 sequence=2 remat=full", "data=2 sequence=2 tensor=3"]
     assert ranked[0]["plan"]["fits"] and ranked[0]["plan"]["mesh"] == dict(data=2, fsdp=1, sequence=2, tensor=1)
     assert ranked[1]["failure"] == "does not divide 4 chips" and "does not divide 4 chips" in said
+
+
+GRADIENTS = """
+import json
+import jax
+import jax.numpy as jnp
+from starflow2_jax.models.layers import Transformer, TransformerConfig
+from starflow2_jax.parallel import hardware, sharding
+from starflow2_jax.planning import compiling
+from starflow2_jax.planning.costs import Analysis
+from starflow2_jax.planning.hlo import Module
+
+B, S, E = 64, 128, 256
+topology = hardware.parse_topology("v5p:4x4x4")
+devices = compiling.described_devices(topology)
+mesh = sharding.make_mesh(data=-1, fsdp=-1, devices=devices)
+stack = Transformer(TransformerConfig(layers=2, width=E, heads=2, mlp_hidden=4 * E, dtype="bfloat16", remat="full"))
+with jax.set_mesh(mesh):
+    x = jax.ShapeDtypeStruct((B, S, E), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+    params = jax.eval_shape(lambda: stack.init(jax.random.key(0), jnp.zeros((1, S, E)), None)["params"])
+    params = sharding.abstract(params, mesh)
+    loss = lambda params, x: jnp.sum(stack.apply({"params": params}, x, None)[0].astype(jnp.float32))
+    gradient = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda p: p.sharding, params))
+    compiled = compiling.compile_for(devices, gradient, params, x)
+places = topology.places(list(mesh.devices.flat))
+costs = Analysis(Module(compiled.as_text()), topology, dict(mesh.shape), places).costs
+print(json.dumps({f"{kind} over {axis}": c.bytes for (kind, axis), c in costs.collectives.items()}))
+"""
+
+
+def test_gradients_are_reduce_scattered_and_weights_gathered():
+    """In bfloat16, on the mesh that data and fsdp share, and over fsdp; over data, the shards are summed.
+
+    With all 64 chips on fsdp, libtpu makes all-reduces of everything.
+    """
+    command = [sys.executable, "-c", GRADIENTS]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sent = json.loads(done.stdout.splitlines()[-1])
+    matrices = 2 * 2 * (4 * 256 * 256 + 2 * 256 * 1024)  # bytes
+    assert sent.pop("reduce-scatter over fsdp") == matrices * 15 / 16
+    assert sent.pop("all-gather over fsdp") >= 2 * matrices * 15 / 16  # forward and backward
+    assert sent.pop("all-reduce over data") == 2 * 3 / 4 * matrices / 16
+    assert sum(sent.values()) < 0.01 * matrices  # of norms

@@ -26,8 +26,8 @@ class Recorder:
 
     step, schedule, deep = 7, None, SEQUENTIAL
 
-    def __init__(self, is_pixels: bool = True):
-        self.calls, self.codec = [], SimpleNamespace(is_pixels=is_pixels)
+    def __init__(self, makes_pixels: bool = True):
+        self.calls, self.codec = [], SimpleNamespace(makes_pixels=makes_pixels)
 
     def generate(self, prompts, options, seeds, num, rows):
         self.calls.append((len(prompts), rows))
@@ -63,7 +63,7 @@ def test_prompts_of_equal_options_run_together_and_compile_once(tmp_path):
     assert json.loads((tmp_path / "samples.json").read_text()) == [x["parts"] for x in found]
 
 
-def test_processes_share_the_prompts_and_the_last_one_lists_all(tmp_path):
+def test_processes_share_the_batches_and_the_last_one_lists_all(tmp_path):
     asked, alone, samplers = prompts(5), tmp_path / "alone", [Recorder() for _ in range(3)]
     alone.mkdir()
     batch_files.write(Recorder(), asked, alone, batch=2, progress=False)
@@ -72,7 +72,7 @@ def test_processes_share_the_prompts_and_the_last_one_lists_all(tmp_path):
         done = batch_files.write(samplers[process], asked, tmp_path, 2, share=Share(process, 3), progress=False)
         assert done == (process == 1)
     assert [sum(count for count, _ in sampler.calls) for sampler in samplers] == [2, 2, 1]
-    assert [x["document"] for x in lines(tmp_path)] == [0, 0, 3, 3, 1, 1, 4, 4, 2, 2]
+    assert [x["document"] for x in lines(tmp_path)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     for name in ("samples.json", "000_1.png", "009_1.png"):
         assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()
 
@@ -84,7 +84,35 @@ def test_a_killed_run_keeps_what_is_whole_and_goes_on(tmp_path):
     whole = path.read_text()
     path.write_text(whole[:-5])  # within the last answer: both answers to prompt 2 are drawn again
     assert batch_files.write(again, asked, tmp_path, 2, progress=False)
-    assert again.calls == [(1, 1)] and path.read_text() == whole
+    assert again.calls == [(1, 2)] and path.read_text() == whole
+
+
+class Mixer(Recorder):
+    """A sampler whose answers depend on all that runs beside them, as the last bits of real ones do."""
+
+    def generate(self, prompts, options, seeds, num, rows):
+        beside = f"{[prompt[0].text for prompt in prompts]} {rows}"
+        return [
+            [Text(f"{part.text} {beside}"), image]
+            for part, image in super().generate(prompts, options, seeds, num, rows)
+        ]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("killed_after", [1, 3, 6])
+def test_a_prompt_always_runs_beside_the_same_others(tmp_path, processes, killed_after):
+    """Neither processes nor an interruption changes an answer, wherever in a batch the run was killed."""
+    asked, wanted = prompts(7), tmp_path / "wanted"
+    wanted.mkdir()
+    batch_files.write(Mixer(), asked, wanted, batch=3, progress=False)
+    for i in range(processes):
+        share = Share(i, processes)
+        batch_files.write(Mixer(), asked, tmp_path, 3, share=share, progress=False)
+        path = tmp_path / share.file
+        path.write_text("\n".join(path.read_text().split("\n")[:killed_after])[:-4])
+        batch_files.write(Mixer(), asked, tmp_path, 3, share=share, progress=False)
+    assert len(lines(tmp_path)) == 14
+    assert (tmp_path / "samples.json").read_bytes() == (wanted / "samples.json").read_bytes()
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
@@ -93,9 +121,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     path = tmp_path / "samples.1-of-2.jsonl"
     path.write_text(path.read_text()[:-5])  # killed within the last answer, to prompt 3
     assert batch_files.write(second, asked, tmp_path, 4, progress=False)
-    assert sum(count for count, _ in second.calls) == 4  # all but prompt 1
+    assert second.calls == [(4, 4), (1, 4)]
     own = [json.loads(x)["document"] for x in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert own == [0, 0, 2, 2, 3, 3, 4, 4]
+    assert own == [0, 0, 1, 1, 3, 3, 4, 4]  # all but prompt 2
     assert len(json.loads((tmp_path / "samples.json").read_text())) == 10
     assert batch_files.write(third := Recorder(), asked, tmp_path, 4, progress=False) and not third.calls
 
@@ -121,7 +149,7 @@ def test_a_prompt_that_does_not_fit_is_named(tmp_path):
 
 
 def test_latents_are_written_as_they_are(tmp_path):
-    [line] = batch_files.write_anew(Recorder(is_pixels=False), prompts(1, num=1)[0], tmp_path)
+    [line] = batch_files.write_anew(Recorder(makes_pixels=False), prompts(1, num=1)[0], tmp_path)
     assert line["parts"][1] == {"image": "000_1.npy"} and np.load(tmp_path / "000_1.npy").shape == (2, 2, 1)
 
 

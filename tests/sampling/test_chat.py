@@ -11,7 +11,7 @@ import tiny
 from starflow2_jax.commands.chat import converse, parse
 from starflow2_jax.data import tokenizer as tokenizers
 from starflow2_jax.data.documents import DocumentError, Image, Text
-from starflow2_jax.data.images import as_pillow
+from starflow2_jax.data.images import ImageReader, as_pillow
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
@@ -151,11 +151,11 @@ def test_refusals():
 def test_terminal(tmp_path, monkeypatch, capsys):
     as_pillow(tiny.pixels(1)).save(tmp_path / "a.png")
     a = str(tmp_path / "a.png")
-    assert [type(p) for p in parse(f"add {a} and /image {a}", 1)] == [Text, Image, Text, Image]
-    assert parse("draw a.png", 1) == [Text("draw a.png")]
+    assert [type(p) for p in parse(f"add {a} and /image {a}", ImageReader(1))] == [Text, Image, Text, Image]
+    assert parse("draw a.png", ImageReader(1)) == [Text("draw a.png")]
     (spaced := tmp_path / "a scan.png").write_bytes(Path(a).read_bytes())
     for line in (f'say "it is" /image "{spaced}" read it', f'say "it is" "{spaced}" read it'):
-        before, image, after = parse(line, 1, "vit")
+        before, image, after = parse(line, ImageReader(1), "vit")
         assert (before.text, image.via, after.text) == ('say "it is"', "vit", "read it")
     lines = iter(["", "/image missing.png", f"{a} mirror it", KeyboardInterrupt])
 

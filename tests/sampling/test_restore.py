@@ -91,7 +91,7 @@ def test_bfloat16_is_near_what_float32_is(checkpoint):
     for exact, close in ((u, near_u), (z, near_z)):
         error = np.sqrt(np.mean((exact - close) ** 2) / np.mean(exact**2))
         assert close.dtype == np.float32 and 1e-5 < error < 0.02
-    with pytest.raises(UserError, match="dtype is float32 or bfloat16"):
+    with pytest.raises(UserError, match="dtype must be float32 or bfloat16"):
         Sampler.restore(checkpoint, dtype="float16")
 
 

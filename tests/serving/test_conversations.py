@@ -194,10 +194,9 @@ def test_pieces_of_a_prompt_are_the_prompt(monkeypatch):
         monkeypatch.setattr(worker_module, "PIECE", most)
         with served(model) as (server, address):
             turns = []
-            read = server.worker._read
-            monkeypatch.setattr(
-                server.worker, "_read", lambda *a, read=read, turns=turns: (turns.append(a[2]), read(*a))[1]
-            )
+            reader = server.worker.reader
+            read = reader.read
+            monkeypatch.setattr(reader, "read", lambda *a, read=read, turns=turns: (turns.append(a[3]), read(*a))[1])
             answers.append(ask(openai_client(address), messages, image_first=True, **options).choices[0].message.parts)
     lengths = [len(piece["tokens"]) for piece in turns]
     assert len(lengths) > 5 and max(lengths) < 9 + N + 2

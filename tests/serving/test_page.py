@@ -1,6 +1,10 @@
 """The page in a headless Chromium: a script types, clicks and looks. Needs chromium and chromedriver on PATH."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from starflow2_jax.data.images import as_pillow
 
 pytestmark = pytest.mark.browser
+NO_PROXY = {**os.environ, "NO_PROXY": "*", "no_proxy": "*"}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,87 @@ def test_draws(page):
     assert not page.find_elements(By.CSS_SELECTOR, "progress, [aria-busy]")
 
 
+def seeds(page) -> list[str]:
+    return [
+        caption.text.split("\n")[0].split(" Save")[0]
+        for caption in page.find_elements(By.CSS_SELECTOR, "#draw figcaption")
+    ]
+
+
+def test_several_drawings_side_by_side(page):
+    """Each as alone with its seed, to save, and to be drawn again; small pictures are enlarged by a whole number."""
+    put(page, "#seed", "5")
+    put(page, "#draw [name=text]", "draw an eight")
+    put(page, "#draw [name=n]", "3")
+    send(page, "draw")
+    assert sizes(page, "#draw .drawing img") == [6, 6, 6] and seeds(page) == ["seed 5", "seed 6", "seed 7"]
+    images, links = (page.find_elements(By.CSS_SELECTOR, f"#draw .drawing {tag}") for tag in ("img", "a[download]"))
+    drawn = [image.get_attribute("src") for image in images]
+    assert [link.get_attribute("href") for link in links] == drawn and len(set(drawn)) == 3
+    assert [link.get_attribute("download") for link in links] == ["seed_5.png", "seed_6.png", "seed_7.png"]
+    assert {image.size["width"] for image in images} == {6 * (224 // 6)}
+    assert images[0].value_of_css_property("image-rendering") == "pixelated"
+    tops = {image.location["y"] for image in images[:2]}
+    assert len(tops) == 1
+    page.find_elements(By.CSS_SELECTOR, "#draw .again")[1].click()
+    WebDriverWait(page, 300).until(lambda p: seeds(p) == ["seed 6"])
+    assert find(page, "#draw .drawing img").get_attribute("src") == drawn[1]
+    put(page, "#draw [name=n]", "4")  # more than the server's rows: the field says so
+    find(page, "#draw .go").click()
+    assert page.execute_script("return document.querySelector('#draw [name=n]').validity.rangeOverflow")
+
+
+def test_the_request_can_be_copied(page):
+    """The Python that the page shows is a program that gets the same picture."""
+    put(page, "#seed", "5")
+    put(page, "#draw [name=text]", "an \"eight\" 'of' mine")
+    send(page, "draw")
+    find(page, "#request summary").click()
+    curl, program = (
+        page.execute_script("return document.getElementById(arguments[0]).textContent", n) for n in ("curl", "python")
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=NO_PROXY)
+    drawn = find(page, "#draw .drawing img").get_attribute("src")
+    assert printed.returncode == 0 and drawn in printed.stdout, printed.stderr
+    called = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=120, env=NO_PROXY)
+    assert json.loads(called.stdout)["choices"][0]["message"]["images"][0]["image_url"]["url"] == drawn
+    find(page, "[data-copy=curl]").click()
+    WebDriverWait(page, 60).until(lambda p: find(p, "#copied").text)
+
+
+def test_enter_sends_and_shift_enter_breaks(page):
+    find(page, "#tab-chat").click()
+    find(page, "#chat textarea").send_keys("one", Keys.SHIFT + Keys.ENTER, Keys.NULL, "two", Keys.ENTER)
+    WebDriverWait(page, 300).until(
+        lambda p: len(p.find_elements(By.CSS_SELECTOR, "#chat .say")) == 2 and find(p, "#chat .go").is_enabled()
+    )
+    assert find(page, "#chat .say.user").text == "you\none\ntwo"
+
+
+GIVE = """
+const [kind, width] = arguments, target = document.activeElement, list = new DataTransfer();
+const canvas = Object.assign(document.createElement("canvas"), { width, height: 40 });
+canvas.getContext("2d").fillRect(0, 0, 9, 9);
+const bytes = Uint8Array.from(atob(canvas.toDataURL().split(",")[1]), c => c.charCodeAt(0));
+list.items.add(new File([bytes], "a.png", { type: "image/png" }));
+const event = kind === "paste" ? new ClipboardEvent(kind, { clipboardData: list, bubbles: true, cancelable: true })
+  : new DragEvent(kind, { dataTransfer: list, bubbles: true, cancelable: true });
+target.dispatchEvent(event);
+"""
+
+
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_pictures_are_pasted_and_dropped(page, kind):
+    """Into the panel that is shown: its field has the picture, a small view shows it, and it is sent."""
+    find(page, "#tab-chat").click()
+    put(page, "#chat textarea", "read it")
+    page.execute_script(GIVE, kind, 200)
+    WebDriverWait(page, 60).until(lambda p: sizes(p, "#chat .thumb") == [200])
+    send(page, "chat")
+    assert sizes(page, "#chat .say.user img") == [200]
+    WebDriverWait(page, 60).until(lambda p: not find(p, "#chat .thumb").is_displayed())
+
+
 def test_chats_with_pictures(page, picture):
     find(page, "#tab-chat").click()
     assert not find(page, "#draw").is_displayed()
@@ -134,7 +220,7 @@ def test_edits(page, picture):
     put(page, "#edit [name=image_guidance]", "1.5")
     page.execute_script("linear.value = 'true'")
     send(page, "edit")
-    assert sizes(page, "#edit .say.user img") == [60] and sizes(page, "#edit .say.assistant img") == [6]
+    assert sizes(page, "#edit .say.user img") == [60] and sizes(page, "#edit .drawing img") == [6]
 
 
 def test_ranks(page, picture):

@@ -60,7 +60,7 @@ def test_policies():
         watch(spike="abort").judge(51, values(9.0), "here")
     assert watch(nonfinite="skip").judge(51, values(1.0, math.inf), "here") == "skip"
     assert watch(nonfinite="rollback").judge(51, values(math.inf), "here") == "rollback"
-    with pytest.raises(UserError, match="nonfinite is one of"):
+    with pytest.raises(UserError, match="nonfinite must be one of"):
         FaultsConfig(nonfinite="ignore")
 
 

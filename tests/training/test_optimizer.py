@@ -122,7 +122,7 @@ def test_adamw_with_warm_up_cosine_and_clipping():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(UserError, match="name is one of adamw, muon, adafactor, not 'sgd'"):
+    with pytest.raises(UserError, match="name must be one of adamw, muon, adafactor, not 'sgd'"):
         optimizer("sgd")
 
 
@@ -166,7 +166,7 @@ def test_moments_that_would_stand_still_are_refused():
         optimizer("adamw", moments="bfloat16", b2=0.999)
     with pytest.raises(UserError, match="adafactor's average stand still; set it to 'float32'"):
         optimizer("adafactor", moments="bfloat16")
-    with pytest.raises(UserError, match="moments is one of float32, bfloat16, not 'int8'"):
+    with pytest.raises(UserError, match="moments must be one of float32, bfloat16, not 'int8'"):
         optimizer("adamw", moments="int8")
 
 

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from starflow2_jax import sequence
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import collate
-from starflow2_jax.models import attention
 from starflow2_jax.models.flow import Flow
 from starflow2_jax.models.layers import Transformer, TransformerConfig
 from starflow2_jax.models.likelihood import CHUNK
@@ -189,7 +188,7 @@ def test_constraints_land_in_the_compiled_program():
     """All inputs replicated: what a device works on is split by the model's own constraints, or not at all."""
     cfg = TransformerConfig(layers=2, width=32, heads=2, mlp_hidden=80)
     model, x = Transformer(cfg), jnp.ones((4, 8, 32))
-    args = (x, jnp.zeros((8, 8)), attention.causal_mask(jnp.ones((4, 8), jnp.int32)))
+    args = (x, jnp.zeros((8, 8)), jnp.tril(jnp.ones((1, 8, 8), bool)))
     params = model.init(jax.random.key(0), *args)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     # rows / (data fsdp), F / tensor; H / tensor. An axis of one may be gone.

@@ -78,6 +78,13 @@ def test_metrics_that_cannot_be_written_end_the_run(trainer, monkeypatch, number
     assert str(t.checkpoints.folder) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_event_files_on_a_full_disk_end_the_run(trainer, monkeypatch):
+    """The system refuses the write itself: /dev/full is a disk that is always full."""
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: Path("/dev/full").open("wb"))
+    with pytest.raises(StorageError, match=r"run cannot be written: No space left on device.*make room"):
+        trainer().run(progress=False)
+
+
 def test_a_file_stays_as_it_was_where_a_write_fails(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     write_whole(path, "old")

@@ -49,7 +49,7 @@ def test_kinds(copy, checkpoint, monkeypatch, capsys):
     """An unknown kind is answered with the list; a checkpoint of one kind is not exported as another."""
     assert cli.main(["convert", "qwen2_vl", "--from", str(copy), "--to", str(copy.parent / "new")]) == 2
     said = capsys.readouterr().err
-    assert "the kind of VLM is one of qwen2_5_vl, not 'qwen2_vl'; did you mean 'qwen2_5_vl'?" in said
+    assert "the kind of weights must be one of qwen2_5_vl, rae, not 'qwen2_vl'; did you mean 'qwen2_5_vl'?" in said
     monkeypatch.setitem(VLM_WEIGHTS, "other", VLM_WEIGHTS["qwen2_5_vl"])
     assert cli.main(["convert", "other", "--from", str(checkpoint), "--to-hf", str(copy.parent / "new")]) == 2
     assert "holds a VLM of the kind qwen2_5_vl, not other" in capsys.readouterr().err

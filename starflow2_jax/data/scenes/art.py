@@ -38,7 +38,8 @@ def sprites() -> tuple[Sprite, ...]:
 
 @cache
 def nouns() -> dict[str, int]:
-    """All 269 nouns, and their numbers in the order of the sheet: those that are easiest to recognise come first."""
+    """All 269 nouns, each with its number. The sheet of sprites is ordered so that the nouns that are easiest to recognise
+    come first."""
     return {noun: i for i, noun in enumerate(dict.fromkeys(sprite.noun for sprite in sprites()))}
 
 

@@ -74,5 +74,5 @@ class Edit:
 
 
 def changed(before: Scene, after: Scene) -> set[Placed]:
-    """The sprites in their places that only one of two scenes has."""
+    """The placed sprites that only one of the two scenes has."""
     return set(before.placed) ^ set(after.placed)

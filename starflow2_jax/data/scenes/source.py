@@ -1,7 +1,7 @@
 """The source `scenes`: endless documents about emoji scenes, whose pictures are rendered when they are read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.scenes.art import FEWEST
 from starflow2_jax.data.scenes.kinds import KINDS, Draw, Parts, Shown
 from starflow2_jax.data.scenes.scene import UNITS, held_out, render, visible
+from starflow2_jax.data.scenes.words import plan
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import option
 
@@ -36,24 +37,30 @@ class SceneOptions:
     )
     size: int = option("side of a picture in pixels, 32 or 64", 32, least=UNITS, most=2 * UNITS)
     objects: int = option("number of nouns in the vocabulary; 0: all", 60, least=0)
+    plan: bool = option(
+        "before each picture to draw, the words of its plan: its ground, its sprites, their sizes and places", False
+    )
+    align: int = option("rows and columns of sprites are multiples of this, in units of 1/32 of a picture", 1, least=1)
 
 
 class Scenes(Source):
     """2**32 documents of one kind. Document i depends only on the options and i.
 
     Raises UserError for a size other than 32 and 64, for a vocabulary of 1 to 15 nouns, and for held-out documents of a
-    kind that holds nothing out.
+    kind that has no held-out combinations.
     """
 
     Options = SceneOptions
 
     def __init__(self, path: str = "scenes", options: SceneOptions = SceneOptions()):  # noqa: B008 - it is frozen
         if options.size % UNITS:
-            raise UserError(f"the scenes' size is {UNITS} or {2 * UNITS}, not {options.size}")
+            raise UserError(f"the scenes' size must be {UNITS} or {2 * UNITS}, not {options.size}")
         if 0 < options.objects < FEWEST:
-            raise UserError(f"the scenes' objects are at least {FEWEST} nouns, or 0 for all, not {options.objects}")
+            raise UserError(
+                f"the scenes' option objects must be at least {FEWEST}, or 0 for all nouns, not {options.objects}"
+            )
         if options.part == "held_out" and options.kind in NEVER:
-            raise UserError(f"scenes of the kind {options.kind} hold no combination out; take part=test")
+            raise UserError(f"scenes of the kind {options.kind} have no held-out combinations; use part=test")
         self.options = options
 
     def __len__(self) -> int:
@@ -67,10 +74,20 @@ class Scenes(Source):
         kind, part = self.options.kind, self.options.part
         rng = np.random.default_rng((list(KINDS).index(kind), PARTS.index(part), index))
         while True:
-            parts = KINDS[kind](Draw(rng, self.options.objects))
+            parts = [self._aligned(part) for part in KINDS[kind](Draw(rng, self.options.objects))]
+            if self.options.plan:
+                parts = [each for part in parts for each in planned(part)]
             scenes = [each.scene for each in parts if isinstance(each, Shown)]
             if all(visible(scene) for scene in scenes) and self._belongs(set().union(*map(held_out, scenes))):
                 return parts
+
+    def _aligned(self, part: Text | Shown) -> Text | Shown:
+        """The part with its sprites moved up and to the left as far as `align` asks."""
+        if isinstance(part, Text):
+            return part
+        a = self.options.align
+        placed = (replace(p, row=p.row // a * a, column=p.column // a * a) for p in part.scene.placed)
+        return replace(part, scene=replace(part.scene, placed=tuple(placed)))
 
     def _belongs(self, combined: set[str]) -> bool:
         """Whether a document with these held-out combinations is of this part."""
@@ -86,6 +103,13 @@ class Scenes(Source):
     def texts(self) -> Iterator[str]:
         """The texts of the first documents."""
         return (part.text for i in range(WORDED) for part in self.parts(i) if isinstance(part, Text))
+
+
+def planned(part: Text | Shown) -> Parts:
+    """The part; a picture to draw comes after its plan, which is to be written."""
+    if isinstance(part, Text) or not part.generate:
+        return [part]
+    return [Text(f" {plan(part.scene)}", predict=True), part]
 
 
 def rendered(parts: Parts, size: int) -> Document:

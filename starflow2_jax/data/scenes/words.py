@@ -1,5 +1,6 @@
 """The grammar: sentences about scenes, with articles, plurals and verbs; and a parser of captions."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -141,3 +142,14 @@ def parse(caption: str) -> Said | None:
         counts[sprite] += count
     a, b = (groups[0], groups[-1])
     return Said(counts, background, (a[0], how, b[0]) if how and a and b else None)
+
+
+def plan(scene: Scene) -> str:
+    """What stands where on which ground: "on blue: dog 20 at 4 8", side, row and column in units."""
+    placed = "; ".join(f"{name(p.sprite)} {p.side} at {p.row} {p.column}" for p in scene.placed)
+    return f"on {scene.background}: {placed}"
+
+
+def without_plans(text: str) -> str:
+    """A text without the plans in it."""
+    return re.sub(r" ?\bon [a-z]+: [^:]*?\d+ at \d+ \d+(; [^:;]*?\d+ at \d+ \d+)*", "", text)

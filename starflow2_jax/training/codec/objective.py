@@ -50,5 +50,5 @@ class PictureObjective:
             terms["perceptual"] = losses.feature_distance(*pair)
         if w.lpips:
             terms["lpips"] = jnp.mean(Lpips().apply({"params": params["lpips"]}, made, real))
-        total = sum((w[name] * value for name, value in terms.items()), jnp.zeros(()))
+        total = sum((getattr(w, name) * value for name, value in terms.items()), jnp.zeros(()))
         return total, {f"{name}_loss": value for name, value in terms.items()}

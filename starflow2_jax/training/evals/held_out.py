@@ -1,4 +1,5 @@
-"""Losses of held-out documents, of the parameters and of their moving average: the same documents and noise every time."""
+"""Measures the losses of the parameters, and of their moving average, on held-out documents. Documents and noise are the
+same every time."""
 
 import math
 import sys
@@ -20,7 +21,7 @@ from starflow2_jax.sequence import Sequence
 from starflow2_jax.training import losses, program
 from starflow2_jax.training.evals.protocol import Findings
 from starflow2_jax.training.stage_task import StageTask
-from starflow2_jax.training.step import TrainState, in_parts, loss_sums
+from starflow2_jax.training.step import TrainState, encoded, in_parts, loss_sums
 
 Sums = Mapping[str, Any]  # of "image" and "text" in nats, and of "image_count" (dimensions) and "text_count" (tokens)
 
@@ -117,6 +118,7 @@ def _add(totals: dict[str, Counter[str]], sums: dict[str, Sums]) -> None:
 def _measure(task: StageTask, params: dict[str, Any], batch: Sequence, key: jax.Array) -> dict[str, jax.Array]:
     """The Sums of a batch, in the stage's micro-batches. `key` is for the noise that training adds to latents, too."""
     objective = replace(program.objective(task.config, task.stage, task.codec.std), latent_penalty=0.0)
+    batch = encoded(task.codec, params, batch, task.cfg.accumulate)
     batch = batch.replace(latents=batch.latents + objective.noise * jax.random.normal(key, batch.latents.shape))
 
     def sums(part: Sequence) -> dict[str, jax.Array]:

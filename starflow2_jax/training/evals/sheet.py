@@ -58,6 +58,7 @@ class Sheet:
     def __call__(self, number: int, state: TrainState, frozen: dict[str, Any]) -> Findings:
         """See protocol.Evaluator."""
         params, mesh = frozen | state.params | state.ema, self.task.mesh
+        params.pop("codec", None)  # the sampler has the whole codec
         if jax.process_count() > 1:  # the sampler runs in one process, on the devices of process 0
             params = multihost_utils.process_allgather(params, tiled=True)
             if not processes.primary():

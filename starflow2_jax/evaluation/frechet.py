@@ -1,0 +1,151 @@
+"""The Fréchet distance of two folders of pictures, in the features of a file that the user brings.
+
+The means and covariances of a folder are kept in a cache, under a hash of the features' file and of all pictures.
+"""
+
+import importlib
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as Pillow
+from tqdm import tqdm
+
+from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.user_files import sha256
+from starflow2_jax.text_files import reason
+
+NEEDS = "a Fréchet distance needs torch and torch-fidelity; install them with `pip install 'starflow2_jax[fid]'`"
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of the features of n pictures: mean (D,) and covariance (D, D), fp64. n is None if a file does not tell it."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    n: int | None
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file with the names that other programs use, too."""
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, mu=self.mean, sigma=self.covariance, n=self.n or 0)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read an .npz file with the arrays mu and sigma, and n if there is one. Raises UserError."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(file["mu"], file["sigma"], int(file["n"]) or None if "n" in file else None)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path} is no .npz file with the arrays mu and sigma ({reason(error)})") from None
+
+
+def distance(images: Path, reference: Path, features: Path, cache: Path, batch: int = 64) -> dict[str, Any]:
+    """The Fréchet distance, the numbers of pictures, and the hashes of what was compared.
+
+    images: a folder of .png and .jpg files. reference: the same, or an .npz file of statistics (mu, sigma). features: a
+    TorchScript file that maps pictures (B, 3, H, W) uint8 to features (B, D), or the weights of torch-fidelity's
+    Inception. Raises UserError.
+    """
+    network = _features(features)
+    known = sha256(features)
+    a, b = (_statistics(path, network, known, cache, batch) for path in (images, reference))
+    if a.mean.shape != b.mean.shape:
+        raise UserError(
+            f"{reference} has {len(b.mean)} features and {features} makes {len(a.mean)}; use the features' file that made it"
+        )
+    return {
+        "frechet_distance": frechet(a, b),
+        "images": a.n,
+        "reference": b.n,
+        "images_sha256": sha256(images),
+        "reference_sha256": sha256(reference),
+        "features_sha256": known,
+    }
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+    """|mean difference|^2 + trace(A + B - 2 (A B)^(1/2)) of two Gaussians with the covariances A and B."""
+    roots = np.real(np.sqrt(np.linalg.eigvals(a.covariance @ b.covariance).astype(complex)))
+    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * roots.sum())
+
+
+def _statistics(path: Path, network: Callable[[Any], Any], known: str, cache: Path, batch: int) -> Statistics:
+    """The statistics of a folder, from the cache if it has them, or those in an .npz file. Raises UserError."""
+    if path.is_file():
+        return Statistics.load(path)
+    kept = cache / f"{known[:16]}-{sha256(path)[:16]}.npz"
+    if not kept.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        _measured(path, network, batch).save(kept)
+    return Statistics.load(kept)
+
+
+def _measured(folder: Path, network: Callable[[Any], Any], batch: int) -> Statistics:
+    import torch
+
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise UserError(f"{folder} holds {len(files)} pictures (.png, .jpg), and a distance needs thousands")
+    found = []
+    with torch.inference_mode(), tqdm(total=len(files), desc=folder.name, unit="picture") as bar:
+        for pictures in _batches(files, batch):
+            made = network(torch.from_numpy(pictures))
+            found.append(made.reshape(len(pictures), -1).double().cpu().numpy())
+            bar.update(len(pictures))
+    features = np.concatenate(found)
+    return Statistics(features.mean(0), np.cov(features, rowvar=False), len(features))
+
+
+def _batches(files: list[Path], batch: int) -> Iterator[np.ndarray]:
+    """Batches (B, 3, H, W) uint8 of pictures of one size. Raises UserError."""
+    several: list[np.ndarray] = []
+    for file in files:
+        try:
+            with Pillow.open(file) as opened:
+                pixels = np.asarray(opened.convert("RGB")).transpose(2, 0, 1)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"the picture {file} cannot be read ({reason(error)})") from None
+        if several and (len(several) == batch or several[0].shape != pixels.shape):
+            yield np.stack(several)
+            several = []
+        several.append(pixels)
+    yield np.stack(several)
+
+
+def _features(path: Path) -> Callable[[Any], Any]:
+    """The network in a file: pictures (B, 3, H, W) uint8 -> features (B, D). Nothing in the file is unpickled. Raises UserError."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(NEEDS) from None
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        script = torch.jit.load(str(path), map_location=device).eval()
+        names = {argument.name for argument in script.forward.schema.arguments}
+        chosen = {"return_features": True} if "return_features" in names else {}  # of NVIDIA's Inception
+        return lambda pictures: script(pictures.to(device), **chosen)
+    except RuntimeError:
+        pass  # it is no TorchScript
+    try:
+        fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except (ImportError, RuntimeError) as error:  # the second: a torchvision that does not fit torch
+        raise UserError(f"{NEEDS} ({reason(error)})") from None
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would unpickle anything
+        inception = fidelity.FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=str(path)
+        )
+    except (RuntimeError, pickle.UnpicklingError, OSError, AttributeError, TypeError, EOFError) as error:
+        raise UserError(
+            f"{path} is neither a TorchScript file nor the weights of torch-fidelity's Inception ({reason(error)}); see "
+            "docs/evaluation.md for where to get one"
+        ) from None
+    return lambda pictures: inception.to(device)(pictures.to(device))[0]

@@ -1,0 +1,283 @@
+"""Benchmarks of understanding: local copies in the forms of lmms-eval and VLMEvalKit, and answers that scorers read."""
+
+import base64
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiny
+from painter import Painter
+from PIL import Image as Pillow
+
+from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.engine import evaluate
+from starflow2_jax.evaluation.questions import Question, is_right, letter
+from starflow2_jax.evaluation.table import open_benchmark
+from starflow2_jax.sampling.engine import Sampler
+
+RUN = {"checkpoint": "here"}
+
+
+def png(level: int, size=(6, 4)) -> bytes:
+    file = io.BytesIO()
+    Pillow.new("RGB", size, (level, level, level)).save(file, "PNG")
+    return file.getvalue()
+
+
+def hf(level: int) -> dict:
+    return {"bytes": png(level), "path": None}
+
+
+def parquet(folder: Path, rows: list[dict], split: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def tsv(path: Path, rows: list[dict]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def run(name: str, data: Path, out: Path, sampler=None, say="B"):
+    sampler = sampler or Painter(say=say if callable(say) else lambda prompt: say)
+    numbers, _ = evaluate(sampler, open_benchmark(name, str(data)), out, RUN, progress=False)
+    return numbers, sampler
+
+
+def table_of(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+MMMU = [
+    dict(id="validation_Art_Theory_1", question="Compare <image 1> with <image 2>.", options="['old', 'new']",
+         answer="B", question_type="multiple-choice", image_1=hf(10), image_2=hf(20), subfield="x"),
+    dict(id="validation_Art_Theory_2", question="Which? <image 1>", options="['<image 1>', 'none']",
+         answer="A", question_type="multiple-choice", image_1=hf(30), image_2=None, subfield="x"),
+    dict(id="validation_Math_1", question="How many? <image 1>", options="[]",
+         answer="['4', 'four']", question_type="open", image_1=hf(40), image_2=None, subfield="y"),
+]  # fmt: skip
+
+
+def test_mmmu_puts_pictures_at_their_marks_and_writes_what_its_script_reads(tmp_path):
+    data = parquet(tmp_path / "MMMU" / "data", MMMU, "validation")
+    parquet(data, MMMU[:1], "dev")  # another split beside it
+    numbers, painter = run(
+        "mmmu", data.parent, tmp_path / "out", say=lambda prompt: "Four." if "How" in prompt[0].text else "B. new"
+    )
+    first, second, third = painter.asked
+    shape = [part.text if isinstance(part, Text) else round((part.pixels.mean() + 1) * 127.5) for part in first]
+    ask = "Answer with the option's letter from the given choices directly."
+    assert shape == ["Compare ", 10, " with ", 20, f".\nA. old\nB. new\n\n{ask}"]
+    assert [type(part) for part in second] == [Text, Image, Text, Image, Text]
+    assert third[-1].text == "\n\nAnswer the question using a single word or phrase."
+    assert all(part.via == "vit" for prompt in painter.asked for part in prompt if isinstance(part, Image))
+    assert numbers == {"exact_match": pytest.approx(2 / 3), "exact_match_x": 0.5, "exact_match_y": 1.0}
+    rows = json.loads((tmp_path / "out/mmmu/Art_Theory/output.json").read_text())
+    assert rows[0] == {
+        "id": "validation_Art_Theory_1", "question_type": "multiple-choice", "answer": "B", "response": "B. new",
+        "all_choices": ["A", "B"], "index2ans": {"A": "old", "B": "new"},
+    }  # fmt: skip
+    [row] = json.loads((tmp_path / "out/mmmu/Math/output.json").read_text())
+    assert row == {
+        "id": "validation_Math_1",
+        "question_type": "short-answer",
+        "answer": ["4", "four"],
+        "response": "Four.",
+    }
+    answers = json.loads((tmp_path / "out/mmmu/answers.json").read_text())
+    assert answers == {"validation_Art_Theory_1": "B", "validation_Art_Theory_2": "B", "validation_Math_1": "Four."}
+
+
+MME = [
+    dict(question_id=f"{category}/{name}.png", question=f"Is {word} {name} there? Please answer yes or no.",
+         answer=answer, category=category, image=hf(i))
+    for i, (category, name) in enumerate([("existence", "0001"), ("existence", "0002"), ("OCR", "0001")])
+    for word, answer in (("this", "Yes"), ("that", "No"))
+]  # fmt: skip
+
+
+def mme_score(folder: Path) -> dict[str, float]:
+    """Accuracy plus accuracy of pairs of each category, in percent, by the logic of MME's calculation.py."""
+    scores = {}
+    for path in folder.glob("*.txt"):
+        lines = path.read_text().strip("\n").split("\n")
+        right, pairs = [], []
+        for one, two in zip(lines[::2], lines[1::2], strict=True):
+            (a, _, gold_a, said_a), (b, _, gold_b, said_b) = one.split("\t"), two.split("\t")
+            assert a == b
+            found = [gold.lower() in said.lower()[:4] for said, gold in ((said_a, gold_a), (said_b, gold_b))]
+            right += found
+            pairs.append(all(found))
+        scores[path.stem] = 100 * (np.mean(right) + np.mean(pairs))
+    return scores
+
+
+def test_mme_writes_pairs_of_lines(tmp_path):
+    shuffled = [MME[i] for i in (0, 2, 1, 4, 3, 5)]  # a picture's questions need not be neighbours
+    data = parquet(tmp_path / "data", shuffled, "test")
+    say = lambda prompt: "No, it is not." if "that" in prompt[1].text or "0002" in prompt[1].text else "Yes."  # noqa: E731
+    numbers, painter = run("mme", data, tmp_path / "out", say=say)
+    assert painter.asked[0][1].text == "Is this 0001 there?\nAnswer the question using a single word or phrase."
+    assert mme_score(tmp_path / "out/mme") == {"existence": 75 + 50, "OCR": 200}
+    assert numbers["exact_match"] == pytest.approx(5 / 6)
+    keys = [json.loads(line)["key"] for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
+    assert keys[:3] == ["existence/0001.png", "existence/0002.png", "existence/0001.png#2"]
+
+
+def test_mme_of_vlmevalkit_keeps_what_its_rating_groups_by(tmp_path):
+    rows = [
+        dict(index=i, question=row["question"], answer=row["answer"], category=row["category"],
+             image=base64.b64encode(png(i)).decode(), image_path=row["question_id"])
+        for i, row in enumerate(MME)
+    ]  # fmt: skip
+    run("mme", tsv(tmp_path / "MME.tsv", rows), tmp_path / "out", say="Yes")
+    stats = defaultdict(list)
+    for row in table_of(tmp_path / "out/mme/predictions.tsv"):
+        assert "image" not in row
+        stats[row["category"], row["image_path"]].append(row["answer"] == row["prediction"])
+    assert set(map(tuple, stats.values())) == {(True, False)} and len(stats) == 3
+    assert mme_score(tmp_path / "out/mme") == {"existence": 50, "OCR": 50}
+
+
+def test_gqa_joins_its_two_tables(tmp_path):
+    asked = [dict(id=str(i), imageId=f"n{i % 2}", question=f"What is {i}?", answer="dog") for i in range(3)]
+    parquet(tmp_path / "testdev_balanced_instructions", asked, "testdev")
+    parquet(tmp_path / "testdev_balanced_images", [dict(id=f"n{i}", image=hf(100 * i)) for i in range(2)], "testdev")
+    numbers, painter = run(
+        "gqa", tmp_path, tmp_path / "out", say=lambda prompt: "Dog." if "0" in prompt[1].text else "a cat"
+    )
+    assert [round((prompt[0].pixels.mean() + 1) * 127.5) for prompt in painter.asked] == [0, 100, 0]
+    found = json.loads((tmp_path / "out/gqa/testdev_balanced_predictions.json").read_text())
+    assert found == [{"questionId": str(i), "prediction": said} for i, said in enumerate(("dog", "a cat", "a cat"))]
+    right = {x["questionId"]: x["prediction"] for x in found}  # as GQA's eval.py: equality of words
+    assert np.mean([right[row["id"]] == row["answer"] for row in asked]) == pytest.approx(numbers["exact_match"])
+    asked[0]["imageId"] = "gone"
+    parquet(tmp_path / "testdev_balanced_instructions", asked, "testdev")
+    with pytest.raises(UserError, match="lacks the picture gone"):
+        open_benchmark("gqa", str(tmp_path))
+
+
+def test_mmbench_shares_the_pictures_of_a_table(tmp_path):
+    picture = base64.b64encode(png(50)).decode()
+    rows = [
+        dict(index=1, question="Where?", hint="Look.", A="here", B="there", C="", answer="B", category="place", image=picture),
+        dict(index=1000001, question="Where?", hint="nan", A="there", B="here", C="far", answer="A", category="place", image="1"),
+    ]  # fmt: skip
+    data = tsv(tmp_path / "MMBench_DEV_EN.tsv", rows)
+    numbers, painter = run("mmbench", data, tmp_path / "out", say=lambda prompt: "there")
+    ask = "Answer with the option's letter from the given choices directly."
+    assert painter.asked[0][1].text == f"Look. Where? There are several options:\nA. here\nB. there\n{ask}"
+    assert (
+        "C. far" in painter.asked[1][1].text and painter.asked[1][0].pixels.mean() == painter.asked[0][0].pixels.mean()
+    )
+    table = table_of(tmp_path / "out/mmbench/predictions.tsv")
+    assert [row["index"] for row in table] == ["1", "1000001"] and set(table[0]) == {*rows[0], "prediction"} - {"image"}
+    assert numbers["exact_match"] == 1.0  # "there" is the text of the right choice of both
+
+
+def test_seed_and_ai2d(tmp_path):
+    seed = [
+        dict(question_id=f"v{i}", question="Who?", choice_a="a", choice_b="b", choice_c="c", choice_d="d", answer="C",
+             data_type="image", image=[hf(1), hf(2)][: i + 1])
+        for i in range(2)
+    ]  # fmt: skip
+    numbers, painter = run("seed", parquet(tmp_path / "seed", seed, "test"), tmp_path / "out", say="(C) c")
+    lines = [json.loads(line) for line in (tmp_path / "out/seed/results.json").read_text().splitlines()]
+    assert lines == [{"question_id": "v0", "prediction": "C"}, {"question_id": "v1", "prediction": "C"}]
+    assert [len(prompt) for prompt in painter.asked] == [2, 3] and numbers["exact_match"] == 1.0
+    ai2d = [dict(question="What?", options=["x", "y", "z"], answer="2", image=hf(3))]
+    numbers, painter = run("ai2d", parquet(tmp_path / "ai2d", ai2d, "test"), tmp_path / "out2", say="C")
+    assert "C. z" in painter.asked[0][1].text and numbers["exact_match"] == 1.0
+    assert table_of(tmp_path / "out2/ai2d/predictions.tsv")[0]["prediction"] == "C"
+
+
+def test_a_folder_of_datasets_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(MME).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "MME"))
+    numbers, painter = run("mme", tmp_path / "MME", tmp_path / "out", say="Yes")
+    assert len(painter.asked) == 6 and numbers["exact_match"] == 0.5
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="has the splits train and no 'test'.*huggingface.co/datasets/lmms-lab/MME"):
+        open_benchmark("mme", str(tmp_path / "other"))
+
+
+def test_a_real_model_reads_pictures_and_writes_words(tmp_path):
+    sampler = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=512)
+    run("ai2d", parquet(tmp_path / "a", [dict(question="What?", options=["x", "y"], answer="0", image=hf(3))], "test"),
+        tmp_path / "out", sampler)  # fmt: skip
+    [row] = table_of(tmp_path / "out/ai2d/predictions.tsv")
+    [line] = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert row["prediction"] == " ".join("".join(part["text"] for part in line["parts"]).split())
+
+
+@pytest.mark.parametrize(
+    "prediction, wanted",
+    [("B", "B"), ("b", None), ("(A) old", "A"), ("A.", "A"), ("new", "B"), ("New.", "B"), ("An old one", None), ("C", None),
+     ("", None), ("Both", None), ("A's", None)],
+)  # fmt: skip
+def test_letters_of_answers(prediction, wanted):
+    assert letter(prediction, {"A": "old", "B": "new"}) == wanted
+
+
+def test_hidden_answers_are_not_scored(tmp_path):
+    rows = [dict(question="What?", options=["x", "y"], answer="?", image=hf(3))]
+    assert run("ai2d", parquet(tmp_path / "a", rows, "test"), tmp_path / "out")[0] == {"exact_match": None}
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        (
+            "mme",
+            None,
+            "needs --prompts: a copy of the data set MME or of MME.tsv, from huggingface.co/datasets/lmms-lab/MME",
+        ),
+        ("mme", "index\timage\n1\tx\n", "row 0, has no 'question'"),
+        (
+            "mme",
+            "index\tquestion\timage\n1\twho\t" + "!" * 99 + "\n",
+            "cannot be read as a table .a picture is no base64.",
+        ),
+        ("mmmu", "index\tquestion\timage\n", "holds no questions"),
+    ],
+)
+def test_other_tables_are_refused_with_a_sentence(tmp_path, name, content, said):
+    path = tmp_path / "table.tsv"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError, match=said) as refused:
+        open_benchmark(name, str(path) if content else None)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_of_two_tables_needs_a_name(tmp_path):
+    parquet(tmp_path / "en", MME, "test"), parquet(tmp_path / "cn", MME, "test")
+    with pytest.raises(
+        UserError, match=re.escape("holds cn/test, en/test, of which not exactly one is the split 'test'")
+    ):
+        open_benchmark("mme", str(tmp_path))
+
+
+def test_a_picture_that_a_question_names_must_be_there(tmp_path):
+    data = parquet(tmp_path / "a", [MMMU[0] | {"image_2": None}, MMMU[1]], "validation")
+    with pytest.raises(UserError, match="question validation_Art_Theory_1 names <image 2>"):
+        open_benchmark("mmmu", str(data)).tasks()
+
+
+def test_words_that_are_right():
+    asked = Question("k", "How many?", {}, "", "['4', 'four']", {})
+    assert is_right(asked, "Four.") and is_right(asked, "4") and not is_right(asked, "44")
