@@ -55,7 +55,6 @@ class SheetOptions(EvalOptions):
 EVAL_OPTIONS: dict[str, type[EvalOptions]] = {
     "loss": LossOptions,
     "sheet": SheetOptions,
-    "reconstruction": ReconstructionOptions,
 }
 
 
