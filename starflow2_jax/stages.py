@@ -37,6 +37,34 @@ STAGES = {
 }
 
 
+CODEC_GROUPS = ("latent_encoder", "feature_decoder", "pixel_decoder", "statistics")  # the last: of the latents
+
+
+@dataclass(frozen=True)
+class CodecStage:
+    """What a stage of a codec's training trains: the row `name` of CODEC_STAGES, in training/codec/."""
+
+    name: str
+    trains: tuple[str, ...]
+    groups: tuple[str, ...] = (
+        CODEC_GROUPS  # in its state, trained or not; the next stage with the same goes on from them
+    )
+    pixels: bool = True  # it makes pictures, so that it has their losses and may have a discriminator
+    image_loss = text_loss = deep = False  # the terms of STARFlow2's stages
+
+
+CODEC_STAGES = {
+    stage.name: stage
+    for stage in (
+        # Trains a small frozen encoder where there is no published one: it sees pictures with masked patches.
+        CodecStage("encoder", ("encoder", "unmasking"), ("encoder", "unmasking"), pixels=False),
+        CodecStage("features", ("latent_encoder", "feature_decoder"), pixels=False),
+        CodecStage("pixels", ("pixel_decoder",)),  # on the encoder's features, with noise
+        CodecStage("pixels_tuned", ("pixel_decoder",)),  # on features that were made from latents
+    )
+}
+
+
 def find_saved(name: str) -> Stage:
     """The stage that a checkpoint names. Raises UserError if the table has no stage of that name."""
     if name not in STAGES:

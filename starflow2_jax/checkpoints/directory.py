@@ -89,11 +89,15 @@ class CheckpointDirectory:
         with storage_errors(self.folder):
             write_whole(self.folder / "config.json", json.dumps({"format": FORMAT, **config.to_dict()}, indent=1))
 
-    def config(self) -> Config:
-        """The experiment's config, locked. Raises CheckpointError if it is missing, damaged or of another format."""
+    def config(self, kind: str = configs.STARFLOW2) -> Config:
+        """The experiment's config, locked. Raises CheckpointError if it is missing, damaged, of another format or kind."""
         values = read_json(self.folder / "config.json")
-        if not isinstance(values, dict) or not {"model", "stages"} <= set(values):
+        if not isinstance(values, dict) or "stages" not in values:
             raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
+        if (given := values.get("kind", configs.STARFLOW2)) != kind:
+            raise CheckpointError(
+                f"{self.folder} is a run of the kind {given!r}, not {kind!r}; name the directory of such a run"
+            )
         if (number := values.pop("format", 1)) != FORMAT:
             raise CheckpointError(
                 f"{self.folder} has the checkpoint format {number}, but this version of starflow2 reads format {FORMAT}, in which "

@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
 def _config(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.config import loading as configs
 
-    config = configs.load(args.config, overrides, args.runlocal, args.chip)
+    config = configs.load(args.config, overrides, args.runlocal, args.chip, tuple(configs.PAGES))
     print(page(configs.described(config), shutil.get_terminal_size((120, 0)).columns))
 
 

@@ -82,7 +82,7 @@ def _train(args: Namespace, overrides: list[str]) -> None:
     out = args.out or f"runs/{Path(args.config).stem}"
     begun_on = Path(out) / "vlm.json"  # `starflow2 init` copies it; its sizes need not be given again
     vlm = load_config(begun_on) if begun_on.exists() else None
-    config = configs.load(args.config, overrides, args.runlocal, args.chip, vlm)
+    config = configs.load(args.config, overrides, args.runlocal, args.chip, tuple(configs.PAGES), vlm)
     if args.compilation_cache:
         _keep_compiled(args.compilation_cache)
     start_devices(config.cpu_devices, partial(processes.initialize, args))
@@ -94,11 +94,14 @@ def _train(args: Namespace, overrides: list[str]) -> None:
 
 def _trained(config, out: str | Path, profile: int = 0) -> dict:
     """Train the rest of the run. Returns the summary of its time; raises Terminated when all is saved after a SIGTERM."""
+    from starflow2_jax.config.loading import CODEC
+    from starflow2_jax.training.codec.trainer import CodecTrainer
     from starflow2_jax.training.loop import Trainer
     from starflow2_jax.training.preemption import Preempted
 
+    trainer = CodecTrainer if config.kind == CODEC else Trainer
     try:
-        return Trainer(config, out).run(profile=profile)
+        return trainer(config, out).run(profile=profile)
     except Preempted:
         raise Terminated("all is saved, and the same command goes on") from None
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from starflow2_jax.codecs.table import CODECS
-from starflow2_jax.config.schema import ExperimentConfig, StageConfig
+from starflow2_jax.config.schema import ExperimentConfig, RunConfig, StageConfig
 from starflow2_jax.data.groups import rows_of_a_group
 from starflow2_jax.data.sources import held_out
 from starflow2_jax.errors import ConfigError
@@ -15,15 +15,9 @@ from starflow2_jax.stages import STAGES, Stage
 
 def require_consistent(config: ExperimentConfig) -> None:
     """Raises ConfigError for the first values that contradict each other; the message names the keys to change."""
-    if not config.order or len(set(config.order)) < len(config.order):
-        raise ConfigError(f"order must name at least one stage, and each stage once, of {', '.join(STAGES)}")
-    if missing := [name for name in config.order if name not in config.stages]:
-        raise ConfigError(
-            f"order names the stage {missing[0]}, but the config has no stages.{missing[0]}; set stages.{missing[0]}.steps, or "
-            "remove the stage from order"
-        )
-    _require_sources(config)
-    _require_evals(config)
+    require_order(config)
+    require_sources(config)
+    require_evals(config, CODECS[config.codec.kind].is_pixels or bool(getattr(config.codec, "decoder", "")))
     _require_codec(config)
     for name, cfg in config.stages.items():
         _require_stage(config, STAGES[name], cfg)
@@ -31,7 +25,19 @@ def require_consistent(config: ExperimentConfig) -> None:
         _require_rows(config, name, config.stages[name])
 
 
-def _require_sources(config: ExperimentConfig) -> None:
+def require_order(config: Any) -> None:
+    """The order names stages that there are, and none twice."""
+    if not config.order or len(set(config.order)) < len(config.order):
+        known = type(config).__dataclass_fields__["order"].metadata["choices"]
+        raise ConfigError(f"order must name at least one stage, and each stage once, of {', '.join(known)}")
+    if missing := [name for name in config.order if name not in config.stages]:
+        raise ConfigError(
+            f"order names the stage {missing[0]}, but the config has no stages.{missing[0]}; set stages.{missing[0]}.steps, or "
+            "remove the stage from order"
+        )
+
+
+def require_sources(config: Any) -> None:
     """There are documents for every stage, and each stage's mix names sources that there are."""
     data = config.data
     if data.source is not None:
@@ -54,8 +60,8 @@ def _require_sources(config: ExperimentConfig) -> None:
             raise ConfigError(f"every source of stages.{stage}.mix has a weight of 0; give one of them more")
 
 
-def _require_evals(config: ExperimentConfig) -> None:
-    """The mix of each evaluation names sources that there are, and pictures are drawn only if the codec makes some."""
+def require_evals(config: RunConfig, pictures: bool) -> None:
+    """The mix of each evaluation names sources that there are, and sheets are drawn only if the codec makes `pictures`."""
     _require_names("an evaluation's", "evals", config.evals)
     for name, cfg in config.evals.items():
         mix = getattr(cfg, "mix", None)
@@ -65,10 +71,8 @@ def _require_evals(config: ExperimentConfig) -> None:
             raise ConfigError(
                 f"evals.{name}.mix names the source {unknown[0]!r}; data.sources has {', '.join(config.data.sources)}"
             )
-        if cfg.kind == "sheet" and not (CODECS[config.codec.kind].is_pixels or getattr(config.codec, "decoder", "")):
-            raise ConfigError(
-                f"evals.{name} draws pictures, and the codec {config.codec.kind!r} makes none; take it out of the config"
-            )
+        if cfg.kind == "sheet" and not pictures:
+            raise ConfigError(f"evals.{name} draws pictures, and the codec makes none; take it out of the config")
 
 
 def _require_names(whose: str, table: str, names: Iterable[str]) -> None:
@@ -92,12 +96,17 @@ def _require_codec(config: ExperimentConfig) -> None:
 
 
 def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None:
-    """A batch's positions fit into 32 bits, and its rows divide into micro-batches, over the mesh, and into groups."""
+    """A batch's positions fit into 32 bits, and its rows divide as `require_groups` says."""
     if cfg.rows * cfg.length > LARGEST_INT:
         raise ConfigError(
             f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has at most "
             f"{LARGEST_INT}"
         )
+    require_groups(config, name, cfg)
+
+
+def require_groups(config: RunConfig, name: str, cfg: Any) -> None:
+    """A stage's rows divide into micro-batches, over the mesh, and into groups."""
     mesh = config.mesh
     spread = cfg.accumulate * abs(mesh.data * mesh.fsdp)  # an axis of -1 has an unknown size and counts as 1
     if cfg.rows % spread:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from starflow2_jax.errors import require_one_of
 from starflow2_jax.fields import Variant, joined, option
-from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.stages import CODEC_STAGES, STAGES, CodecStage, Stage
 
 
 class EvalOptions:
@@ -15,7 +15,7 @@ class EvalOptions:
     ranks: ClassVar[str] = ""  # the number by which steps and runs are ranked, lower is better; "": none
 
     @classmethod
-    def applies(cls, stage: Stage) -> bool:
+    def applies(cls, stage: Stage | CodecStage) -> bool:
         """Whether the evaluation can run in a stage."""
         return True
 
@@ -30,7 +30,7 @@ class LossOptions(EvalOptions):
     ranks = "ema_loss"
 
     @classmethod
-    def applies(cls, stage: Stage) -> bool:
+    def applies(cls, stage: Stage | CodecStage) -> bool:
         """See EvalOptions."""
         return stage.image_loss or stage.text_loss
 
@@ -46,13 +46,16 @@ class SheetOptions(EvalOptions):
     image_temperature: float = option("temperature of the images' noise", 0.9, least=0)
 
     @classmethod
-    def applies(cls, stage: Stage) -> bool:
+    def applies(cls, stage: Stage | CodecStage) -> bool:
         """See EvalOptions."""
         return stage.image_loss
 
 
 # A new kind has a row here and a row in training/evals/table.py.
-EVAL_OPTIONS: dict[str, type[EvalOptions]] = {"loss": LossOptions, "sheet": SheetOptions}
+EVAL_OPTIONS: dict[str, type[EvalOptions]] = {
+    "loss": LossOptions,
+    "sheet": SheetOptions,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,9 @@ class EvalConfig:
         1000,
         least=0,
     )
-    stages: tuple[str, ...] = option("stages in which it runs; (): every stage that it applies to", (), choices=STAGES)
+    stages: tuple[str, ...] = option(
+        "stages in which it runs; (): every stage that it applies to", (), choices={**STAGES, **CODEC_STAGES}
+    )
 
 
 @cache
@@ -90,7 +95,7 @@ def with_kinds(evals: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def left_out(config: Any, stage: Stage) -> dict[str, str]:
+def left_out(config: Any, stage: Stage | CodecStage) -> dict[str, str]:
     """The evaluations that do not apply to a stage, each with the reason."""
     reasons = {}
     for name, each in _of(config, stage).items():
@@ -101,17 +106,17 @@ def left_out(config: Any, stage: Stage) -> dict[str, str]:
     return reasons
 
 
-def applied(config: Any, stage: Stage) -> dict[str, Any]:
+def applied(config: Any, stage: Stage | CodecStage) -> dict[str, Any]:
     """The evaluations that run in a stage, by name."""
     without = left_out(config, stage)
     return {name: each for name, each in _of(config, stage).items() if name not in without}
 
 
-def _of(config: Any, stage: Stage) -> dict[str, Any]:
+def _of(config: Any, stage: Stage | CodecStage) -> dict[str, Any]:
     return {name: each for name, each in sorted(config.evals.items()) if not each.stages or stage.name in each.stages}
 
 
-def best_metric(config: Any, stage: Stage) -> str:
+def best_metric(config: Any, stage: Stage | CodecStage) -> str:
     """The metric by which the steps of a stage are ranked: `best_metric`, else the first held-out loss, else the training
     loss."""
     if config.best_metric:

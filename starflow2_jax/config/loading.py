@@ -9,10 +9,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from starflow2_jax.config.checks import require_consistent
+from starflow2_jax.config import checks, codec
+from starflow2_jax.config.codec import CodecExperiment
 from starflow2_jax.config.evals import EVAL_OPTIONS, with_kinds
 from starflow2_jax.config.overrides import assign
-from starflow2_jax.config.schema import Config, ExperimentConfig
+from starflow2_jax.config.schema import Config, ExperimentConfig, RunConfig
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.extensions import import_file
 from starflow2_jax.fields import COMPUTED, Key, abbreviated, build, walk
@@ -20,6 +21,8 @@ from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.models.vlm import VlmConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+STARFLOW2, CODEC = "starflow2", "fae"  # the kinds of runs
+PAGES: dict[str, type[RunConfig]] = {STARFLOW2: ExperimentConfig, CODEC: CodecExperiment}
 
 
 def load(
@@ -27,6 +30,7 @@ def load(
     overrides: typing.Sequence[str] = (),
     runlocal: bool = False,
     chip: str | None = None,
+    kinds: typing.Collection[str] = (STARFLOW2,),
     vlm: VlmConfig | None = None,
 ) -> Config:
     """The whole config of an experiment, locked. Raises ConfigError. Starts no device.
@@ -34,6 +38,7 @@ def load(
     `path`: a file with a function `get_config(runlocal)`, or the name of an experiment that ships with the package.
     `overrides`: texts "key.sub=value", which take precedence over the experiment. `runlocal`: ask the experiment for a
     small version of itself. `chip`: a TPU generation such as "v5p", for experiments whose `get_config` takes it.
+    `kinds`: the kinds of runs that the caller can use.
     `vlm`: a vision-language model whose sizes take the place of the experiment's; how it is computed stays the experiment's.
     """
     path = find(path)
@@ -53,7 +58,12 @@ def load(
         model = values.setdefault("model", {})
         same = model.get("vlm", {}).get("kind", vlm.kind) == vlm.kind
         model["vlm"] = _sized(model.get("vlm", {}) if same else {}, vlm)
-    assign(ExperimentConfig, values, overrides)
+    page = _page(values)
+    if (kind := values.get("kind", STARFLOW2)) not in kinds:
+        raise ConfigError(
+            f"{path} is an experiment of the kind {kind!r}, which this command does not take; name another one"
+        )
+    assign(page, values, overrides)
     return complete(values)
 
 
@@ -92,14 +102,25 @@ def complete(values: Mapping | ConfigDict | Config) -> Config:
 
     Raises ConfigError for unknown keys, for values that are not allowed, and for values that contradict each other.
     """
-    experiment = build(ExperimentConfig, _values(values))
-    require_consistent(experiment)
+    plain = _values(values)
+    experiment: typing.Any = build(_page(plain), plain)
+    (codec if experiment.kind == CODEC else checks).require_consistent(experiment)
     return typing.cast(Config, ConfigDict(dataclasses.asdict(experiment)).lock())
 
 
 def described(config: Config) -> list[Key]:
     """Every key of a whole config with its help and default. A group comes before its keys."""
-    return list(walk(ExperimentConfig, _plain(config)))
+    return list(walk(_page(config), _plain(config)))
+
+
+def _page(values: typing.Any) -> type[RunConfig]:
+    """The schema of a config's kind of run. Raises ConfigError."""
+    kind = values.get("kind", STARFLOW2)
+    if kind not in PAGES:
+        raise ConfigError(
+            f"kind is one of {', '.join(PAGES)}, not {abbreviated(kind)}; name one of them in the experiment"
+        )
+    return PAGES[kind]
 
 
 def _values(config: typing.Any, overrides: typing.Sequence[str] = ()) -> dict[str, typing.Any]:

@@ -150,21 +150,14 @@ def _codec_options() -> list[type]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
-    """Every key of an experiment."""
+class RunConfig:
+    """The keys of every run, whatever it trains."""
 
+    kind: str = option("what is trained: starflow2, or fae, a codec", "starflow2", choices=("starflow2", "fae"))
     seed: int = option("seed of parameters, data order, noise and dropout", 0, least=0)
     cpu_devices: int = option("CPU devices to create if there is no accelerator: one per core", 1, least=1, most=1024)
     mesh: MeshConfig = option("how devices share the work", MeshConfig())
-    noise: float = option("standard deviation of the noise added to images, before the codec's scaling", 0.0, least=0)
-    max_positions: int = option("positions of a prompt and its answer, when sampling", 8192, least=1)
     data: DataConfig = option("the training data and its readers", DataConfig())
-    codec: CodecConfig = option(
-        "how images become the tokens of the flow", variant=Variant("kind", codec_class, _codec_options)
-    )
-    model: PretzelConfig = option("the networks")
-    order: tuple[str, ...] = option("the stages to run, one after the other", tuple(STAGES), choices=STAGES)
-    stages: dict[str, StageConfig] = option("how each stage is trained", choices=STAGES)
     log_every: int = option("steps between two lines of metrics; 0: none", 50, least=0)
     save_every: int = option("steps between two checkpoints; 0: only at the end of a stage", 2000, least=0)
     keep: int | None = option("newest checkpoints that are kept; None: all", 3, least=1)
@@ -179,6 +172,20 @@ class ExperimentConfig:
     peak_flops: float = option(
         "peak FLOP/s of one device, for the utilisation; 0: the known value of this kind of device", 0.0, least=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(RunConfig):
+    """Every key of an experiment that trains STARFlow2."""
+
+    noise: float = option("standard deviation of the noise added to images, before the codec's scaling", 0.0, least=0)
+    max_positions: int = option("positions of a prompt and its answer, when sampling", 8192, least=1)
+    codec: CodecConfig = option(
+        "how images become the tokens of the flow", variant=Variant("kind", codec_class, _codec_options)
+    )
+    model: PretzelConfig = option("the networks")
+    order: tuple[str, ...] = option("the stages to run, one after the other", tuple(STAGES), choices=STAGES)
+    stages: dict[str, StageConfig] = option("how each stage is trained", choices=STAGES)
 
 
 if TYPE_CHECKING:

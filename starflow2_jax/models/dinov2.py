@@ -1,6 +1,6 @@
 """DINOv2, a frozen image encoder (arXiv 2304.07193)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -61,6 +61,9 @@ class DinoFeatures(NamedTuple):
     patches: jax.Array  # (B, h, w, E)
     class_token: jax.Array  # (B, E)
     registers: jax.Array  # (B, R, E)
+    layers: tuple[
+        jax.Array, ...
+    ] = ()  # (B, h w, E) each: patches after the layers that were asked for, before any norm
 
 
 class DinoEncoder(nn.Module):
@@ -69,9 +72,11 @@ class DinoEncoder(nn.Module):
     cfg: DinoConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> DinoFeatures:
+    def __call__(self, images: jax.Array, layers: tuple[int, ...] = ()) -> DinoFeatures:
         """Images (B, h patch, w patch, C), normalised by `preprocess` -> features of h x w patches.
 
+        layers: those whose outputs for the patches (B, h w, E), before any norm, go into the collection "intermediates" as
+            "layers"; they are counted from 1, in ascending order.
         Raises ValueError for other channels, or sides that are not multiples of the patch.
         """
         c = self.cfg
@@ -89,9 +94,18 @@ class DinoEncoder(nn.Module):
         leading = jnp.concatenate(leading).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(leading, (B, *leading.shape)), x], axis=1)
         everything = jnp.ones((1, 1, 1), bool)  # every token sees every other
-        x, _ = Transformer(c.transformer, name="stack")(x, None, everything)
+        first, outputs, done = 1 + c.registers, [], 0
+        if layers and not self.is_initializing():
+            stack = self.variables["params"]["stack"]
+            for last in dict.fromkeys((*layers, c.layers)):
+                own = jax.tree.map(lambda p, done=done, last=last: p[done:last], stack)
+                part = Transformer(replace(c.transformer, layers=last - done), parent=None)
+                x, _ = part.apply({"params": own}, x, None, everything)
+                outputs, done = [*outputs, x[:, first:]], last
+        else:
+            x, _ = Transformer(c.transformer, name="stack")(x, None, everything)
         x = Norm("layer", c.norm_eps, name="norm")(x)
-        first = 1 + c.registers
+        self.sow("intermediates", "layers", tuple(outputs[: len(layers)]))
         return DinoFeatures(x[:, first:].reshape(B, h, w, c.width), x[:, 0], x[:, 1:first])
 
 

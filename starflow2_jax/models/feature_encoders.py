@@ -20,13 +20,17 @@ class FeatureEncoder:
 
     config: a frozen dataclass of JSON values. width: a config -> channels of its features (C). init: (config, random key) ->
     parameters. features: (config, parameters, pixels (B, H, W, 3) in [-1, 1], grid (h, w)) -> features (B, h w, C), in the
-    config's `dtype`; pixels of another size than the grid asks for are resized first.
+    config's `dtype`; pixels of another size than the grid asks for are resized first. layers: the same arguments and the numbers
+    of layers, counted from 1 -> features and the outputs (B, h w, E) of these layers; None: the encoder does not give them.
     """
 
     config: type
     width: Callable[[Any], int]
     init: Callable[[Any, jax.Array], dict]
     features: Callable[[Any, dict, jax.Array, Grid], jax.Array]
+    layers: Callable[[Any, dict, jax.Array, Grid, tuple[int, ...]], tuple[jax.Array, tuple[jax.Array, ...]]] | None = (
+        None
+    )
 
 
 def resized(pixels: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -44,10 +48,16 @@ def _dino_init(cfg: DinoConfig, key: jax.Array) -> dict:
 
 def _dino_features(cfg: DinoConfig, params: dict, pixels: jax.Array, grid: Grid) -> jax.Array:
     """Patch tokens after the final LayerNorm, without class and register tokens."""
+    return _dino_layers(cfg, params, pixels, grid, ())[0]
+
+
+def _dino_layers(
+    cfg: DinoConfig, params: dict, pixels: jax.Array, grid: Grid, layers: tuple[int, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     images = preprocess(cfg, resized(pixels, (grid[0] * cfg.patch, grid[1] * cfg.patch)))
-    output: Any = DinoEncoder(cfg).apply({"params": params}, images)
-    patches = output.patches
-    return patches.reshape(len(patches), -1, cfg.width)
+    found: Any = DinoEncoder(cfg).apply({"params": params}, images, layers, mutable=["intermediates"])
+    output, beside = found
+    return output.patches.reshape(len(images), -1, cfg.width), beside["intermediates"]["layers"][0]
 
 
 def _tower_init(cfg: VisionConfig, key: jax.Array) -> dict:
@@ -71,7 +81,7 @@ def _tower_features(cfg: VisionConfig, params: dict, pixels: jax.Array, grid: Gr
     return tokens
 
 
-DINO = FeatureEncoder(DinoConfig, lambda cfg: cfg.width, _dino_init, _dino_features)
+DINO = FeatureEncoder(DinoConfig, lambda cfg: cfg.width, _dino_init, _dino_features, _dino_layers)
 ENCODERS: dict[str, FeatureEncoder] = {
     "dinov2": DINO,
     "vit": DINO,  # a small one of the same form, trained here

@@ -155,7 +155,7 @@ class Trainer:
             self._require_stages()  # now, before anything is written
         with storage_errors(self.checkpoints.folder), self.checkpoints.writing():
             self._prepare()
-            if processes.primary() and (whole := held_whole(self.config, self.model, self.mesh)):
+            if processes.primary() and (whole := self._held_whole()):
                 print(f"NOTE: {whole}", file=sys.stderr)
             tasks = [self.task(name) for name in c.order]  # with the codec that the directory holds
             return train(
@@ -185,12 +185,17 @@ class Trainer:
             self._require_stages()
             processes.on_primary(partial(self.checkpoints.write_config, self.config))
         else:
-            processes.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))
+            self._create()
         self.begun = True
-        if (
-            not processes.primary()
-        ):  # use what process 0 fitted, because another machine's fit may differ in the last bit
+
+    def _create(self) -> None:
+        """Make the directory. All processes of the run call it together."""
+        processes.on_primary(partial(self.checkpoints.create, self.config, self.codec, self.tokenizer))
+        if not processes.primary():  # use what process 0 fitted: another machine's fit may differ in the last bit
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
+
+    def _held_whole(self) -> str:
+        return held_whole(self.config, self.model, self.mesh)
 
     def _require_same_steps(self) -> None:
         """Raises ConfigError if a run with the config's order and steps would not pass through the directory's last step."""

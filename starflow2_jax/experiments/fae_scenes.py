@@ -1,0 +1,64 @@
+"""A codec on emoji scenes of 32 x 32 pixels, its small encoder included, on two CPU cores; see docs/benchmarks/fae.md.
+
+    starflow2 train --config fae_scenes --out runs/fae_scenes
+
+The directory is then a codec's folder: `codec.kind=fae` with codec.path=runs/fae_scenes. Sizes and steps are not tuned.
+"""
+
+from ml_collections import ConfigDict
+
+from starflow2_jax.data.scenes.kinds import CAPTIONS
+
+WIDTH, GRID = 128, 8
+
+
+def get_config(runlocal: bool = False) -> ConfigDict:
+    """The config. `runlocal`: one layer in each network and two steps of each stage, to try the pipeline."""
+    c = ConfigDict(dict(kind="fae", cpu_devices=2, log_every=10, save_every=500, keep=2, measured=50))
+    c.order = ("encoder", "features", "pixels", "pixels_tuned")
+    source = dict(path="scenes", size=32, objects=60)
+    c.data = dict(sources={kind: dict(source, kind=kind) for kind in CAPTIONS})
+    layers = dict(heads=2, mlp_hidden=256)
+    c.encoder = dict(kind="vit", layers=3, unroll=3, width=WIDTH, grid=GRID, patch=4, **layers)
+    c.networks = dict(
+        features=WIDTH,
+        grid=(GRID, GRID),
+        channels=16,
+        attention_heads=4,
+        attention_head_dim=64,
+        unroll=3,
+        feature_decoder=dict(layers=2, heads=2, head_dim=64, mlp_hidden=256),
+        pixel_decoder=dict(width=WIDTH, layers=3, head_dim=64, patch=4, **layers),
+    )
+    perceptual = dict(l1=1.0, perceptual=0.1, perceptual_layers=(1, 2, 3))
+    critic = dict(
+        kind="patch", channels=32, weight=0.1, train_from=100, use_from=200, lecam=0.001, optimizer=optimizer(2e-4)
+    )
+    c.stages = dict(
+        encoder=stage(1000),
+        features=stage(1000, beta=1e-4),
+        pixels=stage(1000, noise=0.2, noise_drawn=True, losses=perceptual),
+        pixels_tuned=stage(500, noise=0.1, noise_drawn=True, losses=perceptual, critic=critic),
+    )
+
+    if runlocal:
+        for part in (c.encoder, c.networks.feature_decoder, c.networks.pixel_decoder):
+            part.layers = 1
+        c.encoder.unroll = c.networks.unroll = 1
+        c.measured = 2
+        for each in c.stages.values():
+            each.steps, each.rows = 2, 4
+        for name in ("pixels", "pixels_tuned"):
+            c.stages[name].losses.perceptual_layers = (1,)
+        c.stages.pixels_tuned.critic.update(train_from=0, use_from=1)
+    return c
+
+
+def stage(steps: int, **changes: object) -> ConfigDict:
+    """The config of a stage. changes: its keys that are not those of all stages."""
+    return ConfigDict(dict(steps=steps, rows=32, ema=0.99, optimizer=optimizer(1e-3)) | changes)
+
+
+def optimizer(rate: float) -> dict:
+    """The optimizer with this learning rate."""
+    return dict(learning_rate=rate, final_fraction=0.05, warmup=50, b2=0.99)
