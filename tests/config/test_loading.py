@@ -86,7 +86,7 @@ def test_the_options_of_another_kind_go_with_it(tmp_path):
         ("digits_quick", ["data.groups=3"], ("stage pretrain", "data.groups=3", "16 rows")),
         ("digits_quick", ["stages.joint.accumulate=3"], ("stages.joint.rows=16", "multiple of 3")),
         ("digits_quick", ["mesh.data=4", "mesh.fsdp=8"], ("rows=16", "multiple of 32", "mesh.fsdp")),
-        ("digits_quick", ["mesh.fsdp=-1"], ("mesh", "only one axis")),
+        ("digits_quick", ["mesh.sequence=-1"], ("mesh", "only one axis")),
         ("digits_quick", ["mesh.tensor=0"], ("mesh", "tensor must be at least 1", "-1")),
         ("digits_quick", ["stages.joint.optimizer.moments=bfloat16", "stages.joint.optimizer.b2=0.999"], ("stages.joint", "at most 0.99")),
         ("digits_quick", ["stages.*.optimizer.moments=bfloat16", "stages.*.optimizer.name=adafactor"], ("adafactor", "'float32'")),

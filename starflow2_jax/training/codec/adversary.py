@@ -42,9 +42,11 @@ class Adversary:
         if self.cfg.augment:
             pictures = augmented(key, pictures)
         if self.cfg.kind == "patch":
-            return self._patch().apply({"params": network}, pictures)
-        features = self.networks.layers(params, pictures, tuple(self.cfg.layers))
-        return FeatureDiscriminator().apply({"params": network}, [x.astype(jnp.float32) for x in features])
+            found: Any = self._patch().apply({"params": network}, pictures)
+        else:
+            features = self.networks.layers(params, pictures, tuple(self.cfg.layers))
+            found = FeatureDiscriminator().apply({"params": network}, [x.astype(jnp.float32) for x in features])
+        return found
 
     def against(
         self,
@@ -78,11 +80,11 @@ class Adversary:
         def loss(network: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
             keys = jax.random.split(jax.random.fold_in(key, 1))
             a, b = (self.logits(network, params, x, k) for x, k in ((real, keys[0]), (made, keys[1])))
-            value, means = losses.hinge(a, b), {"critic_real": jnp.mean(a), "critic_made": jnp.mean(b)}
+            value, on_real, on_made = losses.hinge(a, b), jnp.mean(a), jnp.mean(b)
             if self.cfg.lecam:
                 averages = critic["averages"]
-                value += self.cfg.lecam * losses.lecam(*means.values(), averages["real"], averages["made"])
-            return value, {"critic_loss": value, **means}
+                value += self.cfg.lecam * losses.lecam(on_real, on_made, averages["real"], averages["made"])
+            return value, {"critic_loss": value, "critic_real": on_real, "critic_made": on_made}
 
         return jax.grad(loss, has_aux=True)(critic["network"])
 

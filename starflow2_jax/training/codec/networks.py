@@ -64,16 +64,20 @@ class Networks:
 
     def unmasked(self, params: Any, features: jax.Array) -> jax.Array:
         """See Unmasking."""
-        return Unmasking(self.cfg).apply({"params": params["unmasking"]}, features)
+        found: Any = Unmasking(self.cfg).apply({"params": params["unmasking"]}, features)
+        return found
 
     def gaussian(self, params: Any, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Features (B, N, C) -> mean and log-variance (B, N, D)."""
-        return LatentEncoder(self.cfg).apply({"params": params["latent_encoder"]}, features)
+        found: Any = LatentEncoder(self.cfg).apply({"params": params["latent_encoder"]}, features)
+        return found
 
     def features_again(self, params: Any, latents: jax.Array) -> jax.Array:
         """Latents (B, N, D) -> features (B, N, C) in fp32."""
-        return FeatureDecoder(self.cfg).apply({"params": params["feature_decoder"]}, latents).astype(jnp.float32)
+        found: Any = FeatureDecoder(self.cfg).apply({"params": params["feature_decoder"]}, latents)
+        return found.astype(jnp.float32)
 
     def pictures(self, params: Any, features: jax.Array) -> jax.Array:
         """Features (B, N, C) -> pictures (B, H, W, 3)."""
-        return PixelDecoder(self.cfg).apply({"params": params["pixel_decoder"]}, features)
+        found: Any = PixelDecoder(self.cfg).apply({"params": params["pixel_decoder"]}, features)
+        return found

@@ -49,6 +49,7 @@ class PictureObjective:
             pair = (self.networks.layers(params, x, tuple(w.perceptual_layers)) for x in (made, real))
             terms["perceptual"] = losses.feature_distance(*pair)
         if w.lpips:
-            terms["lpips"] = jnp.mean(Lpips().apply({"params": params["lpips"]}, made, real))
+            distances: Any = Lpips().apply({"params": params["lpips"]}, made, real)
+            terms["lpips"] = jnp.mean(distances)
         total = sum((getattr(w, name) * value for name, value in terms.items()), jnp.zeros(()))
         return total, {f"{name}_loss": value for name, value in terms.items()}

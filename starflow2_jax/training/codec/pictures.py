@@ -94,7 +94,8 @@ def _stream(named: sources.Named, networks: FaeConfig, options: Any, seed: int) 
             f"data.sources.{named.name}: {named.config.path} holds latents, and a codec is trained on pictures; name their source"
         )
     reader = ImageReader(networks.pixel_decoder.image_channels, _size(networks))
-    return Stream(named.name, named.weight, source, OnePicture(Preparation(options, reader)), seed)
+    prepare: Any = OnePicture(Preparation(options, reader))
+    return Stream(named.name, named.weight, source, prepare, seed)
 
 
 def _size(networks: FaeConfig) -> tuple[int, int]:

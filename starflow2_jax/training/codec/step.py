@@ -85,7 +85,8 @@ def averaged(found: Callable[[jax.Array, jax.Array], Found], pictures: jax.Array
     """The mean of what `found` gives for `parts` micro-batches of pictures and their random keys, one after the other."""
     if parts == 1:
         return found(pictures, keys)
-    cut = in_parts((pictures, keys), parts)
+    both: Any = pictures, keys
+    cut: Any = in_parts(both, parts)
     shapes = jax.eval_shape(found, *jax.tree.map(lambda x: x[0], cut))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 

@@ -115,9 +115,10 @@ class CodecTask:
         """The state before the first step, with `params` (on their shards), or fresh ones and those of `config.start`."""
         layout = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         if params is None:
-            params = jax.jit(self._fresh, out_shardings=layout.params)()
             given = self._given()
-            params |= {name: jax.device_put(tree, layout.params[name]) for name, tree in given.items()}
+            params = jax.jit(self._fresh, out_shardings=layout.params)() | {
+                name: jax.device_put(tree, layout.params[name]) for name, tree in given.items()
+            }
         return jax.jit(lambda params: self._state(params, self._key()), out_shardings=layout)(params)
 
     def _given(self) -> dict:
@@ -127,7 +128,8 @@ class CodecTask:
         codec = started(self.config)
         found = {name: codec.weights[name] for name in self.stage.groups if name in codec.weights}
         if codec.networks.channels:
-            found["statistics"] = {"mean": np.float32(codec.mean), "std": np.float32(codec.std)}
+            statistics = {"mean": codec.mean, "std": codec.std}
+            found["statistics"] = {name: np.asarray(values, np.float32) for name, values in statistics.items()}
         return found
 
     def _lpips(self) -> dict:
