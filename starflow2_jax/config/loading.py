@@ -116,7 +116,7 @@ def described(config: Config) -> list[Key]:
 def _page(values: typing.Any) -> type[RunConfig]:
     """The schema of a config's kind of run. Raises ConfigError."""
     kind = values.get("kind", STARFLOW2)
-    if kind not in PAGES:
+    if not isinstance(kind, str) or kind not in PAGES:
         raise ConfigError(
             f"kind is one of {', '.join(PAGES)}, not {abbreviated(kind)}; name one of them in the experiment"
         )
