@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -31,7 +32,6 @@ from starflow2_jax.commands.arguments import (
 )
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import encoding
-from starflow2_jax.evaluation import frechet
 from starflow2_jax.fields import Key
 from starflow2_jax.parallel import devices
 from starflow2_jax.planning import compiling
@@ -82,7 +82,6 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(encoding, "encode", begin)
     monkeypatch.setattr(points, "run", begin)
     monkeypatch.setattr(points, "submit", begin)
-    monkeypatch.setattr(frechet, "_statistics", begin)
     monkeypatch.chdir(tmp_path)
 
 
@@ -95,16 +94,17 @@ def files(tmp_path_factory) -> Path:
         (folder / name).symlink_to("checkpoint")
     (folder / "vlm").mkdir()
     write_config(folder / "vlm" / "vlm.json", tiny.CONFIG.vlm)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "scores.json").write_text('{"accuracy": 0.5}')
+    torch.jit.script(torch.nn.Flatten()).save(str(folder / "features"))  # of `fid`, with the next one
+    np.savez(folder / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
+    (folder / "reference").symlink_to("statistics.npz")
     (folder / "source").mkdir()
     (folder / "source" / "config.json").write_text("{}")
     (folder / "document").write_text(json.dumps(DOCUMENT))
     (folder / "documents").write_text(json.dumps(DOCUMENT[:1]) + "\n")
     Pillow.new("L", (8, 8), 200).save(folder / "image", "PNG")
     (folder / "captions").write_text("a seven\na two\n")
-    for name in ("reference", "runs"):  # of `fid` and `compare`
-        (folder / name).mkdir()
-        (folder / name / "scores.json").write_text('{"accuracy": 0.5}')
-    torch.jit.script(torch.nn.Flatten()).save(str(folder / "features"))
     (folder / "classes").write_text("a seven\na two\n")
     (folder / "imports.py").write_text("LOADED = True\n")
     (folder / "config.py").write_text(configs.find("digits_quick").read_text())
@@ -232,7 +232,7 @@ def may_work(action: argparse.Action, what: str) -> bool:
     """Wrong values that leave something to work with: the first lines of a file, the package's own name for "empty"."""
     return (
         what in DAMAGED
-        and action.dest in ("captions", "classes", "imports", "images", "reference", "data_dir")
+        and action.dest in ("captions", "classes", "imports", "images", "data_dir")
         or (what == "empty" and action.dest == "imports")
     )
 
@@ -255,7 +255,7 @@ def test_wrong_values(name, dest, files, capsys):
 def test_right_values(name, files, tmp_path, capsys):
     """Every option's right value is accepted, files and folders also by relative paths and hard names."""
     usual = ends(command_line(name, files), capsys)
-    assert usual[0] == {"config": 0, "compare": 0, "convert": 2}.get(name), usual
+    assert usual[0] == {"config": 0, "convert": 2, "compare": 0, "fid": 2}.get(name), usual
     for action in options(commands()[name]):
         values = [right(action, files)]
         if isinstance(action.type, OutputFile | OutputFolder):

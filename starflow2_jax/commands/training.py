@@ -174,7 +174,7 @@ def _add_quickstart(commands: Commands) -> None:
         "--demo",
         choices=DEMOS,
         default="digits",
-        help="digits, in ten minutes on two CPU cores, or scenes, in an hour (default: digits)",
+        help="digits, in ten minutes on two CPU cores, or scenes, with seven times as many operations (default: digits)",
     )
     p.add_argument(
         "--out",

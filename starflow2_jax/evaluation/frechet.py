@@ -19,6 +19,9 @@ from starflow2_jax.evaluation.user_files import sha256
 from starflow2_jax.text_files import reason
 
 NEEDS = "a Fréchet distance needs torch and torch-fidelity; install them with `pip install 'starflow2_jax[fid]'`"
+NO_NETWORK = (
+    "is neither a TorchScript file nor the weights of torch-fidelity's Inception; docs/evaluation.md names some"
+)
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -82,8 +85,9 @@ def _statistics(path: Path, network: Callable[[Any], Any], known: str, cache: Pa
         return Statistics.load(path)
     kept = cache / f"{known[:16]}-{sha256(path)[:16]}.npz"
     if not kept.is_file():
+        found = _measured(path, network, batch)
         cache.mkdir(parents=True, exist_ok=True)
-        _measured(path, network, batch).save(kept)
+        found.save(kept)
     return Statistics.load(kept)
 
 
@@ -135,17 +139,17 @@ def _features(path: Path) -> Callable[[Any], Any]:
     except RuntimeError:
         pass  # it is no TorchScript
     try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would unpickle anything
+    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} {NO_NETWORK} ({reason(error)})") from None
+    try:
         fidelity: Any = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except (ImportError, RuntimeError) as error:  # the second: a torchvision that does not fit torch
         raise UserError(f"{NEEDS} ({reason(error)})") from None
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would unpickle anything
         inception = fidelity.FeatureExtractorInceptionV3(
             "inception", ["2048"], feature_extractor_weights_path=str(path)
         )
-    except (RuntimeError, pickle.UnpicklingError, OSError, AttributeError, TypeError, EOFError) as error:
-        raise UserError(
-            f"{path} is neither a TorchScript file nor the weights of torch-fidelity's Inception ({reason(error)}); see "
-            "docs/evaluation.md for where to get one"
-        ) from None
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} {NO_NETWORK} ({reason(error)})") from None
     return lambda pictures: inception.to(device)(pictures.to(device))[0]

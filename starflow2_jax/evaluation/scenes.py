@@ -75,7 +75,7 @@ class ScenesBenchmark(Benchmark):
     parts = ("test", "validation")
     part = "test"  # of the source: seen tasks are from it
     objects = 0  # nouns of the vocabulary; 0: all
-    align, plan = 1, False  # of the model's training, see SceneOptions
+    align, plan = 1, True  # of the model's training, see SceneOptions
 
     def __init__(self, data: str | None = None, limit: int | None = None):
         if data is not None:
@@ -174,9 +174,9 @@ class ScenesBenchmark(Benchmark):
 
 
 class QuickScenesBenchmark(ScenesBenchmark):
-    """The benchmark for a model of the first 60 nouns."""
+    """The benchmark for a model of the first 60 nouns, whose places are multiples of 8 units."""
 
-    objects = 60
+    objects, align = 60, 8
 
 
 def of(answer: Answer) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from starflow2_jax.experiments.starflow2_7b_t2i import paper_size
 def get_config(runlocal: bool = False) -> ConfigDict:
     """The config of stages 1 to 3. `runlocal`: tiny networks, one step of each stage, digits as data."""
     c = paper_size("3b", "joint", runlocal)
-    c.mesh.fsdp = 1
+    c.mesh.update(data=1, fsdp=1)
     if runlocal:
         return c
     c.data.groups = 1

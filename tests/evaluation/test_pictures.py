@@ -11,6 +11,10 @@ import tiny
 from painter import Painter, levels
 from PIL import Image as Pillow
 
+from starflow2_jax import cli
+from starflow2_jax.checkpoints.directory import CheckpointDirectory
+from starflow2_jax.codecs.latents import LatentCodec
+from starflow2_jax.config import loading as configs
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.engine import evaluate
 from starflow2_jax.evaluation.protocol import seed_of
@@ -266,3 +270,11 @@ def test_other_files_are_refused_with_a_sentence(tmp_path, name, content, said):
 def test_an_answer_without_a_picture_is_named(tmp_path):
     with pytest.raises(UserError, match="answer 0 to task 00000 has no whole picture"):
         run("geneval", metadata(tmp_path), tmp_path / "out", Painter(say=lambda prompt: "no"))
+
+
+def test_a_checkpoint_of_latents_is_refused_before_it_is_loaded(tmp_path, capsys):
+    codec = LatentCodec(tiny.GRID, tiny.CHANNELS)
+    CheckpointDirectory(tmp_path / "run").create(configs.load("digits_quick"), codec, tiny.tokenizer())
+    command = ["eval", "--benchmark", "geneval", "--checkpoint", str(tmp_path / "run"), "--prompts", metadata(tmp_path)]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "has no decoder: its images are latents" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,134 +1,139 @@
-"""`starflow2 eval fid` and `eval compare`: the numbers beside independent ones, the cache, and what is refused."""
+"""Fréchet distances, comparisons of runs, and the benchmark of likelihoods, against their definitions."""
 
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
+import tiny
 import torch
 from PIL import Image as Pillow
-from refused import refused
 
 from starflow2_jax import cli
+from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.compare import compared, read_scores, table
-from starflow2_jax.evaluation.frechet import distance
+from starflow2_jax.evaluation import frechet
+from starflow2_jax.evaluation.compare import compared
+from starflow2_jax.evaluation.engine import evaluate
+from starflow2_jax.evaluation.likelihood import ranking
+from starflow2_jax.evaluation.table import open_benchmark
+from starflow2_jax.sampling.batch_files import Share
+from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.scoring import score
 
 
-class Corners(torch.nn.Module):
-    """Features: the first four levels of the first row, as fp32."""
-
-    def forward(self, pictures):
-        return pictures[:, 0, 0, :4].to(torch.float32) / 255
+class Features(torch.nn.Module):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean(3)[:, :, :2].flatten(1) / 255
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """Two folders of pictures, and a network of features in TorchScript; the features of each picture."""
-    torch.jit.script(Corners()).save(str(tmp_path / "network.pt"))
-    levels = {}
-    for name, count, high in (("a", 40, 256), ("b", 50, 180)):
-        (tmp_path / name).mkdir()
-        pixels = np.random.default_rng(count).integers(0, high, (count, 8, 8, 3), np.uint8)
-        for i, picture in enumerate(pixels):
-            Pillow.fromarray(picture).save(tmp_path / name / f"{i}.png")
-        levels[name] = pixels[:, 0, :4, 0] / 255
-    return tmp_path, levels
+def network(tmp_path) -> Path:
+    torch.jit.script(Features()).save(str(tmp_path / "features.pt"))
+    return tmp_path / "features.pt"
 
 
-def expected(a: np.ndarray, b: np.ndarray) -> float:
-    """By the matrix square root of scipy."""
-    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.real(scipy.linalg.sqrtm(first @ second))
-    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(first + second - 2 * root))
+def folder(path: Path, seed: int, n: int = 12) -> np.ndarray:
+    """Writes pictures of two sizes; returns their features (n, 6)."""
+    path.mkdir()
+    rng, found = np.random.default_rng(seed), []
+    for i in range(n):
+        pixels = rng.integers(0, 256 - 60 * seed, (4, 5 + i % 2, 3), np.uint8)
+        Pillow.fromarray(pixels).save(path / f"{i}.png")
+        found.append(pixels.mean(1)[:2].T.ravel() / 255)
+    return np.stack(found)
 
 
-def test_the_distance_is_that_of_two_gaussians(folders, capsys):
-    folder, levels = folders
-    command = [
-        "eval",
-        "fid",
-        "--images",
-        folder / "a",
-        "--reference",
-        folder / "b",
-        "--features",
-        folder / "network.pt",
+def test_the_distance_is_that_of_two_gaussians_and_is_cached(tmp_path, network, monkeypatch):
+    a, b = folder(tmp_path / "a", 0), folder(tmp_path / "b", 1)
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
+    found = frechet.distance(tmp_path / "a", tmp_path / "b", network, tmp_path / "cache", 5)
+    assert found["frechet_distance"] == pytest.approx(wanted, rel=1e-4) and found["images"] == found["reference"] == 12
+    np.savez(tmp_path / "b.npz", mu=b.mean(0), sigma=cb)
+    monkeypatch.setattr(frechet, "_measured", None)  # from now on, all is in the cache
+    again = frechet.distance(tmp_path / "a", tmp_path / "b.npz", network, tmp_path / "cache")
+    assert again["frechet_distance"] == pytest.approx(wanted, rel=1e-4) and again["reference"] is None
+    Pillow.new("RGB", (5, 4)).save(tmp_path / "a" / "0.png")  # another picture is another folder
+    with pytest.raises(TypeError):
+        frechet.distance(tmp_path / "a", tmp_path / "b", network, tmp_path / "cache")
+
+
+def test_what_has_no_distance_is_refused(tmp_path, network):
+    folder(tmp_path / "a", 0), folder(tmp_path / "one", 0, 1)
+    (tmp_path / "bad.npz").write_bytes(b"no")
+    torch.save({"a": Path("code")}, tmp_path / "pickled.pth")
+    with pytest.raises(UserError, match="pickled.pth is neither a TorchScript file nor"):  # and is not unpickled
+        frechet.distance(tmp_path / "a", tmp_path / "a", tmp_path / "pickled.pth", tmp_path / "cache")
+    for reference, said in (("one", "holds 1 pictures"), ("bad.npz", "is no .npz file with the arrays mu and sigma")):
+        with pytest.raises(UserError, match=said):
+            frechet.distance(tmp_path / "a", tmp_path / reference, network, tmp_path / "cache")
+
+
+def test_runs_are_compared(tmp_path, capsys):
+    for name, scores in (("one", {"a": 0.5, "b": None}), ("two/answers", {"a": 0.75, "b": 2}), ("three", {"a": 1.0})):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "scores.json").write_text(json.dumps(scores))
+    assert cli.main(["eval", "compare", *(str(tmp_path / name) for name in ("one", "two", "three"))]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["", "one", "two", "three", "mean", "std", "95% interval"]
+    assert rows[2][:6] == ["a", "0.5", "0.75", "1", "0.75", "0.25"] and rows[3] == ["b", "", "2", "", "2", "", ""]
+    values = np.random.default_rng(1).normal(size=400)
+    [line] = compared([{"x": float(value)} for value in values])
+    half = 1.96 * values.std() / 20  # the interval of the mean of many values
+    np.testing.assert_allclose(line.interval, (values.mean() - half, values.mean() + half), atol=0.01)
+    (tmp_path / "three/scores.json").write_text('{"a": "good"}')
+    assert cli.main(["compare", str(tmp_path / "three")]) == 2 and "is no number" in capsys.readouterr().err
+
+
+def test_winogrounds_scores_of_tables():
+    right = {"image_given_caption": [[3, 1], [8, 9]], "image": [2, 8], "caption_given_image": [[-1, -2], [-3, -1]]}
+    wrong = right | {"image_given_caption": [[3, 3.5], [8, 10]]}
+    found = ranking([right, wrong])
+    assert found["text_score_by_image"] == 0.5 and found["image_score_by_image"] == 1.0
+    assert found["group_score_by_image"] == 0.5 and found["group_score_by_text"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    return Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
+
+
+def test_likelihoods_of_documents_and_pairs(tmp_path, sampler):
+    levels = [np.random.default_rng(i).integers(0, 256, tiny.SIZE, np.uint8) for i in range(2)]
+    for i, each in enumerate(levels):
+        Pillow.fromarray(each).save(tmp_path / f"{i}.png")
+    data = tmp_path / "data"
+    data.mkdir()
+    documents = [
+        [{"text": "draw an eight"}, {"image": "../0.png", "generate": True}],
+        [{"image": "../1.png"}, {"text": " nine", "predict": True}],
     ]
-    command += ["--cache", folder / "cache", "--out", folder / "fid.json"]
-    assert cli.main(list(map(str, command))) == 0
-    found = json.loads((folder / "fid.json").read_text())
-    assert found["frechet_distance"] == pytest.approx(expected(levels["a"], levels["b"]), rel=1e-4)
-    assert (found["images"], found["reference"]) == (40, 50)
-    assert len({found[f"{name}_sha256"] for name in ("images", "reference", "features")}) == 3
-    assert json.loads(capsys.readouterr().out) == found
-
-
-def test_statistics_are_kept_by_the_content_of_what_they_are_of(folders):
-    folder, levels = folders
-    given = (folder / "a", folder / "b", folder / "network.pt", folder / "cache")
-    first = distance(*given)["frechet_distance"]
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
-    assert len(kept) == 2 and distance(*given)["frechet_distance"] == first
-    assert {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()} == kept
-    np.savez(folder / "own.npz", mu=levels["b"].mean(0), sigma=np.cov(levels["b"], rowvar=False))
-    assert distance(given[0], folder / "own.npz", *given[2:])["frechet_distance"] == pytest.approx(first, rel=1e-4)
-    Pillow.new("RGB", (8, 8), "white").save(folder / "a" / "0.png")  # another picture, another hash
-    assert distance(*given)["frechet_distance"] != first
-    assert len(list((folder / "cache").iterdir())) == 3
-
-
-def test_what_a_distance_refuses(folders):
-    folder, _ = folders
-    network, cache = folder / "network.pt", folder / "cache"
-    (folder / "one").mkdir()
-    Pillow.new("RGB", (8, 8)).save(folder / "one" / "0.png")
-    (folder / "one" / "1.txt").write_text("a")
-    refused(UserError, distance, folder / "one", folder / "b", network, cache, saying=("holds 1 pictures",))
-    (folder / "one" / "1.png").write_bytes(b"\x89PNG")
-    refused(UserError, distance, folder / "one", folder / "b", network, cache, saying=("1.png cannot be read",))
-    np.savez(folder / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
-    refused(
-        UserError, distance, folder / "a", folder / "other.npz", network, cache, saying=("has 3 features", "makes 4")
+    (data / "docs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))
+    pairs = {"captions": ["a seven", "a two"], "images": ["../0.png", "../1.png"]}
+    (data / "pairs.jsonl").write_text(json.dumps(pairs) + "\n")
+    numbers, _ = evaluate(sampler, open_benchmark("likelihood", str(data)), tmp_path / "out", {}, progress=False)
+    pixels = [(each[..., None] / np.float32(127.5) - 1).astype(np.float32) for each in levels]
+    [[image], [text]] = score(
+        sampler,
+        [[Text("draw an eight"), Image(pixels[0], generate=True)], [Image(pixels[1]), Text(" nine", predict=True)]],
     )
-    np.savez(folder / "none.npz", mean=np.zeros(3))
-    refused(UserError, distance, folder / "a", folder / "none.npz", network, cache, saying=("no .npz file with",))
-    torch.save({"weights": torch.zeros(3)}, folder / "weights.pth")
-    with pytest.raises(UserError):
-        distance(folder / "a", folder / "b", folder / "weights.pth", cache)
+    assert numbers["docs_image_nll_bits_per_dim"] == pytest.approx(image.bits_per_dim, rel=1e-4)
+    assert numbers["docs_text_nll_nats_per_token"] == pytest.approx(math.log(text.perplexity), rel=1e-4)
+    assert numbers["docs_nll_nats_per_document"] == pytest.approx(-(image.nats + text.nats) / 2, rel=1e-4)
+    [row] = [json.loads(line) for line in (tmp_path / "out/likelihood/pairs.jsonl").read_text().splitlines()]
+    [[given]] = score(sampler, [[Text("a two"), Image(pixels[0], generate=True)]])
+    assert row["image_given_caption"][0][1] == pytest.approx(given.nats, rel=1e-4)
+    assert {name for name in numbers if name.startswith("pairs_")} == {
+        f"pairs_{kind}_score_by_{way}" for kind in ("text", "image", "group") for way in ("image", "text")
+    }
+    with pytest.raises(UserError, match="run it in one process"):
+        evaluate(sampler, open_benchmark("likelihood", str(data)), tmp_path / "two", {}, share=Share(1, 2))
 
 
-def scores(folder, name: str, **numbers) -> str:
-    (folder / name / "answers").mkdir(parents=True)
-    (folder / name / "answers" / "scores.json").write_text(json.dumps(numbers))
-    return str(folder / name)
-
-
-def test_runs_side_by_side(tmp_path, capsys):
-    runs = [scores(tmp_path, f"run{i}", accuracy=0.5 + 0.1 * i, **({"extra": 2} if i else {})) for i in range(3)]
-    assert cli.main(["eval", "compare", *runs]) == 0
-    head, _, accuracy, extra = capsys.readouterr().out.splitlines()
-    assert head.split("|")[2:6] == [f" run{i} " for i in range(3)] + [" mean "]
-    cells = [cell.strip() for cell in accuracy.split("|")[1:-1]]
-    assert cells[:6] == ["accuracy", "0.5", "0.6", "0.7", "0.6", "0.1"]
-    assert [cell.strip() for cell in extra.split("|")[2:6]] == ["", "2", "2", "2"]
-
-
-def test_the_interval_is_that_of_the_bootstrap():
-    values = np.random.default_rng(0).normal(3, 0.5, 200)
-    [line] = compared([{"a": float(value)} for value in values])
-    low, high = line.interval
-    error = values.std(ddof=1) / np.sqrt(len(values))  # of the mean, which is nearly Gaussian
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
-    [alone] = compared([{"a": 1.0, "b": None}])
-    assert alone.interval is None and alone.spread is None and "| a | 1 " in table(["run"], [alone])
-
-
-@pytest.mark.parametrize(
-    "content, said", [("[1]", "no object of numbers"), ('{"a": "b"}', "which is no number"), ("{", "JSON")]
-)
-def test_scores_that_cannot_be_read(tmp_path, content, said):
-    refused(UserError, read_scores, tmp_path, saying=("has no scores.json",))
-    (tmp_path / "scores.json").write_text(content)
-    refused(UserError, read_scores, tmp_path, saying=(said,))
+def test_a_file_without_documents_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"captions": ["a"], "images": ["b"]}\n')
+    with pytest.raises(UserError, match="no lists of captions and images of one length"):
+        open_benchmark("likelihood", str(tmp_path / "x.jsonl"))

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from starflow2_jax.config.schema import MeshConfig
 from starflow2_jax.errors import UserError
 from starflow2_jax.parallel import sharding
 
@@ -79,6 +80,13 @@ def test_data_and_fsdp_share_the_devices_without_a_torus():
         sharding.make_mesh(-1, -1, tensor=3)
 
 
+def test_of_the_axes_only_data_and_fsdp_share_devices():
+    assert MeshConfig(data=-1, fsdp=-1).fsdp == -1
+    for axes in (dict(data=-1, tensor=-1), dict(data=1, fsdp=-1, sequence=-1), dict(data=-1, fsdp=-1, tensor=-1)):
+        with pytest.raises(UserError, match="only one axis can be -1"):
+            MeshConfig(**axes)
+
+
 def shapes(**sizes: tuple[int, ...]) -> dict:
     return {"block": {name: {"kernel": jax.ShapeDtypeStruct(shape, np.float32)} for name, shape in sizes.items()}}
 
@@ -117,6 +125,7 @@ import json
 import jax
 from jax.experimental import topologies
 from starflow2_jax.parallel import sharding
+from starflow2_jax.config.schema import MeshConfig
 from starflow2_jax.errors import UserError
 from starflow2_jax.planning import compiling
 from starflow2_jax.parallel import hardware

@@ -248,4 +248,4 @@ def test_a_line_lets_those_go_who_leave():
         assert line.waiting == 0
         return told
 
-    assert asyncio.run(story()) == ["a", "b left", "c"]
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == ["a", "b left", "c"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Plans of the three paper-size stages on three slices of TPUs and five machines of GPUs: NAME.txt and NAME.json beside
-# this script.
-#   docs/benchmarks/plans/make.sh            all 24, one after another
+# Plans of the three paper-size stages on three slices of TPUs and five machines of GPUs, and of stages 1 and 3 on more
+# chips (docs/benchmarks/scaling.md): NAME.txt and NAME.json beside this script.
+#   docs/benchmarks/plans/make.sh            all, one after another
 #   docs/benchmarks/plans/make.sh t2i_v5e    one of them; a word such as h100 makes all whose name it is a part of
 # Needs the extra `tpu` for TPUs, `cuda` for GPUs, and no TPU and no GPU. A plan takes up to minutes of one core.
 set -euo pipefail
@@ -25,4 +25,11 @@ for stage in t2i adapter joint; do
   plan "${stage}_h100x64" "$stage" h100:8x8 --chip h100
   plan "${stage}_a100x8" "$stage" a100-80:8 --chip a100-80
   plan "${stage}_b200x8" "$stage" b200:8 --chip b200
+done
+
+for stage in t2i joint; do # as many rows per chip as on fewer
+  plan "${stage}_h100x512" "$stage" h100:64x8 --chip h100 "--config.stages.*.rows=4096"
+  plan "${stage}_v5p256" "$stage" v5p:4x8x8 --chip v5p "--config.stages.*.rows=2048"
+  plan "${stage}_v5p1024" "$stage" v5p:8x8x16 --chip v5p "--config.stages.*.rows=8192"
+  plan "${stage}_v5p4096" "$stage" v5p:16x16x16 --chip v5p "--config.stages.*.rows=32768"
 done
