@@ -17,7 +17,8 @@ def require_consistent(config: ExperimentConfig) -> None:
     """Raises ConfigError for the first values that contradict each other; the message names the keys to change."""
     require_order(config)
     require_sources(config)
-    require_evals(config, CODECS[config.codec.kind].is_pixels or bool(getattr(config.codec, "decoder", "")))
+    codec = config.codec
+    require_evals(config, "" if CODECS[codec.kind].is_pixels or getattr(codec, "decoder", "") else codec.kind)
     _require_codec(config)
     for name, cfg in config.stages.items():
         _require_stage(config, STAGES[name], cfg)
@@ -60,8 +61,11 @@ def require_sources(config: Any) -> None:
             raise ConfigError(f"every source of stages.{stage}.mix has a weight of 0; give one of them more")
 
 
-def require_evals(config: RunConfig, pictures: bool) -> None:
-    """The mix of each evaluation names sources that there are, and sheets are drawn only if the codec makes `pictures`."""
+def require_evals(config: RunConfig, unable: str = "") -> None:
+    """The mix of each evaluation names sources that there are, and sheets are drawn only if the codec makes pictures.
+
+    unable: the kind of codec that makes none; "": the codec makes some.
+    """
     _require_names("an evaluation's", "evals", config.evals)
     for name, cfg in config.evals.items():
         mix = getattr(cfg, "mix", None)
@@ -71,8 +75,10 @@ def require_evals(config: RunConfig, pictures: bool) -> None:
             raise ConfigError(
                 f"evals.{name}.mix names the source {unknown[0]!r}; data.sources has {', '.join(config.data.sources)}"
             )
-        if cfg.kind == "sheet" and not pictures:
-            raise ConfigError(f"evals.{name} draws pictures, and the codec makes none; take it out of the config")
+        if cfg.kind == "sheet" and unable:
+            raise ConfigError(
+                f"evals.{name} draws pictures, and the codec {unable!r} makes none; take it out of the config"
+            )
 
 
 def _require_names(whose: str, table: str, names: Iterable[str]) -> None:

@@ -137,7 +137,7 @@ def require_consistent(config: CodecExperiment) -> None:
     """Raises ConfigError for the first values that contradict each other; the message names the keys to change."""
     require_order(config)
     require_sources(config)
-    require_evals(config, pictures=True)
+    require_evals(config)
     row, encoder, networks = ENCODERS[config.encoder.kind], config.encoder, config.networks
     if (width := row.width(encoder)) != networks.features:
         raise ConfigError(

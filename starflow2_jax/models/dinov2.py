@@ -61,9 +61,6 @@ class DinoFeatures(NamedTuple):
     patches: jax.Array  # (B, h, w, E)
     class_token: jax.Array  # (B, E)
     registers: jax.Array  # (B, R, E)
-    layers: tuple[
-        jax.Array, ...
-    ] = ()  # (B, h w, E) each: patches after the layers that were asked for, before any norm
 
 
 class DinoEncoder(nn.Module):
@@ -105,7 +102,8 @@ class DinoEncoder(nn.Module):
         else:
             x, _ = Transformer(c.transformer, name="stack")(x, None, everything)
         x = Norm("layer", c.norm_eps, name="norm")(x)
-        self.sow("intermediates", "layers", tuple(outputs[: len(layers)]))
+        if not self.is_initializing():
+            self.sow("intermediates", "layers", tuple(outputs[: len(layers)]))
         return DinoFeatures(x[:, first:].reshape(B, h, w, c.width), x[:, 0], x[:, 1:first])
 
 
