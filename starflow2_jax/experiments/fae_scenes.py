@@ -1,8 +1,9 @@
-"""A codec on emoji scenes of 32 x 32 pixels, its small encoder included, on two CPU cores; see docs/benchmarks/fae.md.
+"""A codec on emoji scenes of 32 x 32 pixels, its small encoder included, on two CPU cores.
 
     starflow2 train --config fae_scenes --out runs/fae_scenes
 
-The directory is then a codec's folder: `codec.kind=fae` with codec.path=runs/fae_scenes. Sizes and steps are not tuned.
+The directory is then a codec's folder: `codec.kind=fae` with codec.path=runs/fae_scenes. Sizes and steps are not tuned, and no run has reached
+their end yet.
 """
 
 from ml_collections import ConfigDict
