@@ -12,6 +12,7 @@ from typing import Any
 from starflow2_jax.errors import UserError
 
 LARGEST = 2 * 10**9  # bytes of a file that is read whole
+PIECE = 2**24  # bytes that are read at a time
 # Escapes in JSON: a pair of surrogates, another escape, or (group 1) a surrogate without its other half.
 _ESCAPES = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\[^u]|\\u(?![dD][89a-fA-F])....|(\\u....)")
 
@@ -20,10 +21,13 @@ def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
     """The text of a UTF-8 file of at most LARGEST bytes, without a byte order mark. Lines end with "\\n"."""
     try:
         with Path(path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = b"" if size > LARGEST else file.read(LARGEST + 1)  # a device has a size of 0, and may never end
-        if max(size, len(content)) > LARGEST:
+            pieces, left = [], LARGEST - os.fstat(file.fileno()).st_size
+            while left >= 0 and (piece := file.read(PIECE)):  # a device has a size of 0, and may never end
+                pieces.append(piece)
+                left = LARGEST - sum(map(len, pieces))
+        if left < 0:
             raise error(f"{shorten(path)} is larger than {LARGEST} bytes; name a smaller file, or split it")
+        content = b"".join(pieces)
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UserError:
         raise

@@ -160,7 +160,7 @@ def test_a_document_that_does_not_fit_is_named_and_an_image_cut_off_is_told(
 
 def test_every_option_of_sampling_arrives(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(sampling, "image_channels", lambda args: 1)
+    monkeypatch.setattr(sampling, "image_reader", lambda args: None)
     monkeypatch.setattr(sampling, "restore", lambda args: seen.append(sampling.sample_options(args)) or sys.exit())
     options = {
         "guidance": 2.0, "image-guidance": 1.5, "temperature": 0.7, "text-temperature": 0.3, "top-k": 5, "top-p": 0.8,

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiny
 from refused import refused
 
 from starflow2_jax import text_files
@@ -87,7 +89,7 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch, path):
 def test_a_line_of_a_chat_that_is_no_text(tmp_path, monkeypatch, capsys):
     lines = iter(["nice \udcff", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    converse(None, tmp_path)
+    converse(SimpleNamespace(sampler=SimpleNamespace(codec=tiny.CODEC)), tmp_path)
     assert "! the line is not valid UTF-8" in capsys.readouterr().out
 
 

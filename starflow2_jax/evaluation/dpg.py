@@ -43,7 +43,7 @@ class DpgBenchmark(Drawing):
         """
         folder = out / "dpg"
         folder.mkdir()
-        (out / "dpg_resolution.txt").write_text(f"{self.facts['resolution']}\n")
+        (out / "dpg_resolution.txt").write_text(f"{self.facts['resolution']}\n", encoding="utf-8")
         for start in range(0, len(answers), self.samples):
             tiles = answers[start : start + self.samples]
             _grid([picture_of(answer) for answer in tiles]).save(folder / f"{tiles[0].task.key}.png")

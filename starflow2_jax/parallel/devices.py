@@ -28,7 +28,7 @@ def free_memory(device: Any) -> float:
     if stats := device.memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
     meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
+    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text(encoding="utf-8")) if meminfo.is_file() else None
     return int(found[1]) * 1024 if found else float("inf")
 
 

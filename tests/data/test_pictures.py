@@ -12,7 +12,7 @@ from PIL import Image as Pillow
 
 from starflow2_jax.data.images import read_image
 from starflow2_jax.data.pictures import PNG_SIGNATURE
-from starflow2_jax.serving.images import from_url
+from starflow2_jax.serving.images import upload
 
 RNG = np.random.default_rng(0)
 RGBA = RNG.integers(0, 256, (6, 8, 4), np.uint8)
@@ -160,7 +160,9 @@ def test_the_server_reads_images_alike(tmp_path, damaged):
     if damaged:
         (tmp_path / "a.png").write_bytes(png(GRAY, 8, TURNED, after=chunk(b"tEXt", b"Comment\0fine")[:-1] + b"x"))
     counted = []
-    budget = SimpleNamespace(limits=SimpleNamespace(channels=3, size=None), take=lambda *given: counted.append(given))
+    limits = SimpleNamespace(channels=3, size=None, vision=None, max_pixels=100, positions=100)
+    budget = SimpleNamespace(limits=limits, take=lambda *given: counted.append(given))
     url = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
-    np.testing.assert_array_equal(from_url(url, "vit", budget, "here"), read_image(tmp_path / "a.png", 3))
-    assert counted == [((6, 4) if damaged else (8, 6), "vit", "here")]
+    sent = upload(url, "vit", limits, "here").decode(budget)
+    np.testing.assert_array_equal(sent, read_image(tmp_path / "a.png", 3))
+    assert counted == [((6, 4) if damaged else (8, 6), "vit", "here", None)]

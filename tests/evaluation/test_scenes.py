@@ -209,7 +209,7 @@ def test_the_page_has_pictures_and_verdicts(benchmark):
     assert all(": right (" in title for title, _ in page.examples)
     [title] = [title for title, document in page.examples if title.startswith("background, seen")][:1]
     assert "on " in title
-    blank = benchmark.page([replace(answer, document=[]) for answer in answers])
+    blank = benchmark.page([replace(answer, said=[]) for answer in answers])
     assert (blank.grid == 0).all() and all("WRONG" in title for title, _ in blank.examples)
 
 

@@ -53,7 +53,7 @@ def test_flags_environment_and_cluster(joined, monkeypatch):
         (arguments(False, processes="2"), "add --distributed"),
         (arguments(coordinator="host:1"), "--processes, --process is missing"),
         (arguments(True, "host", "2", "0"), "HOST:PORT"),
-        (arguments(True, "host:1", "two", "0"), "are numbers"),
+        (arguments(True, "host:1", "two", "0"), "must be numbers"),
         (arguments(True, "host:1", "2", "2"), "--process=2 must be below --processes=2"),
     ),
 )

@@ -384,5 +384,5 @@ def test_bad_prompts(sampler):
         sampler.generate([[Text("")]])
     with pytest.raises(DocumentError, match="the codec takes 4x6x1"):
         sampler.generate([[Image(tiny.pixels(0, (8, 8)))]])
-    with pytest.raises(ValueError, match="share stop"):
+    with pytest.raises(ValueError, match="must have the same stop"):
         sampler.session([SampleOptions(), SampleOptions(guidance=1.0)], [0, 1])
