@@ -13,7 +13,7 @@ class Painter:
     """`asked`: the prompts of all calls. `say`: prompt -> the words of an answer; None: it draws."""
 
     model = SimpleNamespace(cfg=SimpleNamespace(tokens=4, vlm=SimpleNamespace(vision=True)))
-    codec = SimpleNamespace(is_pixels=True, image_channels=3, image_shape=SHAPE)
+    codec = SimpleNamespace(is_pixels=True, makes_pixels=True, image_channels=3, image_shape=SHAPE)
     tokenizer = SimpleNamespace(chat_template=None)
 
     def __init__(self, say=None):
