@@ -73,7 +73,8 @@ def _said(document: Document) -> tuple:
     parts: list[tuple] = []
     for part in document:
         if isinstance(part, Image):
-            digest = hashlib.sha256(as_pillow(part.pixels).tobytes()).digest()
+            seen = part.pixels if part.encoded else as_pillow(part.pixels)
+            digest = hashlib.sha256(seen.tobytes()).digest()
             parts.append((part.via, part.pixels.shape, digest))
         elif parts and parts[-1][0] == "text":
             parts[-1] = ("text", parts[-1][1] + part.text)
