@@ -96,7 +96,7 @@ class CheckpointDirectory:
             raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
         if (given := values.get("kind", configs.STARFLOW2)) != kind:
             raise CheckpointError(
-                f"{self.folder} is a run of the kind {given!r}, not {kind!r}; name the directory of such a run"
+                f"{self.folder} is a run of the kind {given!r}, not {kind!r}; name a directory of that kind"
             )
         if (number := values.pop("format", 1)) != FORMAT:
             raise CheckpointError(

@@ -1,6 +1,5 @@
 """Batches of pictures from the same sources, by the same readers, as those of documents: a row is one picture."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from starflow2_jax.data.documents import Document, DocumentError, Draft, Image, 
 from starflow2_jax.data.images import ImageReader
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.pipeline import Encoder, RowEncoder
-from starflow2_jax.data.preparation import Preparation, unvaried
+from starflow2_jax.data.preparation import Preparation
 from starflow2_jax.data.tokenizer import SPECIAL_TOKENS
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.fae import FaeConfig
@@ -63,38 +62,22 @@ def pixels(batch: Sequence, networks: FaeConfig) -> jax.Array:
     return unpatchify(x.reshape(len(x), h, w, -1), decoder.patch, decoder.image_channels)
 
 
-def filled(batch: Sequence) -> jax.Array:
-    """(B,) bool: the row holds a picture. Only the last rows of held-out pictures may be empty."""
-    return batch.segments[:, 0] > 0
-
-
 def streams(config: Any, stage: str, networks: FaeConfig) -> list[Stream]:
     """The sources that a stage mixes, opened. Raises UserError."""
     return [
-        _stream(each, networks, each.config, stream_seed(config.seed, "pictures", stage, each.name))
+        _stream(each, networks, stream_seed(config.seed, "pictures", stage, each.name))
         for each in sources.named(config, stage)
     ]
 
 
-def held_out_streams(config: Any, mix: Mapping[str, float], networks: FaeConfig) -> list[Stream]:
-    """The sources that an evaluation mixes, opened: the same pictures in every run, each read once, cropped in the middle.
-
-    Raises UserError.
-    """
-    return [
-        replace(_stream(each, networks, unvaried(each.config), stream_seed(0, "held out", each.name)), once=True)
-        for each in sources.mixed(config, mix)
-    ]
-
-
-def _stream(named: sources.Named, networks: FaeConfig, options: Any, seed: int) -> Stream:
+def _stream(named: sources.Named, networks: FaeConfig, seed: int) -> Stream:
     source = named.open()
     if source.codec():
         raise ConfigError(
             f"data.sources.{named.name}: {named.config.path} holds latents, and a codec is trained on pictures; name their source"
         )
     reader = ImageReader(networks.pixel_decoder.image_channels, _size(networks))
-    prepare: Any = OnePicture(Preparation(options, reader))
+    prepare: Any = OnePicture(Preparation(named.config, reader))
     return Stream(named.name, named.weight, source, prepare, seed)
 
 
