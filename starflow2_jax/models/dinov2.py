@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.fields import check, option
-from starflow2_jax.models.layers import DTYPES, REMAT, Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.models.layers import Computation, Norm, Transformer, TransformerConfig, dense
 from starflow2_jax.models.patches import patchify
 
 
 @dataclass(frozen=True)
-class DinoConfig:
+class DinoConfig(Computation):
     """Sizes of the encoder, and the normalisation of its images."""
 
     layers: int = option("layers (L)", least=1)
@@ -33,11 +33,6 @@ class DinoConfig:
     std: tuple[float, ...] = option(
         "standard deviation of pixels in 0..1, by channel (ImageNet's)", (0.229, 0.224, 0.225), above=0
     )
-    dtype: str = option(
-        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
-    )
-    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
-    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 
     def __post_init__(self):
         check(self)

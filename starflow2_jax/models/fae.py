@@ -15,7 +15,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.fields import check, option
 from starflow2_jax.models.attention import attend
 from starflow2_jax.models.dinov2 import resize_positions
-from starflow2_jax.models.layers import DTYPES, REMAT, Norm, Transformer, TransformerConfig, dense, gelu, widened
+from starflow2_jax.models.layers import Computation, Norm, Transformer, TransformerConfig, dense, gelu, widened
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.parallel.sharding import constrain
 
@@ -71,7 +71,7 @@ class PixelDecoderConfig:
 
 
 @dataclass(frozen=True)
-class FaeConfig:
+class FaeConfig(Computation):
     """The codec's three networks. N = h w tokens of features; learned positions of another grid are resized."""
 
     features: int = option("channels of the frozen encoder's features (C)", 1536, least=1)
@@ -81,11 +81,6 @@ class FaeConfig:
     attention_head_dim: int = option("channels of such a head", 256, least=1)
     feature_decoder: FeatureDecoderConfig = option("makes features from latents", FeatureDecoderConfig())
     pixel_decoder: PixelDecoderConfig = option("makes pixels from features", PixelDecoderConfig())
-    dtype: str = option(
-        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
-    )
-    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
-    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 
     def __post_init__(self):
         check(self)

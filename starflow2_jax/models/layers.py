@@ -60,8 +60,19 @@ NORMS = ("layer", "rms", "rms_zero")  # (x - mean) w + b, x w, x (1 + w), each x
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Computation:
+    """How a network computes its layers, whatever their sizes: options that every network's config has."""
+
+    dtype: str = option(
+        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
+    )
+    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
+    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
+
+
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Computation):
     """A stack of identical pre-norm layers: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Raises UserError for unknown values, or sizes that do not fit each other.
@@ -89,15 +100,10 @@ class TransformerConfig:
         "share of what a branch adds to the stream that is dropped in training", 0.0, least=0, below=1
     )
     layer_scale: bool = option("a learned factor per channel on what attention and the MLP add", False)
-    dtype: str = option(
-        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
-    )
-    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
     kernel: str = option(
         "attention kernel over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS
     )
     scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
-    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 
     def __post_init__(self):
         check(self)

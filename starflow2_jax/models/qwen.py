@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from starflow2_jax.fields import check, option
 from starflow2_jax.models import attention
 from starflow2_jax.models.kernels import PLATFORMS
-from starflow2_jax.models.layers import DTYPES, REMAT, Norm, Transformer, TransformerConfig, require_sections
+from starflow2_jax.models.layers import Computation, Norm, Transformer, TransformerConfig, require_sections
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
 from starflow2_jax.models.vlm_inputs import VlmInputs
 from starflow2_jax.parallel.sharding import constrain
@@ -17,7 +17,7 @@ from starflow2_jax.sequence import VisionInput
 
 
 @dataclass(frozen=True)
-class QwenConfig:
+class QwenConfig(Computation):
     """Sizes of the text decoder, and its vision tower; the options of a layer that are not fields here are Qwen's.
 
     Raises UserError for sizes that do not fit each other.
@@ -38,15 +38,10 @@ class QwenConfig:
         "deviation of fresh token embeddings; 1 keeps a word's identity through a short training", 0.02, least=0
     )
     vision: VisionConfig | None = option("the vision tower; None: the VLM sees no image by itself", None)
-    dtype: str = option(
-        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
-    )
-    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
     kernel: str = option(
         "attention kernel over whole rows; splash is for TPUs, cudnn for GPUs", "xla", choices=PLATFORMS
     )
     scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
-    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
     kind: str = option("the kind of vision-language model: a key of models/vlm.py's table", "qwen2_5_vl")
 
     def __post_init__(self):

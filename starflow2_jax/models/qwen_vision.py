@@ -12,12 +12,12 @@ from PIL import Image as Pillow
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import check, option
-from starflow2_jax.models.layers import ACTIVATIONS, DTYPES, REMAT, Norm, Transformer, TransformerConfig, dense
+from starflow2_jax.models.layers import ACTIVATIONS, Computation, Norm, Transformer, TransformerConfig, dense
 from starflow2_jax.sequence import VisionInput
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Computation):
     """Sizes of the tower and of the images it sees. Raises UserError for sizes that do not fit each other."""
 
     layers: int = option("layers (L)", least=1, most=4096)
@@ -41,12 +41,7 @@ class VisionConfig:
     )
     rotary_theta: float = option("base of the rotary frequencies", 1e4, above=0)
     norm_eps: float = option("added to the mean square before its root", 1e-6, above=0)
-    dtype: str = option(
-        "type of matrix products; norms, softmax and rotations are always fp32", "float32", choices=DTYPES
-    )
-    remat: str = option("what of a layer the backward pass computes again", "none", choices=REMAT)
     scan: bool = option("the layers' parameters are stacked and scanned over; False: each has its own", True)
-    unroll: int = option("layers a step of the scan; all of them is fastest on CPU", 1, least=1)
 
     def __post_init__(self):
         check(self)
