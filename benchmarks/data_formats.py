@@ -131,8 +131,9 @@ def reading(folder: Path, count: int) -> None:
     }
     rates: dict[str, list[float]] = {name: [] for name in sources}
     for repeat in range(REPEATS):
-        order = np.random.default_rng(repeat).integers(0, count, min(count, 10_000)).tolist()
-        for name, read in sources.items():
+        for number, (name, read) in enumerate(sources.items()):
+            # Each has places of its own, so that none finds in the system's cache what another one read.
+            order = np.random.default_rng((repeat, number)).integers(0, count, min(count, 10_000)).tolist()
             begin = time.perf_counter()
             for i in order:
                 read(i)
