@@ -75,7 +75,7 @@ class ScenesBenchmark(Benchmark):
     parts = ("test", "validation")
     part = "test"  # of the source: seen tasks are from it
     objects = 0  # nouns of the vocabulary; 0: all
-    align, plan = 1, True  # of the model's training, see SceneOptions
+    quarters, plan = False, True  # of the model's training, see SceneOptions
 
     def __init__(self, data: str | None = None, limit: int | None = None):
         if data is not None:
@@ -159,7 +159,7 @@ class ScenesBenchmark(Benchmark):
         """The documents of a kind and a group; None if this kind has none."""
         if group == "composed" and kind in NEVER:
             return None
-        return Scenes(options=SceneOptions(kind, self.groups[group], self.size, self.objects, plan, self.align))
+        return Scenes(options=SceneOptions(kind, self.groups[group], self.size, self.objects, plan, self.quarters))
 
     def _likelihood(self, sampler: Sampler, group: str) -> dict[str, float | None]:
         """NLL of pictures given their captions, with the noise of the training: nats per dimension without 0.5 ln 2 pi as
@@ -174,9 +174,9 @@ class ScenesBenchmark(Benchmark):
 
 
 class QuickScenesBenchmark(ScenesBenchmark):
-    """The benchmark for a model of the first 60 nouns, whose places are multiples of 8 units."""
+    """The benchmark for a model of the first 60 nouns, whose sprites fill quarters of the picture."""
 
-    objects, align = 60, 8
+    objects, quarters = 60, True
 
 
 def of(answer: Answer) -> tuple[str, str]:

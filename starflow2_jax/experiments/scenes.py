@@ -3,7 +3,7 @@
     starflow2 train --config scenes --out runs/scenes
     starflow2 eval --benchmark scenes --checkpoint runs/scenes --out runs/scenes_report
 
-It is scenes_quick with larger pictures, networks and rows, and with sprites in any place. It is untried.
+It is scenes_quick with larger pictures, networks and rows, and with sprites of any side in any place. It is untried.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c = scenes_quick.get_config(runlocal)
     c.max_positions = 1024
     for source in c.data.sources.values():
-        source.size, source.objects, source.align = 64, 0, 1
+        source.size, source.objects, source.quarters = 64, 0, False
     c.model.grid = (8, 8)
     c.model.vlm.vocabulary = 1024
     c.model.vlm.vision.update(patch=8, window=64, min_pixels=4096)

@@ -18,7 +18,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.noise = 0.1  # in pixels of [-1, 1]
     c.max_positions = 512
     c.log_every, c.save_every, c.keep = 10, 500, 2
-    scenes = dict(path="scenes", size=32, objects=60, plan=True, align=8)
+    scenes = dict(path="scenes", size=32, objects=60, plan=True, quarters=True)
     c.data = dict(sources={kind: dict(scenes, kind=kind) for kind in KINDS})
     c.codec = dict(kind="patch", patch=8, image_channels=3, basis="cosine")
 

@@ -110,25 +110,26 @@ def test_documents_are_well_formed(kind, size):
 
 
 @KIND
-def test_aligned_scenes_are_as_well_formed_and_say_the_same(kind):
-    """Aligned sprites stand at multiples; words, sprites and sides are those of the document that is not aligned."""
-    free, aligned = source(kind), source(kind, align=4)
+def test_sprites_in_quarters_are_as_well_formed_and_what_the_words_say(kind):
+    """Each fills a quarter; of two sprites of a caption, one relation holds, which is the one that it names."""
+    free, quartered = source(kind), source(kind, quarters=True)
     for i in range(40):
-        for a, b in zip(free.parts(i), aligned.parts(i), strict=True):
-            if isinstance(b, Text):
-                assert a == b
+        parts = quartered.parts(i)
+        assert [type(part) for part in parts] == [type(part) for part in free.parts(i)]
+        for part in parts:
+            if isinstance(part, Text):
                 continue
-            check(b.scene)
-            for x, y in zip(a.scene.placed, b.scene.placed, strict=True):
-                assert (x.sprite, x.side) == (y.sprite, y.side) and 0 <= x.row - y.row < 4 > x.column - y.column >= 0
-                assert y.row % 4 == y.column % 4 == 0
-            if len(b.scene.placed) == 2 and kind in ("two", "position"):
-                first, second = b.scene.placed
-                assert [how for how in RELATIONS if related(first, how, second)] == [relation(a.scene)]
+            check(part.scene)
+            for each in part.scene.placed:
+                assert each.side == 16 and {each.row, each.column} <= {0, 16}
+            if len(part.scene.placed) == 2 and kind in ("two", "position", "attribution"):
+                first, second = part.scene.placed
+                assert [how for how in RELATIONS if related(first, how, second)] == [relation(part.scene)]
+                assert kind != "position" or relation(part.scene) in parts[0].text
 
 
 def test_plans_come_before_the_pictures_to_draw():
-    parts = source("story", align=4, plan=True).parts(1)
+    parts = source("story", quarters=True, plan=True).parts(1)
     drawn = [i for i, part in enumerate(parts) if isinstance(part, Shown)]
     for i in drawn:
         written, scene = parts[i - 1], parts[i].scene
@@ -137,7 +138,7 @@ def test_plans_come_before_the_pictures_to_draw():
         assert ground == scene.background
         for said, each in zip(sprites.split("; "), scene.placed, strict=True):
             assert said == f"{name(each.sprite)} {each.side} at {each.row} {each.column}"
-    without = source("story", align=4).parts(1)
+    without = source("story", quarters=True).parts(1)
     assert [part for i, part in enumerate(parts) if i + 1 not in drawn] == without and len(drawn) > 1
     read = source("description", plan=True).parts(1)
     assert read == source("description").parts(1)  # its picture is given

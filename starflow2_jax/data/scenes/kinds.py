@@ -35,10 +35,10 @@ Parts = list[Text | Shown]
 
 
 class Draw:
-    """Random draws of sprites and scenes. `objects`: nouns of the vocabulary, 0 for all."""
+    """Random draws of sprites and scenes. `objects`: nouns of the vocabulary, 0 for all. `in_line`: pairs stand in line."""
 
-    def __init__(self, rng: np.random.Generator, objects: int):
-        self.rng, self.all = rng, vocabulary(objects)
+    def __init__(self, rng: np.random.Generator, objects: int, in_line: bool = False):
+        self.rng, self.all, self.off_line = rng, vocabulary(objects), 0 if in_line else 1
         self.objects, self.coloured, self.people = (
             [sprite for sprite in self.all if sprite.kind == kind] for kind in ("object", "coloured", "person")
         )
@@ -69,7 +69,7 @@ class Draw:
         placed = []
         for half, sprite in enumerate(sprites):
             along = half * HALF + int(self.rng.integers(0, HALF - side, endpoint=True))
-            beside = shared + int(self.rng.integers(-1, 1, endpoint=True))
+            beside = shared + int(self.rng.integers(-self.off_line, self.off_line, endpoint=True))
             row, column = (beside, along) if across else (along, beside)
             placed.append(Placed(sprite, row, column, side))
         return Scene(self.background(), tuple(placed if self.rng.integers(2) else placed[::-1]))

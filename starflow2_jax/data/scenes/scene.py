@@ -1,7 +1,7 @@
 """Scenes: what stands where on which ground. Pictures and words are made of a scene, and the judge reads one off a picture."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
@@ -76,6 +76,15 @@ def render(scene: Scene, size: int) -> np.ndarray:
         box *= 1 - sprite[..., 3:]
         box += sprite[..., :3]
     return np.clip(np.round(picture * 255), 0, 255) / np.float32(127.5) - 1
+
+
+def in_quarters(scene: Scene) -> Scene:
+    """The scene with each sprite filling the quarter of the picture that holds its centre."""
+    half = UNITS // 2
+    corners = ((each.sprite, *divmod(each.corner, 2)) for each in scene.placed)
+    return replace(
+        scene, placed=tuple(Placed(sprite, row * half, column * half, half) for sprite, row, column in corners)
+    )
 
 
 @cache

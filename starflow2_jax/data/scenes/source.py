@@ -9,7 +9,7 @@ from starflow2_jax.data.documents import Document, Image, Text
 from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.scenes.art import FEWEST
 from starflow2_jax.data.scenes.kinds import KINDS, Draw, Parts, Shown
-from starflow2_jax.data.scenes.scene import UNITS, held_out, render, visible
+from starflow2_jax.data.scenes.scene import UNITS, held_out, in_quarters, render, visible
 from starflow2_jax.data.scenes.words import plan
 from starflow2_jax.errors import UserError
 from starflow2_jax.fields import option
@@ -40,7 +40,7 @@ class SceneOptions:
     plan: bool = option(
         "before each picture to draw, the words of its plan: its ground, its sprites, their sizes and places", False
     )
-    align: int = option("rows and columns of sprites are multiples of this, in units of 1/32 of a picture", 1, least=1)
+    quarters: bool = option("every sprite fills one quarter of its picture; otherwise sides and places vary", False)
 
 
 class Scenes(Source):
@@ -74,20 +74,16 @@ class Scenes(Source):
         kind, part = self.options.kind, self.options.part
         rng = np.random.default_rng((list(KINDS).index(kind), PARTS.index(part), index))
         while True:
-            parts = [self._aligned(part) for part in KINDS[kind](Draw(rng, self.options.objects))]
+            parts = KINDS[kind](Draw(rng, self.options.objects, in_line=self.options.quarters))
+            if self.options.quarters:
+                parts = [
+                    replace(part, scene=in_quarters(part.scene)) if isinstance(part, Shown) else part for part in parts
+                ]
             if self.options.plan:
                 parts = [each for part in parts for each in planned(part)]
             scenes = [each.scene for each in parts if isinstance(each, Shown)]
             if all(visible(scene) for scene in scenes) and self._belongs(set().union(*map(held_out, scenes))):
                 return parts
-
-    def _aligned(self, part: Text | Shown) -> Text | Shown:
-        """The part with its sprites moved up and to the left as far as `align` asks."""
-        if isinstance(part, Text):
-            return part
-        a = self.options.align
-        placed = (replace(p, row=p.row // a * a, column=p.column // a * a) for p in part.scene.placed)
-        return replace(part, scene=replace(part.scene, placed=tuple(placed)))
 
     def _belongs(self, combined: set[str]) -> bool:
         """Whether a document with these held-out combinations is of this part."""
