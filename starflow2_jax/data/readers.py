@@ -16,6 +16,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.text_files import parse_json, reason, shorten
 
 BATCH = 64  # rows of a parquet file that are read at a time
+MOST_PADDING = 2**26  # bytes of zeros after the last file of a tar file
 PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|bmp|gif|tiff?)", re.IGNORECASE)  # suffixes in tar files
 
 
@@ -197,12 +198,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         archive.members = []  # it would remember all of them
     stream = archive.fileobj
     stream.seek(tar.offset)
-    ended = False
+    padding = 0
     while block := stream.read(2**20):
-        if block.strip(b"\0"):
+        padding += len(block)
+        if block.strip(b"\0") or padding > MOST_PADDING:
             raise tarfile.ReadError("what follows is no tar file")
-        ended = True
-    if not ended:
+    if not padding:
         raise tarfile.ReadError("its end is missing")
 
 

@@ -93,7 +93,7 @@ def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
     curves: dict[tuple[str, str], dict[int, float]] = {}
     if not Path(path).is_file():
         return curves
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:  # a line that was cut off when the training was killed
