@@ -158,7 +158,9 @@ def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:
         while len(rest) >= PIECE and not rest.endswith(b"\n"):
             if b"\0" in rest or begin - at > ENDLESS:
                 fault = "holds NUL bytes" if b"\0" in rest else f"is longer than {ENDLESS >> 30} GiB"
-                raise DocumentError(f"line {_line_number(file, at)} {fault}, so it is no JSON; fetch or write the file again")
+                raise DocumentError(
+                    f"line {_line_number(file, at)} {fault}, so it is no JSON; fetch or write the file again"
+                )
             rest = file.readline(PIECE)
             begin += len(rest)
         if line.removeprefix(BOM_UTF8).strip():
@@ -196,6 +198,8 @@ def _values(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:
             fault = error.msg
         except RecursionError:
             raise DocumentError("it is nested too deeply to be read as JSON") from None
+        except DocumentError:
+            raise
         except ValueError:  # Python reads no integer of more than 4,300 digits
             raise DocumentError("it holds a number with thousands of digits; write a shorter one") from None
         if len(text) - at > LONGEST:

@@ -11,7 +11,7 @@ from etils import epath
 
 from starflow2_jax.data.documents import DocumentError
 from starflow2_jax.data.images import locate
-from starflow2_jax.data.readers import Found, files_of, found
+from starflow2_jax.data.readers import Found, files_of, found, open_tar
 from starflow2_jax.data.rows import EDITS, RowOptions
 from starflow2_jax.errors import UserError
 from starflow2_jax.text_files import LargeError, bounded_lines, reason, shorten
@@ -56,7 +56,7 @@ class TarIndexReader:
         """The documents of a unit. begin: the number of its first row."""
         try:
             path = locate(rows[0][TAR], file.parent)
-            with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:*") as tar:
+            with path.open("rb") as stream, open_tar(stream) as tar:
                 for i, row in enumerate(rows, begin):
                     yield self._document(unit, f"{file}, row {i}", row, tar, file.parent)
         except (tarfile.TarError, OSError, EOFError, UserError) as error:

@@ -96,11 +96,11 @@ def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:  # a line that was cut off when the training was killed
+            for name in UNITS:
+                if name in values:
+                    curves.setdefault((values["stage"], name), {})[values["step"]] = values[name]
+        except (ValueError, TypeError, KeyError):  # a line that is damaged, or was cut off when the training was killed
             continue
-        for name in UNITS:
-            if name in values:
-                curves.setdefault((values["stage"], name), {})[values["step"]] = values[name]
     return curves
 
 
