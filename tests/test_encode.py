@@ -153,6 +153,6 @@ def test_two_processes_of_one_share(tmp_path, capsys):
         assert said.startswith("starflow2: ") and f"writes into {tmp_path / 'shards'} already" in said
         assert not list((tmp_path / "shards").iterdir())
     with Lock(tmp_path / "shards", "lock.0-of-2.json").held():
-        assert encode(*line, "--process", 1, "--processes", 2) == 0
+        assert encode(*line, "--process", 1, "--processes", 2) == 0, capsys.readouterr().err
     assert encode(*line) == 0 and len(EncodedDocuments(str(tmp_path / "shards"))) == COUNT
     assert not list((tmp_path / "shards").glob("lock*"))

@@ -75,7 +75,7 @@ def encode(
         )
     description = encoding.description()
     ours = _name(0, encoding.shards, "json")[5:]
-    if others := [path.name for path in out.glob("*-of-*.json") if not path.name.endswith(ours)]:
+    if others := [path.name for path in out.glob("[0-9]*-of-*.json") if not path.name.endswith(ours)]:
         raise UserError(f"{out} has {others[0]}, of another number of shards; give that one, or name another --out")
     for shard in range(process, encoding.shards, processes):
         if _finished(out, shard, description) is None:
