@@ -1,12 +1,15 @@
 """`starflow2`: the command line. It parses arguments, calls the library, and turns what goes wrong into one line."""
 
 import argparse
+import atexit
+import contextlib
 import errno
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
@@ -24,6 +27,8 @@ EXIT_CODES = """exit codes:
   130  interrupted (Ctrl-C)
   141  the program that read the output ended first, as in `starflow2 config ... | head`"""
 RESTART, INTERRUPTED, UNREAD = 75, 130, 141
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 1  # seconds
 _OUT_OF_MEMORY = re.compile(
     "RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE
 )  # the second: a CPU, and some GPU kernels
@@ -47,6 +52,18 @@ def main(argv: list[str] | None = None) -> int:
         return _run(argv)
     if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
         _restart_in_utf8_mode()
+    code = 0
+
+    def leave() -> None:
+        """Keep a signal from changing the exit code while Python takes itself apart, which a signalled process leaves out."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if code in (INTERRUPTED, RESTART):
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(code)
+
+    atexit.register(leave)  # the first to be registered is the last to run
     _raise_signals()
     try:
         code = _run(sys.argv[1:])
@@ -56,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         code = UNREAD
     except (KeyboardInterrupt, Terminated) as error:  # a second signal, while the command ended after the first
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else RESTART
-    for number in (signal.SIGINT, signal.SIGTERM):  # the command has ended; a signal now ends the process at once
+    for number in SIGNALS:  # the command has ended; a signal now ends the process at once
         signal.signal(number, lambda *_: os._exit(code))
     return code
 
@@ -189,7 +206,7 @@ def _memory_fault(error: Exception) -> str | None:
 
 
 def _raise_signals() -> None:
-    """Let SIGTERM raise Terminated, as SIGINT raises KeyboardInterrupt."""
+    """Let SIGTERM raise Terminated, as SIGINT raises KeyboardInterrupt, and a second signal end the process at once."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -205,6 +222,28 @@ def _raise_signals() -> None:
 
     signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = again
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)  # Python writes each signal's number there, also while a library runs
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    threading.Thread(target=_end_at_the_second, args=(reading, handlers), daemon=True).start()
+
+
+def _end_at_the_second(reading: int, handlers: dict[int, object]) -> None:
+    """End the process at the second signal, if it has not ended GRACE seconds later: a compiler may hold the main thread.
+
+    `reading`: where the numbers of signals arrive. `handlers`: of the signals that count; a command that has set others, such
+    as training, decides itself.
+    """
+    code = 0
+    while number := os.read(reading, 1)[0]:
+        if signal.getsignal(number) is not handlers.get(number):
+            continue
+        if code:
+            time.sleep(GRACE)
+            os._exit(_said("ended at once by the second signal; what was not finished is lost", code))
+        code = INTERRUPTED if number == signal.SIGINT else RESTART
 
 
 def _restart_in_utf8_mode() -> None:

@@ -8,6 +8,8 @@ from types import ModuleType
 
 from starflow2_jax.errors import UserError
 
+LARGEST = 2**24  # bytes of a Python file
+
 
 def import_file(path: str | Path, name: str = "extension", error: type[UserError] = UserError) -> ModuleType:
     """Run a Python file, and return it as a module called `name`.
@@ -21,6 +23,8 @@ def import_file(path: str | Path, name: str = "extension", error: type[UserError
     if spec is None or spec.loader is None:
         raise error(f"{path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    if (size := Path(path).stat().st_size) > LARGEST:
+        raise error(f"{path} has {size} bytes, which is too long for a Python file; check the path")
     try:
         spec.loader.exec_module(module)
     except UserError:

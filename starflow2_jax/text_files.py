@@ -6,8 +6,9 @@ All functions raise `error`, a class of UserError that the caller chooses, for a
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 from starflow2_jax.errors import UserError
 
@@ -17,18 +18,19 @@ PIECE = 2**24  # bytes that are read at a time
 _ESCAPES = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\[^u]|\\u(?![dD][89a-fA-F])....|(\\u....)")
 
 
+class LargeError(ValueError):
+    """A file, or a line of it, is larger than what is read, or is no text at all."""
+
+
 def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
     """The text of a UTF-8 file of at most LARGEST bytes, without a byte order mark. Lines end with "\\n"."""
     try:
         with Path(path).open("rb") as file:
-            pieces, left = [], LARGEST - os.fstat(file.fileno()).st_size
-            while left >= 0 and (piece := file.read(PIECE)):  # a device has a size of 0, and may never end
-                pieces.append(piece)
-                left = LARGEST - sum(map(len, pieces))
-        if left < 0:
-            raise error(f"{shorten(path)} is larger than {LARGEST} bytes; name a smaller file, or split it")
-        content = b"".join(pieces)
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+            content, nul, _ = read_bytes(file, LARGEST, until=b"\0").partition(b"\0")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        if nul:
+            raise error(f"{shorten(path)} cannot be read as text (byte {len(content)} is NUL); save it as UTF-8")
+        return text
     except UserError:
         raise
     except UnicodeDecodeError as fault:
@@ -37,8 +39,40 @@ def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
         ) from None
     except FileNotFoundError:
         raise error(f"{shorten(path)} does not exist; check the path") from None
+    except LargeError as fault:
+        raise error(f"{shorten(path)} {fault}; name a smaller file, or split it") from None
     except (OSError, ValueError) as fault:
         raise error(f"{shorten(path)} cannot be read as text ({reason(fault)})") from None
+
+
+def read_bytes(file: BinaryIO, most: int, until: bytes | None = None) -> bytes:
+    """The content of an open file on disk, from its beginning; at most up to the piece that holds `until`.
+
+    Raises LargeError for a file of more than `most` bytes, also for a device, which has a size of 0 and may never end.
+    """
+    pieces, left = [], most - os.fstat(file.fileno()).st_size
+    while left >= 0 and (piece := file.read(PIECE)):
+        pieces.append(piece)
+        left = most - sum(map(len, pieces))
+        if until is not None and until in piece:
+            break
+    if left < 0:
+        raise LargeError(f"is larger than {most} bytes")
+    return b"".join(pieces)
+
+
+def bounded_lines(file: TextIO, most: int) -> Iterator[str]:
+    """The lines of an open text file, with their ends. Raises LargeError for one with NUL or more than `most` characters."""
+    line = ""
+    while piece := file.readline(PIECE):
+        line += piece
+        if "\0" in piece or len(line) > most:
+            raise LargeError("a line holds NUL" if "\0" in piece else f"a line has more than {most} characters")
+        if piece.endswith(("\n", "\r")):
+            yield line
+            line = ""
+    if line:
+        yield line
 
 
 def read_lines(path: str | Path, error: type[UserError] = UserError) -> list[str]:

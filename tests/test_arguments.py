@@ -5,6 +5,8 @@ The cases are made from the parsers, so an option is covered from the day that i
 
 import argparse
 import json
+import os
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -67,6 +69,10 @@ class Begun(BaseException):
     """The arguments were accepted: the command starts devices, or other work that takes long."""
 
 
+class Endless(BaseException):
+    """A huge file, a pipe or an endless device is read. No `except OSError` may catch this."""
+
+
 PARSER = cache(cli._parser)  # building it takes longer than most cases
 
 
@@ -83,6 +89,14 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(points, "run", begin)
     monkeypatch.setattr(points, "submit", begin)
     monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGALRM, too_long)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def too_long(*_):
+    raise Endless
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +130,10 @@ def files(tmp_path_factory) -> Path:
     (wrong / "garbage.py").write_bytes(b"\x00\xff(def")
     (wrong / "fails.py").write_text("import no_such_module_of_anyone\n")
     (wrong / "loop").symlink_to("loop")
+    os.mkfifo(wrong / "pipe")
+    for suffix in ("", ".py"):
+        (wrong / f"huge{suffix}").touch()
+        os.truncate(wrong / f"huge{suffix}", 10**12)  # a sparse file, which takes no room on the disk
     for name in ("config.json", "vlm.json", "codec.json"):
         for damage, content in (("garbage", b"\xff\xfe\x00"), ("truncated", b'{"model": ')):
             (wrong / f"a {damage} folder").mkdir(exist_ok=True)
@@ -214,12 +232,15 @@ def wrong(action: argparse.Action, files: Path) -> Iterator[tuple[str, str]]:
         yield "empty", str(bad / f"empty{suffix}")
         if not isinstance(kind, InputFolder):
             yield "unreadable", "/proc/self/mem"
+            yield "pipe", str(bad / "pipe")
+            yield "device", "/dev/zero"
         if isinstance(kind, InputFolder | InputPath):
             yield "empty folder", str(bad / "a folder")
         if isinstance(kind, InputFolder):
             yield from ((damage, str(bad / f"a {damage} folder")) for damage in DAMAGED)
         elif not isinstance(kind, InputPath):
             yield "folder", str(bad / "a folder")
+            yield "huge", str(bad / f"huge{suffix}")
             content = Path(right(action, files)).read_bytes()
             broken = {"garbage": b"\x89PNG\r\n\xff\xfe" * 9, "truncated": content[: len(content) * 2 // 3]}
             for damage in DAMAGED:
@@ -243,6 +264,7 @@ def test_wrong_values(name, dest, files, capsys):
     assert action.choices or isinstance(action.type, arguments.KINDS), "give the option a kind of commands/arguments.py"
     shown = action.option_strings[-1] if action.option_strings else dest
     for what, value in wrong(action, files):
+        signal.alarm(60)
         code, error = ends(command_line(name, files, action, value), capsys)
         if code is None and may_work(action, what):
             continue

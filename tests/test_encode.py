@@ -16,6 +16,7 @@ from picture_files import png
 from tiny_experiment import tiny_config
 
 from starflow2_jax import cli
+from starflow2_jax.checkpoints.lock import Lock
 from starflow2_jax.data import digits, encoding
 from starflow2_jax.data.documents import Image
 from starflow2_jax.data.encoded import EncodedDocuments
@@ -140,3 +141,18 @@ def test_a_full_disk_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
     parquet(tmp_path / "a.parquet", 10)
     assert encode("--source", f"parquet:{tmp_path}/a.parquet", "--out", tmp_path / "out") == 74
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_two_processes_of_one_share(tmp_path, capsys):
+    """The second is refused: both would write the same shard. Other shares of the same number go on beside it."""
+    line = ["--source", f"json:{documents(tmp_path)}", "--out", tmp_path / "shards", "--shards", 2]
+    for held, process, processes in (("", 0, 1), ("", 1, 2), ("0-of-2.", 0, 1), ("0-of-2.", 0, 2), ("0-of-2.", 1, 3)):
+        with Lock(tmp_path / "shards", f"lock.{held}json").held():
+            assert encode(*line, "--process", process, "--processes", processes) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("starflow2: ") and f"writes into {tmp_path / 'shards'} already" in said
+        assert not list((tmp_path / "shards").iterdir())
+    with Lock(tmp_path / "shards", "lock.0-of-2.json").held():
+        assert encode(*line, "--process", 1, "--processes", 2) == 0, capsys.readouterr().err
+    assert encode(*line) == 0 and len(EncodedDocuments(str(tmp_path / "shards"))) == COUNT
+    assert not list((tmp_path / "shards").glob("lock*"))

@@ -37,6 +37,24 @@ def start():
     time.sleep(60)
 devices.start = start
 """
+# A library that does not return, such as a compiler. Python's handlers wait for it; signals keep coming until the process ends.
+BLOCKED = """import ctypes
+from starflow2_jax.parallel import devices
+def start():
+    ctypes.CDLL(None).system(b"exec >/dev/null 2>&1; while kill -TERM $PPID; do :; done")
+devices.start = start
+"""
+# The second signal comes when Python has ended all but itself.
+TEARDOWN = """import os, signal
+from starflow2_jax.parallel import devices
+def start():
+    os.kill(os.getpid(), {number})
+devices.start = start
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid()):
+        kill(process, {number})
+os.kept_until_the_end = Last()
+"""
 END = "import atexit, os; atexit.register(lambda: (os.kill(os.getpid(), {number}), sum(range(10))))\n"
 
 
@@ -83,11 +101,28 @@ def test_a_signal_ends_a_command_in_one_line(folder, where, line, number, code):
     assert done.stderr.startswith(f"starflow2: {said}; ") and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_a_second_signal_ends_a_server_that_compiles(folder):
+    (folder / "hook.py").write_text(BLOCKED)
+    done = run(folder, ["serve", "--checkpoint", "checkpoint", "--port", "0", "--import", "hook.py"])
+    assert done.returncode == cli.RESTART, done.stderr
+    assert done.stderr == "starflow2: ended at once by the second signal; what was not finished is lost\n"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.RESTART)])
+def test_a_second_signal_while_python_ends_keeps_the_exit_code(folder, number, code):
+    (folder / "hook.py").write_text(TEARDOWN.format(number=int(number)))
+    done = run(folder, ["score", "--document", "document", "--checkpoint", "checkpoint", "--import", "hook.py"])
+    assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_end_changes_nothing(folder, number):
     (folder / "hook.py").write_text(END.format(number=int(number)))
     done = run(folder, ["config", "--config", "digits_quick", "--import", "hook.py"])
     assert done.returncode == 0 and not done.stderr and "seed" in done.stdout
+    (folder / "hook.py").write_text(TEARDOWN.format(number=int(number)))
+    done = run(folder, ["config", "--config", "digits_quick", "--import", "hook.py"])
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_a_reader_that_ends_first(folder):

@@ -96,6 +96,8 @@ class InputFile:
         path = _there(text)
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"{shown(text)} is a folder; name a file")
+        if not path.is_file():  # it would be read more than once
+            raise argparse.ArgumentTypeError(f"{shown(text)} is a pipe or a device; write a file, and name that")
         try:
             with path.open("rb") as file:
                 if not file.read(1):

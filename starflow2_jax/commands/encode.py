@@ -1,10 +1,16 @@
 """`starflow2 encode`."""
 
+import contextlib
 from argparse import Namespace
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from starflow2_jax.commands.arguments import Commands, InputFile, InputFolder, Whole, Words, require_writable
-from starflow2_jax.errors import UserError, require_one_of, storage_errors
+from starflow2_jax.errors import require_one_of, storage_errors
+
+if TYPE_CHECKING:
+    from starflow2_jax.sampling.batch_files import Share
 
 A_SHARD = 10_000  # documents of a shard, unless --shards says otherwise
 
@@ -95,11 +101,11 @@ def _encode(args: Namespace, _: list[str]) -> None:
     from starflow2_jax.checkpoints.directory import CheckpointDirectory
     from starflow2_jax.data import encoding
     from starflow2_jax.data.images import locate
+    from starflow2_jax.sampling.batch_files import Share
 
-    if args.process >= args.processes:
-        raise UserError(f"--process must be below --processes={args.processes}, not {args.process}")
+    share = Share(args.process, args.processes)
     out = locate(args.out, epath.Path(), "folder")
-    if "://" not in str(out):
+    if local := "://" not in str(out):  # a bucket shows whole files only, so two writers of a shard do no harm there
         require_writable("--out", str(out))
     codec = CheckpointDirectory(args.codec).codec() if args.codec else None
     reader, per_shard = _reader(args)
@@ -121,7 +127,7 @@ def _encode(args: Namespace, _: list[str]) -> None:
             bar.set_postfix(documents=documents, refresh=False)
             bar.update(units)
 
-        with storage_errors(args.out):
+        with storage_errors(args.out), _held(Path(out), share) if local else contextlib.nullcontext():
             index = encoding.encode(reader, out, how, args.process, args.processes, progress)
     if index is None:
         print(f"the shards of this process are in {args.out}; the last process to finish writes index.json")
@@ -131,6 +137,18 @@ def _encode(args: Namespace, _: list[str]) -> None:
         f"written: {args.out}: {index['documents']} documents; {index['duplicates']} duplicates are passed over, {skipped} "
         "could not be read (skipped.txt)"
     )
+
+
+@contextlib.contextmanager
+def _held(out: Path, share: "Share") -> Iterator[None]:
+    """Keep other processes from the shards of this share. Raises LockedError also for shares of another number."""
+    from starflow2_jax.checkpoints.lock import Lock
+
+    for path in out.glob("lock*.json"):
+        if not path.name.endswith(f"-of-{share.processes}.json"):
+            Lock(out, path.name).require_free()
+    with Lock(out, share.lock).held():
+        yield
 
 
 def _reader(args: Namespace) -> tuple[Any, int]:

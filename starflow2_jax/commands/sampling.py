@@ -1,6 +1,5 @@
 """`starflow2 sample`, `score`, `rank`, `invert` and `calibrate`."""
 
-import hashlib
 import json
 import sys
 from argparse import Namespace
@@ -109,10 +108,11 @@ def _prompt(args, sampler, options, read, index: int = 0, where: str = ""):
 
 def _run(args, options, sampler) -> dict:
     """Everything that determines the answers to a file of documents."""
+    from starflow2_jax.evaluation.user_files import sha256
     from starflow2_jax.sampling import batch_files
 
     own = {
-        "documents": hashlib.sha256(Path(args.documents).read_bytes()).hexdigest()[:16],
+        "documents": sha256(Path(args.documents))[:16],
         "num": args.num,
         "chat": args.chat,
         "denoise": args.denoise,

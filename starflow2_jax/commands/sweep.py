@@ -44,6 +44,7 @@ def add(commands: Commands) -> None:
 
 
 def _sweep(args: Namespace, _: list[str]) -> None:
+    from starflow2_jax.checkpoints.lock import Lock
     from starflow2_jax.sweeps import points, report
 
     if args.launcher and args.runlocal:
@@ -53,14 +54,14 @@ def _sweep(args: Namespace, _: list[str]) -> None:
     if args.again and not args.launcher:
         raise UserError("--again submits points to a launcher again; name the launcher with --launcher")
     sweep = points.load(args.sweep, args.out, args.runlocal, args.chip)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    try:
-        if args.launcher:
-            points.submit(sweep, args.launcher, args.again)
-        else:
-            points.run(sweep, partial(points.train_command, sweep, runlocal=args.runlocal))
-    finally:
-        rows = report.write(sweep, args.out)
+    with Lock(Path(args.out)).held():
+        try:
+            if args.launcher:
+                points.submit(sweep, args.launcher, args.again)
+            else:
+                points.run(sweep, partial(points.train_command, sweep, runlocal=args.runlocal))
+        finally:
+            rows = report.write(sweep, args.out)
     print(report.markdown(rows), end="")
     if failed := sum(point.state == points.FAILED for point in sweep.points):
         again = " with --again" if args.launcher else " again"

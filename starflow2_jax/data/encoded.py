@@ -125,7 +125,9 @@ def read_index(folder: epath.Path) -> dict[str, Any]:
         _ = index["shards"], index["documents"], index["duplicates"], index["latents"]
     except FileNotFoundError:
         raise UserError(f"{place} does not exist; `starflow2 encode` writes it when all shards are done") from None
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{place} cannot be read ({reason(error)}); start `starflow2 encode` again") from None
     return index
 

@@ -75,7 +75,7 @@ def encode(
         )
     description = encoding.description()
     ours = _name(0, encoding.shards, "json")[5:]
-    if others := [path.name for path in out.glob("*-of-*.json") if not path.name.endswith(ours)]:
+    if others := [path.name for path in out.glob("[0-9]*-of-*.json") if not path.name.endswith(ours)]:
         raise UserError(f"{out} has {others[0]}, of another number of shards; give that one, or name another --out")
     for shard in range(process, encoding.shards, processes):
         if _finished(out, shard, description) is None:
@@ -103,11 +103,14 @@ def _name(shard: int, shards: int, suffix: str) -> str:
 
 
 def _finished(out: epath.Path, shard: int, description: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a shard that is complete. It is written last."""
+    """The report of a shard that is complete. It is written last; a machine that lost its power may leave a damaged one."""
     report = out / _name(shard, description["shards"], "json")
     if not report.exists():
         return None
-    values = json.loads(report.read_bytes())
+    try:
+        values = json.loads(report.read_bytes())
+    except ValueError:
+        return None
     if wrong := [key for key in description if values["encoding"].get(key) != description[key]]:
         had = values["encoding"].get(wrong[0])
         raise UserError(f"{out} was begun with {wrong[0]} {had!r}, not {description[wrong[0]]!r}; name another --out")

@@ -17,10 +17,11 @@ from PIL import ImageOps
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.data.documents import Image, ImageError, StoredImage
 from starflow2_jax.data.pictures import Picture
-from starflow2_jax.text_files import reason, shorten
+from starflow2_jax.text_files import read_bytes, reason, shorten
 
 BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the package that reads it, and our extra
 CROPS = ("center", "random", "none")
+LARGEST = 2**29  # bytes of a file on disk that holds an image
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,14 @@ def _array(array: np.ndarray) -> np.ndarray:
 
 def stored(path: epath.Path, generate: bool = False, via: str = "flow") -> StoredImage:
     """The image in a file: a picture, or an array in a .npy file."""
-    return StoredImage(str(path), lambda: io.BytesIO(path.read_bytes()), generate, via)
+    return StoredImage(str(path), lambda: io.BytesIO(_content(path)), generate, via)
+
+
+def _content(path: epath.Path) -> bytes:
+    if "://" in str(path):
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return read_bytes(file, LARGEST)
 
 
 def read_image(path: str | Path, channels: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from starflow2_jax.text_files import parse_json, reason, shorten
 
 APART = 64  # documents between two whose offsets memory holds
 LONGEST = 2**24  # bytes of a record
+ENDLESS = 2**30  # bytes of a line in a file that is taken for something else than lines
 PIECE = 2**20  # bytes that are read at a time
 TOO_LONG = f"it is longer than {LONGEST >> 20} MiB; store pictures as files of their own and give their paths"
 OPENING = re.compile(rb"(?:%s)?\s*\[\s*(?=[\[{])" % BOM_UTF8)  # of an array of objects or lists
@@ -60,7 +61,8 @@ class JsonlDocuments(Source):
         except OSError as error:
             raise DocumentError(f"{shorten(path)} cannot be read as text ({reason(error)})") from None
         except DocumentError as error:
-            raise DocumentError(f"{shorten(path)}, record {self.count} of the array: {error}") from None
+            place = "" if self.array is None else f" record {self.count} of the array:"
+            raise DocumentError(f"{shorten(path)},{place} {error}") from None
         if not begins:
             raise DocumentError(f"{shorten(path)} has no documents")
         self.begins = np.array(begins, np.int64)
@@ -113,8 +115,7 @@ class JsonlDocuments(Source):
         """The file, the document and its line, for messages."""
         before, _ = self._record(index)
         with _opened(self.path) as file:
-            line = 1 + sum(file.read(min(PIECE, before - start)).count(b"\n") for start in range(0, before, PIECE))
-        return f"{shorten(self.path)}, document {index} (line {line})"
+            return f"{shorten(self.path)}, document {index} (line {_line_number(file, before)})"
 
 
 @contextlib.contextmanager
@@ -147,15 +148,29 @@ def _opening(file: BinaryIO) -> int | None:
 
 
 def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their offsets. Of a line above LONGEST, the rest is left out."""
+    """The lines that are not blank, with their offsets. Of a line above LONGEST, the rest is left out.
+
+    Raises DocumentError where a line above LONGEST holds NUL bytes, as a sparse file does, or is longer than ENDLESS.
+    """
     while line := file.readline(LONGEST + 1):
         at, rest = begin, line
         begin += len(line)
         while len(rest) >= PIECE and not rest.endswith(b"\n"):
+            if b"\0" in rest or begin - at > ENDLESS:
+                fault = "holds NUL bytes" if b"\0" in rest else f"is longer than {ENDLESS >> 30} GiB"
+                raise DocumentError(
+                    f"line {_line_number(file, at)} {fault}, so it is no JSON; fetch or write the file again"
+                )
             rest = file.readline(PIECE)
             begin += len(rest)
         if line.removeprefix(BOM_UTF8).strip():
             yield at, line
+
+
+def _line_number(file: BinaryIO, at: int) -> int:
+    """The number, from 1, of the line that begins at byte `at`. Moves the file's position."""
+    file.seek(0)
+    return 1 + sum(file.read(min(PIECE, at - start)).count(b"\n") for start in range(0, at, PIECE))
 
 
 def _values(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:
@@ -183,6 +198,10 @@ def _values(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:
             fault = error.msg
         except RecursionError:
             raise DocumentError("it is nested too deeply to be read as JSON") from None
+        except DocumentError:
+            raise
+        except ValueError:  # Python reads no integer of more than 4,300 digits
+            raise DocumentError("it holds a number with thousands of digits; write a shorter one") from None
         if len(text) - at > LONGEST:
             raise DocumentError(f"at byte {begin + at}, it is no JSON ({fault}), or {TOO_LONG}")
         more = file.read(size)

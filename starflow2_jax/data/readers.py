@@ -4,7 +4,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from etils import epath
 
@@ -16,6 +16,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.text_files import parse_json, reason, shorten
 
 BATCH = 64  # rows of a parquet file that are read at a time
+PADDING = 2**24  # bytes; fewer zeros follow the last file of a tar file
 PICTURES = re.compile(r"(?:.*\.)?(?:jpe?g|png|webp|bmp|gif|tiff?)", re.IGNORECASE)  # suffixes in tar files
 
 
@@ -168,7 +169,7 @@ def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     Raises the errors of tarfile, and ReadError where the members end and the file does not, after the last whole sample.
     """
     sample, members, fault = "", {}, None
-    with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:*") as tar:
+    with file.open("rb") as stream, open_tar(stream) as tar:
         try:
             for name, suffix, content in _members(tar):
                 if members and name != sample:
@@ -181,6 +182,15 @@ def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield sample, members
     if fault:
         raise fault
+
+
+def open_tar(stream: BinaryIO) -> tarfile.TarFile:
+    """A tar file, compressed or not. Raises the errors of tarfile; it would read on where a sparse file has only zeros."""
+    head = stream.read(PADDING)
+    if len(head) == PADDING and not head.strip(b"\0"):
+        raise tarfile.ReadError("it begins with zeros")
+    stream.seek(0)
+    return tarfile.open(fileobj=stream, mode="r:*")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
@@ -197,12 +207,10 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, bytes]]:
         archive.members = []  # it would remember all of them
     stream = archive.fileobj
     stream.seek(tar.offset)
-    ended = False
-    while block := stream.read(2**20):
-        if block.strip(b"\0"):
-            raise tarfile.ReadError("what follows is no tar file")
-        ended = True
-    if not ended:
+    padding = stream.read(PADDING)
+    if padding.strip(b"\0") or len(padding) == PADDING:
+        raise tarfile.ReadError("what follows is no tar file")
+    if not padding:
         raise tarfile.ReadError("its end is missing")
 
 

@@ -154,7 +154,7 @@ def _captions(value: object) -> list[str]:
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # it is a text that begins with a brace
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")

@@ -11,10 +11,10 @@ from etils import epath
 
 from starflow2_jax.data.documents import DocumentError
 from starflow2_jax.data.images import locate
-from starflow2_jax.data.readers import Found, files_of, found
+from starflow2_jax.data.readers import Found, files_of, found, open_tar
 from starflow2_jax.data.rows import EDITS, RowOptions
 from starflow2_jax.errors import UserError
-from starflow2_jax.text_files import reason, shorten
+from starflow2_jax.text_files import LargeError, bounded_lines, reason, shorten
 
 TAR, MEMBER = "tar", "file"  # columns
 EDITED, INSTRUCTION = "edited_file", "edit_instruction"  # columns of edits: the picture that results, and the words
@@ -56,7 +56,7 @@ class TarIndexReader:
         """The documents of a unit. begin: the number of its first row."""
         try:
             path = locate(rows[0][TAR], file.parent)
-            with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:*") as tar:
+            with path.open("rb") as stream, open_tar(stream) as tar:
                 for i, row in enumerate(rows, begin):
                     yield self._document(unit, f"{file}, row {i}", row, tar, file.parent)
         except (tarfile.TarError, OSError, EOFError, UserError) as error:
@@ -90,12 +90,13 @@ def _rows(file: epath.Path) -> Iterator[Mapping[str, str]]:
     """The rows of a TSV file by column. Raises UserError for a file without the columns, or that is no UTF-8."""
     csv.field_size_limit(LONGEST)
     with file.open("rb") as stream:
-        rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter="\t", restval="")
+        lines = bounded_lines(io.TextIOWrapper(stream, "utf-8-sig", newline=""), LONGEST)
+        rows = csv.DictReader(lines, delimiter="\t", restval="")
         try:
             if missing := [name for name in (TAR, MEMBER) if name not in (rows.fieldnames or ())]:
                 raise UserError(
                     f"{shorten(file)} has no column {' and no column '.join(missing)} in its first line; add it"
                 )
             yield from rows
-        except (csv.Error, UnicodeDecodeError) as error:
+        except (csv.Error, UnicodeDecodeError, LargeError) as error:
             raise UserError(f"{shorten(file)}, line {rows.line_num + 1}, cannot be read ({reason(error)})") from None

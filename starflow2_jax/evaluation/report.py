@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from starflow2_jax.checkpoints.atomic_folder import write_whole
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.images import as_pillow
 from starflow2_jax.evaluation.protocol import Page
@@ -56,9 +57,7 @@ def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Pa
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(
-        json.dumps(report, indent=1, default=lambda array: array.tolist()) + "\n", encoding="utf-8"
-    )
+    write_whole(folder / "report.json", json.dumps(report, indent=1, default=lambda array: array.tolist()) + "\n")
     sections, about = [("Numbers", _numbers(report))], ""
     if page is not None:
         as_pillow(contact_sheet(page.grid)).save(folder / "samples.png")
@@ -66,7 +65,7 @@ def write_report(folder: Path, report: dict, page: Page | None, metrics_path: Pa
         about = f"<p>{escape(page.about)}</p>\n"
     sections.append(("Training", _training(read_metrics(metrics_path))))
     body = "".join(f"<h2>{escape(title)}</h2>\n{content}\n" for title, content in sections)
-    (folder / "index.html").write_text(html_page("STARFlow2 report", about + body), encoding="utf-8")
+    write_whole(folder / "index.html", html_page("STARFlow2 report", about + body))
 
 
 def html_page(title: str, body: str) -> str:
@@ -93,14 +92,14 @@ def read_metrics(path: Path) -> dict[tuple[str, str], dict[int, float]]:
     curves: dict[tuple[str, str], dict[int, float]] = {}
     if not Path(path).is_file():
         return curves
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:  # a line that was cut off when the training was killed
+            for name in UNITS:
+                if name in values:
+                    curves.setdefault((values["stage"], name), {})[values["step"]] = values[name]
+        except (ValueError, TypeError, KeyError):  # a line that is damaged, or was cut off when the training was killed
             continue
-        for name in UNITS:
-            if name in values:
-                curves.setdefault((values["stage"], name), {})[values["step"]] = values[name]
     return curves
 
 

@@ -14,7 +14,7 @@ from starflow2_jax.data.documents import StoredImage
 from starflow2_jax.data.rows import picture
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.user_files import Needed
-from starflow2_jax.text_files import reason
+from starflow2_jax.text_files import bounded_lines, reason
 
 Row = dict[str, Any]
 LONGEST = 2**31 - 1  # characters of a .tsv field: a picture in base64
@@ -61,7 +61,8 @@ def _tsv(needed: Needed, path: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             found: list[Row] = [
-                {name: value or None for name, value in row.items()} for row in csv.DictReader(file, delimiter="\t")
+                {name: value or None for name, value in row.items()}
+                for row in csv.DictReader(bounded_lines(file, LONGEST), delimiter="\t")
             ]
         for row in found:
             row["image"] = _decoded(row.get("image"))

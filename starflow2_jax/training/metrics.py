@@ -29,7 +29,7 @@ class Metrics:
 
     def _open(self, done: int) -> None:
         path = self.folder / "metrics.jsonl"
-        old = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        old = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
         if (kept := [line for line in old if _step(line) <= done]) != old:
             write_whole(path, "".join(kept))
         self._lines = path.open("a", buffering=1, encoding="utf-8")
@@ -80,8 +80,8 @@ class Metrics:
 
 
 def _step(line: str) -> float:
-    """The step that a line is about; infinity if the line was cut off."""
+    """The step that a line is about; infinity if the line is damaged or was cut off."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return float("inf")

@@ -11,7 +11,7 @@ from refused import refused
 from starflow2_jax.data.documents import DocumentError, Image, Speaker, Text
 from starflow2_jax.data.images import ImageReader, write_image
 from starflow2_jax.data.preparation import Preparation, SourceConfig
-from starflow2_jax.data.rows import from_conversation
+from starflow2_jax.data.rows import RowOptions, from_conversation, from_row
 from starflow2_jax.data.tokenizer import IMAGE_MARK, chat, flat
 
 QWEN = (
@@ -144,3 +144,9 @@ def test_a_tokenizer_without_a_template(tmp_path):
 def test_turns_are_marked_in_a_draft(tmp_path):
     draft = from_conversation({"messages": two_messages()[:2]}, epath.Path(tmp_path))
     assert draft == [Speaker("user"), Text("one"), Speaker("assistant"), Text("two", predict=True)]
+
+
+def test_a_caption_that_looks_like_json(tmp_path):
+    for caption in ("{not JSON", '{"a": ' * 100_000):
+        words, _ = from_row({"caption": caption, "image": "a.png"}, RowOptions(), epath.Path(tmp_path))
+        assert words.texts == (caption,)

@@ -172,6 +172,16 @@ def test_it_may_be_stopped_anywhere_and_started_again(tmp_path, monkeypatch):
     assert len(stopped) == 9  # two files for each shard, and three at the end
 
 
+@pytest.mark.parametrize("content", [b"", b'{"enc', b"\0" * 99])
+def test_a_shard_whose_report_is_damaged_is_written_anew(tmp_path, content):
+    drafts = [captioned(i) for i in range(6)]
+    out(tmp_path, drafts)
+    whole = contents(tmp_path)
+    (tmp_path / "00001-of-00003.json").write_bytes(content)
+    out(tmp_path, drafts)
+    assert contents(tmp_path) == whole
+
+
 def test_other_options_do_not_mix(tmp_path):
     reader, folder = Drafts(list(map(captioned, range(9)))), epath.Path(tmp_path)
     encode(reader, folder, Encoding(source="a", shards=3), 0, 2)
@@ -253,6 +263,9 @@ def test_a_damaged_index_is_refused(tmp_path):
         (json.dumps(index | {"format": 9}), "format 9"),
         (json.dumps({"format": 1}), "'shards'"),
         ("[]", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"format": %s}' % ("9" * 5000), "cannot be read"),
+        ("\ud83d", "cannot be read"),
     ):
-        (tmp_path / "index.json").write_text(text)
+        (tmp_path / "index.json").write_bytes(text.encode(errors="surrogatepass"))
         refused(UserError, EncodedDocuments, str(tmp_path), saying=("index.json", saying))

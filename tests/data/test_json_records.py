@@ -66,6 +66,7 @@ def test_records_are_recognised_by_their_shape(tmp_path):
         ('[{"messages": []},', ("record 0", "not closed")),
         ('[{"messages": []}', ("record 0", "not closed")),
         ('[{"messages": []}, ' + "[" * 100_000, ("record 1", "nested too deeply")),
+        ('[{"messages": []}, ' + "9" * 5000 + "]", ("record 1", "thousands of digits")),
     ],
 )
 def test_broken_arrays(tmp_path, text, saying):

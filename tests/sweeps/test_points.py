@@ -15,6 +15,7 @@ import pytest
 from PIL import Image as Pillow
 
 from starflow2_jax import cli
+from starflow2_jax.checkpoints.lock import Lock
 from starflow2_jax.config import loading as config
 from starflow2_jax.sweeps import points, report
 
@@ -139,6 +140,25 @@ def test_an_interrupted_sweep_goes_on_and_a_failing_point_does_not_stop_it(files
     points.run(sweep, stand_in(files, sweep), told.append)
     assert (files / "story").read_text().splitlines()[6:] == ["0.01 2.0 resumed"]
     assert [p.state for p in sweep.points] == ["done"] * 4
+
+
+def test_a_sweep_and_another_run_do_not_write_into_one_directory(files, monkeypatch, capsys):
+    line = ["sweep", "--sweep", str(files / "sweep.py"), "--out", str(files / "out")]
+    with Lock(files / "out").held():  # as `starflow2 train` holds it
+        assert cli.main(line) == 2
+    said = capsys.readouterr().err
+    assert f"writes into {files / 'out'} already" in said and said.count("\n") == 1
+    assert not list((files / "out").iterdir())
+
+    def run(*_):
+        for other in (line, ["train", "--config", "digits_quick", "--out", str(files / "out")]):
+            assert cli.main(other) == 2
+            assert f"writes into {files / 'out'} already" in capsys.readouterr().err
+        ended.append(True)
+
+    ended = []
+    monkeypatch.setattr(points, "run", run)
+    assert cli.main(line) == 0 and ended
 
 
 def test_table_and_plot(files, capsys):
