@@ -79,8 +79,11 @@ def test_what_is_planned_is_what_is_trained(stage, chip):
     config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py", chip=chip)
     row = STAGE_TABLE[STAGES[stage]]
     assert settings(config, row) == kept["settings"]
-    assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"fsdp": CHIPS[chip]}
-    assert config.mesh.data == 1 and config.mesh.fsdp == -1
+    fsdp = 16 if chip == "v5p" else 64
+    assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"data": CHIPS[chip] // fsdp, "fsdp": fsdp}
+    assert config.mesh.data == config.mesh.fsdp == -1
+    summed = [c["bytes"] for c in kept["collectives"] if c["kind"] == "all-reduce" and "fsdp" in c["axis"]]
+    assert sum(summed) < 2**28  # of norms and biases; the other gradients are reduce-scattered
     assert kept["topology"].startswith(chip) and kept["chips"] == CHIPS[chip]
     assert kept["fits"] and kept["mfu"] >= 0.5
     counted = training_flops(configs.pretzel(config), row, batch_shape(config, row)).model
