@@ -73,6 +73,7 @@ class Gpu:
 # SXM module. Networks are those of NVIDIA's own machines: one adapter for each GPU, of 200 Gbit/s in a DGX A100 and of 400
 # in the others. The last six columns, and the memory, are device properties as the specifications of GPUs in XLA's
 # repository list them (xla/backends/gpu/target_config/specs); the memory of the H200 is what nvidia-smi showed on one.
+# The RTX 4090 is from NVIDIA's paper on its Ada architecture, with sums in fp32; it has no NVLink, so it is a node alone.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -81,6 +82,7 @@ GPUS = {
         Gpu("h100", "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3350e9, 450e9, 50e9, 8, (9, 0), 132, 1.98, 128, 233472, 50 << 20),
         Gpu("h200", "NVIDIA H200", 989e12, 143771 << 20, 4800e9, 450e9, 50e9, 8, (9, 0), 132, 1.98, 128, 233472, 50 << 20),
         Gpu("b200", "NVIDIA B200", 2250e12, 191514411008, 8000e9, 900e9, 50e9, 8, (10, 0), 148, 1.965, 128, 233472, 132644864),
+        Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 165.2e12, 24564 << 20, 1008e9, 32e9, 25e9, 1, (8, 9), 128, 2.52, 128, 102400, 72 << 20),
         Gpu("gb200", "NVIDIA GB200", 2500e12, 197897748480, 8000e9, 900e9, 50e9, 72, (10, 0), 152, 2.062, 128, 233472, 135528448),
     )
 }  # fmt: skip
