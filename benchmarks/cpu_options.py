@@ -23,6 +23,7 @@ from starflow2_jax.config import loading as configs
 # Name -> XLA's flags, and CPU devices for two cores.
 OPTIONS = {
     "default": ("", 2),
+    "all instructions": ("", 2),
     "one device": ("", 1),
     "fast math": ("--xla_cpu_enable_fast_math=true", 2),
     "fast min and max": ("--xla_cpu_enable_fast_min_max=true", 2),
@@ -36,7 +37,7 @@ OPTIONS = {
         2,
     ),
 }
-TORCH = "PyTorch"
+TORCH, FREE = "PyTorch", "all instructions"  # the latter: default without --isa
 
 
 def environment(flags: str, isa: str) -> dict[str, str]:
@@ -93,7 +94,11 @@ def main() -> None:
     for name, (flags, devices, more) in chosen.items():
         command = [sys.executable, __file__, "--stage", args.stage, "--work", str(devices), *more]
         process = subprocess.Popen(
-            command, env=environment(flags, args.isa), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            env=environment(flags, "" if name == FREE else args.isa),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         if process.stdout.readline() != "ready\n":
             print(f"{name}: did not start", file=sys.stderr)
