@@ -14,7 +14,7 @@ from starflow2_jax.models.flops import training_flops
 from starflow2_jax.models.pretzel import Pretzel, init_params, split
 from starflow2_jax.parallel.hardware import CHIPS as TPUS
 from starflow2_jax.parallel.hardware import parse_topology
-from starflow2_jax.parallel.sharding import AXES
+from starflow2_jax.parallel.sharding import AXES, tree_shardings
 from starflow2_jax.planning.costs import MARGIN
 from starflow2_jax.planning.plan import settings
 from starflow2_jax.stages import STAGES as STAGE_TABLE
@@ -57,6 +57,21 @@ def test_builds_at_full_size(size, stage):
     assert 3.63 < count(trainable) < 3.72
 
 
+@pytest.mark.parametrize("size", FROZEN)
+def test_no_device_holds_more_than_small_parameters_whole(size):
+    """On every mesh of the kept plans, of all parameters in fp32: biases, norms and embeddings of places."""
+    model = Pretzel(configs.pretzel(configs.load(f"starflow2_{size}_joint")))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    plans = (EXPERIMENTS.parents[1] / "docs/benchmarks/plans").glob("*.json")
+    kept = [plan for file in plans for plan in json.loads(file.read_text())]
+    assert {plan["whole"] for plan in kept} == {""}
+    assert {8, 16, 64} <= (sizes := {plan["mesh"]["fsdp"] for plan in kept})
+    for fsdp in sizes - {1}:
+        places = tree_shardings(params, jax.sharding.AbstractMesh((1, fsdp, 1, 1), AXES))
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
+        assert sum(x.size * x.dtype.itemsize for x, place in pairs if place.is_fully_replicated) < 12 * 2**20
+
+
 @pytest.mark.parametrize(
     "experiment, chip",
     [(p.name, None) for p in sorted(EXPERIMENTS.glob("starflow2_*.py"))]
@@ -79,8 +94,11 @@ def test_what_is_planned_is_what_is_trained(stage, chip):
     config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py", chip=chip)
     row = STAGE_TABLE[STAGES[stage]]
     assert settings(config, row) == kept["settings"]
-    assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"fsdp": CHIPS[chip]}
-    assert config.mesh.data == 1 and config.mesh.fsdp == -1
+    fsdp = 16 if chip == "v5p" else 64
+    assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"data": CHIPS[chip] // fsdp, "fsdp": fsdp}
+    assert config.mesh.data == config.mesh.fsdp == -1
+    summed = [c["bytes"] for c in kept["collectives"] if c["kind"] == "all-reduce" and "fsdp" in c["axis"]]
+    assert sum(summed) < 2**28  # of norms and biases; the other gradients are reduce-scattered
     assert kept["topology"].startswith(chip) and kept["chips"] == CHIPS[chip]
     assert kept["fits"] and kept["mfu"] >= 0.5
     counted = training_flops(configs.pretzel(config), row, batch_shape(config, row)).model

@@ -20,7 +20,8 @@ def add(commands: Commands) -> None:
         type=Words(),
         required=True,
         metavar="DEVICES",
-        help="a TPU slice, such as v5p:4x4x4, v5e:16x16 or v6e:16x16, or GPUs, such as h200:1, h100:8 or h100:8x8 (nodes x GPUs)",
+        help="a TPU slice, such as v5p:4x4x4 or v5e:16x16, several slices, such as v6e:16x16:4, or GPUs, such as h200:1, h100:8 "
+        "or h100:8x8 (nodes x GPUs)",
     )
     p.add_argument(
         "--stage", type=Words(), help="stage to plan: a name, or 1, 2, 3 (default: the experiment's last stage)"

@@ -65,15 +65,16 @@ def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
         )
     for stage in c.stages.values():
         stage.rows = ROWS[chip]
+    if chip == "v6e":
+        c.stages.text_to_image.rows = 1536  # there is memory for them, and a step gathers all weights whatever its rows
     if chip in PACKED:
         c.data.groups = min(c.data.groups, ROWS[chip])
         c.model.vlm.kernel = c.model.deep.kernel = PACKED[chip]
         c.model.shallow.kernel = "cudnn"  # its rows are one image each
     else:
-        c.mesh.data = 1  # as in the kept plans
         c.model.vlm.kernel = c.model.shallow.kernel = c.model.deep.kernel = "splash"
     # There is memory for it:
-    if c.order[-1] == "text_to_image" or (c.order[-1] == "joint" and chip in ("v5p", *PACKED)):
+    if c.order[-1] == "text_to_image" or (c.order[-1] == "joint" and chip in ("v5p", "v6e", *PACKED)):
         c.model.shallow.remat = c.model.deep.remat = "dots"
     return c
 

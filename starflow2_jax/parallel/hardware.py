@@ -1,4 +1,7 @@
-"""Data of TPUs and GPUs from their makers' specifications, and topologies: v5p:4x4x4, or h100:8x8 for 8 nodes of 8 GPUs."""
+"""Data of TPUs and GPUs from their makers' specifications, and topologies.
+
+v5p:4x4x4 is a slice, v6e:16x16:4 are four slices, h100:8x8 are 8 nodes of 8 GPUs.
+"""
 
 import math
 import re
@@ -23,15 +26,17 @@ class Chip:
     wraps: int  # the torus closes along a dimension whose size is a multiple of this
     chips_a_host: int
     most: int  # chips in a pod
+    network: float = 0  # bytes/s between slices in one direction, for each chip; 0: the documentation does not tell it
 
 
 # The documentation gives the bandwidth of all links of a chip together, both directions added: 400 GB/s for the 4 links
 # of a v5e, 800 for the 4 of a v6e, 1200 for the 6 of a v5p. For a v4 it gives 6 links of 50 GB/s in each direction.
+# The network between slices is 6.4 Tbit/s for the 256 chips of a v5e, 25.6 for those of a v6e, and 50 Gbit/s for each v5p.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, 4, 4096),
-    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, 4, 256),
-    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, 4, 8960),
-    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1638e9, 100e9, 2, 16, 4, 256),
+    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, 4, 256, 3.125e9),
+    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, 4, 8960, 6.25e9),
+    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1638e9, 100e9, 2, 16, 4, 256, 12.5e9),
 }
 
 
@@ -68,6 +73,7 @@ class Gpu:
 # SXM module. Networks are those of NVIDIA's own machines: one adapter for each GPU, of 200 Gbit/s in a DGX A100 and of 400
 # in the others. The last six columns, and the memory, are device properties as the specifications of GPUs in XLA's
 # repository list them (xla/backends/gpu/target_config/specs); the memory of the H200 is what nvidia-smi showed on one.
+# The RTX 4090 is from NVIDIA's paper on its Ada architecture, with sums in fp32; it has no NVLink, so it is a node alone.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -76,6 +82,7 @@ GPUS = {
         Gpu("h100", "NVIDIA H100 80GB HBM3", 989e12, 84942979072, 3350e9, 450e9, 50e9, 8, (9, 0), 132, 1.98, 128, 233472, 50 << 20),
         Gpu("h200", "NVIDIA H200", 989e12, 143771 << 20, 4800e9, 450e9, 50e9, 8, (9, 0), 132, 1.98, 128, 233472, 50 << 20),
         Gpu("b200", "NVIDIA B200", 2250e12, 191514411008, 8000e9, 900e9, 50e9, 8, (10, 0), 148, 1.965, 128, 233472, 132644864),
+        Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 165.2e12, 24564 << 20, 1008e9, 32e9, 25e9, 1, (8, 9), 128, 2.52, 128, 102400, 72 << 20),
         Gpu("gb200", "NVIDIA GB200", 2500e12, 197897748480, 8000e9, 900e9, 50e9, 72, (10, 0), 152, 2.062, 128, 233472, 135528448),
     )
 }  # fmt: skip
@@ -109,22 +116,29 @@ def compute_capability(kind: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Topology:
-    """TPUs in a torus of a shape, or GPUs: (nodes, GPUs of a node)."""
+    """TPUs in slices, each a torus of a shape, or GPUs: (nodes, GPUs of a node)."""
 
     chip: Chip | Gpu
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chips(self) -> int:
         """Number of chips."""
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
 
-    def __str__(self) -> str:
+    @property
+    def slice(self) -> str:
+        """The name of one slice."""
         shape = self.shape[1:] if isinstance(self.chip, Gpu) and self.shape[0] == 1 else self.shape
         return f"{self.chip.name}:{'x'.join(map(str, shape))}"
 
+    def __str__(self) -> str:
+        return f"{self.slice}:{self.slices}" if self.slices > 1 else self.slice
+
     def places(self, devices: list) -> np.ndarray:
-        """(chips, dimensions): where each of JAX's devices lies in `shape`; in raster order where they do not say it."""
+        """(chips, dimensions): where each of JAX's devices lies in `shape`, that of its slice; in raster order where they do
+        not say it."""
         if not hasattr(devices[0], "coords"):
             return np.array(np.unravel_index(np.arange(len(devices)), self.shape)).T
         first = 1 if isinstance(self.chip, Gpu) else 0  # GPUs: (slice, node, GPU)
@@ -151,8 +165,14 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology that a text such as "v5p:4x4x4" or "h100:8x8" names. Raises UserError, with the nearest that exists."""
+    """The topology that a text such as "v5p:4x4x4", "v6e:16x16:4" or "h100:8x8" names.
+
+    Raises UserError, with the nearest that exists.
+    """
     name, _, sizes = text.partition(":")
+    slices = ""
+    if name in CHIPS:
+        sizes, _, slices = sizes.partition(":")
     given = tuple(map(int, sizes.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else ()
     if name in GPUS:
         return _cluster(GPUS[name], given, sizes)
@@ -169,7 +189,13 @@ def parse_topology(text: str) -> Topology:
             f"{chip.name} has no topology {sizes!r}: it is {' x '.join('XYZ'[: chip.dimensions])} chips, as in "
             f"{Topology(chip, right)}"
         )
-    return Topology(chip, given)
+    if slices and not re.fullmatch(r"[1-9]\d{0,2}", slices):
+        raise UserError(f"{text!r} must end with the number of slices, from 1 to 999, as in {Topology(chip, given, 4)}")
+    if slices not in ("", "1") and not chip.network:
+        raise UserError(
+            f"how fast the network between slices of {chip.name} is, is not known; plan for {Topology(chip, given)}"
+        )
+    return Topology(chip, given, int(slices or 1))
 
 
 def _cluster(gpu: Gpu, given: tuple[int, ...], sizes: str) -> Topology:

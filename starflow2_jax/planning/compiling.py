@@ -96,8 +96,10 @@ def _tpus(topology: Topology, chip: Chip) -> list:
         described["chip_config_name"] = "megacore"  # its two cores are one device
     if topology.chips < chip.chips_a_host:
         described["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
+    if topology.slices > 1:
+        described["num_slices"] = topology.slices
     try:
-        return list(topologies.get_topology_desc(str(topology), platform="tpu", **described).devices)
+        return list(topologies.get_topology_desc(topology.slice, platform="tpu", **described).devices)
     except Exception as error:  # libtpu raises several kinds for a topology that it does not know
         raise UserError(f"libtpu knows no topology {topology}: {str(error).splitlines()[0]}") from None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from starflow2_jax.parallel.hardware import Topology
-from starflow2_jax.planning.hlo import Computation, Instruction, Module
+from starflow2_jax.planning.hlo import Computation, Instruction, Module, require_match
 
 ROOFLINE = (
     "operations run one after another, each for the longer of its FLOP at the matrix units' peak and its bytes at "
@@ -30,7 +30,11 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all"),
     *("copy-done", "slice-done", "async-update", "domain", "opt-barrier", "optimization-barrier", "add-dependency"),
+    *("send", "send-done", "recv", "recv-done"),
 }
+# Libtpu writes a collective between slices as a `send` to the host, with these marks, and a `recv` of the same name.
+BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
 IOTA = r"(\[[\d,]+\])(?:T\(([\d,]+)\))?"  # XLA's notation of an order of partitions: [4,16]T(1,0)
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 
@@ -63,7 +67,7 @@ class Costs:
 
 
 class Analysis:
-    """Walks a module in the order of execution with two clocks, one of the chip and one of its links.
+    """Walks a module in the order of execution with three clocks: of the chip, of its links, of the network between slices.
 
     mesh: sizes by axis. coordinates (chips, dimensions): place in the torus of each partition's chip. The result is
     `costs`.
@@ -77,7 +81,7 @@ class Analysis:
 
     def _run(self, computation: Computation, times: float) -> float:
         """Seconds of one execution of a computation; adds the costs of `times` executions."""
-        clocks = [0.0, 0.0]  # of the chip, of its links
+        clocks = [0.0, 0.0, 0.0]  # of the chip, of its links, of the network
         pending: dict[str, tuple[float, float, Collective]] = {}
         for at in computation.values():
             base = at.opcode.removesuffix("-start").removesuffix("-done")
@@ -91,13 +95,20 @@ class Analysis:
                 clocks[0] += max(self._run(c, times) for c in self._branches(at))
             elif moved:
                 kind, seconds = self._collective(*moved, times)
-                clocks[1] = max(clocks) + seconds
+                clocks[1] = max(clocks[:2]) + seconds
                 if at.opcode.endswith("-start"):
                     pending[at.name] = clocks[1], seconds, kind
                     kind.started += times
                 else:
                     self.costs.exposed += times * (clocks[1] - clocks[0])
                     clocks[0] = clocks[1]
+            elif at.opcode == "send" and (transfer := BETWEEN.search(at.attributes)):
+                kind, seconds = self._between_slices(transfer[1], computation[at.operands[0]].bytes, times)
+                clocks[2] = max(clocks[0], clocks[2]) + seconds
+                pending[require_match(MEETING.pattern, at.attributes)[1]] = clocks[2], seconds, kind
+            elif at.opcode == "recv-done" and (first := self._meeting(computation, at)) in pending:
+                end, seconds, kind = pending.pop(first)
+                clocks[0] = self._wait(clocks[0], end, seconds, kind, times)
             elif at.opcode.endswith("-done") and (first := self._first(computation, at)) in pending:
                 end, seconds, kind = pending.pop(first)
                 clocks[0] = self._wait(clocks[0], end, seconds, kind, times)
@@ -170,10 +181,28 @@ class Analysis:
 
     def _first(self, computation: Computation, done: Instruction) -> str:
         """The name of the start that a -done belongs to."""
+        return self._start(computation, done).name
+
+    def _start(self, computation: Computation, done: Instruction) -> Instruction:
         at = computation[done.operands[0]]
         while at.opcode == "async-update":
             at = computation[at.operands[0]]
-        return at.name
+        return at
+
+    def _meeting(self, computation: Computation, done: Instruction) -> str:
+        """The name by which a recv-done and a send belong together; "" without one."""
+        found = MEETING.search(self._start(computation, done).attributes)
+        return found[1] if found else ""
+
+    def _between_slices(self, transfer: str, size: float, times: float) -> tuple[Collective, float]:
+        """Add `times` executions of a collective of all slices, to which a chip brings `size` bytes, to the costs; as
+        `_collective`.
+        """
+        n, base = self.topology.slices, transfer.lower().replace("_", "-")
+        sent = size * {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1}.get(base, (n - 1) / n)
+        kind = self._add(base, "slices", sent, sent / self.topology.chip.network, times)
+        kind.started += times
+        return kind, sent / self.topology.chip.network
 
     def _compute(self, computation: Computation, at: Instruction, times: float) -> float:
         """Seconds of one execution of an operation; adds `times` executions to the costs."""
@@ -255,13 +284,17 @@ class Analysis:
         n = len(group)
         sent = size * {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(base, (n - 1) / n)
         seconds = sent / self.topology.send_rate(self.coordinates[group], base == "collective-permute")
-        key = base, self._axis(group)
-        kind = self.costs.collectives.setdefault(key, Collective(*key))
+        kind = self._add(base, self._axis(group), sent, seconds, times)
+        self.costs.bytes += times * size * (1 + (1 / n if base in ("all-gather", "reduce-scatter") else 1))
+        return kind, seconds
+
+    def _add(self, base: str, axis: str, sent: float, seconds: float, times: float) -> Collective:
+        """Add `times` executions of a collective to its entry in the costs, which is returned."""
+        kind = self.costs.collectives.setdefault((base, axis), Collective(base, axis))
         kind.count += times
         kind.bytes += times * sent
         kind.seconds += times * seconds
-        self.costs.bytes += times * size * (1 + (1 / n if base in ("all-gather", "reduce-scatter") else 1))
-        return kind, seconds
+        return kind
 
     def _payload(self, computation: Computation, at: Instruction, base: str) -> float:
         """Bytes of the whole array that a group gathers or reduces."""

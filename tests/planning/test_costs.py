@@ -98,6 +98,33 @@ def test_an_overlapped_collective_costs_what_is_left_of_it():
     assert one.collectives["all-gather", "fsdp"].overlapped == pytest.approx(gathering.seconds)
 
 
+def test_collectives_between_slices_run_beside_computation_and_links():
+    """A chip's 8 MiB are summed over four slices while it gathers within its own; the sum is awaited last."""
+    mark = '_xla_host_transfer_rendezvous="all-reduce.7"'
+    summed = "f32[2048,1024]{1,0}"
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[2048,1024], b: bf16[512,1024]) -> f32[2048,1024] {{
+  %a = {summed} parameter(0)
+  %b = bf16[512,1024]{{1,0}} parameter(1)
+  %t = token[] after-all()
+  %s = ({summed}, u32[], token[]) send(%a, %t), is_host_transfer=true, frontend_attributes={{{mark},_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %r = ({summed}, u32[], token[]) recv(%t), is_host_transfer=true, frontend_attributes={{{mark}}}
+  %g = bf16[4096,1024]{{1,0}} all-gather(%b), replica_groups=[1,8]<=[8], dimensions={{0}}
+  %sd = token[] send-done(%s)
+  %rd = ({summed}, token[]) recv-done(%r)
+  ROOT %x = {summed} get-tuple-element(%rd), index=0
+}}
+"""
+    four = Topology(CHIPS["v5e"], (2, 4), slices=4)
+    costs = Analysis(Module(text), four, {"data": 4, "fsdp": 8}, np.tile(PLACES, (4, 1))).costs
+    between, within = (costs.collectives[key] for key in (("all-reduce", "slices"), ("all-gather", "fsdp")))
+    assert between.bytes == 2 * 3 / 4 * 2048 * 1024 * 4
+    assert between.seconds == pytest.approx(between.bytes / 3.125e9)
+    assert between.started == 1 and between.overlapped == pytest.approx(within.seconds)
+    assert costs.seconds == pytest.approx(between.seconds)
+
+
 @pytest.mark.parametrize(
     "groups, shape, links",
     (

@@ -8,9 +8,9 @@ import re
 
 import jax
 import pytest
+from small_streams import REMAT, S, small
 
 from starflow2_jax.config import loading as configs
-from starflow2_jax.config.schema import Config
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.flops import training_flops
 from starflow2_jax.parallel import hardware
@@ -28,8 +28,6 @@ STREAMS = {
     "h100": dict(vlm=("cudnn_packed", 128), deep=("triton", 64), shallow=("cudnn", 256)),
     "b200": dict(vlm=("triton", 128), deep=("cudnn_packed", 64), shallow=("cudnn", 128)),
 }
-S = 384  # positions of a row: the size of nothing else
-REMAT = {"text_to_image": "dots", "image_to_text": "full", "joint": "none"}
 CALLS = {"triton": "__gpu\\$xla.gpu.triton", "cudnn": "__cudnn\\$fmhaSoftmax", "cudnn_packed": "__cudnn\\$fmhaSoftmax"}
 
 
@@ -38,24 +36,6 @@ def as_in_a_run():
     """The tests' own settings would change the compiled products."""
     with jax.default_matmul_precision(None):
         yield
-
-
-def small(streams: dict, remat: str = "full", mesh: str = "tensor") -> Config:
-    """The joint experiment with two layers of everything, in bfloat16, and rows of packed positions."""
-    config = configs.load("starflow2_7b_joint", runlocal=True).copy_and_resolve_references().unlock()
-    config.mesh.update(fsdp=2, **{mesh: 2})
-    for name, (kernel, channels) in streams.items():
-        stream = config.model[name]
-        stream.update(kernel=kernel, remat=remat, dtype="bfloat16", heads=4, head_dim=channels)
-        stream.update(width=256, mlp_hidden=512)
-    vlm, deep = (streams[name][1] for name in ("vlm", "deep"))
-    config.model.vlm.update(kv_heads=2, rotary_sections=(vlm // 4, vlm // 8, vlm // 8))
-    config.model.vlm.vision.out_width = 256
-    config.model.update(grid=(8, 8), deep_rotary_sections=(deep // 4, deep // 8, deep // 8))
-    for stage in config.stages.values():
-        stage.update(rows=4, length=S, images=4)
-    config.stages.text_to_image.vlm_length = 128
-    return config.lock()
 
 
 def described(gpu: str, count: int = 4) -> list:

@@ -143,7 +143,9 @@ def test_out_of_memory_says_what_to_change(small):
         assert change in said
 
 
-@pytest.mark.parametrize("text, chips_", [("v5p:4x4x4", 64), ("v5e:16x16", 256), ("v6e:16x16", 256), ("v4:4x4x8", 128)])
+@pytest.mark.parametrize(
+    "text, chips_", [("v5p:4x4x4", 64), ("v5e:16x16", 256), ("v6e:16x16:4", 1024), ("v4:4x4x8", 128)]
+)
 def test_topologies(text, chips_):
     assert str(hardware.parse_topology(text)) == text and hardware.parse_topology(text).chips == chips_
 
@@ -178,6 +180,14 @@ def test_nodes_of_gpus(text, shape):
 def test_wrong_topologies_name_the_nearest(text, nearest):
     with pytest.raises(UserError, match=nearest + r"\b"):
         hardware.parse_topology(text)
+
+
+def test_slices_that_cannot_be_planned():
+    for count in ("0", "x", "1000"):
+        with pytest.raises(UserError, match="must end with the number of slices, from 1 to 999, as in v6e:4x4:4"):
+            hardware.parse_topology(f"v6e:4x4:{count}")
+    with pytest.raises(UserError, match="between slices of v4 is, is not known; plan for v4:4x4x8"):
+        hardware.parse_topology("v4:4x4x8:2")
 
 
 @pytest.mark.parametrize("topology, extra", [("v5p:4x4x4", "tpu"), ("h100:8", "cuda")])

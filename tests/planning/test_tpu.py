@@ -44,6 +44,15 @@ def test_a_step_whose_optimizer_lies_in_the_hosts_memory(tmp_path):
     assert made["seconds"] > 0 and made["collectives"] and "in the host memory" in said
 
 
+def test_gradients_are_summed_between_slices(tmp_path):
+    """Two slices of four chips: each chip sends its part of the gradients to the other slice, once."""
+    [made], _ = planned(tmp_path, "--topology", "v5e:2x2:2", "--config.stages.joint.optimizer.offload=False")
+    assert made["mesh"] == dict(data=2, fsdp=4, sequence=1, tensor=1) and made["chips"] == 8
+    between = [c for c in made["collectives"] if c["axis"] == "slices"]
+    assert {c["kind"] for c in between} == {"all-reduce"}
+    assert sum(c["bytes"] for c in between) == pytest.approx(made["arguments"]["trained"], rel=0.1)
+
+
 def test_the_samplers_steps(tmp_path):
     """If a head of keys has one query, as in the deep flow of `write`, attention is no matrix product on a TPU."""
     (read, write), said = planned(tmp_path, "--sampler", "--capacity", "128", "--rows", "64")

@@ -2,15 +2,16 @@
 # Plans of the three paper-size stages on three slices of TPUs and five machines of GPUs, and of stages 1 and 3 on more
 # chips (docs/benchmarks/scaling.md): NAME.txt and NAME.json beside this script.
 #   docs/benchmarks/plans/make.sh            all, one after another
-#   docs/benchmarks/plans/make.sh t2i_v5e    one of them; a word such as h100 makes all whose name it is a part of
+#   docs/benchmarks/plans/make.sh t2i_v5e    one of them; a pattern such as '*_h100x*' makes all whose names match
 # Needs the extra `tpu` for TPUs, `cuda` for GPUs, and no TPU and no GPU. A plan takes up to minutes of one core.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 here=docs/benchmarks/plans
-only=${1:-}
+only=${1:-*}
 
 plan() { # NAME EXPERIMENT TOPOLOGY [arguments of `starflow2 plan`]
-  if [[ $1 != *"$only"* ]]; then return; fi
+  # shellcheck disable=SC2053
+  if [[ $1 != $only ]]; then return; fi
   starflow2 plan --config "starflow2_7b_$2" --topology "$3" --json "$here/$1.json" "${@:4}" >"$here/$1.txt"
 }
 
@@ -28,8 +29,11 @@ for stage in t2i adapter joint; do
 done
 
 for stage in t2i joint; do # as many rows per chip as on fewer
+  if [[ $stage == t2i ]]; then rows=1536; else rows=1024; fi
   plan "${stage}_h100x512" "$stage" h100:64x8 --chip h100 "--config.stages.*.rows=4096"
   plan "${stage}_v5p256" "$stage" v5p:4x8x8 --chip v5p "--config.stages.*.rows=2048"
   plan "${stage}_v5p1024" "$stage" v5p:8x8x16 --chip v5p "--config.stages.*.rows=8192"
   plan "${stage}_v5p4096" "$stage" v5p:16x16x16 --chip v5p "--config.stages.*.rows=32768"
+  plan "${stage}_v6e1024" "$stage" v6e:16x16:4 --chip v6e "--config.stages.*.rows=$((rows * 4))"
+  plan "${stage}_v6e4096" "$stage" v6e:16x16:16 --chip v6e "--config.stages.*.rows=$((rows * 16))"
 done
