@@ -27,6 +27,7 @@ from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import CODEC_STAGES, CodecStage
 from starflow2_jax.training.codec import pictures
 from starflow2_jax.training.codec.adversary import Adversary
+from starflow2_jax.training.codec.flops import codec_flops
 from starflow2_jax.training.codec.networks import Networks
 from starflow2_jax.training.codec.step import CodecState, make_step
 from starflow2_jax.training.faults import guarded
@@ -59,21 +60,8 @@ class CodecTask:
 
     @property
     def flops(self) -> float:
-        """FLOP of one step, all devices together: twice the kernels' sizes for each token, three times that where trained.
-
-        Attention's own products, the discriminator and the perceptual losses are not counted.
-        """
-        shapes = jax.eval_shape(lambda: self.networks.initial(jax.random.key(0), ("encoder", *self.stage.groups)))
-
-        def kernels(group: str) -> float:
-            leaves = jax.tree_util.tree_leaves_with_path(shapes[group])
-            return float(sum(x.size for path, x in leaves if sharding.path_name(path).endswith("kernel")))
-
-        once = {"encoder", *(("latent_encoder", "feature_decoder") if self.name == "pixels_tuned" else ())}
-        work = sum(2 * kernels(g) for g in once - set(self.stage.trains)) + sum(
-            6 * kernels(g) for g in self.stage.trains
-        )
-        return work * self.cfg.rows * self.networks.tokens
+        """FLOP of one step, all devices together, by the formula of flops.py."""
+        return codec_flops(self.networks, self.stage, self.cfg).total
 
     def check(self) -> None:
         """Raises UserError for rows that do not fit the mesh, or a source or file that cannot be opened."""
@@ -110,6 +98,12 @@ class CodecTask:
         """Shapes, types and shardings of the state."""
         shapes = jax.eval_shape(lambda: self._state(self._fresh(), self._key()))
         return sharding.placed(shapes, sharding.tree_shardings(shapes, self.mesh))
+
+    def abstract_batch(self) -> Sequence:
+        """Shapes, types and shardings of a batch."""
+        return sharding.placed(
+            pictures.abstract_batch(self.networks.cfg, self.cfg.rows), sharding.batch_sharding(self.mesh)
+        )
 
     def new_state(self, params: dict | None) -> CodecState:
         """The state before the first step, with `params` (on their shards), or fresh ones and those of `config.start`."""
@@ -164,9 +158,9 @@ class CodecTask:
         """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
         return self.reader(self.streams(), self.config.data.workers)
 
-    def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
-        """The same of other streams. `workers`: processes that read ahead."""
-        data, encode = self.config.data, pictures.row_encoder(self.networks.cfg, self.cfg.rows)
+    def reader(self, streams: list[Stream], workers: int = 0, labelled: bool = False) -> GroupedBatches:
+        """The same of other streams. `workers`: processes that read ahead. `labelled`: pictures have labels."""
+        data, encode = self.config.data, pictures.row_encoder(self.networks.cfg, self.cfg.rows, labelled)
         rows = own_rows(sharding.batch_sharding(self.mesh), self.cfg.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
         return GroupedBatches(streams, encode, data.groups, workers, data.threads, faults, rows)
