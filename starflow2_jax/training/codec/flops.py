@@ -1,9 +1,9 @@
 """Floating-point operations of a codec's training step, counted by hand from the sizes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from starflow2_jax.config.codec import CodecStageConfig, CriticConfig
+from starflow2_jax.config.codec import CodecStageConfig, CriticConfig, PictureLosses
 from starflow2_jax.models.discriminators import FeatureDiscriminator
 from starflow2_jax.models.feature_encoders import ENCODERS
 from starflow2_jax.models.flops import FROM_INPUTS, Flops, Term, executed_attention, matrix_parameters, sums
@@ -23,36 +23,56 @@ def codec_flops(networks: Networks, stage: CodecStage, cfg: CodecStageConfig) ->
 
     Norms, softmax, the resizing of pictures, spectral norms and the optimizer are left out.
     """
-    return sums(_Step(networks, stage, cfg).terms())
+    return sums(_Products(networks, cfg.rows).of_step(stage, cfg))
 
 
-class _Step:
-    """Every product of a training step."""
+def encoding_flops(networks: Networks, pictures: int) -> Flops:
+    """FLOP of encoding that many pictures to latents."""
+    p = _Products(networks, pictures)
+    latents = p.latent_encoder(trained=False) if networks.cfg.channels else ()
+    return _joined("codec", [*p.encoder("", pictures, trained=False, through=False), *latents])
 
-    def __init__(self, networks: Networks, stage: CodecStage, cfg: CodecStageConfig):
-        self.networks, self.stage, self.cfg = networks, stage, cfg
-        self.tokens = cfg.rows * networks.tokens  # of the batch
 
-    def terms(self) -> Iterator[Term]:
-        c, moving = self.networks.cfg, self.stage.name == "encoder"
-        square = c.pixel_decoder.image_channels * c.pixel_decoder.patch**2  # numbers of a token's square of pixels
-        yield from self.encoder("encoder", self.cfg.rows, trained=moving, through=moving)
+def decoding_flops(networks: Networks, pictures: int) -> Flops:
+    """FLOP of decoding the latents of that many pictures."""
+    p = _Products(networks, pictures)
+    features = p.feature_decoder(trained=False) if networks.cfg.channels else ()
+    return _joined("codec", [*features, *p.pixel_decoder(trained=False)])
+
+
+def _joined(part: str, terms: Iterable[Term]) -> Flops:
+    return sums(replace(term, part=part) for term in terms)
+
+
+class _Products:
+    """The products of a codec's networks over `rows` pictures."""
+
+    def __init__(self, networks: Networks, rows: int):
+        self.networks, self.rows = networks, rows
+        self.tokens = rows * networks.tokens
+
+    def of_step(self, stage: CodecStage, cfg: CodecStageConfig) -> Iterator[Term]:
+        """Every product of a training step."""
+        moving = stage.name == "encoder"
+        yield from self.encoder("encoder", self.rows, trained=moving, through=moving)
         if moving:
-            yield self.linear("encoder", c.features * square, trained=True, into=True)
-        elif self.stage.name == "features":
+            yield self.linear("encoder", self.networks.cfg.features * self.square, trained=True, into=True)
+        elif stage.name == "features":
             yield from self.latent_encoder(trained=True)
             yield from self.feature_decoder(trained=True)
         else:
-            if self.stage.name == "pixels_tuned":
+            if stage.name == "pixels_tuned":
                 yield from self.latent_encoder(trained=False)
                 yield from self.feature_decoder(trained=False)
-            part, width = c.pixel_decoder, c.pixel_decoder.width
-            yield self.linear("pixel decoder", c.features * width, trained=True, into=False)
-            tokens = self.networks.tokens + part.class_token
-            yield from self.stack("pixel decoder", c.stack(part, width), self.cfg.rows, tokens, tokens, True, True)
-            yield self.linear("pixel decoder", width * square, trained=True, into=True)
-            yield from self.losses()
-            yield from self.critic(self.cfg.critic, width * square)
+            yield from self.pixel_decoder(trained=True)
+            yield from self.losses(cfg.losses)
+            yield from self.critic(cfg.critic)
+
+    @property
+    def square(self) -> int:
+        """Numbers of a token's square of pixels."""
+        part = self.networks.cfg.pixel_decoder
+        return part.image_channels * part.patch**2
 
     def linear(self, part: str, parameters: float, trained: bool, into: bool) -> Term:
         """A map of every token. into: whether a gradient passes on to its input."""
@@ -64,7 +84,9 @@ class _Step:
         """Layers over (rows, length) in which a token sees `visible` others. through: a gradient passes to the input."""
         projections, mlp = matrix_parameters(t)
         policy = t.remat if through else "none"
-        again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
+        last = t.mlp_hidden * t.width  # is needed again only for the gradient of a layer scale
+        kept = 0 if t.layer_scale and trained else last / (projections + mlp)
+        again = 1 - kept if policy in FROM_INPUTS else 0
         yield Term(part, 2.0 * t.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
         products, times = 4.0 * t.layers * t.heads * t.head * rows * length * length, 3 if through else 1
         executed = executed_attention("xla", policy, trained, through)
@@ -95,39 +117,50 @@ class _Step:
         yield self.linear(part, c.channels * c.features, trained, into=trained)
         stack = c.stack(c.feature_decoder, c.features, gated_mlp=True)
         tokens = self.networks.tokens
-        yield from self.stack(part, stack, self.cfg.rows, tokens, tokens, trained, trained)
+        yield from self.stack(part, stack, self.rows, tokens, tokens, trained, trained)
 
-    def losses(self) -> Iterator[Term]:
+    def pixel_decoder(self, trained: bool) -> Iterator[Term]:
+        """Features to pixels. Its input is frozen."""
+        c, part = self.networks.cfg, self.networks.cfg.pixel_decoder
+        yield self.linear("pixel decoder", c.features * part.width, trained, into=False)
+        tokens = self.networks.tokens + part.class_token
+        stack = c.stack(part, part.width, gated_mlp=part.gated_mlp)
+        yield from self.stack("pixel decoder", stack, self.rows, tokens, tokens, trained, trained)
+        yield self.linear("pixel decoder", part.width * self.square, trained, into=trained)
+
+    def losses(self, w: PictureLosses) -> Iterator[Term]:
         """The perceptual losses: their networks see the pictures that were made, whose gradient they give, and the real ones."""
-        w, rows = self.cfg.losses, self.cfg.rows
+        rows = self.rows
         if w.perceptual:
             last = max(w.perceptual_layers)
             yield from self.encoder("perceptual loss", rows, trained=False, through=True, layers=last)
             yield from self.encoder("perceptual loss", rows, trained=False, through=False, layers=last)
         if w.lpips:
-            forward, before, pixels = 0.0, self.networks.cfg.pixel_decoder.image_channels, self.pixels
+            forward, before = 0.0, self.networks.cfg.pixel_decoder.image_channels
             for i, (count, channels) in enumerate(GROUPS):
                 for _ in range(count):
-                    forward += 2.0 * 9 * before * channels * pixels / 4**i
+                    forward += self.convolution(3, before, channels, halved=i)
                     before = channels
             # The program runs both kinds of pictures as one batch, and makes the gradients of both.
-            yield Term("LPIPS", forward * rows, 3, 1)
+            yield Term("LPIPS", forward, 3, 1)
 
-    @property
-    def pixels(self) -> int:
-        """Pixels of a picture."""
-        return self.networks.tokens * self.networks.cfg.pixel_decoder.patch**2
+    def convolution(self, side: int, before: int, after: int, halved: int) -> float:
+        """FLOP of a forward pass over the batch, padding left out. halved: how often the pictures' sides were halved before."""
+        c, half = self.networks.cfg, side // 2
+        height, width = (n * c.pixel_decoder.patch >> halved for n in c.grid)
+        taps = [side * n - half * (half + 1) for n in (height, width)]
+        return 2.0 * self.rows * before * after * taps[0] * taps[1]
 
-    def critic(self, critic: CriticConfig, last: int) -> Iterator[Term]:
+    def critic(self, critic: CriticConfig) -> Iterator[Term]:
         """The discriminator: one pass for the generator's loss, whose gradient goes to the pictures, and two of its own.
 
-        last: parameters of the decoder's last map, whose gradient the adaptive weight takes of both losses.
+        The adaptive weight takes the gradient of the decoder's last kernel from both losses.
         """
         if critic.kind == "none":
             return
-        rows, part = self.cfg.rows, "discriminator"
+        rows, part = self.rows, "discriminator"
         if critic.adaptive:
-            yield Term(part, 2.0 * last * self.tokens, 2)
+            yield Term(part, 2.0 * self.networks.cfg.pixel_decoder.width * self.square * self.tokens, 2)
         if critic.augment:  # pictures are moved by products with (H, H) and (W, W); three passes and one gradient
             height, width = (n * self.networks.cfg.pixel_decoder.patch for n in self.networks.cfg.grid)
             channels = self.networks.cfg.pixel_decoder.image_channels
@@ -147,12 +180,11 @@ class _Step:
 
     def patch_critic(self, critic: CriticConfig) -> Iterator[Term]:
         """The convolutions of PatchDiscriminator."""
-        part, pixels, channels = "discriminator", self.pixels * self.cfg.rows, critic.channels
-        first = 2.0 * 25 * self.networks.cfg.pixel_decoder.image_channels * channels * pixels
-        yield Term(part, first, 2 + 2 * 2)
-        before, rest = channels, 0.0
+        part, before = "discriminator", critic.channels
+        yield Term(part, self.convolution(5, self.networks.cfg.pixel_decoder.image_channels, before, 0), 2 + 2 * 2)
+        rest = 0.0
         for i in range(critic.stages):
-            rest += 2.0 * 9 * before * channels * 2**i * pixels / 4**i
-            before = channels * 2**i
-        rest += 2.0 * (before * before + 25 * before) * pixels / 4**critic.stages
+            channels = critic.channels * 2**i
+            rest, before = rest + self.convolution(3, before, channels, i), channels
+        rest += self.convolution(1, before, before, critic.stages) + self.convolution(5, before, 1, critic.stages)
         yield Term(part, rest, 2 + 2 * 3)

@@ -1,12 +1,13 @@
 """The networks of a codec while it is trained: its groups of parameters by name, and what each computes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.codecs.fae import FaeCodec
 from starflow2_jax.models.fae import FaeConfig, FeatureDecoder, LatentEncoder, PixelDecoder
 from starflow2_jax.models.feature_encoders import ENCODERS
 from starflow2_jax.models.layers import dense
@@ -81,3 +82,8 @@ class Networks:
         """Features (B, N, C) -> pictures (B, H, W, 3)."""
         found: Any = PixelDecoder(self.cfg).apply({"params": params["pixel_decoder"]}, features)
         return found
+
+
+def networks_of(codec: FaeCodec) -> Networks:
+    """The networks of a codec, for its grid."""
+    return Networks(replace(codec.networks, grid=codec.grid), codec.encoder_kind, codec.encoder)

@@ -21,6 +21,7 @@ from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.errors import ConfigError, storage_errors
 from starflow2_jax.fields import build, differences
+from starflow2_jax.models.lpips import Lpips
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.random_streams import stream_key
 from starflow2_jax.sequence import Sequence
@@ -65,12 +66,16 @@ class CodecTask:
 
     def check(self) -> None:
         """Raises UserError for rows that do not fit the mesh, or a source or file that cannot be opened."""
+        self.require_rows()
+        self.streams()
+        self._lpips()
+
+    def require_rows(self) -> None:
+        """Raises ConfigError for rows that do not fit the mesh."""
         if self.cfg.rows % (spread := sharding.row_shards(self.mesh) * self.cfg.accumulate):
             raise ConfigError(
                 f"stages.{self.name}.rows={self.cfg.rows} must be a multiple of {spread}, which is mesh.data x mesh.fsdp x accumulate"
             )
-        self.streams()
-        self._lpips()
 
     def check_batch(self, batch: Sequence) -> None:
         """Every batch has pictures."""
@@ -139,10 +144,20 @@ class CodecTask:
             raise ConfigError(
                 f"stage {self.name} needs an encoder; name its folder in encoder.path, or run the stage encoder"
             )
-        shapes = jax.eval_shape(lambda: self.networks.initial(jax.random.key(0), ("encoder",)))
+        wanted = self.abstract_frozen()
+        found = checkpoints.frozen.restore({"encoder": wanted["encoder"]})
         own = self._lpips()
-        own = jax.device_put(own, sharding.tree_shardings(own, self.mesh))
-        return checkpoints.frozen.restore(sharding.abstract(shapes, self.mesh)) | own
+        return found | jax.device_put(own, sharding.tree_shardings(own, self.mesh))
+
+    def abstract_frozen(self) -> dict:
+        """Shapes, types and shardings of what `frozen` gives."""
+        if self.name == "encoder":
+            return {}
+        shapes = jax.eval_shape(lambda: self.networks.initial(jax.random.key(0), ("encoder",)))
+        if self.stage.pixels and self.cfg.losses.lpips:
+            pictures = jnp.zeros((1, 16, 16, 3))
+            shapes["lpips"] = jax.eval_shape(Lpips().init, jax.random.key(0), pictures, pictures)["params"]
+        return sharding.abstract(shapes, self.mesh)
 
     def step(self) -> Wrapped:
         """The step function, which is compiled when it is first called."""
@@ -209,6 +224,13 @@ class CodecTask:
         codec = FaeCodec(n.cfg, n.encoder_kind, n.encoder, n.cfg.grid, mean, std, params)
         with storage_errors(folder):
             processes.on_primary(partial(write_codec, folder, codec))
+
+
+def held_whole(config: Any, mesh: Mesh) -> str:
+    """Says which parameters every device holds whole although they should be cut; "" if there are none, see `sharding`."""
+    networks = Networks(networks_config(config), config.encoder.kind, encoder_config(config))
+    groups = sorted({"encoder", *(group for name in config.order for group in CODEC_STAGES[name].groups)})
+    return sharding.held_whole(jax.eval_shape(lambda: networks.initial(jax.random.key(0), tuple(groups))), mesh.shape)
 
 
 def started(config: Any) -> FaeCodec:

@@ -16,7 +16,7 @@ from starflow2_jax.errors import ConfigError
 from starflow2_jax.fields import differences
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.stages import CODEC_STAGES
-from starflow2_jax.training.codec.task import CodecTask, started
+from starflow2_jax.training.codec.task import CodecTask, held_whole, started
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.weights.dinov2 import load_dinov2
 
@@ -54,7 +54,7 @@ class CodecTrainer(Trainer):
         processes.on_primary(partial(self.checkpoints.write_config, self.config))
 
     def _held_whole(self) -> str:
-        return ""
+        return held_whole(self.config, self.mesh)
 
 
 def frozen_encoder(config: Any) -> dict:

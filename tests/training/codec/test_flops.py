@@ -6,10 +6,8 @@ import jax
 import numpy as np
 import pytest
 import tiny_codec_training
-from jax import numpy as jnp
 
 from starflow2_jax.config import loading
-from starflow2_jax.models.lpips import Lpips
 from starflow2_jax.parallel import sharding
 from starflow2_jax.parallel.hardware import CHIPS, Topology
 from starflow2_jax.planning.costs import Analysis
@@ -24,7 +22,7 @@ LPIPS = dict(lpips_vgg="vgg.pth", lpips_linear="linear.pth")
 
 def task(name: str, remat: str = "none", critic: dict | None = None, losses: dict | None = None) -> CodecTask:
     c = deepcopy(tiny_codec_training.config(**LPIPS))
-    c["encoder"] |= dict(SIZES, layers=3, remat=remat)
+    c["encoder"] |= dict(SIZES, layers=3, remat=remat, patch=8)  # no picture is resized
     c["networks"] |= dict(features=64, attention_head_dim=32, remat=remat)
     c["networks"]["feature_decoder"] |= dict(layers=2, head_dim=32, mlp_hidden=96)
     c["networks"]["pixel_decoder"] |= dict(SIZES, layers=2, head_dim=32)
@@ -59,12 +57,7 @@ PERCEPTUAL = dict(perceptual=1.0, perceptual_layers=(1, 2))
 def test_by_hand_as_compiled(name, how):
     own = task(name, **how)
     state, batch = own.abstract_state(), own.abstract_batch()
-    frozen = jax.eval_shape(lambda: own.networks.initial(jax.random.key(0), ("encoder",)))
-    if own.cfg.losses.lpips and own.stage.pixels:
-        x = jnp.zeros((1, 32, 32, 3))
-        frozen["lpips"] = jax.eval_shape(Lpips().init, jax.random.key(0), x, x)["params"]
-    if name == "encoder":
-        frozen = {}
+    frozen = own.abstract_frozen()
     with jax.set_mesh(own.mesh):
         compiled = own.step().lower(state, frozen, batch, np.float32(0)).compile()
     one = Topology(CHIPS["v5e"], (1, 1))
