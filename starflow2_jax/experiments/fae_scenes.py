@@ -48,7 +48,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         c.encoder.unroll = c.networks.unroll = 1
         c.measured = 2
         for each in c.stages.values():
-            each.steps, each.rows = 2, 4
+            each.steps, each.rows = 2, 8
         for name in ("pixels", "pixels_tuned"):
             c.stages[name].losses.perceptual_layers = (1,)
         c.stages.pixels_tuned.critic.update(train_from=0, use_from=1)

@@ -61,6 +61,7 @@ class Plan:
     whole: str = ""  # which parameters every chip holds whole, and what would cut them
     unknown_loops: int = 0
     compile_seconds: float = 0
+    steps: int = 0  # of the training stage; 0: it is no training step
     likely: tuple[float, float] | None = None  # seconds, by how far off predictions were; None: nothing was measured
     rules: dict[str, str] = field(
         default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE, "margin": NOT_COMPARED}
@@ -84,6 +85,7 @@ def plan_step(config: Config, stage: Stage, topology: Topology, devices: list, c
         encoding = encoding_flops(networks_of(codec), shape.rows * shape.images)
         hand = flops.Flops(hand.model | encoding.model, hand.hardware | encoding.hardware)
     plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
+    plan.steps = config.stages[stage.name].steps
     return _of_step(
         plan,
         hand,
@@ -104,7 +106,7 @@ def plan_codec_step(config: Config, stage: CodecStage, topology: Topology, devic
     chosen |= {"critic": cfg.critic.kind, "optimizer.name": cfg.optimizer.name}
     what = f"training step of a codec, stage {stage.name}"
     plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
-    plan.rules["flops"] = RULE
+    plan.rules["flops"], plan.steps = RULE, cfg.steps
     hand = codec_flops(networks, stage, build(CodecStageConfig, cfg.to_dict(), f"stages.{stage.name}"))
     return _of_step(
         plan,
