@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.errors import ConfigError
 
-# Chip -> micro-batches of the stages that make pictures.
-ACCUMULATE = {"v5e": 1, "h100": 4}
+# Chip -> micro-batches of the stages that make pictures, on 256 v5e, 64 v5p, 256 v6e, and 8 GPUs.
+ACCUMULATE = {"v5e": 1, "v5p": 1, "v6e": 1, "h100": 4, "a100-80": 4, "h200": 2, "b200": 2}
 GIANT = dict(kind="dinov2", layers=40, width=1536, heads=24, mlp_hidden=4096, grid=37, gated_mlp=True)
 STEPS = dict(features=1_000_000, pixels=1_000_000, pixels_tuned=100_000)
 

@@ -129,12 +129,11 @@ class _Products:
         yield self.linear("pixel decoder", part.width * self.square, trained, into=trained)
 
     def losses(self, w: PictureLosses) -> Iterator[Term]:
-        """The perceptual losses: their networks see the pictures that were made, whose gradient they give, and the real ones."""
-        rows = self.rows
+        """The perceptual losses: their networks see the pictures that were made, whose gradient they give; LPIPS also sees the
+        real ones, which the encoder has seen already."""
         if w.perceptual:
             last = max(w.perceptual_layers)
-            yield from self.encoder("perceptual loss", rows, trained=False, through=True, layers=last)
-            yield from self.encoder("perceptual loss", rows, trained=False, through=False, layers=last)
+            yield from self.encoder("perceptual loss", self.rows, trained=False, through=True, layers=last)
         if w.lpips:
             forward, before = 0.0, self.networks.cfg.pixel_decoder.image_channels
             for i, (count, channels) in enumerate(GROUPS):

@@ -59,9 +59,16 @@ class Networks:
 
     def layers(self, params: Any, pixels: jax.Array, layers: tuple[int, ...]) -> tuple[jax.Array, ...]:
         """Pictures (B, H, W, 3) -> outputs (B, N, E) of these layers of the encoder."""
+        return self.seen(params, pixels, layers)[1]
+
+    def seen(self, params: Any, pixels: jax.Array, layers: tuple[int, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """`features` and `layers` in one pass. An encoder that does not give its layers takes no numbers."""
+        if not layers:
+            return self.features(params, pixels), ()
         row = ENCODERS[self.encoder_kind]
         assert row.layers is not None, "the config's checks allow no such encoder"
-        return row.layers(self.encoder, params["encoder"], pixels, self.cfg.grid, layers)[1]
+        found, outputs = row.layers(self.encoder, params["encoder"], pixels, self.cfg.grid, layers)
+        return found.astype(jnp.float32), outputs
 
     def unmasked(self, params: Any, features: jax.Array) -> jax.Array:
         """See Unmasking."""

@@ -103,12 +103,13 @@ def test_the_decoders_gradient_is_that_of_one_loss_with_the_weight_held_fixed(na
     moving = {"pixel_decoder": params["pixel_decoder"]}
     found = jax.jit(partial(picture_gradients, objective, adversary))
     gradients, critics, metrics = found(moving, params, critic, pictures, keys, jnp.int32(1))
-    x = objective.decoder_input(params, pictures, keys)
+    x, _ = objective.decoder_input(params, pictures, keys)
+    layers = task.networks.layers(params, pictures, (1, 2))
 
     def terms(moving):
         made = task.networks.pictures(moving, x)
         generator = losses.generator(adversary.logits(critic["network"], params, made, keys[0]))
-        return objective.loss(made, pictures, params)[0], generator
+        return objective.loss(made, pictures, layers, params)[0], generator
 
     last = [jax.grad(lambda m, i=i: terms(m)[i])(moving)["pixel_decoder"]["pixels"]["kernel"] for i in (0, 1)]
     weight = 0.5 * losses.adaptive_weight(*last)
