@@ -75,7 +75,9 @@ def test_the_base_fits_raes_autoencoder():
 def test_settings_of_chips(chip, accumulate):
     config = load("fae_dinov2_g", chip=chip) if chip else load("fae_dinov2_g")
     assert config.stages.pixels.accumulate == config.stages.pixels_tuned.accumulate == accumulate
-    with pytest.raises(ConfigError, match="settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"):
+    with pytest.raises(
+        ConfigError, match="settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"
+    ):
         load("fae_dinov2_g", chip="v4")
 
 
