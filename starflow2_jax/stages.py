@@ -50,6 +50,7 @@ class CodecStage:
         CODEC_GROUPS  # in its state, trained or not; the next stage with the same goes on from them
     )
     pixels: bool = True  # it makes pictures, so that it has their losses and may have a discriminator
+    latents: bool = True  # it has the networks between the encoder's features and latents
     image_loss = text_loss = deep = False  # the terms of STARFlow2's stages
 
 
@@ -57,7 +58,7 @@ CODEC_STAGES = {
     stage.name: stage
     for stage in (
         # Trains a small frozen encoder where there is no published one: it sees pictures with masked patches.
-        CodecStage("encoder", ("encoder", "unmasking"), ("encoder", "unmasking"), pixels=False),
+        CodecStage("encoder", ("encoder", "unmasking"), ("encoder", "unmasking"), pixels=False, latents=False),
         CodecStage("features", ("latent_encoder", "feature_decoder"), pixels=False),
         CodecStage("pixels", ("pixel_decoder",)),  # on the encoder's features, with noise
         CodecStage("pixels_tuned", ("pixel_decoder",)),  # on features that were made from latents

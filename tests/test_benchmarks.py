@@ -89,3 +89,14 @@ def test_scaling_tells_what_kept_plans_hold(script, monkeypatch, capsys, tmp_pat
         [plan] = json.loads(Path(file).read_text())
         assert numbers[5] == f"{plan['seconds']:.3f}" and numbers[7] == f"{100 * plan['mfu']:.1f}"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_codec_decodes_the_same_pictures(script, run):
+    encode, decode = run(script("codec"), "--size", "tiny", "--batch", "2", "--repeats", "1", "--unroll")
+    assert (encode["what"], decode["what"]) == ("encode", "decode") and decode["largest_difference"] < 1e-3
+    assert all(rate > 0 for line in (encode, decode) for rate in line["pictures_a_second"].values())
+
+
+def test_codec_memory_grows_with_the_batch(script, run):
+    one, two = run(script("codec"), "--memory", "--batches", "1,2", "--layers", "1")
+    assert two["pictures"] == 2 * one["pictures"] == 1.5 and two["temporary"] > one["temporary"]

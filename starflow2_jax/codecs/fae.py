@@ -76,14 +76,18 @@ class FaeCodec(Codec):
                 "codec.path names no folder of a codec; give it, or `--codec` of `starflow2 init`; docs/guides/codec.md says how to "
                 "make one"
             )
-        codec = read_fae(Path(options.path))
-        own = {"channels": codec.channels, "patch": codec.networks.pixel_decoder.patch}
+        return read_fae(Path(options.path)).fitted(options)
+
+    def fitted(self, options: FaeOptions) -> "FaeCodec":
+        """The codec with the grid and the type of the options. Raises ConfigError if their other sizes are not the codec's."""
+        own = {"channels": self.channels, "patch": self.networks.pixel_decoder.patch}
         if wrong := [name for name, value in own.items() if getattr(options, name) != value]:
+            place = f" in {options.path}" if options.path else ""
             raise ConfigError(
-                f"codec.{wrong[0]} is {getattr(options, wrong[0])}, but the codec in {options.path} has {own[wrong[0]]}; set the "
+                f"codec.{wrong[0]} is {getattr(options, wrong[0])}, but the codec{place} has {own[wrong[0]]}; set the "
                 "config to that"
             )
-        return codec.computing(options.dtype).for_grid(options.grid)
+        return self.computing(options.dtype).for_grid(options.grid)
 
     @classmethod
     def restored(cls, description: dict[str, Any], weights: Mapping[str, Any]) -> "FaeCodec":
@@ -143,7 +147,7 @@ class FaeCodec(Codec):
 
     def decode(self, latents: Any) -> Any:
         """Latents (B, h, w, D) -> pictures (B, height, width, 3), not clipped, on the mesh of `jax.set_mesh`."""
-        return _decode(self._program, self._weights("feature_decoder", "pixel_decoder"), latents)
+        return decode_with(self._program, self._weights("feature_decoder", "pixel_decoder"), latents)
 
     def features_of(self, weights: Mapping[str, Any], pixels: jax.Array) -> jax.Array:
         """Pictures (B, height, width, 3) -> the frozen encoder's features (B, N, C). Pure: `weights` as this object's."""
@@ -194,7 +198,8 @@ def _encode(codec: FaeCodec, weights: Mapping[str, Any], pixels: jax.Array) -> j
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(codec: FaeCodec, weights: Mapping[str, Any], latents: jax.Array) -> jax.Array:
+def decode_with(codec: FaeCodec, weights: Mapping[str, Any], latents: jax.Array) -> jax.Array:
+    """`codec.decode` as a pure function of its decoders' weights. codec: without weights, as they would not be hashed."""
     x = latents * np.asarray(codec.std, np.float32) + np.asarray(codec.mean, np.float32)
     x = sharding.constrain(x.reshape(len(x), -1, codec.channels), "batch", None, None)
     if codec.networks.channels:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from starflow2_jax.commands.arguments import Commands, OutputFile, Whole, WholeNumbers, Words
 from starflow2_jax.commands.experiment import add_config
+from starflow2_jax.errors import UserError
 
 
 def add(commands: Commands) -> None:
@@ -25,6 +26,13 @@ def add(commands: Commands) -> None:
     )
     p.add_argument(
         "--stage", type=Words(), help="stage to plan: a name, or 1, 2, 3 (default: the experiment's last stage)"
+    )
+    p.add_argument(
+        "--codec",
+        type=Words(),
+        metavar="CODEC",
+        help="folder of a codec, or an experiment that trains one: plan a step that encodes its pictures with this codec, or "
+        "with --sampler also the making of pictures (default: latents are read)",
     )
     p.add_argument("--json", type=OutputFile(), metavar="FILE", help="also write the plan to this file")
     p.add_argument("--sampler", action="store_true", help="plan steps of the sampler instead of a training step")
@@ -62,18 +70,30 @@ def _plan(args: Namespace, overrides: list[str]) -> None:
     from starflow2_jax.config import loading as configs
     from starflow2_jax.parallel import hardware
     from starflow2_jax.planning import compiling, plan, report
-    from starflow2_jax.training.program import find_stage
+    from starflow2_jax.planning.codec import planned_codec
+    from starflow2_jax.training.program import find_codec_stage, find_stage
 
     topology = hardware.parse_topology(args.topology)
-    config = configs.load(args.config, overrides, chip=args.chip)
-    stage = find_stage(config, args.stage)
-    devices = compiling.described_devices(topology)
-    if args.search:
-        return _search(args, config, stage, topology, devices)
-    if args.sampler:
-        plans = plan.plan_sampler(config, stage, topology, devices, args.rows or topology.chips, args.capacity)
+    config = configs.load(args.config, overrides, chip=args.chip, kinds=tuple(configs.PAGES))
+    if config.kind == configs.CODEC:
+        if args.search or args.sampler or args.codec:
+            raise UserError(
+                "--search, --sampler and --codec are for experiments of STARFlow2; leave them out for a codec's"
+            )
+        stage = find_codec_stage(config, args.stage)
+        plans = [plan.plan_codec_step(config, stage, topology, compiling.described_devices(topology))]
     else:
-        plans = [plan.plan_step(config, stage, topology, devices)]
+        stage = find_stage(config, args.stage)
+        codec = planned_codec(config, args.codec) if args.codec else None
+        devices = compiling.described_devices(topology)
+        if args.search:
+            return _search(args, config, stage, topology, devices)
+        if args.sampler:
+            rows = args.rows or topology.chips
+            plans = plan.plan_sampler(config, stage, topology, devices, rows, args.capacity)
+            plans += [plan.plan_decoder(config, codec, topology, devices, rows)] if codec else []
+        else:
+            plans = [plan.plan_step(config, stage, topology, devices, codec)]
     print("\n\n".join(map(report.text, plans)))
     _write(args.json, [p.json() for p in plans])
 

@@ -137,6 +137,7 @@ def _add_init(commands: Commands) -> None:
         help="folder of the codec, which the run's directory gets a copy of; short for --config.codec.path",
     )
     p.add_argument("--out", type=OutputFolder(), required=True, metavar="DIR", help="new checkpoint directory")
+    p.add_argument("--runlocal", action="store_true", help="shrink the flows as `starflow2 train --runlocal` does")
     p.add_argument(
         "--force", action="store_true", help="begin even if the flows do not fit into the memory that is free"
     )
@@ -151,7 +152,7 @@ def _init(args: Namespace, overrides: list[str]) -> None:
     vlm = load_config(Path(args.vlm) / "vlm.json")
     if args.codec:
         overrides = [*overrides, f"codec.path={Path(args.codec).resolve()}"]
-    config = configs.load(args.config, overrides, chip=args.chip, vlm=vlm)
+    config = configs.load(args.config, overrides, args.runlocal, args.chip, vlm=vlm)
     start_devices(config.cpu_devices)
     begun = time.monotonic()
 
@@ -159,7 +160,7 @@ def _init(args: Namespace, overrides: list[str]) -> None:
         print(f"{time.monotonic() - begun:6.0f} s  {line}", flush=True)
 
     Trainer.begin(config, args.out, args.vlm, load_config, say, args.force)
-    chip = ["--chip", args.chip] if args.chip else []
+    chip = [*(["--chip", args.chip] if args.chip else []), *(["--runlocal"] if args.runlocal else [])]
     given = [f"--config.{override}" for override in overrides]
     train = ["starflow2", "train", "--config", args.config, *chip, *given, "--out", args.out]
     print(f"ready: {shlex.join(map(str, train))}")

@@ -51,10 +51,43 @@ class SheetOptions(EvalOptions):
         return stage.image_loss
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOptions(EvalOptions):
+    """What a codec keeps of held-out pictures."""
+
+    mix: dict[str, float] = option("weight of each held-out source in the pictures", least=0)
+    batches: int = option("batches of pictures; a source with fewer is read once", 20, least=1)
+    shown: int = option("pictures on the sheet of originals and reconstructions", 8, least=0, most=64)
+    files: bool = option("write all of them and their reconstructions as PNG files, for `starflow2 eval fid`", False)
+
+    @classmethod
+    def applies(cls, stage: Stage | CodecStage) -> bool:
+        """See EvalOptions."""
+        return isinstance(stage, CodecStage) and stage.latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(EvalOptions):
+    """What a linear map reads off the features that a codec makes again, beside the encoder's own features."""
+
+    mix: dict[str, float] = option("weight of each held-out source in the pictures", least=0)
+    label: str = option(
+        "regular expression with one group, which is the picture's class in the first text that matches", "(.+)"
+    )
+    batches: int = option("batches of pictures, of which every second picture is for the test", 40, least=1)
+
+    @classmethod
+    def applies(cls, stage: Stage | CodecStage) -> bool:
+        """See EvalOptions."""
+        return isinstance(stage, CodecStage) and stage.latents
+
+
 # A new kind has a row here and a row in training/evals/table.py.
 EVAL_OPTIONS: dict[str, type[EvalOptions]] = {
     "loss": LossOptions,
     "sheet": SheetOptions,
+    "reconstruction": ReconstructionOptions,
+    "probe": ProbeOptions,
 }
 
 
@@ -100,7 +133,7 @@ def left_out(config: Any, stage: Stage | CodecStage) -> dict[str, str]:
     reasons = {}
     for name, each in _of(config, stage).items():
         if not EVAL_OPTIONS[each.kind].applies(stage):
-            reasons[name] = "it is about losses or samples that the stage does not have"
+            reasons[name] = "it is about losses, samples or latents that the stage does not have"
         elif "mix" in each and config.data.source is not None:
             reasons[name] = "data.source stands for all sources, so that none is held out"
     return reasons

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.user_files import sha256
+from starflow2_jax.models.gaussian_distance import frechet
 from starflow2_jax.text_files import reason
 
 NEEDS = "a Fréchet distance needs torch and torch-fidelity; install them with `pip install 'starflow2_jax[fid]'`"
@@ -64,19 +65,13 @@ def distance(images: Path, reference: Path, features: Path, cache: Path, batch: 
             f"{reference} has {len(b.mean)} features and {features} makes {len(a.mean)}; use the features' file that made it"
         )
     return {
-        "frechet_distance": frechet(a, b),
+        "frechet_distance": frechet(a.mean, a.covariance, b.mean, b.covariance),
         "images": a.n,
         "reference": b.n,
         "images_sha256": sha256(images),
         "reference_sha256": sha256(reference),
         "features_sha256": known,
     }
-
-
-def frechet(a: Statistics, b: Statistics) -> float:
-    """|mean difference|^2 + trace(A + B - 2 (A B)^(1/2)) of two Gaussians with the covariances A and B."""
-    roots = np.real(np.sqrt(np.linalg.eigvals(a.covariance @ b.covariance).astype(complex)))
-    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * roots.sum())
 
 
 def _statistics(path: Path, network: Callable[[Any], Any], known: str, cache: Path, batch: int) -> Statistics:

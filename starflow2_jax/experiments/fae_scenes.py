@@ -2,8 +2,8 @@
 
     starflow2 train --config fae_scenes --out runs/fae_scenes
 
-The directory is then a codec's folder: `codec.kind=fae` with codec.path=runs/fae_scenes. Sizes and steps are not tuned, and no run has reached
-their end yet.
+The directory is then a codec's folder: `codec.kind=fae` with codec.path=runs/fae_scenes. Scenes that training does not see are reconstructed
+and probed at the end of each stage (evals). Sizes and steps are not tuned, and no run has reached their end yet.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from starflow2_jax.data.scenes.kinds import CAPTIONS
 
 WIDTH, GRID = 128, 8
+OBJECT = r"\b(?:an?|some) (?!picture of )(.+)"  # of "a picture of a dog" and "draw some bread"
+GROUND = r"on an? (\w+) background"
 
 
 def get_config(runlocal: bool = False) -> ConfigDict:
@@ -18,7 +20,18 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c = ConfigDict(dict(kind="fae", cpu_devices=2, log_every=10, save_every=500, keep=2, measured=50))
     c.order = ("encoder", "features", "pixels", "pixels_tuned")
     source = dict(path="scenes", size=32, objects=60)
-    c.data = dict(sources={kind: dict(source, kind=kind) for kind in CAPTIONS})
+    held_out = dict(validation="two", objects="single", grounds="background")
+    c.data = dict(
+        sources={kind: dict(source, kind=kind) for kind in CAPTIONS}
+        | {name: dict(source, kind=kind, part="validation") for name, kind in held_out.items()}
+    )
+    c.evals = dict(
+        reconstruction=dict(mix=dict(validation=1.0), batches=20),
+        object=dict(kind="probe", mix=dict(objects=1.0), label=OBJECT),
+        ground=dict(kind="probe", mix=dict(grounds=1.0), label=GROUND),
+    )
+    for each in c.evals.values():
+        each.every = 0
     layers = dict(heads=2, mlp_hidden=256)
     c.encoder = dict(kind="vit", layers=3, unroll=3, width=WIDTH, grid=GRID, patch=4, **layers)
     c.networks = dict(
@@ -48,7 +61,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         c.encoder.unroll = c.networks.unroll = 1
         c.measured = 2
         for each in c.stages.values():
-            each.steps, each.rows = 2, 4
+            each.steps, each.rows = 2, 8
+        for each in c.evals.values():
+            each.batches = 2
         for name in ("pixels", "pixels_tuned"):
             c.stages[name].losses.perceptual_layers = (1,)
         c.stages.pixels_tuned.critic.update(train_from=0, use_from=1)

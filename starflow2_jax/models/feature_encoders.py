@@ -10,8 +10,20 @@ import numpy as np
 
 from starflow2_jax.models.dinov2 import DinoConfig, DinoEncoder, preprocess, resize_matrix
 from starflow2_jax.models.fae import Grid
+from starflow2_jax.models.layers import TransformerConfig
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionTower
 from starflow2_jax.sequence import VisionInput
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """What of an encoder decides about the FLOP of a picture."""
+
+    stack: TransformerConfig
+    tokens: int  # of the stack
+    visible: float  # tokens that one token attends to, averaged over the layers
+    before: float  # parameters times tokens of the maps before the stack
+    after: float = 0.0  # the same of those after it
 
 
 @dataclass(frozen=True)
@@ -22,12 +34,14 @@ class FeatureEncoder:
     parameters. features: (config, parameters, pixels (B, H, W, 3) in [-1, 1], grid (h, w)) -> features (B, h w, C), in the
     config's `dtype`; pixels of another size than the grid asks for are resized first. layers: the same arguments and the numbers
     of layers, counted from 1 -> features and the outputs (B, h w, E) of these layers; None: the encoder does not give them.
+    sizes: a config and the grid -> what FLOP are counted from.
     """
 
     config: type
     width: Callable[[Any], int]
     init: Callable[[Any, jax.Array], dict]
     features: Callable[[Any, dict, jax.Array, Grid], jax.Array]
+    sizes: Callable[[Any, Grid], EncoderSizes]
     layers: Callable[[Any, dict, jax.Array, Grid, tuple[int, ...]], tuple[jax.Array, tuple[jax.Array, ...]]] | None = (
         None
     )
@@ -60,6 +74,11 @@ def _dino_layers(
     return output.patches.reshape(len(images), -1, cfg.width), beside["intermediates"]["layers"][0]
 
 
+def _dino_sizes(cfg: DinoConfig, grid: Grid) -> EncoderSizes:
+    tokens, patches = grid[0] * grid[1] + 1 + cfg.registers, grid[0] * grid[1]
+    return EncoderSizes(cfg.transformer, tokens, tokens, cfg.channels * cfg.patch**2 * cfg.width * patches)
+
+
 def _tower_init(cfg: VisionConfig, key: jax.Array) -> dict:
     side = cfg.patch * cfg.merge
     pixels = jnp.zeros((1, side, side, cfg.channels))
@@ -81,9 +100,17 @@ def _tower_features(cfg: VisionConfig, params: dict, pixels: jax.Array, grid: Gr
     return tokens
 
 
-DINO = FeatureEncoder(DinoConfig, lambda cfg: cfg.width, _dino_init, _dino_features, _dino_layers)
+def _tower_sizes(cfg: VisionConfig, grid: Grid) -> EncoderSizes:
+    merged = grid[0] * grid[1]
+    patches = merged * cfg.merge**2
+    visible = cfg.visible_patches(patches)
+    before, after = cfg.embedding_parameters * patches, cfg.merger_parameters * merged
+    return EncoderSizes(cfg.transformer, patches, visible, before, after)
+
+
+DINO = FeatureEncoder(DinoConfig, lambda cfg: cfg.width, _dino_init, _dino_features, _dino_sizes, _dino_layers)
 ENCODERS: dict[str, FeatureEncoder] = {
     "dinov2": DINO,
     "vit": DINO,  # a small one of the same form, trained here
-    "vlm": FeatureEncoder(VisionConfig, lambda cfg: cfg.out_width, _tower_init, _tower_features),
+    "vlm": FeatureEncoder(VisionConfig, lambda cfg: cfg.out_width, _tower_init, _tower_features, _tower_sizes),
 }

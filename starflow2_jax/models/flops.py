@@ -49,7 +49,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class _Term:
+class Term:
     """Products of one kind."""
 
     part: str  # of the model
@@ -64,7 +64,7 @@ def training_flops(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: i
 
     text_chunk: positions of a row that the text head takes at once. Norms, softmax and the optimizer are left out.
     """
-    return _sums(_terms(cfg, stage, shape, text_chunk))
+    return sums(_terms(cfg, stage, shape, text_chunk))
 
 
 def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, capacity: int, lanes: int) -> dict[str, Flops]:
@@ -78,13 +78,13 @@ def sampling_flops(cfg: PretzelConfig, stage: Stage, rows: int, capacity: int, l
     read = [*_forward_streams(cfg, stage, rows, length, capacity, length / 2)]
     for _ in range(cfg.shallow_blocks):
         read += _forward("shallow flow", cfg.shallow, images, cfg.tokens, cfg.tokens, cfg.tokens / 2)
-        read.append(_Term("shallow flow", 2.0 * 3 * cfg.channels * cfg.shallow.width * images * cfg.tokens, 1))
+        read.append(Term("shallow flow", 2.0 * 3 * cfg.channels * cfg.shallow.width * images * cfg.tokens, 1))
     write = [*_forward_streams(cfg, stage, rows * lanes, 1, capacity, capacity / 2)]
-    write.append(_Term("text head", 2.0 * cfg.vlm.vocabulary * cfg.vlm.width * rows, 1))
-    return {"read": _sums(read), "write": _sums(write)}
+    write.append(Term("text head", 2.0 * cfg.vlm.vocabulary * cfg.vlm.width * rows, 1))
+    return {"read": sums(read), "write": sums(write)}
 
 
-def _sums(terms: Iterable[_Term]) -> Flops:
+def sums(terms: Iterable[Term]) -> Flops:
     """The terms added up by part of the model."""
     model: dict[str, float] = {}
     hardware: dict[str, float] = {}
@@ -96,7 +96,7 @@ def _sums(terms: Iterable[_Term]) -> Flops:
 
 def _forward_streams(
     cfg: PretzelConfig, stage: Stage, rows: int, length: int, capacity: int, seen: float
-) -> Iterator[_Term]:
+) -> Iterator[Term]:
     """Both streams over (rows, length) with caches of `capacity`, of which a position sees `seen` on average."""
     E, E_vlm, D = cfg.deep.width, cfg.vlm.width, cfg.channels
     linear = {
@@ -107,19 +107,19 @@ def _forward_streams(
     if stage.skips:
         linear["skips"] = 2 * E * E_vlm
     for part, parameters in linear.items():
-        yield _Term(part, 2.0 * parameters * rows * length, 1)
+        yield Term(part, 2.0 * parameters * rows * length, 1)
     yield from _forward("VLM", cfg.vlm.transformer, rows, length, capacity, seen)
     yield from _forward("deep flow", cfg.deep, rows, length, capacity, seen)
 
 
-def _forward(part: str, c: TransformerConfig, rows: int, length: int, keys: int, seen: float) -> Iterator[_Term]:
+def _forward(part: str, c: TransformerConfig, rows: int, length: int, keys: int, seen: float) -> Iterator[Term]:
     """A stack's forward pass over (rows, length); attention multiplies all `keys`, of which `seen` are visible."""
-    yield _Term(part, 2.0 * c.layers * sum(matrix_parameters(c)) * rows * length, 1)
+    yield Term(part, 2.0 * c.layers * sum(matrix_parameters(c)) * rows * length, 1)
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * keys
-    yield _Term(f"{part} attention", products, 1, needed=seen / keys)
+    yield Term(f"{part} attention", products, 1, needed=seen / keys)
 
 
-def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> Iterator[_Term]:
+def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> Iterator[Term]:
     """Every product of a training step."""
     B, S, M, P, T = shape.rows, shape.length, shape.images, shape.patches, shape.vlm_length
     trains = set(stage.trains)
@@ -129,7 +129,7 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> I
     N, D, E, E_vlm = cfg.tokens, cfg.channels, cfg.deep.width, cfg.vlm.width
 
     def linear(part, parameters, tokens, trained, into):
-        return _Term(part, 2.0 * parameters * tokens, 1 + trained + into)
+        return Term(part, 2.0 * parameters * tokens, 1 + trained + into)
 
     for block in range(cfg.shallow_blocks):
         yield from _stack("shallow flow", cfg.shallow, B * M, N, flow_moves, flow_moves)
@@ -146,7 +146,7 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> I
     if stage.text_loss:
         chunk = min(text_chunk, S)
         forward = 2.0 * cfg.vlm.vocabulary * E_vlm * B * -(-S // chunk) * chunk
-        yield _Term("text head", forward, 2 + vlm_moves, again=1)  # the backward pass makes each chunk's logits again
+        yield Term("text head", forward, 2 + vlm_moves, again=1)  # the backward pass makes each chunk's logits again
     if stage.deep:
         yield linear("embeddings", D * E, positions, flow_moves, flow_moves)
         yield linear("embeddings", E_vlm * E, positions, flow_moves, through)
@@ -157,20 +157,22 @@ def _terms(cfg: PretzelConfig, stage: Stage, shape: Shape, text_chunk: int) -> I
         yield linear("skips", E * E_vlm, positions, "w_d" in trains, flow_moves)
 
 
-def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: bool, through: bool) -> Iterator[_Term]:
+def _stack(part: str, c: TransformerConfig, rows: int, length: int, trained: bool, through: bool) -> Iterator[Term]:
     """A causal stack over (rows, length). `through`: whether a gradient passes on to the stack's input."""
     projections, mlp = matrix_parameters(c)
     down = c.mlp_hidden * c.width
     policy = c.remat if through else "none"
     again = 1 - down / (projections + mlp) if policy in FROM_INPUTS else 0  # the last product is not needed
-    yield _Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
+    yield Term(part, 2.0 * c.layers * (projections + mlp) * rows * length, 1 + trained + through, again)
     # The products q k^T and weights v have no parameters: the gradients of both inputs cost twice the forward pass.
     products = 2 * 2.0 * c.layers * c.heads * c.head * rows * length * length
     times = 3 if through else 1
-    yield _Term(f"{part} attention", products, times, _executed(c.kernel, policy, trained, through) - times, needed=0.5)
+    yield Term(
+        f"{part} attention", products, times, executed_attention(c.kernel, policy, trained, through) - times, needed=0.5
+    )
 
 
-def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
+def executed_attention(kernel: str, policy: str, trained: bool, through: bool) -> float:
     """FLOP that a kernel executes in a step / FLOP of attention's two products over whole rows, recomputation included.
 
     The kernels skip what causality hides, and compute the logits again in the backward pass: splash attention once for
@@ -184,19 +186,19 @@ def _executed(kernel: str, policy: str, trained: bool, through: bool) -> float:
     return 0.5 * (1 + backward + (not saved)) if through else 0.5
 
 
-def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[_Term]:
+def _vision(c: VisionConfig, rows: int, patches: int, trained: bool) -> Iterator[Term]:
     """The vision tower over (rows, patches). The program multiplies whole rows; only visible patches are needed."""
     t, part = c.transformer, "vision tower"
     projections, mlp = matrix_parameters(t)
     tokens, times = rows * patches, 3 if trained else 1
     policy = t.remat if trained else "none"
     again = 1 - t.mlp_hidden * t.width / (projections + mlp) if policy in FROM_INPUTS else 0
-    yield _Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
-    yield _Term(part, 2.0 * c.embedding_parameters * tokens, 1 + trained)
-    yield _Term(part, 2.0 * c.merger_parameters * (tokens / c.merge**2), times)
+    yield Term(part, 2.0 * t.layers * (projections + mlp) * tokens, times, again)
+    yield Term(part, 2.0 * c.embedding_parameters * tokens, 1 + trained)
+    yield Term(part, 2.0 * c.merger_parameters * (tokens / c.merge**2), times)
     needed = c.visible_patches(patches) / patches
     products = 2 * 2.0 * t.layers * t.width * rows * patches * patches
-    yield _Term(f"{part} attention", products, times, float(policy != "none"), needed)
+    yield Term(f"{part} attention", products, times, float(policy != "none"), needed)
 
 
 def matrix_parameters(c: TransformerConfig) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
+from starflow2_jax.codecs.fae import FaeCodec, decode_with
 from starflow2_jax.config import loading as configs
 from starflow2_jax.config.schema import Config
 from starflow2_jax.data.tokenizer import TokenIds
@@ -26,9 +27,10 @@ from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling import rows as row
 from starflow2_jax.sampling import steps
 from starflow2_jax.sampling.engine import in_type, weights_in_type
-from starflow2_jax.sequence import Shape
-from starflow2_jax.stages import Stage
+from starflow2_jax.sequence import Pictures, Shape
+from starflow2_jax.stages import CodecStage, Stage
 from starflow2_jax.training import program
+from starflow2_jax.training.codec.task import CodecTask
 from starflow2_jax.training.optimizer import make_optimizer
 
 # Keep libtpu from looking for a TPU on this machine, and from logging that there is none.
@@ -172,8 +174,11 @@ def _answering_for(device: Any) -> Iterator[None]:
             setattr(cudnn, name, answer)
 
 
-def compile_step(config: Config, stage: Stage, devices: list) -> Program:
-    """Compile the training step of a stage for these devices. Raises DoesNotFit and ConfigError."""
+def compile_step(config: Config, stage: Stage, devices: list, codec: FaeCodec | None = None) -> Program:
+    """Compile the training step of a stage for these devices. `codec`: encodes the batch's pictures in the step.
+
+    Raises DoesNotFit and ConfigError.
+    """
     cfg = config.stages[stage.name]
     model = Pretzel(configs.pretzel(config))
     mesh = _mesh(config, devices)
@@ -181,13 +186,41 @@ def compile_step(config: Config, stage: Stage, devices: list) -> Program:
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     with jax.set_mesh(mesh):
         state, frozen, batch = program.abstract_arguments(config, model, stage, optimizer, mesh)
-        step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels), mesh)
+        if codec:
+            frozen |= {"codec": abstract(codec.encoder_weights(), mesh)}
+            batch = batch.replace(pictures=_pictures(batch.latents, codec))
+            codec = codec.without_weights()
+        step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels), mesh, codec)
         compiled = compile_for(devices, step, state, frozen, batch)
     moving = {name: state.params[name] for name in stage.trains}
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
     held = {name: program.bytes_a_device(tree) for name, tree in kinds.items()}
     return Program(compiled, mesh, held, program.bytes_a_device(kinds, host=True))
+
+
+def compile_codec_step(config: Config, stage: CodecStage, devices: list) -> Program:
+    """Compile the training step of a codec's stage for these devices. Raises DoesNotFit and ConfigError."""
+    mesh = _mesh(config, devices)
+    task = CodecTask(config, stage, mesh)
+    task.require_rows()
+    with jax.set_mesh(mesh):
+        state, frozen, batch = task.abstract_state(), task.abstract_frozen(), task.abstract_batch()
+        compiled = compile_for(devices, task.step(), state, frozen, batch)
+    moving = {name: state.params[name] for name in stage.trains}
+    still = {name: tree for name, tree in state.params.items() if name not in moving}
+    trained = [moving, state.critic]
+    optimizers = [state.optimizer, state.critic_optimizer]
+    kinds = dict(frozen=[frozen, still], trained=trained, average=state.ema, optimizer=optimizers, batch=batch)
+    return Program(compiled, mesh, {name: program.bytes_a_device(tree) for name, tree in kinds.items()})
+
+
+def _pictures(latents: jax.ShapeDtypeStruct, codec: FaeCodec) -> Pictures:
+    """Shapes of pictures in the place of all latents (B, M, N, D) of a batch."""
+    rows, where = latents.shape[:2], latents.sharding
+    pixels = jax.ShapeDtypeStruct((*rows, *codec.image_shape), jnp.uint8, sharding=where)
+    waiting = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=where)
+    return cast(Any, Pictures)(pixels, waiting)
 
 
 def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
@@ -222,6 +255,17 @@ def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capa
         write = compile_for(devices, steps.write, kind, params, state, count)
     kinds = {"parameters": program.bytes_a_device(params), "caches": program.bytes_a_device(state.caches)}
     return {"read": Program(read, mesh, kinds), "write": Program(write, mesh, kinds)}
+
+
+def compile_decoder(config: Config, codec: FaeCodec, devices: list, rows: int) -> Program:
+    """Compile the codec's decoder for the latents of one picture for each of `rows` rows. Raises DoesNotFit."""
+    mesh = _mesh(config, devices)
+    B = rows + -rows % sharding.row_shards(mesh)
+    with jax.set_mesh(mesh):
+        weights = abstract({name: tree for name, tree in codec.weights.items() if name.endswith("decoder")}, mesh)
+        latents = _on_rows(jax.ShapeDtypeStruct((B, *codec.grid, codec.channels), jnp.float32), mesh)
+        compiled = compile_for(devices, decode_with, codec.without_weights(), weights, latents)
+    return Program(compiled, mesh, {"parameters": program.bytes_a_device(weights)})
 
 
 def _mesh(config: Config, devices: list) -> jax.sharding.Mesh:

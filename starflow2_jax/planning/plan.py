@@ -1,11 +1,18 @@
 """A plan: the memory that a training step or a step of the sampler needs per chip, and its predicted time."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
+from jax.sharding import Mesh
+
+from starflow2_jax.codecs.fae import FaeCodec
 from starflow2_jax.config import loading as configs
+from starflow2_jax.config.codec import CodecStageConfig, encoder_config, networks_config
 from starflow2_jax.config.schema import Config
+from starflow2_jax.fields import build
 from starflow2_jax.models import flops
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import sharding
@@ -15,7 +22,10 @@ from starflow2_jax.planning.compiling import DoesNotFit, Program
 from starflow2_jax.planning.costs import MARGIN, MEASURED, NOT_COMPARED, ROOFLINE, Analysis, Costs
 from starflow2_jax.planning.hlo import Module
 from starflow2_jax.sampling.rows import bucket
-from starflow2_jax.stages import Stage
+from starflow2_jax.stages import CodecStage, Stage
+from starflow2_jax.training.codec import task
+from starflow2_jax.training.codec.flops import RULE, codec_flops, decoding_flops, encoding_flops
+from starflow2_jax.training.codec.networks import Networks, networks_of
 from starflow2_jax.training.program import batch_shape, held_whole
 
 
@@ -51,6 +61,7 @@ class Plan:
     whole: str = ""  # which parameters every chip holds whole, and what would cut them
     unknown_loops: int = 0
     compile_seconds: float = 0
+    steps: int = 0  # of the training stage; 0: it is no training step
     likely: tuple[float, float] | None = None  # seconds, by how far off predictions were; None: nothing was measured
     rules: dict[str, str] = field(
         default_factory=lambda: {"flops": flops.RULE, "roofline": ROOFLINE, "margin": NOT_COMPARED}
@@ -61,31 +72,116 @@ class Plan:
         return asdict(self)
 
 
-def plan_step(config: Config, stage: Stage, topology: Topology, devices: list) -> Plan:
-    """Compile the stage's training step for the devices of a topology, and predict its costs."""
-    begin = time.time()
+def plan_step(config: Config, stage: Stage, topology: Topology, devices: list, codec: FaeCodec | None = None) -> Plan:
+    """Compile the stage's training step for the devices of a topology, and predict its costs.
+
+    `codec`: all images of the batch are pictures that this codec encodes in the step; None: their latents are read.
+    """
     shape, model = batch_shape(config, stage), configs.pretzel(config)
     what, chosen = f"training step, stage {stage.name}", settings(config, stage)
-    plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
     hand = flops.training_flops(model, stage, shape)
+    if codec:
+        what += ", pictures encoded in the step"
+        encoding = encoding_flops(networks_of(codec), shape.rows * shape.images)
+        hand = flops.Flops(hand.model | encoding.model, hand.hardware | encoding.hardware)
+    plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
+    plan.steps = config.stages[stage.name].steps
+    return _of_step(
+        plan,
+        hand,
+        shape.rows * shape.length,
+        topology,
+        partial(compiling.compile_step, config, stage, devices, codec),
+        lambda mesh: held_whole(config, Pretzel(model), mesh),
+        lambda: advice(plan, config, stage),
+    )
+
+
+def plan_codec_step(config: Config, stage: CodecStage, topology: Topology, devices: list) -> Plan:
+    """The same of a codec's stage. A position is a token of a picture."""
+    cfg = config.stages[stage.name]
+    networks = Networks(networks_config(config), config.encoder.kind, encoder_config(config))
+    chosen: dict[str, object] = {name: getattr(cfg, name) for name in ("rows", "accumulate")}
+    chosen |= {f"{part}.{name}": config[part][name] for part in ("encoder", "networks") for name in ("dtype", "remat")}
+    chosen |= {"critic": cfg.critic.kind, "optimizer.name": cfg.optimizer.name}
+    what = f"training step of a codec, stage {stage.name}"
+    plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
+    plan.rules["flops"], plan.steps = RULE, cfg.steps
+    hand = codec_flops(networks, stage, build(CodecStageConfig, cfg.to_dict(), f"stages.{stage.name}"))
+    return _of_step(
+        plan,
+        hand,
+        cfg.rows * networks.tokens,
+        topology,
+        partial(compiling.compile_codec_step, config, stage, devices),
+        lambda mesh: task.held_whole(config, mesh),
+        lambda: codec_advice(config, stage),
+    )
+
+
+def _of_step(
+    plan: Plan,
+    hand: flops.Flops,
+    positions: int,
+    topology: Topology,
+    compiled: Callable[[], Program],
+    whole: Callable[[Mesh], str],
+    advised: Callable[[], list[str]],
+) -> Plan:
+    """The plan of a step, filled in. positions: of a batch."""
+    begin = time.time()
     plan.flops_by_hand = {part: value / topology.chips for part, value in hand.model.items()}
     plan.hardware_by_hand = hand.executed / topology.chips
     try:
-        program = compiling.compile_step(config, stage, devices)
+        program = compiled()
     except DoesNotFit as error:
         plan.peak, plan.largest = error.needed, error.largest
-        plan.advice = advice(plan, config, stage)
+        plan.advice = advised()
         return plan
     plan.compile_seconds = time.time() - begin
-    plan.whole = held_whole(config, Pretzel(model), program.mesh)
+    plan.whole = whole(program.mesh)
     costs = _measure(plan, program, topology)
     if isinstance(topology.chip, Gpu):
         plan.likely, plan.rules["margin"] = (costs.seconds * MARGIN[0], costs.seconds * MARGIN[1]), MEASURED
-    plan.tokens_per_second = shape.rows * shape.length / costs.seconds
+    plan.tokens_per_second = positions / costs.seconds
     plan.mfu = hand.mfu(costs.seconds, topology.chips, topology.chip.flops)
     if not plan.fits:
-        plan.advice = advice(plan, config, stage)
+        plan.advice = advised()
     return plan
+
+
+def plan_decoder(config: Config, codec: FaeCodec, topology: Topology, devices: list, rows: int) -> Plan:
+    """A plan of the codec's decoder over the latents of one picture for each row."""
+    what, memory = "sampler, decode: one picture a row", topology.chip.memory
+    plan = Plan(what, str(topology), topology.chips, {}, {"rows": rows}, False, memory, 0, {})
+    plan.rules["flops"] = flops.SAMPLING_RULE
+    hand = decoding_flops(networks_of(codec), rows)
+
+    def advised() -> list[str]:
+        return ["fewer rows, or codec.dtype=bfloat16"]
+
+    return _of_step(
+        plan,
+        hand,
+        rows * codec.grid[0] * codec.grid[1],
+        topology,
+        partial(compiling.compile_decoder, config, codec, devices, rows),
+        lambda mesh: "",
+        advised,
+    )
+
+
+def codec_advice(config: Config, stage: CodecStage) -> list[str]:
+    """Changes to a codec's config whose plan does not fit, most effective first."""
+    cfg = config.stages[stage.name]
+    changes = [f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows"]
+    if parts := [part for part in ("encoder", "networks") if config[part].remat != "full"]:
+        changes.append(", ".join(f"{part}.remat=full" for part in parts))
+    if parts := [part for part in ("encoder", "networks") if config[part].dtype != "bfloat16"]:
+        changes.append(", ".join(f"{part}.dtype=bfloat16" for part in parts))
+    if stage.pixels and cfg.critic.kind == "patch":
+        changes.append(f"stages.{stage.name}.critic.channels below {cfg.critic.channels}")
+    return [*changes, "more chips on the fsdp axis (mesh.fsdp=-1), over which parameters and optimizer are spread"]
 
 
 def plan_sampler(

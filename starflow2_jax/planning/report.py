@@ -43,6 +43,11 @@ def text(plan: Plan) -> str:
         lines[-1] += f", MFU {plan.mfu:.1%}"
     if plan.seconds_a_token:
         lines[-1] += f", {plan.seconds_a_token:.3g} s a token of a row"
+    if plan.steps:
+        whole = plan.seconds * plan.steps
+        lines += [
+            f"the stage's {plan.steps:,} steps: {whole / 86400:.3g} days, {whole / 3600 * plan.chips:,.0f} chip-hours"
+        ]
     if plan.likely:
         lines += [f"  likely {plan.likely[0]:.3g} to {plan.likely[1]:.3g} s: {plan.rules['margin']}"]
     else:

@@ -16,7 +16,7 @@ from starflow2_jax.serving.prompts import Turns
 from starflow2_jax.serving.request_limits import RequestLimits
 
 ROLES = ("system", "developer", "user", "assistant")
-LATENTS = "this model's own images are latents, not pictures"
+LATENTS = "this model reads latents, not pictures"
 ANSWER = 8  # an eighth of a row is kept for the answer where pictures are scaled to what is left
 Bounds = tuple[int | None, int | None]
 Sent = list[tuple[str, list[Text | Upload]]]  # the turns before their images are decoded
@@ -84,7 +84,7 @@ def _sent(messages: object, limits: RequestLimits) -> Sent:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise bad(f"the role of a message must be one of {', '.join(ROLES)}", f"{where}.role")
         role = "system" if message["role"] == "developer" else message["role"]
-        drawn = role == "assistant" and limits.draws  # images that the model drew are flow tokens
+        drawn = role == "assistant" and limits.reads  # images that the model drew are flow tokens
         default = "flow" if drawn else limits.images
         said = [
             _part(part, limits, default, f"{where}.content[{k}]") for k, part in enumerate(_content(message, where))
@@ -120,10 +120,10 @@ def _part(part: object, limits: RequestLimits, via: str, where: str) -> Text | U
         return Text(text)
     if kind != "image_url" or not isinstance(image, dict):
         raise bad('a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}', where)
-    if not limits.draws and not limits.vision:
+    if not limits.reads and not limits.vision:
         raise bad(f"{LATENTS}, and it has no vision tower to see yours; send text alone", where)
     via = image.get("via", via)
-    if via == "flow" and not limits.draws:
+    if via == "flow" and not limits.reads:
         raise bad(f"{LATENTS}; leave via out, so that its vision tower reads yours", f"{where}.image_url.via")
     if via not in ("flow", "vit") or (via == "vit" and not limits.vision):
         raise bad('via must be "flow", or "vit" if the model has a vision tower', f"{where}.image_url.via")

@@ -17,7 +17,8 @@ class RequestLimits:
     """What a request may contain, by the sizes of the model and the options of the server."""
 
     channels: int
-    size: tuple[int, int] | None  # (height, width) of a flow image; None if flow images are latents
+    size: tuple[int, int] | None  # (height, width) of a flow image; None if it reads latents
+    draws: bool  # whether the images that it makes are pictures
     latents: tuple[int, int, int]  # (h, w, D) of a flow image
     vision: VisionConfig | None
     positions: int  # of a row
@@ -38,7 +39,7 @@ class RequestLimits:
         tokenizer, codec, vision = sampler.tokenizer, sampler.codec, sampler.encoder.vision
         size = codec.image_shape[:2] if codec.is_pixels else None
         if size is None:
-            limits["images"] = "vit"  # clients send pictures, which this model sees through its vision tower only
+            limits["images"] = "vit"  # clients send pictures, which this model can only see through its vision tower
         max_text = sampler.max_positions * max(map(len, tokenizer.get_vocab()))  # a longer text cannot fit in a row
 
         def length(turns: Turns, variables: Mapping[str, Any]) -> int:
@@ -47,6 +48,7 @@ class RequestLimits:
         return cls(
             codec.image_channels,
             size,
+            codec.makes_pixels,
             (*codec.grid, codec.channels),
             vision,
             sampler.max_positions,
@@ -62,8 +64,8 @@ class RequestLimits:
         return self.latents[0] * self.latents[1]
 
     @property
-    def draws(self) -> bool:
-        """Whether the model's own images are pictures, which it reads and could write."""
+    def reads(self) -> bool:
+        """Whether pictures of clients can be flow images, such as those that the model makes."""
         return self.size is not None
 
     @property

@@ -130,7 +130,7 @@ def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
 
 def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[str], bool]:
     """The body of a ranking request, checked: the image, the captions, and whether to rank by the image's likelihood."""
-    if not limits.draws:
+    if not limits.reads:
         raise bad(f"{LATENTS}, so it cannot rank captions of a picture")
     body = _fields(body, {"model", "image", "captions", "by"})
     captions = _typed(body, "captions", list)

@@ -102,8 +102,8 @@ class Server(uvicorn.Server):
             editing=limits.editing,
             max_images=limits.max_images,
         )
-        if limits.editing and not request_limits.draws:
-            raise UserError("--editing needs a model that draws pixels; the images of this one are latents")
+        if limits.editing and not request_limits.reads:
+            raise UserError("--editing needs a model that draws pixels and reads them; this one reads latents")
         if limits.editing and not request_limits.drawing:
             raise UserError("--editing needs answers with images, and --max-images is 0; leave one of them out")
         self.worker = Worker(

@@ -20,7 +20,7 @@ from starflow2_jax.models.kernels import most_documents
 from starflow2_jax.models.pretzel import FROZEN, Pretzel, PretzelConfig, init_params
 from starflow2_jax.parallel import devices, sharding
 from starflow2_jax.sequence import Sequence, Shape, VisionInput
-from starflow2_jax.stages import STAGES, Stage
+from starflow2_jax.stages import CODEC_STAGES, STAGES, CodecStage, Stage
 from starflow2_jax.training.faults import guarded
 from starflow2_jax.training.step import (
     HOST,
@@ -79,11 +79,20 @@ def find_stage(config: Config, text: str | None) -> Stage:
 
     Raises ConfigError if the config has no such stage.
     """
-    name = config.order[-1] if text is None else PAPER.get(text, text)
-    if name not in STAGES or name not in config.stages:
-        known = ", ".join(sorted(config.stages))
-        raise ConfigError(f"there is no stage {text!r} in this config; name one of {known}, or 1, 2 or 3")
-    return STAGES[name]
+    return STAGES[_named(config, text, tuple(STAGES), "name one of {}, or 1, 2 or 3")]
+
+
+def find_codec_stage(config: Any, text: str | None) -> CodecStage:
+    """A stage of a codec's config by name; None: the last of the config's order. Raises ConfigError if it has no such stage."""
+    return CODEC_STAGES[_named(config, text, tuple(CODEC_STAGES), "name one of {}")]
+
+
+def _named(config: Any, text: str | None, table: tuple[str, ...], advice: str) -> str:
+    name = config.order[-1] if text is None else text if text in table else PAPER.get(text, text)
+    if name not in table or name not in config.stages:
+        known = advice.format(", ".join(sorted(config.stages)))
+        raise ConfigError(f"there is no stage {text!r} in this config; {known}")
+    return name
 
 
 def require_rows(config: Config, stage: Stage, mesh: Mesh) -> None:

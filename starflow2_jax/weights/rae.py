@@ -82,7 +82,8 @@ def rae_config(config: Mapping, tensors: Mapping[str, np.ndarray]) -> tuple[FaeC
             faults.append("decoder_num_attention_heads does not divide decoder_hidden_size")
     if faults:
         raise WeightError(f"RAE's config.json does not fit: {'; '.join(faults)}")
-    mean, std = (tuple(np.ravel(tensors[name]).tolist()) for name in STATISTICS[:2])
+    # Each fp32 number as users write it, 0.485 in place of 0.48500001.
+    mean, std = (tuple(float(str(x)) for x in np.float32(tensors[name]).ravel()) for name in STATISTICS[:2])
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
     width = config["encoder_hidden_size"]
     encoder = DinoConfig(

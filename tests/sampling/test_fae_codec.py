@@ -9,15 +9,18 @@ import tiny
 import tiny_fae
 from PIL import Image as Pillow
 
+from starflow2_jax import cli
 from starflow2_jax.codecs.latents import LatentCodec
+from starflow2_jax.commands import sampling as commands
 from starflow2_jax.commands.chat import converse
 from starflow2_jax.data.documents import DocumentError, Image, Text
+from starflow2_jax.data.images import as_pillow, reader_of
 from starflow2_jax.parallel.sharding import make_mesh
 from starflow2_jax.sampling import noise_space
 from starflow2_jax.sampling.batch_files import Prompt, write_anew
 from starflow2_jax.sampling.chat import Chat
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
-from starflow2_jax.sampling.scoring import score
+from starflow2_jax.sampling.scoring import describe, illustrate, rank, score
 
 N, D = tiny.CONFIG.tokens, tiny.CHANNELS
 CODEC = tiny_fae.codec().for_grid(tiny.GRID)  # 2 x 3 tokens: pictures of 16 x 24
@@ -100,3 +103,39 @@ def test_noise_of_a_picture_makes_what_the_codec_keeps_of_it():
 def test_a_picture_is_no_array():
     with pytest.raises(DocumentError, match="given, but the codec takes 2x3x4 latents"):
         sampler(ARRAYS).generate([[Image(tiny_fae.pictures(1)[0]), Text("a")]], replace(DRAW, image_first=False))
+
+
+def test_edits_and_ranks_are_those_of_the_pictures_latents():
+    """With guidance from the picture; the model that is given latents writes latents, which the codec decodes."""
+    pictured, plain = sampler(), sampler(LatentCodec(tiny.GRID, D))
+    picture = tiny_fae.pictures(1, 24)[0, :16]
+    latents = np.asarray(CODEC.encode(picture[None]))[0]
+    found = {}
+    for weight in (0.0, 0.7):
+        options = replace(DRAW, guidance=1.0, image_guidance=weight)
+        [answer] = pictured.generate([[Image(picture), Text("mirror it")]], options, [1])
+        [arrays] = plain.generate([[Image(latents), Text("mirror it")]], options, [1])
+        found[weight] = next(part.pixels for part in answer if isinstance(part, Image))
+        wanted = next(part.pixels for part in arrays if isinstance(part, Image))
+        np.testing.assert_allclose(found[weight], CODEC.decode(wanted[None])[0], atol=1e-3)
+    assert np.abs(found[0.0] - found[0.7]).max() > 0.01
+    captions = ["a", "a zebra", "zz"]
+    for by_image, layout in ((True, illustrate), (False, describe)):
+        ranks = [rank(m, x, captions, by_image, layout) for m, x in ((pictured, picture), (plain, latents))]
+        assert [caption for caption, _ in ranks[0]] == [caption for caption, _ in ranks[1]]
+        np.testing.assert_allclose([n for _, n in ranks[0]], [n for _, n in ranks[1]], rtol=1e-3, atol=1e-3)
+
+
+def test_invert_takes_a_picture_of_any_size_and_writes_a_png(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "restore", lambda args: sampler())
+    monkeypatch.setattr(commands, "image_reader", lambda args: reader_of(CODEC))
+    photo = Pillow.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    photo.save(tmp_path / "photo.png")
+    command = ["invert", "--checkpoint", str(tmp_path), "--prompt", "a", "--as-prompt", "a"]
+    assert cli.main([*command, "--image", str(tmp_path / "photo.png"), "--out", str(tmp_path / "new.npy")]) == 0
+    assert "new.png" in capsys.readouterr().out
+    pixels = reader_of(CODEC).file(tmp_path / "photo.png").pixels
+    kept = as_pillow(
+        np.asarray(CODEC.decode(CODEC.encode(pixels[None])))[0]
+    )  # the same prompt: only the codec changes it
+    assert np.abs(np.asarray(Pillow.open(tmp_path / "new.png"), int) - np.asarray(kept, int)).max() <= 1

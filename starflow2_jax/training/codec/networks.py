@@ -1,12 +1,13 @@
 """The networks of a codec while it is trained: its groups of parameters by name, and what each computes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.codecs.fae import FaeCodec
 from starflow2_jax.models.fae import FaeConfig, FeatureDecoder, LatentEncoder, PixelDecoder
 from starflow2_jax.models.feature_encoders import ENCODERS
 from starflow2_jax.models.layers import dense
@@ -58,9 +59,16 @@ class Networks:
 
     def layers(self, params: Any, pixels: jax.Array, layers: tuple[int, ...]) -> tuple[jax.Array, ...]:
         """Pictures (B, H, W, 3) -> outputs (B, N, E) of these layers of the encoder."""
+        return self.seen(params, pixels, layers)[1]
+
+    def seen(self, params: Any, pixels: jax.Array, layers: tuple[int, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """`features` and `layers` in one pass. An encoder that does not give its layers takes no numbers."""
+        if not layers:
+            return self.features(params, pixels), ()
         row = ENCODERS[self.encoder_kind]
         assert row.layers is not None, "the config's checks allow no such encoder"
-        return row.layers(self.encoder, params["encoder"], pixels, self.cfg.grid, layers)[1]
+        found, outputs = row.layers(self.encoder, params["encoder"], pixels, self.cfg.grid, layers)
+        return found.astype(jnp.float32), outputs
 
     def unmasked(self, params: Any, features: jax.Array) -> jax.Array:
         """See Unmasking."""
@@ -81,3 +89,8 @@ class Networks:
         """Features (B, N, C) -> pictures (B, H, W, 3)."""
         found: Any = PixelDecoder(self.cfg).apply({"params": params["pixel_decoder"]}, features)
         return found
+
+
+def networks_of(codec: FaeCodec) -> Networks:
+    """The networks of a codec, for its grid."""
+    return Networks(replace(codec.networks, grid=codec.grid), codec.encoder_kind, codec.encoder)

@@ -25,29 +25,37 @@ class PictureObjective:
     cfg: CodecStageConfig
     tuned: bool
 
-    def decoder_input(self, params: Any, pictures: jax.Array, keys: jax.Array) -> jax.Array:
-        """Features (B, N, C): the encoder's, with noise on them; if tuned, those made from latents with noise on them."""
-        x, share = self.networks.features(params, pictures), self.cfg.noise
+    def decoder_input(
+        self, params: Any, pictures: jax.Array, keys: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Features (B, N, C): the encoder's, with noise on them; if tuned, those made from latents with noise on them.
+
+        Also the layers of the encoder that `loss` compares, (B, N, E) each, of these pictures.
+        """
+        compared = tuple(self.cfg.losses.perceptual_layers) if self.cfg.losses.perceptual else ()
+        (x, layers), share = self.networks.seen(params, pictures, compared), self.cfg.noise
         if self.cfg.noise_drawn:
             own = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
             share = share * own[:, None, None]
         if not self.tuned:
             root_mean_square = jnp.sqrt(jnp.mean(x * x, (1, 2), keepdims=True))
-            return jax.lax.stop_gradient(x + share * root_mean_square * drawn(keys, x.shape[1:]))
+            return jax.lax.stop_gradient(x + share * root_mean_square * drawn(keys, x.shape[1:])), layers
         mean, _ = self.networks.gaussian(params, x)
         latents = mean + share * params["statistics"]["std"] * drawn(keys, mean.shape[1:])
-        return jax.lax.stop_gradient(self.networks.features_again(params, latents))
+        return jax.lax.stop_gradient(self.networks.features_again(params, latents)), layers
 
-    def loss(self, made: jax.Array, real: jax.Array, params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss () of pictures, and its terms without their weights."""
+    def loss(
+        self, made: jax.Array, real: jax.Array, layers: tuple[jax.Array, ...], params: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss () of pictures, and its terms without their weights. layers: of `real`, as `decoder_input` gives them."""
         w, terms = self.cfg.losses, {}
         if w.l1:
             terms["l1"] = losses.l1(made, real)
         if w.l2:
             terms["l2"] = losses.l2(made, real)
         if w.perceptual:
-            pair = (self.networks.layers(params, x, tuple(w.perceptual_layers)) for x in (made, real))
-            terms["perceptual"] = losses.feature_distance(*pair)
+            own = self.networks.layers(params, made, tuple(w.perceptual_layers))
+            terms["perceptual"] = losses.feature_distance(own, layers)
         if w.lpips:
             distances: Any = Lpips().apply({"params": params["lpips"]}, made, real)
             terms["lpips"] = jnp.mean(distances)

@@ -133,9 +133,9 @@ def picture_gradients(
     step: jax.Array,
 ) -> Found:
     """The gradients of the pixel decoder, and those of the discriminator on the same pictures."""
-    x = objective.decoder_input(rest, pictures, keys)
+    x, layers = objective.decoder_input(rest, pictures, keys)
     made, pull = jax.vjp(lambda p: objective.networks.pictures({"pixel_decoder": p}, x), moving["pixel_decoder"])
-    (loss, metrics), direction = jax.value_and_grad(objective.loss, has_aux=True)(made, pictures, rest)
+    (loss, metrics), direction = jax.value_and_grad(objective.loss, has_aux=True)(made, pictures, layers, rest)
     metrics = {"loss": loss, **metrics}
     critics = {}
     if adversary:

@@ -21,12 +21,14 @@ from starflow2_jax.data.groups import GroupedBatches, own_rows
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.errors import ConfigError, storage_errors
 from starflow2_jax.fields import build, differences
+from starflow2_jax.models.lpips import Lpips
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.random_streams import stream_key
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import CODEC_STAGES, CodecStage
 from starflow2_jax.training.codec import pictures
 from starflow2_jax.training.codec.adversary import Adversary
+from starflow2_jax.training.codec.flops import codec_flops
 from starflow2_jax.training.codec.networks import Networks
 from starflow2_jax.training.codec.step import CodecState, make_step
 from starflow2_jax.training.faults import guarded
@@ -59,30 +61,21 @@ class CodecTask:
 
     @property
     def flops(self) -> float:
-        """FLOP of one step, all devices together: twice the kernels' sizes for each token, three times that where trained.
-
-        Attention's own products, the discriminator and the perceptual losses are not counted.
-        """
-        shapes = jax.eval_shape(lambda: self.networks.initial(jax.random.key(0), ("encoder", *self.stage.groups)))
-
-        def kernels(group: str) -> float:
-            leaves = jax.tree_util.tree_leaves_with_path(shapes[group])
-            return float(sum(x.size for path, x in leaves if sharding.path_name(path).endswith("kernel")))
-
-        once = {"encoder", *(("latent_encoder", "feature_decoder") if self.name == "pixels_tuned" else ())}
-        work = sum(2 * kernels(g) for g in once - set(self.stage.trains)) + sum(
-            6 * kernels(g) for g in self.stage.trains
-        )
-        return work * self.cfg.rows * self.networks.tokens
+        """FLOP of one step, all devices together, by the formula of flops.py."""
+        return codec_flops(self.networks, self.stage, self.cfg).total
 
     def check(self) -> None:
         """Raises UserError for rows that do not fit the mesh, or a source or file that cannot be opened."""
+        self.require_rows()
+        self.streams()
+        self._lpips()
+
+    def require_rows(self) -> None:
+        """Raises ConfigError for rows that do not fit the mesh."""
         if self.cfg.rows % (spread := sharding.row_shards(self.mesh) * self.cfg.accumulate):
             raise ConfigError(
                 f"stages.{self.name}.rows={self.cfg.rows} must be a multiple of {spread}, which is mesh.data x mesh.fsdp x accumulate"
             )
-        self.streams()
-        self._lpips()
 
     def check_batch(self, batch: Sequence) -> None:
         """Every batch has pictures."""
@@ -110,6 +103,12 @@ class CodecTask:
         """Shapes, types and shardings of the state."""
         shapes = jax.eval_shape(lambda: self._state(self._fresh(), self._key()))
         return sharding.placed(shapes, sharding.tree_shardings(shapes, self.mesh))
+
+    def abstract_batch(self) -> Sequence:
+        """Shapes, types and shardings of a batch."""
+        return sharding.placed(
+            pictures.abstract_batch(self.networks.cfg, self.cfg.rows), sharding.batch_sharding(self.mesh)
+        )
 
     def new_state(self, params: dict | None) -> CodecState:
         """The state before the first step, with `params` (on their shards), or fresh ones and those of `config.start`."""
@@ -145,10 +144,20 @@ class CodecTask:
             raise ConfigError(
                 f"stage {self.name} needs an encoder; name its folder in encoder.path, or run the stage encoder"
             )
-        shapes = jax.eval_shape(lambda: self.networks.initial(jax.random.key(0), ("encoder",)))
+        wanted = self.abstract_frozen()
+        found = checkpoints.frozen.restore({"encoder": wanted["encoder"]})
         own = self._lpips()
-        own = jax.device_put(own, sharding.tree_shardings(own, self.mesh))
-        return checkpoints.frozen.restore(sharding.abstract(shapes, self.mesh)) | own
+        return found | jax.device_put(own, sharding.tree_shardings(own, self.mesh))
+
+    def abstract_frozen(self) -> dict:
+        """Shapes, types and shardings of what `frozen` gives."""
+        if self.name == "encoder":
+            return {}
+        shapes = jax.eval_shape(lambda: self.networks.initial(jax.random.key(0), ("encoder",)))
+        if self.stage.pixels and self.cfg.losses.lpips:
+            pictures = jnp.zeros((1, 16, 16, 3))
+            shapes["lpips"] = jax.eval_shape(Lpips().init, jax.random.key(0), pictures, pictures)["params"]
+        return sharding.abstract(shapes, self.mesh)
 
     def step(self) -> Wrapped:
         """The step function, which is compiled when it is first called."""
@@ -164,9 +173,9 @@ class CodecTask:
         """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
         return self.reader(self.streams(), self.config.data.workers)
 
-    def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
-        """The same of other streams. `workers`: processes that read ahead."""
-        data, encode = self.config.data, pictures.row_encoder(self.networks.cfg, self.cfg.rows)
+    def reader(self, streams: list[Stream], workers: int = 0, labelled: bool = False) -> GroupedBatches:
+        """The same of other streams. `workers`: processes that read ahead. `labelled`: pictures have labels."""
+        data, encode = self.config.data, pictures.row_encoder(self.networks.cfg, self.cfg.rows, labelled)
         rows = own_rows(sharding.batch_sharding(self.mesh), self.cfg.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)
         return GroupedBatches(streams, encode, data.groups, workers, data.threads, faults, rows)
@@ -215,6 +224,13 @@ class CodecTask:
         codec = FaeCodec(n.cfg, n.encoder_kind, n.encoder, n.cfg.grid, mean, std, params)
         with storage_errors(folder):
             processes.on_primary(partial(write_codec, folder, codec))
+
+
+def held_whole(config: Any, mesh: Mesh) -> str:
+    """Says which parameters every device holds whole although they should be cut; "" if there are none, see `sharding`."""
+    networks = Networks(networks_config(config), config.encoder.kind, encoder_config(config))
+    groups = sorted({"encoder", *(group for name in config.order for group in CODEC_STAGES[name].groups)})
+    return sharding.held_whole(jax.eval_shape(lambda: networks.initial(jax.random.key(0), tuple(groups))), mesh.shape)
 
 
 def started(config: Any) -> FaeCodec:

@@ -16,7 +16,7 @@ from starflow2_jax.errors import ConfigError
 from starflow2_jax.fields import differences
 from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.stages import CODEC_STAGES
-from starflow2_jax.training.codec.task import CodecTask, started
+from starflow2_jax.training.codec.task import CodecTask, held_whole, started
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.weights.dinov2 import load_dinov2
 
@@ -31,6 +31,7 @@ class CodecTrainer(Trainer):
         processes.on_primary(self.checkpoints.lock.require_free)
         axes = config.mesh
         self.mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, sequence=axes.sequence)
+        self.encoder: dict | None = None  # the frozen one, until the directory holds it
         self.begun = processes.on_primary(self.checkpoints.exists)
         if self.begun:
             saved = self.checkpoints.config(configs.CODEC)
@@ -45,8 +46,13 @@ class CodecTrainer(Trainer):
         """The task of the stage `name`."""
         return CodecTask(self.config, CODEC_STAGES[name], self.mesh)
 
+    def _require_stages(self) -> None:
+        super()._require_stages()
+        if not self.begun and "encoder" not in self.config.order:
+            self.encoder = frozen_encoder(self.config)
+
     def _create(self) -> None:
-        encoder = None if "encoder" in self.config.order else frozen_encoder(self.config)
+        encoder, self.encoder = self.encoder, None
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         if encoder is not None:
             placed = jax.device_put(encoder, sharding.tree_shardings(encoder, self.mesh))
@@ -54,7 +60,7 @@ class CodecTrainer(Trainer):
         processes.on_primary(partial(self.checkpoints.write_config, self.config))
 
     def _held_whole(self) -> str:
-        return ""
+        return held_whole(self.config, self.mesh)
 
 
 def frozen_encoder(config: Any) -> dict:

@@ -4,7 +4,7 @@ same every time."""
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from starflow2_jax.codecs.protocol import level_bits
 from starflow2_jax.data.sources import held_out_streams
-from starflow2_jax.parallel import processes, sharding
+from starflow2_jax.parallel import processes
 from starflow2_jax.random_streams import stream_key
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.training import losses, program
+from starflow2_jax.training.evals.batches import HeldOutBatches
 from starflow2_jax.training.evals.protocol import Findings
 from starflow2_jax.training.stage_task import StageTask
 from starflow2_jax.training.step import TrainState, encoded, in_parts, loss_sums
@@ -40,10 +41,7 @@ class HeldOutLosses:
     def __init__(self, name: str, config: Any, task: StageTask, folder: Path):
         self.name, self.task = name, task
         streams = held_out_streams(task.config, config.mix, task.stage, task.codec, task.tokenizer)
-        self.readers = {stream.name: task.reader([stream]) for stream in streams}
-        total = sum(stream.weight for stream in streams)
-        self.batches = {s.name: max(1, round(config.batches * s.weight / total)) for s in streams}
-        self.layout = sharding.batch_sharding(task.mesh)
+        self.batches = HeldOutBatches(streams, task.reader, config.batches, task.mesh)
         self.measure = jax.jit(partial(_measure, task))
         self.said: set[str] = set()
 
@@ -52,7 +50,7 @@ class HeldOutLosses:
         trees = {"": frozen | state.params, "ema_": frozen | state.params | state.ema}
         found: dict[str, float] = {}
         together: dict[str, Counter[str]] = {prefix: Counter() for prefix in trees}
-        for source in self.readers:
+        for source in self.batches.readers:
             sums = self._sums(source, trees)
             if not any(value for name, value in sums[""].items() if name.endswith("_count")):
                 self._warn(source)
@@ -68,7 +66,7 @@ class HeldOutLosses:
         totals: dict[str, Counter[str]] = {prefix: Counter() for prefix in trees}
         running: dict[str, Sums] = {}
         key = stream_key(0, "held out", source)
-        for i, batch in enumerate(self._batches(source)):
+        for i, batch in enumerate(self.batches.of(source)):
             before, running = (
                 running,
                 {prefix: self.measure(params, batch, jax.random.fold_in(key, i)) for prefix, params in trees.items()},
@@ -76,15 +74,6 @@ class HeldOutLosses:
             _add(totals, before)  # waits for it, so that few batches are on the devices at once
         _add(totals, running)
         return totals
-
-    def _batches(self, source: str) -> Iterator[Sequence]:
-        reader = self.readers[source]
-        reader.restart()
-        for _ in range(self.batches[source]):
-            rows = next(reader)
-            if all(processes.gather(reader.ended)):
-                return
-            yield reader.place(rows, self.layout)
 
     def _numbers(self, sums: Sums) -> dict[str, float]:
         codec, cfg, found = self.task.codec, self.task.cfg, {}

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from starflow2_jax.training.stage_task import StageTask
-
 
 @dataclass(frozen=True, eq=False)
 class Findings:
@@ -26,8 +24,8 @@ class Evaluator(Protocol):
     resumed finds the same again. It draws from random streams of its own, and trains nothing.
     """
 
-    def __init__(self, name: str, config: Any, task: StageTask, folder: Path) -> None:
-        """name, config: the entry's name and keys. folder: of the run; files belong into `folder/evals/name`.
+    def __init__(self, name: str, config: Any, task: Any, folder: Path) -> None:
+        """name, config: the entry's name and keys. task: the stage's, a StageTask or a CodecTask. folder: of the run; files belong into `folder/evals/name`.
 
         Raises UserError.
         """

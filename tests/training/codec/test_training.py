@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_codec_training import CRITIC, config
 
 from starflow2_jax.codecs.fae import read_fae
 from starflow2_jax.config import loading
@@ -20,44 +21,6 @@ from starflow2_jax.training.codec.step import averaged, feature_loss, picture_gr
 from starflow2_jax.training.codec.task import CodecTask
 from starflow2_jax.training.codec.trainer import CodecTrainer
 from starflow2_jax.training.loop import Trainer
-
-OPTIMIZER = dict(learning_rate=1e-2, warmup=1)
-CRITIC = dict(kind="patch", channels=4, stages=2, weight=0.5, lecam=0.01, use_from=1, optimizer=OPTIMIZER)
-DECODER = dict(width=16, layers=1, heads=2, head_dim=8, mlp_hidden=16, patch=8)
-
-
-def config(**changes: object) -> dict:
-    losses = dict(l1=1.0, l2=0.5, perceptual=0.2, perceptual_layers=(1, 2))
-    common = dict(steps=2, rows=8, ema=0.9, optimizer=OPTIMIZER)
-    return (
-        dict(
-            kind="fae",
-            data=dict(sources=dict(scenes=dict(path="scenes", size=32, crop="random", flip=True)), groups=2),
-            order=("encoder", "features", "pixels", "pixels_tuned"),
-            encoder=dict(kind="vit", layers=2, width=16, heads=2, mlp_hidden=16, grid=4, patch=4),
-            networks=dict(
-                features=16,
-                grid=(4, 4),
-                channels=4,
-                attention_heads=2,
-                attention_head_dim=8,
-                feature_decoder=dict(layers=1, heads=2, head_dim=8, mlp_hidden=16),
-                pixel_decoder=DECODER,
-            ),
-            stages=dict(
-                encoder=common,
-                features=dict(common, beta=1e-2),
-                pixels=dict(common, noise=0.3, noise_drawn=True, losses=losses, critic=CRITIC),
-                pixels_tuned=dict(
-                    common, noise=0.1, losses=losses, critic=dict(CRITIC, kind="features", layers=(1, 2))
-                ),
-            ),
-            measured=2,
-            log_every=1,
-            save_every=1,
-        )
-        | changes
-    )
 
 
 def mesh(count: int, fsdp: int = 1) -> jax.sharding.Mesh:
@@ -140,12 +103,13 @@ def test_the_decoders_gradient_is_that_of_one_loss_with_the_weight_held_fixed(na
     moving = {"pixel_decoder": params["pixel_decoder"]}
     found = jax.jit(partial(picture_gradients, objective, adversary))
     gradients, critics, metrics = found(moving, params, critic, pictures, keys, jnp.int32(1))
-    x = objective.decoder_input(params, pictures, keys)
+    x, _ = objective.decoder_input(params, pictures, keys)
+    layers = task.networks.layers(params, pictures, (1, 2))
 
     def terms(moving):
         made = task.networks.pictures(moving, x)
         generator = losses.generator(adversary.logits(critic["network"], params, made, keys[0]))
-        return objective.loss(made, pictures, params)[0], generator
+        return objective.loss(made, pictures, layers, params)[0], generator
 
     last = [jax.grad(lambda m, i=i: terms(m)[i])(moving)["pixel_decoder"]["pixels"]["kernel"] for i in (0, 1)]
     weight = 0.5 * losses.adaptive_weight(*last)

@@ -1,0 +1,125 @@
+"""The experiments that train codecs: sizes by shape, one step each when shrunk, and what is refused without weights."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from starflow2_jax.checkpoints.codec import write_codec
+from starflow2_jax.codecs.fae import FaeCodec, read_fae
+from starflow2_jax.config import loading
+from starflow2_jax.config.codec import encoder_config, networks_config
+from starflow2_jax.errors import ConfigError, UserError
+from starflow2_jax.experiments import fae_dinov2_g
+from starflow2_jax.models.dinov2 import DinoConfig
+from starflow2_jax.stages import CODEC_STAGES
+from starflow2_jax.training.codec.networks import Networks
+from starflow2_jax.training.codec.task import started
+from starflow2_jax.training.codec.trainer import CodecTrainer
+from starflow2_jax.weights.dinov2 import dinov2_config
+from starflow2_jax.weights.rae import rae_config
+
+load = partial(loading.load, kinds=(loading.CODEC,))
+# What the published config.json files say.
+GIANT = dict(
+    model_type="dinov2", hidden_size=1536, num_hidden_layers=40, num_attention_heads=24, image_size=518, patch_size=14,
+    mlp_ratio=4, layer_norm_eps=1e-6, qkv_bias=True, use_swiglu_ffn=True, hidden_act="gelu", num_channels=3,
+)  # fmt: skip
+RAE = dict(
+    _class_name="AutoencoderRAE", encoder_type="dinov2", num_channels=3, encoder_hidden_size=768, encoder_patch_size=14,
+    encoder_num_hidden_layers=12, encoder_input_size=224, decoder_hidden_size=1152, decoder_num_hidden_layers=28,
+    decoder_num_attention_heads=16, decoder_intermediate_size=4096, patch_size=16,
+)  # fmt: skip
+IMAGENET = {
+    "encoder_mean": np.float32([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1),
+    "encoder_std": np.float32([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1),
+}
+
+
+def networks(config) -> Networks:
+    return Networks(networks_config(config), config.encoder.kind, encoder_config(config))
+
+
+def counts(config) -> dict[str, int]:
+    names = ("encoder", "latent_encoder", "feature_decoder", "pixel_decoder")
+    shapes = jax.eval_shape(lambda: networks(config).initial(jax.random.key(0), names))
+    return {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+
+
+def plain(cfg: DinoConfig) -> DinoConfig:
+    return replace(cfg, dtype="float32", remat="none")
+
+
+def test_the_giant_has_the_published_sizes():
+    config = load("fae_dinov2_g")
+    found = counts(config)
+    assert found.pop("encoder") == pytest.approx(1.1365e9, rel=1e-3)
+    assert found == dict(latent_encoder=38_166_592, feature_decoder=170_428_416, pixel_decoder=305_360_896)
+    assert plain(encoder_config(config)) == dinov2_config(GIANT)
+    assert {name: (s.steps, s.rows) for name, s in config.stages.items()} == dict(
+        features=(10**6, 1024), pixels=(10**6, 512), pixels_tuned=(10**5, 512)
+    )
+
+
+def test_the_base_fits_raes_autoencoder():
+    config = load("fae_dinov2_b")
+    there, encoder = rae_config(RAE, IMAGENET)
+    assert plain(encoder_config(config)) == encoder
+    assert networks_config(config).pixel_decoder == there.pixel_decoder and networks_config(config).grid == there.grid
+    assert 4e8 < counts(config)["pixel_decoder"] < 4.3e8 and counts(config)["feature_decoder"] < 5e7
+
+
+@pytest.mark.parametrize("chip, accumulate", (("", 1), ("v5e", 1), ("h100", 4)))
+def test_settings_of_chips(chip, accumulate):
+    config = load("fae_dinov2_g", chip=chip) if chip else load("fae_dinov2_g")
+    assert config.stages.pixels.accumulate == config.stages.pixels_tuned.accumulate == accumulate
+    with pytest.raises(
+        ConfigError, match="settings for the chips v5e, v5p, v6e, h100, a100-80, h200, b200, not for 'v4'"
+    ):
+        load("fae_dinov2_g", chip="v4")
+
+
+@pytest.mark.parametrize("name, key", (("fae_dinov2_g", "encoder.path=dinov2-giant"), ("fae_dinov2_b", "start=rae")))
+def test_missing_weights_are_refused_in_a_sentence(tmp_path, monkeypatch, name, key):
+    monkeypatch.chdir(tmp_path)
+    folder = key.partition("=")[2]
+    config = load(name, ["data.source=scenes"])
+    with pytest.raises(UserError, match=folder) as refused:
+        CodecTrainer(config, tmp_path / "run").run(progress=False)
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_the_networks_of_a_codec_without_latents(tmp_path):
+    """As fae_dinov2_b does from RAE: the decoder is there from the first step and `features` leaves it as it is."""
+    config = load("fae_dinov2_g", runlocal=True)
+    n = networks(config)
+    weights = jax.tree.map(
+        lambda x: np.asarray(x) + np.float32(0.01), n.initial(jax.random.key(7), ("encoder", "pixel_decoder"))
+    )
+    codec = FaeCodec(replace(n.cfg, channels=0), "dinov2", n.encoder, n.cfg.grid, (0.0,) * 32, (1.0,) * 32, weights)
+    (tmp_path / "rae").mkdir()
+    write_codec(tmp_path / "rae", codec)
+    config = fae_dinov2_g.get_config(runlocal=True)
+    config.start, config.order, config.encoder.kind = str(tmp_path / "rae"), ("features",), "dinov2"
+    config.data = dict(sources={name: dict(path="scenes") for name in ("train", "val")})
+    config.evals = dict(reconstruction=dict(mix=dict(val=1.0), batches=2))
+    config = loading.complete(config).unlock()
+    CodecTrainer(config, tmp_path / "run").run(progress=False)
+    made = read_fae(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, made.weights["pixel_decoder"], weights["pixel_decoder"])
+    jax.tree.map(np.testing.assert_array_equal, made.weights["encoder"], weights["encoder"])
+    assert made.channels == 4 and (tmp_path / "run/evals/reconstruction/00000002.png").exists()
+
+    config.networks.pixel_decoder.width = 16
+    with pytest.raises(ConfigError, match="holds another codec than the config: its networks.pixel_decoder.width"):
+        started(config)
+
+
+@pytest.mark.parametrize("name", ("fae_dinov2_g", "fae_dinov2_b", "fae_scenes"))
+def test_shrunk_every_stage_takes_its_steps(tmp_path, name):
+    config = load(name, runlocal=True)
+    assert config.order == tuple(CODEC_STAGES)
+    CodecTrainer(config, tmp_path / "run").run(progress=False)
+    assert read_fae(tmp_path / "run").channels == config.networks.channels
