@@ -51,8 +51,8 @@ class Starflow2Backbone:
         output_path: str | None = None,
         editing_cfg: dict | None = None,
     ) -> dict:
-        """The pictures, changed as the prompt says. `editing_cfg`: fields of the request, and perhaps what is missing else:
-        instruction and image_path."""
+        """The pictures, changed as the prompt says. `editing_cfg`: fields of the request; instruction and image_path may
+        stand there, too."""
         options = self._options("editing_cfg", editing_cfg)
         instruction, path = options.pop("instruction", None), options.pop("image_path", None)
         text, seen = prompt or instruction or "", images or [path]
@@ -69,12 +69,12 @@ class Starflow2Backbone:
         """An answer in words: the most likely one, unless do_sample is set. max_new_tokens limits its length."""
         if videos:
             raise NotImplementedError("starflow2 sees pictures, no videos")
-        options = {"seed": int(self.cfg.get("seed", 0)), "temperature": 0, **self._options("understanding_cfg", understanding_cfg)}
+        options = {"seed": self.cfg.get("seed", 0), **self._options("understanding_cfg", understanding_cfg)}
         options.pop("use_cache", None)
-        most = options.pop("max_new_tokens", None)
         if not options.pop("do_sample", False):
             options["temperature"] = 0
-        options |= {"max_tokens": most} if most else {}
+        if most := options.pop("max_new_tokens", None):
+            options["max_tokens"] = most
         return {"text": self._client().understand(prompt or "Describe the image.", _read(images or []), **options).text}
 
     def _client(self) -> Client:
@@ -101,17 +101,14 @@ def _read(pictures: list[Picture]) -> list[Image.Image]:
 
 
 def _saved(answer: Answer, path: str | None) -> dict:
-    """What TorchUMM expects of an answer with pictures. Several are written as NAME_0.png, NAME_1.png, ..."""
+    """What TorchUMM expects of an answer with pictures; several are written as NAME_0.png, NAME_1.png, ...
+
+    There is no "image" beside "images", because DPG's runner would count the same picture twice.
+    """
     paths = []
     for number, image in enumerate(answer.images if path else []):
         target = Path(path).expanduser().with_suffix(Path(path).suffix or ".png")
         paths.append(target if len(answer.images) == 1 else target.with_stem(f"{target.stem}_{number}"))
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         image.save(paths[-1])
-    images = answer.images
-    return {
-        "image": images[0] if images else None,
-        "images": images,
-        "saved_paths": [str(p) for p in paths],
-        "text": answer.text,
-    }
+    return {"images": answer.images, "saved_paths": [str(path) for path in paths], "text": answer.text}
