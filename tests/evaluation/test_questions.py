@@ -101,6 +101,14 @@ def test_mmmu_puts_pictures_at_their_marks_and_writes_what_its_script_reads(tmp_
     assert answers == {"validation_Art_Theory_1": "B", "validation_Art_Theory_2": "B", "validation_Math_1": "Four."}
 
 
+def test_mmmus_own_copy_has_a_folder_for_each_subject(tmp_path):
+    for subject, rows in (("Math", MMMU[2:]), ("Art_Theory", MMMU[:2])):
+        parquet(tmp_path / "MMMU" / subject, rows, "validation")
+        parquet(tmp_path / "MMMU" / subject, rows[:1], "test")
+    tasks = open_benchmark("mmmu", str(tmp_path / "MMMU")).tasks()
+    assert [task.key for task in tasks] == [row["id"] for row in MMMU]
+
+
 MME = [
     dict(question_id=f"{category}/{name}.png", question=f"Is {word} {name} there? Please answer yes or no.",
          answer=answer, category=category, image=hf(i))
