@@ -25,7 +25,7 @@ CORE = [
     "tqdm>=4.66",
     "tensorboardX>=2.6",
     "scikit-learn>=1.6",  # has the digits of the quickstart
-    "scipy>=1.13",
+    "scipy>=1.15",
     "matplotlib>=3.10",
 ]
 TORCH = ["torch>=2.9,<3"]  # reads .pt and .pth files; the tests use it as a reference

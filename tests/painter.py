@@ -14,6 +14,7 @@ class Painter:
 
     model = SimpleNamespace(cfg=SimpleNamespace(tokens=4, vlm=SimpleNamespace(vision=True)))
     codec = SimpleNamespace(is_pixels=True, makes_pixels=True, image_channels=3, image_shape=SHAPE)
+    encoder = SimpleNamespace(vision=None)  # pictures are left as they are
     tokenizer = SimpleNamespace(chat_template=None)
 
     def __init__(self, say=None):

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from starflow2_jax.commands.arguments import Commands, Number, Whole, Words
@@ -16,6 +16,15 @@ def add(commands: Commands) -> None:
     """Add `starflow2 serve` to the command line."""
     p = commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's interface and a web page")
     add_model(p, fsdp=False)
+    _add_address(p)
+    _add_limits(p)
+    add_sampling(p, ("jacobi",))
+    _add_images(p)
+    p.set_defaults(run=run)
+
+
+def _add_address(p: ArgumentParser) -> None:
+    """Where the server listens, and who may use it."""
     p.add_argument(
         "--host",
         type=Words(),
@@ -32,6 +41,24 @@ def add(commands: Commands) -> None:
     p.add_argument(
         "--name", type=Words(), help="name of the model in requests (default: name of the checkpoint directory)"
     )
+    p.add_argument(
+        "--api-key",
+        type=Words(),
+        metavar="KEY",
+        help="key that clients must send (default: $STARFLOW2_API_KEY, or none)",
+    )
+    p.add_argument(
+        "--allow-origin",
+        type=Words(),
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web site whose pages may use the server, such as https://example.com; * is every site; may be repeated",
+    )
+
+
+def _add_limits(p: ArgumentParser) -> None:
+    """How much the server does and keeps at the same time."""
     p.add_argument(
         "--rows",
         type=Whole(1, 10**4),
@@ -54,6 +81,31 @@ def add(commands: Commands) -> None:
         help="longest answer in tokens, image tokens included (default: 512)",
     )
     p.add_argument(
+        "--max-body",
+        type=Whole(1, 10**12),
+        default=32_000_000,
+        metavar="BYTES",
+        help="largest request in bytes (default: 32000000)",
+    )
+    p.add_argument(
+        "--grace",
+        type=Number(0, 3600),
+        default=20.0,
+        metavar="SECONDS",
+        help="seconds that running requests get when the server is stopped (default: 20)",
+    )
+    p.add_argument(
+        "--keep",
+        type=Whole(0),
+        default=4,
+        metavar="N",
+        help="number of conversations whose caches are kept; others are read again from their start (default: 4)",
+    )
+
+
+def _add_images(p: ArgumentParser) -> None:
+    """Pictures in requests and in answers."""
+    p.add_argument(
         "--max-pixels",
         type=Whole(1),
         default=40_000_000,
@@ -74,28 +126,6 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="most images in an answer; 0: the model only writes text (default: no limit)",
     )
-    p.add_argument(
-        "--max-body",
-        type=Whole(1, 10**12),
-        default=32_000_000,
-        metavar="BYTES",
-        help="largest request in bytes (default: 32000000)",
-    )
-    p.add_argument(
-        "--grace",
-        type=Number(0, 3600),
-        default=20.0,
-        metavar="SECONDS",
-        help="seconds that running requests get when the server is stopped (default: 20)",
-    )
-    add_sampling(p, ("jacobi",))
-    p.add_argument(
-        "--keep",
-        type=Whole(0),
-        default=4,
-        metavar="N",
-        help="number of conversations whose caches are kept; others are read again from their start (default: 4)",
-    )
     latents = "; models that work on latents always use the vision tower"
     add_images(p, "images of requests that set no `via`", latents)
     p.add_argument(
@@ -103,21 +133,6 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="accept `image_guidance` in requests; caches then take half as much memory again",
     )
-    p.add_argument(
-        "--api-key",
-        type=Words(),
-        metavar="KEY",
-        help="key that clients must send (default: $STARFLOW2_API_KEY, or none)",
-    )
-    p.add_argument(
-        "--allow-origin",
-        type=Words(),
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web site whose pages may use the server, such as https://example.com; * is every site; may be repeated",
-    )
-    p.set_defaults(run=run)
 
 
 def run(args: Namespace, _: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Documents of this project's own JSON format: a list of {"text": ...} and {"image": ...} parts."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def read_document(path: str | Path, reader: ImageReader) -> Document:
     return finished(from_json(value, epath.Path(path).parent), reader)
 
 
-def finished(draft: Draft, reader: ImageReader) -> Document:
+def finished(draft: Draft, reader: Callable[[StoredImage], Image]) -> Document:
     """A draft with its images read, and the first of its wordings. Raises DocumentError that names the part."""
     parts: Document = []
     for i, part in enumerate(draft):
@@ -84,7 +85,9 @@ def finished(draft: Draft, reader: ImageReader) -> Document:
     return parts
 
 
-def _finished(part: Text | Wordings | Image | StoredImage | Speaker, reader: ImageReader) -> Text | Image:
+def _finished(
+    part: Text | Wordings | Image | StoredImage | Speaker, reader: Callable[[StoredImage], Image]
+) -> Text | Image:
     if isinstance(part, Speaker):
         raise DocumentError('it is part of a conversation; give a document of {"text": ...} and {"image": ...} parts')
     if isinstance(part, StoredImage):

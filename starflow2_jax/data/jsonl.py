@@ -5,15 +5,15 @@ import io
 import json
 import re
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
-from starflow2_jax.data.documents import Document, DocumentError, Draft
-from starflow2_jax.data.images import ImageReader, locate
+from starflow2_jax.data.documents import Document, DocumentError, Draft, Image, StoredImage
+from starflow2_jax.data.images import locate
 from starflow2_jax.data.json_documents import finished, from_json
 from starflow2_jax.data.protocol import Source
 from starflow2_jax.data.rows import from_conversation, is_conversation
@@ -70,7 +70,7 @@ class JsonlDocuments(Source):
     def __len__(self) -> int:
         return self.count
 
-    def read(self, index: int, images: ImageReader) -> Document:
+    def read(self, index: int, images: Callable[[StoredImage], Image]) -> Document:
         """A document with its images read, for sampling. Raises DocumentError."""
         draft = self[index]
         try:

@@ -10,7 +10,7 @@ import numpy as np
 from starflow2_jax.data import digits
 from starflow2_jax.data.documents import Document, Image, Text, counts
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task
+from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Scores, Task
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.sampling.scoring import score
@@ -80,23 +80,25 @@ class DigitsBenchmark(Benchmark):
             add("count", i, digits.count(a, [pixels[0]] * (b - a + 1), i), (a, b), COUNT)
         return found
 
-    def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
+    def score(self, answers: list[Answer], sampler: Sampler) -> Scores:
         """The numbers of AIMS without the seconds: shares of right answers, and the images' NLL."""
-        found = {kind: [(a.document, a.task.target) for a in of_kind(answers, kind)] for kind in ("write", *TITLES)}
-        small = [(document, total) for document, total in found["sum"] if total < 10]  # sums that a digit can show
+        kinds = ("write", *TITLES)
+        found = {kind: [(a.task.key, a.document, a.task.target) for a in of_kind(answers, kind)] for kind in kinds}
         right = {
-            "digit_accuracy": [_shows(images_of(d)[:1], [digit]) for d, digit in found["write"]],
-            "read_accuracy": [words_of(d) == [word] for d, word in found["read"]],
-            "sum_text_accuracy": [words_of(d)[-1:] == [digits.WORDS[total]] for d, total in found["sum"]],
-            "sum_image_accuracy": [_shows(images_of(d), [total]) for d, total in small],
-            "mirror_correlation": [correlation(images_of(d), pixels) for d, pixels in found["mirror"]],
-            "count_accuracy": [
-                words_of(d) == digits.WORDS[a : b + 1] and _shows(images_of(d), range(a, b + 1))
-                for d, (a, b) in found["count"]
-            ],
+            "digit_accuracy": {key: _shows(images_of(d)[:1], [digit]) for key, d, digit in found["write"]},
+            "read_accuracy": {key: words_of(d) == [word] for key, d, word in found["read"]},
+            "sum_text_accuracy": {key: words_of(d)[-1:] == [digits.WORDS[n]] for key, d, n in found["sum"]},
+            "sum_image_accuracy": {  # of sums that a digit can show
+                key: _shows(images_of(d), [n]) for key, d, n in found["sum"] if n < 10
+            },
+            "mirror_correlation": {key: correlation(images_of(d), pixels) for key, d, pixels in found["mirror"]},
+            "count_accuracy": {
+                key: words_of(d) == digits.WORDS[a : b + 1] and _shows(images_of(d), range(a, b + 1))
+                for key, d, (a, b) in found["count"]
+            },
         }
-        means = {name: float(np.mean(values)) if values else None for name, values in right.items()}
-        return {"nll_nats_per_dim": held_out_nll(sampler, self.limit), **means}
+        items = {name: {key: (float(x), 1.0) for key, x in values.items()} for name, values in right.items()}
+        return {"nll_nats_per_dim": held_out_nll(sampler, self.limit), **items}
 
     def page(self, answers: list[Answer]) -> Page:
         """The digits that the model drew, and the first answers of the other kinds."""

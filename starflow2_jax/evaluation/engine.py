@@ -3,7 +3,8 @@
 Beside the files of `sampling.batch_files`, the folder gets
 
 manifest.jsonl   a line for each answer: {"key", "k", "seed", "files": of its images, "prompt": hash of what was asked}
-scores.json      the benchmark's numbers by name, for `starflow2 compare`
+scores.json      the benchmark's numbers by name, and
+items.json       {name: {key: [value, weight]}} for those that are means of items: both for `starflow2 compare`
 and the files that the benchmark's public scorer reads.
 """
 
@@ -19,13 +20,14 @@ import numpy as np
 
 from starflow2_jax.checkpoints.atomic_folder import moved_folder, write_whole
 from starflow2_jax.data import tokenizer as tokenizers
-from starflow2_jax.data.documents import Document, Image, StoredImage, Text
+from starflow2_jax.data.documents import Document, Image, StoredImage, Text, counts
 from starflow2_jax.data.images import ImageReader, opened, read_image
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task, seed_of
+from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task, numbers, seed_of
 from starflow2_jax.sampling import batch_files
 from starflow2_jax.sampling.batch_files import Prompt, Share
 from starflow2_jax.sampling.engine import Sampler
+from starflow2_jax.sampling.fitting import fitted
 from starflow2_jax.sampling.prompts import spoken
 
 
@@ -46,11 +48,13 @@ def evaluate(
 
     The answers are files in `out`; answers that are there already are not drawn again. `run`: the settings besides the
     tasks that decide the answers. `batch`: most prompts that run at once. `options`: fields of SampleOptions in place of
-    the tasks' own. `chat`: put all prompts into the tokenizer's chat template. `versions`: of programs, for run.json. Raises UserError.
+    the tasks' own. `chat`: put all prompts into the tokenizer's chat template, but for documents with parts that count,
+    which are scored as they are. `versions`: of programs, for run.json. Raises UserError.
     """
     benchmark.begin(sampler)
+    tokens = sampler.model.cfg.tokens
     tasks = [
-        replace(task, options=replace(task.options, **(options or {})), chat=task.chat or chat)
+        replace(task, options=replace(task.options, **(options or {})).sized(tokens), chat=task.chat or chat)
         for task in benchmark.tasks()
     ]
     if not tasks and share.processes > 1:
@@ -59,7 +63,7 @@ def evaluate(
         Prompt(
             task.key,
             partial(_asked, sampler, task),
-            task.options.sized(sampler.model.cfg.tokens),
+            task.options,
             tuple(seed_of(seed, task.key, k) for k in range(benchmark.samples)),
             f"task {task.key}: ",
         )
@@ -72,10 +76,16 @@ def evaluate(
         "tasks": hashlib.sha256("".join(hashes).encode()).hexdigest()[:16],
         "samples": benchmark.samples,
         "prompts": dict(benchmark.facts),
-        "options": [asdict(each) for each in dict.fromkeys(prompt.options for prompt in prompts)],
+        "options": [asdict(each) for each in dict.fromkeys(task.options for task in tasks)],
     }
     batch_files.begin(out, run | about, versions)
-    if not batch_files.write(sampler, prompts, out, batch, share=share, progress=progress):
+    named = {task.key: task for task in tasks}
+
+    def answer(several: list[Prompt], documents: list[Document], rows: int) -> list[Document]:
+        together, seeds = [named[str(p.key)] for p in several], [seed for p in several for seed in p.seeds]
+        return benchmark.answer(sampler, together, documents, together[0].options, seeds, rows)
+
+    if not batch_files.write(sampler, prompts, out, batch, share=share, progress=progress, answer=answer):
         return None
     lines = batch_files.answered(out, prompts)
     answers, manifest = [], []
@@ -88,9 +98,11 @@ def evaluate(
     with moved_folder(out) as folder:
         benchmark.export(answers, folder)
     write_whole(out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in manifest))
-    numbers = benchmark.score(answers, sampler)
-    write_whole(out / "scores.json", json.dumps(numbers, indent=1) + "\n")
-    return numbers, benchmark.page(answers)
+    scores = benchmark.score(answers, sampler)
+    found, items = numbers(scores), {name: score for name, score in scores.items() if isinstance(score, dict)}
+    write_whole(out / "scores.json", json.dumps(found, indent=1) + "\n")
+    write_whole(out / "items.json", json.dumps(items) + "\n")
+    return found, benchmark.page(answers)
 
 
 def digest(task: Task) -> str:
@@ -114,9 +126,9 @@ def _asked(sampler: Sampler, task: Task) -> Document:
         codec = sampler.codec
         read = ImageReader(codec.image_channels, codec.image_shape[:2], not codec.is_pixels)
         document = [read(part) if isinstance(part, StoredImage) else part for part in document]
-    if task.chat and sampler.tokenizer.chat_template:
-        return tokenizers.chat(sampler.tokenizer, [("user", spoken(sampler.tokenizer, document))])
-    return document
+    if task.chat and sampler.tokenizer.chat_template and not any(map(counts, document)):
+        document = tokenizers.chat(sampler.tokenizer, [("user", spoken(sampler.tokenizer, document))])
+    return fitted(sampler, document, task.options.max_tokens or 0)
 
 
 def _document(parts: list[dict[str, str]], out: Path, sampler: Sampler) -> Document:

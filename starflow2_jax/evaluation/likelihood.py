@@ -2,24 +2,22 @@
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
-from starflow2_jax.data.documents import Document, DocumentError, Image, StoredImage
-from starflow2_jax.data.images import ImageReader
+from starflow2_jax.data.documents import Document, DocumentError, Image, StoredImage, Text
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.rows import picture
-from starflow2_jax.evaluation.protocol import Answer, Benchmark, Task
+from starflow2_jax.evaluation.protocol import Answer, Benchmark, Items, Scores, Task
 from starflow2_jax.evaluation.scenes import noisy
 from starflow2_jax.evaluation.user_files import Needed, facts
-from starflow2_jax.random_streams import stream_seed
 from starflow2_jax.sampling.engine import Sampler
-from starflow2_jax.sampling.scoring import BATCH, describe, illustrate, score
+from starflow2_jax.sampling.rows import SampleOptions
+from starflow2_jax.sampling.scoring import Score, describe, illustrate, score
 from starflow2_jax.text_files import parse_json, read_lines
 
 NEEDED = Needed(
@@ -28,20 +26,19 @@ NEEDED = Needed(
     '{"captions": [...], "images": [...]} that belong together in their order',
     "your own data (docs/evaluation.md)",
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Captions and pictures; caption i belongs to picture i."""
-
-    captions: list[str]
-    images: list[StoredImage]
+DOCUMENT, PAIRS = "document", "pairs"  # targets of the tasks
+DENSITIES = (
+    "nll_nats_per_document",
+    *("image_nll_nats_per_dim", "image_nll_bits_per_dim"),
+    *("text_nll_nats_per_token", "text_nll_bits_per_token"),
+)
+Row = dict[str, Any]
 
 
 class LikelihoodBenchmark(Benchmark):
-    """Documents and pairs of the user's files. It draws nothing: all of its work is in `export`.
+    """Documents and pairs of the user's files, which are scored and not answered: an answer is a row of numbers as JSON.
 
-    Pictures get the noise of the training, drawn from their source and place. Raises UserError for other files.
+    Pictures that count get the noise of the training, drawn with the answer's seed. Raises UserError for other files.
     """
 
     def __init__(self, data: str | None = None, limit: int | None = None):
@@ -49,71 +46,100 @@ class LikelihoodBenchmark(Benchmark):
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
             NEEDED.refuse(path, "is a folder without .jsonl files")
-        self.sources = {file.stem: _records(file, limit) for file in files}
+        self.asked = [task for file in files for task in _tasks(file, limit)]
         self.facts = facts(path)
 
-    def begin(self, sampler: Sampler) -> None:
-        """Keep the model, which scores when the results are exported."""
-        self.sampler = sampler
-
     def tasks(self) -> list[Task]:
-        """None."""
-        return []
+        """The documents, and the pictures and captions that belong together, by source."""
+        return self.asked
+
+    def answer(
+        self,
+        sampler: Sampler,
+        tasks: list[Task],
+        prompts: list[Document],
+        options: SampleOptions,
+        seeds: list[int],
+        rows: int,
+    ) -> list[Document]:
+        """The row of each task, for `density` or for `ranking`. Raises DocumentError with the index of the task."""
+        asked = []
+        for task, prompt, seed in zip(tasks, prompts, seeds, strict=True):
+            drawn = noisy(prompt, sampler.noise, np.random.default_rng(seed))
+            asked.append(_combinations(prompt, drawn) if task.target == PAIRS else [drawn])
+        owners = [i for i, documents in enumerate(asked) for _ in documents]
+        try:
+            scores = iter(score(sampler, [document for documents in asked for document in documents]))
+        except DocumentError as error:
+            if error.index is None:
+                raise
+            fault = str(error).removeprefix(f"document {error.index}: ")
+            raise DocumentError(fault, owners[error.index]) from None
+        answers: list[Document] = []
+        for task, documents in zip(tasks, asked, strict=True):
+            found = [next(scores) for _ in documents]
+            row = _pairs_row(found) if task.target == PAIRS else _document_row(found[0])
+            answers.append([Text(json.dumps(row))])
+        return answers
 
     def export(self, answers: list[Answer], out: Path) -> None:
-        """Write SOURCE.jsonl with the likelihoods of each document, or those of each pair of captions and pictures."""
-        self.found: dict[str, list[dict]] = {}
+        """Write SOURCE.jsonl with the row of each document, or of each group of captions and pictures."""
         folder = out / "likelihood"
         folder.mkdir()
-        for source, records in self.sources.items():
-            if isinstance(records, list):
-                scored = _score_pairs(self.sampler, source, records)
-            else:
-                scored = _score_documents(self.sampler, source, records)
-            rows = list(tqdm(scored, total=len(records), desc=source, unit="document"))
-            (folder / f"{source}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            self.found[source] = rows
+        for source, rows in _by_source(answers).items():
+            text = "".join(json.dumps(row) + "\n" for row in rows.values())
+            (folder / f"{source}.jsonl").write_text(text, encoding="utf-8")
 
-    def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
+    def score(self, answers: list[Answer], sampler: Sampler) -> Scores:
         """The numbers of each source. Those of a single source have no name of the source in front."""
-        numbers = {}
-        for source, rows in self.found.items():
-            found = ranking(rows) if "image_given_caption" in rows[0] else density(rows)
-            prefix = f"{source}_" if len(self.found) > 1 else ""
-            numbers |= {f"{prefix}{name}": value for name, value in found.items()}
+        numbers: dict[str, Items] = {}
+        sources = _by_source(answers)
+        for source, rows in sources.items():
+            found = ranking(rows) if "image_given_caption" in next(iter(rows.values())) else density(rows)
+            prefix = f"{source}_" if len(sources) > 1 else ""
+            numbers |= {f"{prefix}{name}": items for name, items in found.items()}
         return numbers
 
 
-def density(rows: list[dict]) -> dict[str, float | None]:
+def _by_source(answers: list[Answer]) -> dict[str, dict[str, Row]]:
+    """The rows of each source by the tasks' keys."""
+    found: dict[str, dict[str, Row]] = {}
+    for answer in answers:
+        [part] = answer.document
+        assert isinstance(part, Text)
+        found.setdefault(answer.task.key.rpartition("/")[0], {})[answer.task.key] = json.loads(part.text)
+    return found
+
+
+def density(rows: Mapping[str, Row]) -> dict[str, Items]:
     """Nats and bits per dimension of all images, and per token of all texts; nats of a document.
 
     rows: {"image_nats", "image_dims", "image_bits", "text_nats", "text_tokens"} of each document: log-likelihoods, their
     numbers, and the negative log2-likelihood of 8-bit images.
     """
-    total = {name: math.fsum(row[name] for row in rows) for name in rows[0]}
-    numbers: dict[str, float | None] = {
-        "nll_nats_per_document": -(total["image_nats"] + total["text_nats"]) / len(rows)
-    }
-    if total["image_dims"]:
-        numbers["image_nll_nats_per_dim"] = -total["image_nats"] / total["image_dims"]
-        numbers["image_nll_bits_per_dim"] = total["image_bits"] / total["image_dims"]
-    if total["text_tokens"]:
-        numbers["text_nll_nats_per_token"] = -total["text_nats"] / total["text_tokens"]
-        numbers["text_nll_bits_per_token"] = numbers["text_nll_nats_per_token"] / math.log(2)
-    return numbers
+    found: dict[str, Items] = {name: {} for name in DENSITIES}
+    for key, row in rows.items():
+        found["nll_nats_per_document"][key] = (-(row["image_nats"] + row["text_nats"]), 1.0)
+        if dims := row["image_dims"]:
+            found["image_nll_nats_per_dim"][key] = (-row["image_nats"] / dims, dims)
+            found["image_nll_bits_per_dim"][key] = (row["image_bits"] / dims, dims)
+        if tokens := row["text_tokens"]:
+            found["text_nll_nats_per_token"][key] = (-row["text_nats"] / tokens, tokens)
+            found["text_nll_bits_per_token"][key] = (-row["text_nats"] / tokens / math.log(2), tokens)
+    return {name: items for name, items in found.items() if items}
 
 
-def ranking(rows: list[dict]) -> dict[str, float | None]:
-    """Winoground's scores: the share of groups in which each picture finds its caption (text_score), each caption its
-    picture (image_score), and both (group_score).
+def ranking(rows: Mapping[str, Row]) -> dict[str, Items]:
+    """Winoground's scores: whether each picture of a group finds its caption (text_score), each caption its picture
+    (image_score), and both (group_score).
 
     rows: {"image_given_caption": log p (images, captions), "image": log p (images,) without a caption,
     "caption_given_image": log p (images, captions)}. The ending "_by_image" says that pictures were scored given captions,
     "_by_text" that captions were scored given pictures. A caption chooses among pictures by how much it raises their
     likelihood, because plain pictures are likely under any caption.
     """
-    found: dict[str, list[bool]] = {}
-    for row in rows:
+    found: dict[str, Items] = {}
+    for key, row in rows.items():
         given = np.array(row["image_given_caption"])
         own = np.arange(len(given))
         for way, finds_caption, finds_image in (
@@ -122,87 +148,72 @@ def ranking(rows: list[dict]) -> dict[str, float | None]:
         ):
             text, image = (finds_caption.argmax(1) == own).all(), (finds_image.argmax(0) == own).all()
             for name, right in (("text_score", text), ("image_score", image), ("group_score", text and image)):
-                found.setdefault(f"{name}_{way}", []).append(bool(right))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+                found.setdefault(f"{name}_{way}", {})[key] = (float(right), 1.0)
+    return found
 
 
-@dataclass(frozen=True, eq=False)
-class Documents:
-    """The first documents of a file."""
-
-    file: JsonlDocuments
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-
-def _records(file: Path, limit: int | None) -> Documents | list[Pairs]:
+def _tasks(file: Path, limit: int | None) -> list[Task]:
     """The documents, or the captions and pictures, in a file. Raises UserError."""
     lines = read_lines(file)
     first = parse_json(f"{file}, line 1,", lines[0], one_line=True) if lines else None
-    if not (isinstance(first, dict) and "captions" in first):
+    if isinstance(first, dict) and "captions" in first:
+        found = [(_pairs(f"{file}, line {i},", line, file.parent), PAIRS) for i, line in enumerate(lines[:limit], 1)]
+    else:
         documents = JsonlDocuments(str(file))
-        return Documents(documents, min(len(documents), limit or len(documents)))
-    return [_pairs(f"{file}, line {i},", line, file.parent) for i, line in enumerate(lines[:limit], 1)]
+        count = min(len(documents), limit or len(documents))
+        found = [(documents.read(i, _unread), DOCUMENT) for i in range(count)]
+    return [Task(f"{file.stem}/{i}", prompt, target) for i, (prompt, target) in enumerate(found)]
 
 
-def _pairs(where: str, line: str, folder: Path) -> Pairs:
+def _unread(image: StoredImage) -> Any:
+    """In place of a reader: the engine reads a task's pictures when it is the task's turn."""
+    return image
+
+
+def _pairs(where: str, line: str, folder: Path) -> list[StoredImage | Text]:
+    """The pictures and then the captions in a line of a file. Raises UserError."""
     row = NEEDED.require(where, parse_json(where, line, one_line=True), ("captions", "images"))
     captions, images = row["captions"], row["images"]
     if not (isinstance(captions, list) and isinstance(images, list) and len(captions) == len(images) > 1):
         NEEDED.refuse(where, "has no lists of captions and images of one length, at least 2")
     try:
-        return Pairs(
-            [str(text) for text in captions], [picture(each, epath.Path(folder), generate=True) for each in images]
-        )
+        return [
+            *(picture(each, epath.Path(folder), generate=True) for each in images),
+            *(Text(str(caption)) for caption in captions),
+        ]
     except DocumentError as error:
         NEEDED.refuse(where, f"names a picture that cannot be used ({error})")
 
 
-def _score_documents(sampler: Sampler, source: str, documents: Documents) -> Iterator[dict]:
-    """The row of each document, for `density`. Raises DocumentError."""
-    read = _reader(sampler)
-    for start in range(0, len(documents), BATCH):
-        several = range(start, min(start + BATCH, len(documents)))
-        shown = [_noisy(sampler, documents.file.read(i, read), source, i) for i in several]
-        for parts in score(sampler, shown):
-            images, texts = ([part for part in parts if bool(part.dims) == kind] for kind in (True, False))
-            yield {
-                "image_nats": math.fsum(part.nats for part in images),
-                "image_dims": sum(part.dims for part in images),
-                "image_bits": math.fsum(part.bits_per_dim * part.dims for part in images),
-                "text_nats": math.fsum(part.nats for part in texts),
-                "text_tokens": sum(len(part.tokens) for part in texts),
-            }
+def _combinations(shown: Document, drawn: Document) -> list[Document]:
+    """Each picture with noise given each caption, each caption given each picture, and each picture with noise alone."""
+    captions = [part.text for part in shown if isinstance(part, Text)]
+    seen, noised = ([part.pixels for part in each if isinstance(part, Image)] for each in (shown, drawn))
+    return [
+        *(illustrate(caption, each) for each in noised for caption in captions),
+        *(describe(caption, each) for each in seen for caption in captions),
+        *(illustrate("", each) for each in noised),
+    ]
 
 
-def _score_pairs(sampler: Sampler, source: str, several: list[Pairs]) -> Iterator[dict]:
-    """The row of each group of captions and pictures, for `ranking`. Raises DocumentError."""
-    read = _reader(sampler)
-    for i, pairs in enumerate(several):
-        seen: Document = [read(image) for image in pairs.images]
-        drawn = [part.pixels for part in _noisy(sampler, seen, source, i) if isinstance(part, Image)]
-        shown = [part.pixels for part in seen if isinstance(part, Image)]
-        documents = [
-            *(illustrate(caption, each) for each in drawn for caption in pairs.captions),
-            *(describe(caption, each) for each in shown for caption in pairs.captions),
-            *(illustrate("", each) for each in drawn),
-        ]
-        nats = np.array([math.fsum(part.nats for part in parts) for parts in score(sampler, documents)])
-        given, told, alone = np.split(nats, [(n := len(seen)) ** 2, 2 * n**2])
-        yield {
-            "image_given_caption": given.reshape(n, n).tolist(),
-            "caption_given_image": told.reshape(n, n).tolist(),
-            "image": alone.tolist(),
-        }
+def _pairs_row(several: list[list[Score]]) -> Row:
+    """log p of the documents of `_combinations`: of n pictures, n^2 + n^2 + n."""
+    nats = np.array([math.fsum(part.nats for part in parts) for parts in several])
+    n = math.isqrt(len(nats) // 2)
+    given, told, alone = np.split(nats, [n**2, 2 * n**2])
+    return {
+        "image_given_caption": given.reshape(n, n).tolist(),
+        "caption_given_image": told.reshape(n, n).tolist(),
+        "image": alone.tolist(),
+    }
 
 
-def _reader(sampler: Sampler) -> ImageReader:
-    codec = sampler.codec
-    return ImageReader(codec.image_channels, codec.image_shape[:2], not codec.is_pixels)
-
-
-def _noisy(sampler: Sampler, document: Document, source: str, i: int) -> Document:
-    """The document with the noise of the training on the images that count, the same in every run."""
-    return noisy(document, sampler.noise, np.random.default_rng(stream_seed(0, "likelihood", source, str(i))))
+def _document_row(parts: list[Score]) -> Row:
+    images, texts = ([part for part in parts if bool(part.dims) == kind] for kind in (True, False))
+    return {
+        "image_nats": math.fsum(part.nats for part in images),
+        "image_dims": sum(part.dims for part in images),
+        "image_bits": math.fsum(part.bits_per_dim * part.dims for part in images),
+        "text_nats": math.fsum(part.nats for part in texts),
+        "text_tokens": sum(len(part.tokens) for part in texts),
+    }

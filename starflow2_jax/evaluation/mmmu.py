@@ -6,17 +6,25 @@ from pathlib import Path
 
 from starflow2_jax.evaluation import tables
 from starflow2_jax.evaluation.questions import Question, Questions, copies, letter
+from starflow2_jax.evaluation.tables import Row
 
 KEY = re.compile(r"[a-z]+_(\w+)_\d+")  # such as validation_Art_Theory_3
 
 
 class MmmuBenchmark(Questions):
-    """The validation split, or another one that --prompts names alone."""
+    """The validation split, or another one that --prompts names alone. MMMU's own copy has a folder for each subject."""
 
     needed = copies("mmmu", "MMMU", "MMMU_DEV_VAL")
     split, tokens = "validation", 128
     template = "{hint}{question}\n{choices}\n\n{ask}"
     opened = "{hint}{question}\n\n{ask}"
+
+    def rows(self, path: Path) -> list[Row]:
+        """The questions of all subjects."""
+        folders = sorted({file.parent for file in path.glob(f"*/{self.split}-*.parquet")})
+        if len(folders) < 2:
+            return super().rows(path)
+        return [row for folder in folders for row in tables.read(self.needed, folder, self.split)]
 
     def official(self, predictions: list[tuple[Question, str]], folder: Path) -> None:
         """Write SUBJECT/output.json for main_parse_and_eval.py, and answers.json, which holds letters, for EvalAI."""

@@ -1,6 +1,7 @@
 """The protocol of a benchmark: it gives tasks to a model and scores the answers."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,11 @@ class Answer:
         return self.said() if callable(self.said) else self.said
 
 
+# What a number is the mean of: (value, weight) of each item, such as a question, by a key that is the same in every run.
+Items = dict[str, tuple[float, float]]
+Scores = Mapping[str, float | Items | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Page:
     """The contents of the report besides the numbers and the training curves.
@@ -56,7 +62,7 @@ class Page:
 
 
 class Benchmark(Protocol):
-    """A benchmark that inherits from this class needs no `begin`, `export`, `score` and `page` of its own."""
+    """A benchmark that inherits from this class needs only `__init__` and `tasks` of its own."""
 
     aims: Mapping[str, float] = {}  # the value that a number should reach, for some of the numbers
     samples: int = 1  # answers to each task
@@ -81,19 +87,48 @@ class Benchmark(Protocol):
         """The tasks. Neighbouring tasks with equal options run together."""
         ...
 
+    def answer(
+        self,
+        sampler: Sampler,
+        tasks: list[Task],
+        prompts: list[Document],
+        options: SampleOptions,
+        seeds: list[int],
+        rows: int,
+    ) -> list[Document]:
+        """The answers to tasks that run together, `samples` to each; by default, the model draws them.
+
+        prompts: the tasks' own, as the model reads them. options: of all of them. seeds: one for each answer, which
+        decides it. rows: number of tasks in the largest batch. Raises DocumentError with the index of the task.
+        """
+        return sampler.generate(prompts, options, seeds, self.samples, rows)
+
     def export(self, answers: list[Answer], out: Path) -> None:
         """Write into the empty folder `out` the files that the benchmark's public scorer reads.
 
         The engine moves them to the answers when all are written.
         """
 
-    def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
-        """The numbers that can be computed here, by name; None for a number that no answer bears on."""
+    def score(self, answers: list[Answer], sampler: Sampler) -> Scores:
+        """The numbers that can be computed here, by name; None for a number that no answer bears on.
+
+        A number that is the mean of items may be given by these, for the bootstrap intervals of `starflow2 compare`.
+        """
         return {}
 
     def page(self, answers: list[Answer]) -> Page | None:
         """The report's page about the answers; None: the report shows numbers and training curves alone."""
         return None
+
+
+def numbers(scores: Scores) -> dict[str, float | None]:
+    """The scores with the weighted mean of their values in place of items; None if there are no items."""
+    return {name: _mean(score) if isinstance(score, dict) else score for name, score in scores.items()}
+
+
+def _mean(items: Items) -> float | None:
+    total = math.fsum(weight for _, weight in items.values())
+    return math.fsum(value * weight for value, weight in items.values()) / total if items else None
 
 
 def seed_of(base: int, key: str, k: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from starflow2_jax.data.documents import Document, StoredImage, Text
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation import tables
-from starflow2_jax.evaluation.protocol import Answer, Benchmark, Task
+from starflow2_jax.evaluation.protocol import Answer, Benchmark, Items, Scores, Task
 from starflow2_jax.evaluation.tables import Row
 from starflow2_jax.evaluation.user_files import Needed, facts
 from starflow2_jax.sampling.engine import Sampler
@@ -129,19 +129,17 @@ class Questions(Benchmark):
     def official(self, predictions: list[tuple[Question, str]], folder: Path) -> None:
         """Write the files of the benchmark's own scorer into its folder."""
 
-    def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
+    def score(self, answers: list[Answer], sampler: Sampler) -> Scores:
         """The share of right answers, by equality alone: a check of the run. The benchmark's scorer parses more."""
-        found: dict[str, list[bool]] = {}
+        found: dict[str, Items] = {}
         for answer in answers:
             asked = answer.task.target
             if asked.answer is not None and asked.answer != "?":
                 right = is_right(asked, said(answer.document))
                 for group in {"all", asked.category}:
-                    found.setdefault(group, []).append(right)
-        means = {group: sum(values) / len(values) for group, values in sorted(found.items())}
-        return {"exact_match": means.pop("all", None)} | {
-            f"exact_match_{group}": value for group, value in means.items()
-        }
+                    found.setdefault(group, {})[answer.task.key] = (float(right), 1.0)
+        every = found.pop("all", {})
+        return {"exact_match": every} | {f"exact_match_{group}": found[group] for group in sorted(found)}
 
 
 def copies(benchmark: str, dataset: str, table: str, part: str = "") -> Needed:

@@ -15,7 +15,7 @@ from starflow2_jax.data.scenes.scene import UNITS
 from starflow2_jax.data.scenes.source import NEVER, SceneOptions, Scenes, rendered
 from starflow2_jax.data.scenes.words import without_plans
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.protocol import Answer, Benchmark, Page, Task
+from starflow2_jax.evaluation.protocol import Answer, Benchmark, Items, Page, Scores, Task
 from starflow2_jax.evaluation.scenes_judge import Judge
 from starflow2_jax.evaluation.scenes_verdicts import Verdict, judged, pictures
 from starflow2_jax.sampling.engine import Sampler
@@ -109,21 +109,22 @@ class ScenesBenchmark(Benchmark):
             for i, parts in enumerate(map(source.parts, range(self.limit)))
         ]
 
-    def score(self, answers: list[Answer], sampler: Sampler) -> dict[str, float | None]:
+    def score(self, answers: list[Answer], sampler: Sampler) -> Scores:
         """Shares of right answers by group and kind, the means of GENEVAL, and the likelihood of held-out pictures."""
-        found: dict[str, list[float]] = {}
+        found: dict[str, Items] = {}
         for answer in answers:
             kind, group = of(answer)
             verdict = self._verdict(answer)
-            found.setdefault(f"{group}_{kind}", []).append(float(verdict.right))
-            for name, value in verdict.parts.items():
-                found.setdefault(f"{group}_{kind}_{name}", []).append(value)
-        numbers: dict[str, float | None] = {name: float(np.mean(values)) for name, values in found.items()}
+            for name, value in {"": float(verdict.right), **verdict.parts}.items():
+                found.setdefault(f"{group}_{kind}{name and f'_{name}'}", {})[answer.task.key] = (value, 1.0)
+        scores: dict[str, float | Items | None] = {**found}
         for group in self.groups:
-            six = [numbers[name] for kind in GENEVAL if (name := f"{group}_{kind}") in numbers]
-            numbers[f"{group}_mean"] = float(np.mean([value for value in six if value is not None])) if six else None
-            numbers |= self._likelihood(sampler, group)
-        return numbers
+            six = [found[name] for kind in GENEVAL if (name := f"{group}_{kind}") in found]
+            scores[f"{group}_mean"] = {  # of the kinds, not of all pictures
+                key: (value, 1 / len(items)) for items in six for key, (value, _) in items.items()
+            }
+            scores |= self._likelihood(sampler, group)
+        return scores
 
     def page(self, answers: list[Answer]) -> Page:
         """The first pictures of each kind of caption, and answers of every kind with their verdicts."""

@@ -15,6 +15,7 @@ lock.json              while a process writes samples.jsonl: which one (checkpoi
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ class Prompt:
     options: SampleOptions
     seeds: tuple[int, ...]
     where: str = ""  # put in front of error messages about this prompt, such as "document 3: "
+
+
+# (prompts that run together, their documents, rows of the largest batch) -> the answers, as many to each as it has seeds
+Answering = Callable[[list[Prompt], list[Document], int], list[Document]]
 
 
 @dataclass(frozen=True)
@@ -111,21 +116,29 @@ def write(
     denoised: bool = False,
     share: Share = Share(),  # noqa: B008 - it is frozen
     progress: bool = True,
+    answer: Answering | None = None,
 ) -> bool:
     """Answer the prompts of this process's share that have no answers yet.
 
-    Returns whether all prompts are answered now.
+    `answer`: what makes the answers; None: the sampler generates them. Returns whether all prompts are answered now.
 
     Consecutive prompts with equal options run together, at most `batch` at a time. With `denoised` the training noise
     is removed from the images. Raises DocumentError, which names the prompt, if a prompt does not fit the model, and
     LockedError if another process writes the same share.
     """
     with Lock(out, share.lock).held():
-        return _write(sampler, prompts, out, batch, denoised, share, progress)
+        return _write(sampler, prompts, out, batch, denoised, share, progress, answer or partial(_generated, sampler))
 
 
 def _write(
-    sampler: Sampler, prompts: Sequence[Prompt], out: Path, batch: int, denoised: bool, share: Share, progress: bool
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    out: Path,
+    batch: int,
+    denoised: bool,
+    share: Share,
+    progress: bool,
+    answer: Answering,
 ) -> bool:
     done = answered(out, prompts)
     mine = list(_batches(prompts, batch))[share.process :: share.processes]
@@ -134,7 +147,7 @@ def _write(
     _keep_complete(out / share.file, done)
     with tqdm(total=count, initial=count - left, unit="prompt", disable=not progress) as bar:
         for several, rows in todo:
-            answers = _answers(sampler, [prompts[i] for i in several], denoised, rows)
+            answers = _answers(sampler, [prompts[i] for i in several], denoised, rows, answer)
             with (out / share.file).open("a", encoding="utf-8") as file:
                 for i, documents in zip(several, answers, strict=True):
                     if prompts[i].key not in done:
@@ -158,7 +171,7 @@ def write_anew(sampler: Sampler, prompt: Prompt, out: Path, denoised: bool = Fal
     if (out / "run.json").is_file():
         raise UserError(f"{out} holds samples of --documents; name another --out, or remove the folder")
     with Lock(out).held():
-        [documents] = _answers(sampler, [prompt], denoised, 1)
+        [documents] = _answers(sampler, [prompt], denoised, 1, partial(_generated, sampler))
         lines = _lines(sampler, prompt, 0, documents, out)
         write_whole(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_whole(out / "samples.json", json.dumps([line["parts"] for line in lines], indent=1))
@@ -187,17 +200,23 @@ def _batches(prompts: Sequence[Prompt], batch: int) -> Iterator[tuple[list[int],
             yield several[start : start + batch], rows
 
 
-def _answers(sampler: Sampler, prompts: list[Prompt], denoised: bool, rows: int) -> list[list[Document]]:
+def _generated(sampler: Sampler, prompts: list[Prompt], documents: list[Document], rows: int) -> list[Document]:
+    seeds = [seed for prompt in prompts for seed in prompt.seeds]
+    return sampler.generate(documents, prompts[0].options, seeds, len(prompts[0].seeds), rows)
+
+
+def _answers(
+    sampler: Sampler, prompts: list[Prompt], denoised: bool, rows: int, answer: Answering
+) -> list[list[Document]]:
     """The answers to each prompt, in a list for each. Raises DocumentError, which names the prompt."""
-    num, seeds = len(prompts[0].seeds), [seed for prompt in prompts for seed in prompt.seeds]
-    asked = []
+    num, asked = len(prompts[0].seeds), []
     for prompt in prompts:
         try:
             asked.append(prompt.read())
         except DocumentError as error:
             raise _named(error, prompt) from None
     try:
-        answers = sampler.generate(asked, prompts[0].options, seeds, num, rows)
+        answers = answer(prompts, asked, rows)
     except DocumentError as error:
         raise (error if error.index is None else _named(error, prompts[error.index])) from None
     if denoised:

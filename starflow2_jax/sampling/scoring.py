@@ -86,10 +86,11 @@ def score(sampler: Sampler, documents: list[Document], batch_size: int = BATCH) 
         try:
             features.append(f := layout(sampler, document))
         except DocumentError as error:
-            raise DocumentError(f"document {number}: {error}") from None
+            raise DocumentError(f"document {number}: {error}", number) from None
         if not (f["image_weight"].any() or f["text_weight"][1:].any()):
             raise DocumentError(
-                f'document {number}: nothing in it counts; mark an image with "generate" or a text with "predict"'
+                f'document {number}: nothing in it counts; mark an image with "generate" or a text with "predict"',
+                number,
             )
     text = any(isinstance(part, Text) and part.predict for document in documents for part in document)
     scores: list[list[Score]] = [[] for _ in documents]

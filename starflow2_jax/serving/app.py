@@ -59,6 +59,19 @@ class Service:
     line: Line
     room: Room
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model as /v1/models describes it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "starflow2",
+            "drawing": self.limits.drawing,
+            "editing": self.limits.editing,
+            "most_choices": self.limits.max_choices,
+        }
+
     async def body(self, request: Request) -> object:
         """The JSON value in the body of a request for this model. Raises ApiError."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
@@ -116,59 +129,6 @@ def _parsed(data: bytearray) -> object:
 
 def make_app(service: Service) -> Starlette:
     """The ASGI application."""
-    page = PAGE.read_text(encoding="utf-8").replace("{{ page.js }}", SCRIPT.read_text(encoding="utf-8"))
-
-    async def index(request: Request) -> Response:
-        return HTMLResponse(page, headers=SAFETY)
-
-    async def health(request: Request) -> Response:
-        worker = service.worker
-        well = worker.is_alive() and worker.closing is None
-        state = {
-            "status": "ok" if well else "closing",
-            "running": worker.running,
-            "waiting": len(worker.waiting) + service.line.waiting,
-        }
-        state["programs"] = len(worker.sampler.programs)  # compiled so far
-        return JSONResponse(state, 200 if well else 503)
-
-    described = {
-        "id": service.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "starflow2",
-        "drawing": service.limits.drawing,
-        "editing": service.limits.editing,
-        "most_choices": service.limits.max_choices,
-    }
-
-    async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [described]})
-
-    async def model(request: Request) -> Response:
-        check_model({"model": request.path_params["name"]}, service.name)
-        return JSONResponse(described)
-
-    def guarded(endpoint: Callable[[Request], Awaitable[Response]]):
-        @functools.wraps(endpoint)
-        async def checked(request: Request) -> Response:
-            service.check_key(request)
-            request.state.held = 0
-            try:
-                return await endpoint(request)
-            finally:
-                service.room.used -= request.state.held
-
-        return checked
-
-    places = service.worker.size + service.worker.max_queue  # for requests that are answered, and that wait
-    guards = [Middleware(AtMost, places, service.worker.seconds_to_wait)]
-    if service.key is None:
-        guards.insert(0, Middleware(KnownHosts, (service.host,)))
-    if service.origins:
-        headers = ["Authorization", "Content-Type", "Content-Encoding"]
-        cors = Middleware(CORSMiddleware, service.origins, ("GET", "POST"), headers, expose_headers=["Retry-After"])
-        guards.insert(0, cors)
     handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
         ApiError: _api_error,
         DocumentError: _api_error,
@@ -178,16 +138,73 @@ def make_app(service: Service) -> Starlette:
     }
     return Starlette(
         routes=[
-            Route("/", index),
-            Route("/health", health),
-            Route("/v1/models", guarded(models)),
-            Route("/v1/models/{name:path}", guarded(model)),
-            Route("/v1/chat/completions", guarded(functools.partial(_chat, service)), methods=["POST"]),
-            Route("/v1/rank", guarded(functools.partial(_rank, service)), methods=["POST"]),
+            Route("/", _index),
+            Route("/health", functools.partial(_health, service)),
+            Route("/v1/models", _guarded(service, _models)),
+            Route("/v1/models/{name:path}", _guarded(service, _model)),
+            Route("/v1/chat/completions", _guarded(service, _chat), methods=["POST"]),
+            Route("/v1/rank", _guarded(service, _rank), methods=["POST"]),
         ],
         exception_handlers=handlers,
-        middleware=guards,
+        middleware=_guards(service),
     )
+
+
+def _guards(service: Service) -> list[Middleware]:
+    """What a request passes before its endpoint."""
+    places = service.worker.size + service.worker.max_queue  # for requests that are answered, and that wait
+    guards = [Middleware(AtMost, places, service.worker.seconds_to_wait)]
+    if service.key is None:
+        guards.insert(0, Middleware(KnownHosts, (service.host,)))
+    if service.origins:
+        headers = ["Authorization", "Content-Type", "Content-Encoding"]
+        cors = Middleware(CORSMiddleware, service.origins, ("GET", "POST"), headers, expose_headers=["Retry-After"])
+        guards.insert(0, cors)
+    return guards
+
+
+def _guarded(service: Service, endpoint: Callable[[Service, Request], Awaitable[Response]]):
+    """The endpoint, for clients with the server's key. The bytes of a request are given back when it is answered."""
+
+    async def checked(request: Request) -> Response:
+        service.check_key(request)
+        request.state.held = 0
+        try:
+            return await endpoint(service, request)
+        finally:
+            service.room.used -= request.state.held
+
+    return checked
+
+
+async def _index(request: Request) -> Response:
+    return HTMLResponse(_page(), headers=SAFETY)
+
+
+@functools.cache
+def _page() -> str:
+    return PAGE.read_text(encoding="utf-8").replace("{{ page.js }}", SCRIPT.read_text(encoding="utf-8"))
+
+
+async def _health(service: Service, request: Request) -> Response:
+    worker = service.worker
+    well = worker.is_alive() and worker.closing is None
+    state = {
+        "status": "ok" if well else "closing",
+        "running": worker.running,
+        "waiting": len(worker.waiting) + service.line.waiting,
+        "programs": len(worker.sampler.programs),  # compiled so far
+    }
+    return JSONResponse(state, 200 if well else 503)
+
+
+async def _models(service: Service, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [service.model]})
+
+
+async def _model(service: Service, request: Request) -> Response:
+    check_model({"model": request.path_params["name"]}, service.name)
+    return JSONResponse(service.model)
 
 
 async def _chat(service: Service, request: Request) -> Response:

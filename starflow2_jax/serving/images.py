@@ -12,14 +12,15 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
+from starflow2_jax.data.documents import DocumentError, LengthError
 from starflow2_jax.data.images import as_pillow, from_pillow
 from starflow2_jax.data.pictures import Picture
 from starflow2_jax.models.vlm import VisionConfig
+from starflow2_jax.sampling.fitting import Size, shared
 from starflow2_jax.serving.errors import ApiError, bad
 from starflow2_jax.serving.request_limits import RequestLimits
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]  # found by a file's first bytes, whatever type its label names
-Size = tuple[int, int]
 
 
 class Budget:
@@ -123,32 +124,13 @@ def resized(vision: VisionConfig, size: Size, param: str) -> Size:
 
 
 def fitted(vision: VisionConfig, asked: VisionConfig, uploads: list[Upload], room: int, row: int) -> list[Size]:
-    """The (height, width) at which the tower sees each picture, so that all of them take at most `room` positions.
-
-    A picture that needs more than its share of `room` is scaled down to its share; what the others leave is shared, too.
-    `asked`: the tower with the request's own bounds. `row`: positions of a row, for messages. Raises ApiError if a picture
-    cannot be scaled down that far.
-    """
+    """`fitting.shared` for uploads, with its errors as ApiErrors."""
     files: list[Size] = [(upload.picture.size[1], upload.picture.size[0]) for upload in uploads]
-    sizes = [vision.resized(resized(asked, size, upload.param)) for size, upload in zip(files, uploads, strict=True)]
-    wanted = [math.prod(vision.merged_grid(size)) for size in sizes]
-    order, left = sorted(range(len(sizes)), key=wanted.__getitem__), room
-    for done, i in enumerate(order):
-        share = max(left, 0) // (len(order) - done)
-        if wanted[i] > share:
-            most = max(share, 1) * math.prod(sizes[i]) // wanted[i]  # pixels
-            sizes[i] = vision.bounded(1, most).resized(files[i])
-            if (least := math.prod(vision.merged_grid(sizes[i]))) > share:
-                raise ApiError(
-                    400,
-                    f"a picture of {'x'.join(map(str, uploads[i].picture.size))} pixels takes at least {least} positions, and of "
-                    f"the {row} positions of a row {max(left, 0)} are left for {len(order) - done} "
-                    f"{'pictures' if len(order) - done > 1 else 'picture'}; shorten the text, or send fewer pictures",
-                    "context_length_exceeded",
-                    uploads[i].param,
-                )
-        left -= math.prod(vision.merged_grid(sizes[i]))
-    return sizes
+    try:
+        return shared(vision, asked, files, room, row)
+    except DocumentError as error:
+        code = "context_length_exceeded" if isinstance(error, LengthError) else "invalid_value"
+        raise bad(str(error), uploads[error.index or 0].param, code) from None
 
 
 def upload(url: object, via: str, limits: RequestLimits, param: str) -> Upload:

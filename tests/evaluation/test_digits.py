@@ -14,7 +14,7 @@ from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Encoder
 from starflow2_jax.evaluation import digits as evaluation
 from starflow2_jax.evaluation.digits import DigitsBenchmark, correlation, held_out_nll
-from starflow2_jax.evaluation.protocol import Answer
+from starflow2_jax.evaluation.protocol import Answer, numbers
 from starflow2_jax.models.pretzel import Output
 from starflow2_jax.parallel.sharding import make_mesh
 
@@ -57,7 +57,7 @@ def evaluate(answer):
     """Numbers and page of a model that answers a task with `answer(task, its number)`."""
     benchmark = DigitsBenchmark(limit=LIMIT)
     answers = [Answer(task, 0, answer(task, int(task.key.split("/")[1]))) for task in benchmark.tasks()]
-    return benchmark.score(answers, sampler(Gaussian(0, 1))), benchmark.page(answers)
+    return numbers(benchmark.score(answers, sampler(Gaussian(0, 1)))), benchmark.page(answers)
 
 
 def test_who_writes_no_image_has_none_right():

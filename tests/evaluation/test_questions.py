@@ -16,7 +16,7 @@ import tiny
 from painter import Painter
 from PIL import Image as Pillow
 
-from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.engine import evaluate
 from starflow2_jax.evaluation.questions import Question, is_right, letter
@@ -99,6 +99,14 @@ def test_mmmu_puts_pictures_at_their_marks_and_writes_what_its_script_reads(tmp_
     }
     answers = json.loads((tmp_path / "out/mmmu/answers.json").read_text())
     assert answers == {"validation_Art_Theory_1": "B", "validation_Art_Theory_2": "B", "validation_Math_1": "Four."}
+
+
+def test_mmmus_own_copy_has_a_folder_for_each_subject(tmp_path):
+    for subject, rows in (("Math", MMMU[2:]), ("Art_Theory", MMMU[:2])):
+        parquet(tmp_path / "MMMU" / subject, rows, "validation")
+        parquet(tmp_path / "MMMU" / subject, rows[:1], "test")
+    tasks = open_benchmark("mmmu", str(tmp_path / "MMMU")).tasks()
+    assert [task.key for task in tasks] == [row["id"] for row in MMMU]
 
 
 MME = [
@@ -281,3 +289,28 @@ def test_a_picture_that_a_question_names_must_be_there(tmp_path):
 def test_words_that_are_right():
     asked = Question("k", "How many?", {}, "", "['4', 'four']", {})
     assert is_right(asked, "Four.") and is_right(asked, "4") and not is_right(asked, "44")
+
+
+def test_pictures_share_what_the_row_has_left(tmp_path, monkeypatch):
+    """A question with a small and a large picture: the large one is scaled down to what a row of 256 leaves, and answered."""
+    large = Pillow.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8))
+    file = io.BytesIO()
+    large.save(file, "PNG")
+    rows = [
+        dict(question="Which?", options=["x", "y"], answer="0", image=[hf(3), {"bytes": file.getvalue(), "path": None}])
+    ]
+    sampler = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
+    asked, generate = [], sampler.generate
+    monkeypatch.setattr(sampler, "generate", lambda prompts, *more: asked.extend(prompts) or generate(prompts, *more))
+    run("ai2d", parquet(tmp_path / "a", rows, "test"), tmp_path / "out", sampler)
+    [[small, scaled, _]] = asked
+    assert small.pixels.shape == (4, 6, 1) and scaled.pixels.shape[0] < 300
+    length = len(sampler.encoder(asked[0], closed=False)["tokens"])
+    assert 256 - 16 - 20 < length <= 256 - 16  # of an answer
+    height, width, _ = scaled.pixels.shape
+    want = np.asarray(large.convert("L").resize((width, height), Pillow.Resampling.BICUBIC), np.float32) / 127.5 - 1
+    np.testing.assert_allclose(scaled.pixels[..., 0], want, atol=1e-5)
+    assert tiny.VISION.resized((height, width)) == (height, width) and abs(width / height - 4 / 3) < 0.2
+    many = parquet(tmp_path / "b", [rows[0] | {"image": [hf(3)] * 200}], "test")
+    with pytest.raises(DocumentError, match="^task 0: a picture of 6x4 pixels takes at least .* of the 256 positions"):
+        run("ai2d", many, tmp_path / "many", sampler)

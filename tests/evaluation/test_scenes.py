@@ -14,6 +14,7 @@ from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS, Shown
 from starflow2_jax.data.scenes.scene import BACKGROUNDS, Placed, Scene, render, visible
 from starflow2_jax.data.scenes.source import NEVER, planned, rendered
 from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation import protocol
 from starflow2_jax.evaluation import scenes as evaluation
 from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, ScenesBenchmark, asked
@@ -50,7 +51,7 @@ def right(task) -> list:
 
 
 def numbers(benchmark, answer) -> dict:
-    return benchmark.score([Answer(task, 0, answer(task)) for task in benchmark.tasks()], sampler())
+    return protocol.numbers(benchmark.score([Answer(task, 0, answer(task)) for task in benchmark.tasks()], sampler()))
 
 
 def test_tasks_are_documents_up_to_what_is_asked(benchmark):

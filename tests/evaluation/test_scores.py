@@ -1,5 +1,6 @@
-"""Fréchet distances, comparisons of runs, and the benchmark of likelihoods, against their definitions."""
+"""Fréchet distances and the benchmark of likelihoods, against their definitions."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,13 +12,12 @@ import tiny
 import torch
 from PIL import Image as Pillow
 
-from starflow2_jax import cli
-from starflow2_jax.data.documents import Image, Text
+from starflow2_jax.data.documents import DocumentError, Image, Text
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation import frechet
-from starflow2_jax.evaluation.compare import compared
+from starflow2_jax.evaluation import frechet, likelihood
 from starflow2_jax.evaluation.engine import evaluate
 from starflow2_jax.evaluation.likelihood import ranking
+from starflow2_jax.evaluation.protocol import numbers
 from starflow2_jax.evaluation.table import open_benchmark
 from starflow2_jax.sampling.batch_files import Share
 from starflow2_jax.sampling.engine import Sampler
@@ -72,26 +72,10 @@ def test_what_has_no_distance_is_refused(tmp_path, network):
             frechet.distance(tmp_path / "a", tmp_path / reference, network, tmp_path / "cache")
 
 
-def test_runs_are_compared(tmp_path, capsys):
-    for name, scores in (("one", {"a": 0.5, "b": None}), ("two/answers", {"a": 0.75, "b": 2}), ("three", {"a": 1.0})):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "scores.json").write_text(json.dumps(scores))
-    assert cli.main(["eval", "compare", *(str(tmp_path / name) for name in ("one", "two", "three"))]) == 0
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["", "one", "two", "three", "mean", "std", "95% interval"]
-    assert rows[2][:6] == ["a", "0.5", "0.75", "1", "0.75", "0.25"] and rows[3] == ["b", "", "2", "", "2", "", ""]
-    values = np.random.default_rng(1).normal(size=400)
-    [line] = compared([{"x": float(value)} for value in values])
-    half = 1.96 * values.std() / 20  # the interval of the mean of many values
-    np.testing.assert_allclose(line.interval, (values.mean() - half, values.mean() + half), atol=0.01)
-    (tmp_path / "three/scores.json").write_text('{"a": "good"}')
-    assert cli.main(["compare", str(tmp_path / "three")]) == 2 and "is no number" in capsys.readouterr().err
-
-
 def test_winogrounds_scores_of_tables():
     right = {"image_given_caption": [[3, 1], [8, 9]], "image": [2, 8], "caption_given_image": [[-1, -2], [-3, -1]]}
     wrong = right | {"image_given_caption": [[3, 3.5], [8, 10]]}
-    found = ranking([right, wrong])
+    found = numbers(ranking({"a": right, "b": wrong}))
     assert found["text_score_by_image"] == 0.5 and found["image_score_by_image"] == 1.0
     assert found["group_score_by_image"] == 0.5 and found["group_score_by_text"] == 1.0
 
@@ -101,21 +85,43 @@ def sampler() -> Sampler:
     return Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
 
 
-def test_likelihoods_of_documents_and_pairs(tmp_path, sampler):
-    levels = [np.random.default_rng(i).integers(0, 256, tiny.SIZE, np.uint8) for i in range(2)]
-    for i, each in enumerate(levels):
-        Pillow.fromarray(each).save(tmp_path / f"{i}.png")
-    data = tmp_path / "data"
-    data.mkdir()
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Documents of two sources, pairs, and their pictures 0.png and 1.png beside them."""
+    folder = tmp_path_factory.mktemp("likelihood")
+    for i, each in enumerate(LEVELS):
+        Pillow.fromarray(each).save(folder / f"{i}.png")
     documents = [
         [{"text": "draw an eight"}, {"image": "../0.png", "generate": True}],
         [{"image": "../1.png"}, {"text": " nine", "predict": True}],
     ]
-    (data / "docs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))
     pairs = {"captions": ["a seven", "a two"], "images": ["../0.png", "../1.png"]}
-    (data / "pairs.jsonl").write_text(json.dumps(pairs) + "\n")
-    numbers, _ = evaluate(sampler, open_benchmark("likelihood", str(data)), tmp_path / "out", {}, progress=False)
-    pixels = [(each[..., None] / np.float32(127.5) - 1).astype(np.float32) for each in levels]
+    sources = {"docs": documents, "more": [*documents, documents[0]], "pairs": [pairs]}
+    (folder / "data").mkdir()
+    for name, rows in sources.items():
+        (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "data"
+
+
+LEVELS = [np.random.default_rng(i).integers(0, 256, tiny.SIZE, np.uint8) for i in range(2)]
+
+
+def measured(sampler: Sampler, data: Path, out: Path, **more):
+    return evaluate(sampler, open_benchmark("likelihood", str(data)), out, {}, progress=False, batch=2, **more)
+
+
+@pytest.fixture(scope="module")
+def alone(sampler, data) -> tuple[dict, Path]:
+    """The numbers of one process, and its folder."""
+    out = data.parent / "alone"
+    found = measured(sampler, data, out)
+    assert found is not None
+    return found[0], out
+
+
+def test_likelihoods_of_documents_and_pairs(sampler, alone):
+    numbers, out = alone
+    pixels = [(each[..., None] / np.float32(127.5) - 1).astype(np.float32) for each in LEVELS]
     [[image], [text]] = score(
         sampler,
         [[Text("draw an eight"), Image(pixels[0], generate=True)], [Image(pixels[1]), Text(" nine", predict=True)]],
@@ -123,14 +129,73 @@ def test_likelihoods_of_documents_and_pairs(tmp_path, sampler):
     assert numbers["docs_image_nll_bits_per_dim"] == pytest.approx(image.bits_per_dim, rel=1e-4)
     assert numbers["docs_text_nll_nats_per_token"] == pytest.approx(math.log(text.perplexity), rel=1e-4)
     assert numbers["docs_nll_nats_per_document"] == pytest.approx(-(image.nats + text.nats) / 2, rel=1e-4)
-    [row] = [json.loads(line) for line in (tmp_path / "out/likelihood/pairs.jsonl").read_text().splitlines()]
-    [[given]] = score(sampler, [[Text("a two"), Image(pixels[0], generate=True)]])
-    assert row["image_given_caption"][0][1] == pytest.approx(given.nats, rel=1e-4)
+    assert numbers["more_nll_nats_per_document"] == pytest.approx(-(2 * image.nats + text.nats) / 3, rel=1e-4)
+    [row] = [json.loads(line) for line in (out / "likelihood/pairs.jsonl").read_text().splitlines()]
+    for i, j in ((0, 0), (0, 1), (1, 0)):
+        [[given], [told]] = score(
+            sampler,
+            [
+                [Text(("a seven", "a two")[j]), Image(pixels[i], generate=True)],
+                [Image(pixels[i]), Text(("a seven", "a two")[j], predict=True)],
+            ],
+        )
+        assert row["image_given_caption"][i][j] == pytest.approx(given.nats, rel=1e-4)
+        assert row["caption_given_image"][i][j] == pytest.approx(told.nats, rel=1e-4)
     assert {name for name in numbers if name.startswith("pairs_")} == {
         f"pairs_{kind}_score_by_{way}" for kind in ("text", "image", "group") for way in ("image", "text")
     }
-    with pytest.raises(UserError, match="run it in one process"):
-        evaluate(sampler, open_benchmark("likelihood", str(data)), tmp_path / "two", {}, share=Share(1, 2))
+    items = json.loads((out / "items.json").read_text())
+    assert items["docs_image_nll_bits_per_dim"] == {"docs/0": [pytest.approx(image.bits_per_dim, rel=1e-4), image.dims]}
+    assert len(items["more_nll_nats_per_document"]) == 3
+
+
+def files(out: Path) -> dict[str, bytes]:
+    paths = [*(out / "likelihood").iterdir(), *(out / f"{n}.json" for n in ("scores", "items", "run", "samples"))]
+    return {path.name: path.read_bytes() for path in [*paths, out / "manifest.jsonl"]}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_measures_the_same(sampler, data, alone, tmp_path, processes):
+    """Six tasks in batches of two: documents and pairs stand in one batch, too."""
+    for i in reversed(range(processes)):
+        found = measured(sampler, data, tmp_path, share=Share(i, processes))
+        assert (found is None) == (i > 0) == (not (tmp_path / "likelihood").exists())
+    assert files(tmp_path) == files(alone[1])
+
+
+def test_what_is_measured_is_not_measured_again(sampler, data, alone, tmp_path, monkeypatch):
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(likelihood, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(sampler, data, tmp_path)
+    measured(sampler, data, tmp_path)
+    assert len(calls) == 1 + 1 + 2 and files(tmp_path) == files(alone[1])
+
+
+def test_noise_is_drawn_by_the_seed_and_chat_changes_nothing(sampler, data, tmp_path):
+    noisy = copy.copy(sampler)
+    noisy.noise = 0.3
+    found = [
+        measured(noisy, data, tmp_path / str(i), seed=seed, chat=chat)[0]
+        for i, (seed, chat) in enumerate(((0, False), (0, True), (1, False)))
+    ]
+    name = "docs_image_nll_nats_per_dim"
+    assert found[0][name] == found[1][name] != found[2][name]
+    assert found[0]["docs_text_nll_nats_per_token"] == found[2]["docs_text_nll_nats_per_token"]
+
+
+def test_a_document_in_which_nothing_counts_is_named(sampler, tmp_path):
+    lines = [[{"text": "a", "predict": True}, {"text": " b", "predict": True}], [{"text": "a b"}]]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DocumentError, match="^task docs/1: nothing in it counts"):
+        measured(sampler, tmp_path / "docs.jsonl", tmp_path / "out")
 
 
 def test_a_file_without_documents_is_refused(tmp_path):
