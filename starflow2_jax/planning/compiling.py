@@ -199,7 +199,7 @@ def compile_step(config: Config, stage: Stage, devices: list, codec: FaeCodec | 
     return Program(compiled, mesh, held, program.bytes_a_device(kinds, host=True))
 
 
-def compile_codec_step(config: Config, stage: CodecStage, devices: list) -> Program:
+def compile_codec_step(config: Any, stage: CodecStage, devices: list) -> Program:
     """Compile the training step of a codec's stage for these devices. Raises DoesNotFit and ConfigError."""
     mesh = _mesh(config, devices)
     task = CodecTask(config, stage, mesh)

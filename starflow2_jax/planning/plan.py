@@ -97,7 +97,7 @@ def plan_step(config: Config, stage: Stage, topology: Topology, devices: list, c
     )
 
 
-def plan_codec_step(config: Config, stage: CodecStage, topology: Topology, devices: list) -> Plan:
+def plan_codec_step(config: Any, stage: CodecStage, topology: Topology, devices: list) -> Plan:
     """The same of a codec's stage. A position is a token of a picture."""
     cfg = config.stages[stage.name]
     networks = Networks(networks_config(config), config.encoder.kind, encoder_config(config))
@@ -171,7 +171,7 @@ def plan_decoder(config: Config, codec: FaeCodec, topology: Topology, devices: l
     )
 
 
-def codec_advice(config: Config, stage: CodecStage) -> list[str]:
+def codec_advice(config: Any, stage: CodecStage) -> list[str]:
     """Changes to a codec's config whose plan does not fit, most effective first."""
     cfg = config.stages[stage.name]
     changes = [f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows"]

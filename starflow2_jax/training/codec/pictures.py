@@ -86,8 +86,16 @@ def abstract_batch(networks: FaeConfig, rows: int) -> Sequence:
 
     length, real = tokens + 3, np.float32
     latents = array(1, tokens, decoder.image_channels * decoder.patch**2, dtype=real)
-    whole = [array(length) for _ in range(3)]
-    return Sequence(*whole, array(length, 3), array(length, dtype=real), latents, array(1, dtype=real))
+    tokens_here = array(length)
+    return Sequence(
+        tokens_here,
+        tokens_here,
+        tokens_here,
+        array(length, 3),
+        array(length, dtype=real),
+        latents,
+        array(1, dtype=real),
+    )
 
 
 def pixels(batch: Sequence, networks: FaeConfig) -> jax.Array:
