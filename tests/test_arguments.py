@@ -160,11 +160,6 @@ def options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 OPTIONS = [(name, action.dest) for name, parser in commands().items() for action in options(parser)]
 
 
-def is_output(name: str, action: argparse.Action) -> bool:
-    """Whether the command writes there. `encode` checks its --out itself, because it may be in a bucket."""
-    return isinstance(action.type, OutputFile | OutputFolder) or (name, action.dest) == ("encode", "out")
-
-
 def right(action: argparse.Action, files: Path) -> str:
     """A value that the option takes."""
     if action.choices:
@@ -318,7 +313,9 @@ def test_right_values(name, files, tmp_path, capsys):
                 assert code == usual[0], (line, error)
 
 
-OUTPUTS = [(name, action.dest) for name, p in commands().items() for action in options(p) if is_output(name, action)]
+OUTPUTS = [
+    (name, action.dest) for name, p in commands().items() for action in options(p) if arguments.is_output(action.type)
+]
 
 
 @pytest.mark.parametrize("name, dest", OUTPUTS)
