@@ -4,12 +4,14 @@ The cases are made from the parsers, so an option is covered from the day that i
 """
 
 import argparse
+import errno
 import json
 import os
 import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from starflow2_jax.commands.arguments import (
 )
 from starflow2_jax.config import loading as configs
 from starflow2_jax.data import encoding
+from starflow2_jax.errors import Terminated
 from starflow2_jax.fields import Key
 from starflow2_jax.parallel import devices
 from starflow2_jax.planning import compiling
@@ -69,6 +72,9 @@ class Begun(BaseException):
     """The arguments were accepted: the command starts devices, or other work that takes long."""
 
 
+FAULTS: list[BaseException] = []  # what this work raises instead; empty: Begun
+
+
 class Endless(BaseException):
     """A huge file, a pipe or an endless device is read. No `except OSError` may catch this."""
 
@@ -79,7 +85,7 @@ PARSER = cache(cli._parser)  # building it takes longer than most cases
 @pytest.fixture(autouse=True)
 def nothing_heavy(monkeypatch, tmp_path):
     def begin(*args, **kwargs):
-        raise Begun
+        raise FAULTS[-1] if FAULTS else Begun
 
     monkeypatch.setattr(cli, "_parser", PARSER)
     monkeypatch.setattr(devices, "start", begin)
@@ -91,6 +97,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     before = signal.signal(signal.SIGALRM, too_long)
     yield
+    FAULTS.clear()
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
@@ -304,6 +311,53 @@ def test_right_values(name, files, tmp_path, capsys):
                 assert code in (None, 0, 2) and error.count("\n") <= 1, (line, error)  # what it means depends on others
             else:
                 assert code == usual[0], (line, error)
+
+
+OUTPUTS = [
+    (name, action.dest) for name, p in commands().items() for action in options(p) if arguments.is_output(action.type)
+]
+
+
+@pytest.mark.parametrize("name, dest", OUTPUTS)
+def test_disks_that_refuse_writes(name, dest, files, monkeypatch, capsys):
+    """Full, over quota, read-only or another user's, from the start or once the command works: path and cause in one line."""
+    action = next(a for a in options(commands()[name]) if a.dest == dest)
+    line = command_line(name, files, action, "new folder/new")
+    if ends(line, capsys)[0] is not None:
+        pytest.skip("the command ends before it writes")
+    for number, code in (
+        (errno.ENOSPC, 74),
+        (errno.EDQUOT, 74),
+        (errno.EROFS, 74),
+        (errno.EACCES, 2),
+        (errno.EPERM, 2),
+    ):
+        fault = OSError(number, os.strerror(number))  # a write that fails names no path
+        for at_once in (True, False):
+            with monkeypatch.context() as patched:
+                if at_once:
+                    patched.setattr(arguments.tempfile, "TemporaryFile", lambda fault=fault, **_: raised(fault))
+                FAULTS[:] = [fault]
+                assert ends(line, capsys)[0] == code
+                error = ends(line, capsys)[1].splitlines()[-1]  # `encode` shows its progress before
+            assert "new folder/new" in error and fault.strerror in error, error
+            assert error.startswith("starflow2: "), error
+
+
+def raised(fault: BaseException) -> NoReturn:
+    raise fault
+
+
+@pytest.mark.parametrize("name", list(commands()))
+@pytest.mark.parametrize(
+    "fault, code, said", [(KeyboardInterrupt(), 130, "interrupted; "), (Terminated(), 75, "(SIGTERM); ")]
+)
+def test_signals(name, files, fault, code, said, monkeypatch, capsys):
+    """While the command works: what is kept, in one line."""
+    monkeypatch.setitem(commands()[name]._defaults, "run", lambda *_: raised(fault))
+    ended, error = ends(command_line(name, files), capsys)
+    assert ended == code and error.startswith("starflow2: ") and said in error and error.count("\n") == 1, error
+    assert "kept" in error or "nothing was written" in error
 
 
 def test_an_unknown_command_and_an_unknown_option(capsys):

@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Words:
-    """Any text that UTF-8 can hold."""
+    """Any text that UTF-8 can hold. `written`: it names a place to write that the command itself checks, such as a bucket."""
+
+    written: bool = False
 
     def __call__(self, text: str) -> str:
         try:
@@ -178,9 +180,14 @@ def require_writable(option: str, folder: str) -> None:
         raise UserError(f"{option}: {error}") from None
 
 
+def is_output(kind: object) -> bool:
+    """Whether the command writes where options of this kind say."""
+    return isinstance(kind, OUTPUTS) or (isinstance(kind, Words) and kind.written)
+
+
 def outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
     """The files and folders to write that the command line names. `parser`: the command's."""
-    actions = [action for action in parser._actions if isinstance(action.type, OUTPUTS)]
+    actions = [action for action in parser._actions if is_output(action.type)]
     return [value for action in actions if (value := getattr(args, action.dest, None))]
 
 

@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     add_sampling(p, ("temperature", "image_temperature", "guidance", "max_tokens"))
     add_images(p, "your images")
     p.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed (default: 0)")
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, kept="the images that were drawn are kept in --out")
 
 
 def run(args: Namespace, _: list[str]) -> None:

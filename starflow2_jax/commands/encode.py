@@ -27,7 +27,11 @@ def add(commands: Commands) -> None:
         "several files as a pattern",
     )
     p.add_argument(
-        "--out", type=Words(), required=True, metavar="DIR", help="folder for the shards, on disk or in a bucket"
+        "--out",
+        type=Words(written=True),
+        required=True,
+        metavar="DIR",
+        help="folder for the shards, on disk or in a bucket",
     )
     p.add_argument(
         "--shards",
