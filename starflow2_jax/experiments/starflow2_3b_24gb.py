@@ -27,6 +27,6 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     c.model.vlm.kernel = c.model.deep.kernel = "triton"
     c.model.shallow.kernel = "cudnn"
     for stage in c.stages.values():
-        stage.update(rows=2, ema=0.999)
-        stage.optimizer.update(warmup=200, moments="bfloat16")
+        stage.rows = 2
+        stage.optimizer.moments = "bfloat16"
     return c

@@ -7,8 +7,7 @@ It continues in the directory of the stage before; see starflow2_3b_t2i.py. Stag
 On an A100 add --config.model.vlm.kernel=triton --config.model.deep.kernel=triton.
 
 Nothing of this was run. `starflow2 plan --config starflow2_3b_gpu --topology h100:1` says what it needs
-(docs/benchmarks/memory.md). No setting fits a GPU of 24 GB: the flow's parameters and their gradients alone, in fp32,
-take 27 GiB.
+(docs/benchmarks/memory.md). For a GPU of 24 GB there is starflow2_3b_24gb, with a smaller flow.
 """
 
 from ml_collections import ConfigDict

@@ -152,7 +152,14 @@ def test_topologies(text, chips_):
 
 @pytest.mark.parametrize(
     "text, shape",
-    [("h200:1", (1, 1)), ("h100:8", (1, 8)), ("a100-80:8x4", (8, 4)), ("b200:8x8", (8, 8)), ("gb200:72", (1, 72))],
+    [
+        ("h200:1", (1, 1)),
+        ("h100:8", (1, 8)),
+        ("a100-80:8x4", (8, 4)),
+        ("b200:8x8", (8, 8)),
+        ("gb200:72", (1, 72)),
+        ("rtx4090:1", (1, 1)),
+    ],
 )
 def test_nodes_of_gpus(text, shape):
     topology = hardware.parse_topology(text)
