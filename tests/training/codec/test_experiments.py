@@ -85,7 +85,7 @@ def test_settings_of_chips(chip, accumulate):
 def test_missing_weights_are_refused_in_a_sentence(tmp_path, monkeypatch, name, key):
     monkeypatch.chdir(tmp_path)
     folder = key.partition("=")[2]
-    config = load(name, ["data.source=scenes"])
+    config = load(name, ["data.source=scenes", "mesh.data=1", "mesh.fsdp=-1"])
     with pytest.raises(UserError, match=folder) as refused:
         CodecTrainer(config, tmp_path / "run").run(progress=False)
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
@@ -115,6 +115,13 @@ def test_a_run_starts_from_the_networks_of_a_codec_without_latents(tmp_path):
     config.networks.pixel_decoder.width = 16
     with pytest.raises(ConfigError, match="holds another codec than the config: its networks.pixel_decoder.width"):
         started(config)
+
+
+def test_what_no_device_can_hold_is_refused_before_anything_is_made(tmp_path):
+    config = load("fae_dinov2_g", ["networks.pixel_decoder.mlp_hidden=100000000"], runlocal=True)
+    with pytest.raises(ConfigError, match="stage features: parameters, optimizer and batch need"):
+        CodecTrainer(config, tmp_path / "run").run(progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ("fae_dinov2_g", "fae_dinov2_b", "fae_scenes"))
