@@ -101,9 +101,7 @@ def plan_codec_step(config: Any, stage: CodecStage, topology: Topology, devices:
     """The same of a codec's stage. A position is a token of a picture."""
     cfg = config.stages[stage.name]
     networks = Networks(networks_config(config), config.encoder.kind, encoder_config(config))
-    chosen: dict[str, object] = {name: getattr(cfg, name) for name in ("rows", "accumulate")}
-    chosen |= {f"{part}.{name}": config[part][name] for part in ("encoder", "networks") for name in ("dtype", "remat")}
-    chosen |= {"critic": cfg.critic.kind, "optimizer.name": cfg.optimizer.name}
+    chosen = codec_settings(config, stage)
     what = f"training step of a codec, stage {stage.name}"
     plan = Plan(what, str(topology), topology.chips, {}, chosen, False, topology.chip.memory, 0, {})
     plan.rules["flops"], plan.steps = RULE, cfg.steps
@@ -224,6 +222,14 @@ def settings(config: Config, stage: Stage) -> dict[str, object]:
     for part in ("vlm", "shallow", "deep"):
         found |= {f"{part}.{name}": getattr(getattr(m, part), name) for name in ("remat", "kernel", "dtype")}
     return found | {f"optimizer.{k}": getattr(cfg.optimizer, k) for k in ("name", "moments", "offload")}
+
+
+def codec_settings(config: Config, stage: CodecStage) -> dict[str, object]:
+    """The same of a codec's config."""
+    cfg = config.stages[stage.name]
+    found: dict[str, object] = {name: getattr(cfg, name) for name in ("rows", "accumulate")}
+    found |= {f"{part}.{name}": config[part][name] for part in ("encoder", "networks") for name in ("dtype", "remat")}
+    return found | {"critic": cfg.critic.kind, "optimizer.name": cfg.optimizer.name}
 
 
 def _measure(plan: Plan, program: Program, topology: Topology) -> Costs:

@@ -179,8 +179,13 @@ def abstract_arguments(
 
 
 def require_memory(config: Config, model: Pretzel, stage: Stage, optimizer: GradientTransformation, mesh: Mesh) -> None:
-    """Raises ConfigError if the arguments of a stage's step alone are larger than a device's memory, where that is known."""
-    needed = bytes_a_device(abstract_arguments(config, model, stage, optimizer, mesh))
+    """`require_room` for the arguments of a stage's step."""
+    require_room(abstract_arguments(config, model, stage, optimizer, mesh), mesh)
+
+
+def require_room(arguments: Any, mesh: Mesh) -> None:
+    """Raises ConfigError if the arguments of a step alone are larger than a device's memory, where that is known."""
+    needed = bytes_a_device(arguments)
     if (memory := devices.memory(mesh.devices.flat[0])) is not None and needed > memory:
         raise ConfigError(
             f"parameters, optimizer and batch need {needed / 1e9:,.1f} GB on each device, which has {memory / 1e9:,.1f} GB; use a "

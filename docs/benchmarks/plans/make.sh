@@ -15,6 +15,15 @@ plan() { # NAME EXPERIMENT TOPOLOGY [arguments of `starflow2 plan`]
   starflow2 plan --config "starflow2_7b_$2" --topology "$3" --json "$here/$1.json" "${@:4}" >"$here/$1.txt"
 }
 
+# Of the codec at the paper's size: fae_features_v5e, ...
+for stage in features pixels pixels_tuned; do
+  for at in v5e:16x16 h100:8; do
+    name="fae_${stage}_${at%%:*}"
+    if [[ $name != *"$only"* ]]; then continue; fi
+    starflow2 plan --config fae_dinov2_g --chip "${at%%:*}" --topology "$at" --stage "$stage" --json "$here/$name.json" >"$here/$name.txt"
+  done
+done
+
 number=0
 for stage in t2i adapter joint; do
   number=$((number + 1))

@@ -26,6 +26,7 @@ from starflow2_jax.parallel import processes, sharding
 from starflow2_jax.random_streams import stream_key
 from starflow2_jax.sequence import Sequence
 from starflow2_jax.stages import CODEC_STAGES, CodecStage
+from starflow2_jax.training import program
 from starflow2_jax.training.codec import pictures
 from starflow2_jax.training.codec.adversary import Adversary
 from starflow2_jax.training.codec.flops import codec_flops
@@ -65,8 +66,10 @@ class CodecTask:
         return codec_flops(self.networks, self.stage, self.cfg).total
 
     def check(self) -> None:
-        """Raises UserError for rows that do not fit the mesh, or a source or file that cannot be opened."""
+        """Raises UserError for rows that do not fit the mesh, arrays that do not fit the devices' memory, or a source or file
+        that cannot be opened."""
         self.require_rows()
+        program.require_room((self.abstract_state(), self.abstract_frozen(), self.abstract_batch()), self.mesh)
         self.streams()
         self._lpips()
 

@@ -1,7 +1,9 @@
 """The experiments that train codecs: sizes by shape, one step each when shrunk, and what is refused without weights."""
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,17 +12,21 @@ import pytest
 from starflow2_jax.checkpoints.codec import write_codec
 from starflow2_jax.codecs.fae import FaeCodec, read_fae
 from starflow2_jax.config import loading
-from starflow2_jax.config.codec import encoder_config, networks_config
+from starflow2_jax.config.codec import CodecStageConfig, encoder_config, networks_config
 from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.experiments import fae_dinov2_g
+from starflow2_jax.fields import build
 from starflow2_jax.models.dinov2 import DinoConfig
+from starflow2_jax.planning.plan import codec_settings
 from starflow2_jax.stages import CODEC_STAGES
+from starflow2_jax.training.codec.flops import codec_flops
 from starflow2_jax.training.codec.networks import Networks
 from starflow2_jax.training.codec.task import started
 from starflow2_jax.training.codec.trainer import CodecTrainer
 from starflow2_jax.weights.dinov2 import dinov2_config
 from starflow2_jax.weights.rae import rae_config
 
+KEPT = Path(__file__).parents[3] / "docs/benchmarks/plans"
 load = partial(loading.load, kinds=(loading.CODEC,))
 # What the published config.json files say.
 GIANT = dict(
@@ -81,11 +87,28 @@ def test_settings_of_chips(chip, accumulate):
         load("fae_dinov2_g", chip="v4")
 
 
+PLANS = [tuple(file.stem.split("_", 1)[1].rsplit("_", 1)) for file in sorted(KEPT.glob("fae_*.json"))]
+
+
+@pytest.mark.parametrize("stage, chip", PLANS)
+def test_what_is_planned_is_what_is_trained(stage, chip):
+    """Settings, steps and FLOP of the kept plans are the experiment's own for that chip, and they fit."""
+    [kept] = json.loads((KEPT / f"fae_{stage}_{chip}.json").read_text())
+    config = load("fae_dinov2_g", chip=chip)
+    row, chips = CODEC_STAGES[stage], kept["chips"]
+    assert codec_settings(config, row) == kept["settings"] and kept["steps"] == config.stages[stage].steps
+    cfg = build(CodecStageConfig, config.stages[stage].to_dict(), "stage")
+    hand = codec_flops(networks(config), row, cfg)
+    assert kept["flops_by_hand"] == pytest.approx({part: value / chips for part, value in hand.model.items()})
+    assert kept["flops_compiled"] == pytest.approx(hand.executed / chips, rel=0.05)
+    assert kept["fits"] and kept["topology"].startswith(chip) and kept["mesh"]["fsdp"] == min(chips, 64)
+
+
 @pytest.mark.parametrize("name, key", (("fae_dinov2_g", "encoder.path=dinov2-giant"), ("fae_dinov2_b", "start=rae")))
 def test_missing_weights_are_refused_in_a_sentence(tmp_path, monkeypatch, name, key):
     monkeypatch.chdir(tmp_path)
     folder = key.partition("=")[2]
-    config = load(name, ["data.source=scenes"])
+    config = load(name, ["data.source=scenes", "mesh.data=1", "mesh.fsdp=-1"])
     with pytest.raises(UserError, match=folder) as refused:
         CodecTrainer(config, tmp_path / "run").run(progress=False)
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
@@ -115,6 +138,13 @@ def test_a_run_starts_from_the_networks_of_a_codec_without_latents(tmp_path):
     config.networks.pixel_decoder.width = 16
     with pytest.raises(ConfigError, match="holds another codec than the config: its networks.pixel_decoder.width"):
         started(config)
+
+
+def test_what_no_device_can_hold_is_refused_before_anything_is_made(tmp_path):
+    config = load("fae_dinov2_g", ["networks.pixel_decoder.mlp_hidden=100000000"], runlocal=True)
+    with pytest.raises(ConfigError, match="stage features: parameters, optimizer and batch need"):
+        CodecTrainer(config, tmp_path / "run").run(progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ("fae_dinov2_g", "fae_dinov2_b", "fae_scenes"))
