@@ -131,8 +131,8 @@ class SquaresBenchmark(Benchmark):
         (out / "squares.csv").write_text("\n".join(rows))
 
     def score(self, answers, sampler):
-        errors = [abs((a.document[0].pixels.mean() + 1) * 32 - a.task.target) for a in answers]
-        return {"area_error": float(np.mean(errors))}
+        errors = {a.task.key: abs((a.document[0].pixels.mean() + 1) * 32 - a.task.target) for a in answers}
+        return {"area_error": {key: (float(error), 1.0) for key, error in errors.items()}}
 
 
 CODECS["pca"] = PcaCodec
