@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, TextIO
 
 from starflow2_jax.errors import UserError
 
@@ -45,7 +45,7 @@ def read_text_file(path: str | Path, error: type[UserError] = UserError) -> str:
         raise error(f"{shorten(path)} cannot be read as text ({reason(fault)})") from None
 
 
-def read_bytes(file: BinaryIO, most: int, until: bytes | None = None) -> bytes:
+def read_bytes(file: IO[bytes], most: int, until: bytes | None = None) -> bytes:
     """The content of an open file on disk, from its beginning; at most up to the piece that holds `until`.
 
     Raises LargeError for a file of more than `most` bytes, also for a device, which has a size of 0 and may never end.

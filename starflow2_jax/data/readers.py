@@ -4,7 +4,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 from etils import epath
 
@@ -184,7 +184,7 @@ def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         raise fault
 
 
-def open_tar(stream: BinaryIO) -> tarfile.TarFile:
+def open_tar(stream: IO[bytes]) -> tarfile.TarFile:
     """A tar file, compressed or not. Raises the errors of tarfile; it would read on where a sparse file has only zeros."""
     head = stream.read(PADDING)
     if len(head) == PADDING and not head.strip(b"\0"):
