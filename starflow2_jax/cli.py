@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from types import FrameType
 
 from starflow2_jax.errors import OUT_OF_ROOM, StorageError, Terminated, UserError, refused_write
@@ -114,6 +115,8 @@ def _run(argv: list[str]) -> int:
             return _said(f"{path}: {error.strerror}; name another path, or make this one usable", UserError.exit_code)
         if sentence := _memory_fault(error):
             return _said(sentence, 1)
+        if _raised_in_settings_of_jax(error):
+            return _said(f"JAX cannot start ({' '.join(str(error).split())}); correct this variable, or unset it", 2)
         raise
     return 0
 
@@ -203,6 +206,12 @@ def _memory_fault(error: Exception) -> str | None:
     others = [*holders("GPU"), *holders("TPU")]
     whose = f"; it is also in use by process {', '.join(others)}" if others else ""
     return f"the device has no memory left ({reason}){whose}; free some, or use smaller batches or more devices"
+
+
+def _raised_in_settings_of_jax(error: Exception) -> bool:
+    """Whether JAX refuses an environment variable, such as JAX_ENABLE_X64=maybe, while it is imported."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_code.co_filename.endswith(os.path.join("jax", "_src", "config.py"))
 
 
 def _raise_signals() -> None:

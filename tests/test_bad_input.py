@@ -230,6 +230,7 @@ def test_a_checkpoint_without_steps(copy):
         b'{"model": ',
         b"[1, 2]",
         b'{"kind": "patch"}',
+        b'{"kind": {}}',
         b"\xff\xfe\x00",
         b"[" * 100_000,
         b'{"seed": %s}' % (b"9" * 5000),

@@ -15,7 +15,7 @@ from starflow2_jax.checkpoints.atomic_folder import write_whole
 from starflow2_jax.codecs.folder import DESCRIPTION, WEIGHTS, read_weights
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.codecs.table import CODECS
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import UserError, shown
 from starflow2_jax.parallel.content_hash import content_hash
 
 
@@ -36,9 +36,9 @@ def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:
     """
     kind, wanted = description.pop("kind", None), description.pop("content_hash", None)
     path = folder / DESCRIPTION
-    if kind not in CODECS:
+    if not isinstance(kind, str) or kind not in CODECS:
         raise UserError(
-            f"{path} describes a codec of the kind {kind!r}, but the known kinds are {', '.join(CODECS)}; if a Python file of "
+            f"{path} describes a codec of the kind {shown(kind)}, but the known kinds are {', '.join(CODECS)}; if a Python file of "
             "yours adds this kind, name that file with --import"
         )
     weights = read_weights(folder, wanted)

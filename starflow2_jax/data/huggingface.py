@@ -41,7 +41,7 @@ class HuggingFaceDocuments(Source):
             raise UserError("this folder needs `datasets`; install it with `pip install 'starflow2_jax[hf]'`") from None
         try:
             loaded = datasets.load_from_disk(str(self.folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # damaged files raise many kinds of exceptions
             raise UserError(f"{shorten(self.path)} cannot be loaded as a data set ({reason(error)})") from None
         if isinstance(loaded, datasets.DatasetDict):
             if self.options.split not in loaded:

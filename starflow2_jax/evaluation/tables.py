@@ -95,7 +95,7 @@ def _saved(needed: Needed, path: Path, split: str) -> list[Row]:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # damaged files raise many kinds of exceptions
         needed.refuse(path, f"cannot be loaded as a data set ({reason(error)})")
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:

@@ -29,6 +29,7 @@ from starflow2_jax.data.images import write_image
 from starflow2_jax.errors import UserError
 from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.noise_space import denoise
+from starflow2_jax.sampling.prompts import is_empty
 from starflow2_jax.sampling.rows import SampleOptions
 from starflow2_jax.text_files import read_text_file
 
@@ -213,6 +214,8 @@ def _answers(
     for prompt in prompts:
         try:
             asked.append(prompt.read())
+            if is_empty(asked[-1]) and not prompt.options.image_first:
+                raise DocumentError("the prompt is empty; give some text or an image")
         except DocumentError as error:
             raise _named(error, prompt) from None
     try:

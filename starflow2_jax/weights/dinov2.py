@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.errors import shown
 from starflow2_jax.models.dinov2 import DinoConfig, DinoEncoder
 from starflow2_jax.text_files import read_json_file
 from starflow2_jax.weights.folder import FolderTensors
@@ -54,6 +55,7 @@ GATED_MLP = (
 )
 
 REGISTERS = {"dinov2": False, "dinov2_with_registers": True}  # model_type
+MOST_RATIO = 1000  # of an MLP's hidden channels to the model's; infinity and NaN are not below
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 REQUIRED = (*COUNTS, "mlp_ratio", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn", "hidden_act", "num_channels")
 
@@ -61,18 +63,21 @@ REQUIRED = (*COUNTS, "mlp_ratio", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn"
 def dinov2_config(config: Mapping) -> DinoConfig:
     """A config.json of `transformers` -> our config. Raises WeightError with every missing or unsupported option."""
     model = config.get("model_type")
-    if model not in REGISTERS:
-        raise WeightError(f"config.json names the model_type {model!r}; known are {' and '.join(REGISTERS)}")
+    if not isinstance(model, str) or model not in REGISTERS:
+        raise WeightError(f"config.json names the model_type {shown(model)}; known are {' and '.join(REGISTERS)}")
     counts = (*COUNTS, "num_register_tokens") if REGISTERS[model] else COUNTS
     faults = [f"{name} is missing" for name in dict.fromkeys((*REQUIRED, *counts)) if config.get(name) is None]
     allowed = {name: isinstance(config.get(name), int) and config[name] > 0 for name in counts}
     allowed |= {
         "hidden_act": config.get("hidden_act") == "gelu",
         "num_channels": config.get("num_channels") == 3,
+        "mlp_ratio": isinstance(config.get("mlp_ratio"), int | float) and 0 < config["mlp_ratio"] < MOST_RATIO,
         "head_dim": False,
     }
     faults += [
-        f"{n} = {config[n]!r} is not supported" for n, ok in allowed.items() if config.get(n) is not None and not ok
+        f"{n} = {shown(config[n])} is not supported"
+        for n, ok in allowed.items()
+        if config.get(n) is not None and not ok
     ]
     if not faults and config["hidden_size"] % config["num_attention_heads"]:
         faults.append("num_attention_heads does not divide hidden_size")

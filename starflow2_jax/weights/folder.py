@@ -82,8 +82,10 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name. Raises WeightError."""
     try:
-        where = read_json_file(index)["weight_map"]
+        where = read_json_file(index, WeightError)["weight_map"]
         strange = [f for f in where.values() if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")]
+    except WeightError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightError(
             f"{index} cannot be read as an index of tensors ({type(error).__name__}: {reason(error)})"

@@ -30,6 +30,7 @@ QWEN2_5_VL = {
 # Prefixes of the names of text and vision tensors. The reference library saves OLDER and reads both.
 OLDER, NEWER = ("model.", "visual."), ("model.language_model.", "model.visual.")
 EMBEDDING, HEAD = "vlm/token_embedding/embedding", "lm_head.weight"
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "depth"), 10**4  # the reference library makes a list of the layers
 STACK, HEADS = "stack/layers/", ("query", "key", "value")
 
 
@@ -61,6 +62,10 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
         raise WeightError(
             f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind), 60)}, not 'qwen2_5_vl'; give a folder of that model"
         )
+    for part in (values, values.get("text_config"), values.get("vision_config")):
+        for name in LAYERS:
+            if isinstance(part, dict) and isinstance(given := part.get(name), int) and given > MOST_LAYERS:
+                raise WeightError(f"{path} has {name} = {shorten(given, 20)}, more than {MOST_LAYERS}; fetch it again")
     try:
         reference: Any = Qwen2_5_VLConfig.from_dict(values)
         text, vision = reference.text_config, reference.vision_config
@@ -98,7 +103,7 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
         )
     except KeyError as error:
         raise WeightError(f"{path} lacks the option {error.args[0]}") from None
-    except (OSError, TypeError, AttributeError, ValueError, StrictDataclassError) as error:
+    except (OSError, TypeError, AttributeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         if isinstance(error, WeightError):
             raise
         raise WeightError(f"{path} cannot be read as Qwen2.5-VL's options: {reason(error)}") from None

@@ -27,7 +27,7 @@ def read_processor(folder: Path, vision: VisionConfig) -> VisionConfig:
         _refuse_unsupported(path, values, vision)
         found = _settings(values, vision.channels)
         cfg = dataclasses.replace(vision, **found)
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, WeightError):
             raise
         raise WeightError(f"{path} cannot be read as a processor's options: {reason(error)}") from None
@@ -62,7 +62,7 @@ def _refuse_unsupported(path: Path, values: dict, vision: VisionConfig) -> None:
     for name, have in sizes.items():
         if (given := values.get(name)) not in (None, have):
             raise WeightError(
-                f"{path} has {name} {shorten(given)}, but config.json has {have}; fetch both files again from the same model"
+                f"{path} has {name} {shorten(repr(given))}, but config.json has {have}; fetch both files again from the same model"
             )
     faults = [
         f"{name} = {values[name]}" for name in ("do_resize", "do_rescale", "do_normalize") if values.get(name) is False

@@ -17,6 +17,7 @@ from starflow2_jax.data.huggingface import HuggingFaceDocuments, HuggingFaceOpti
 from starflow2_jax.data.images import ImageReader
 from starflow2_jax.data.tfds import TfdsDocuments, TfdsOptions
 from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.table import open_benchmark
 
 COUNT, CLASSES = 5, ["zebra", "hot_dog"]
 
@@ -134,3 +135,12 @@ def test_data_sets_that_are_not_there(prepared, tmp_path):
         refused(UserError, TfdsDocuments, path, options, saying=(path, "cannot be opened", "data_dir"))
     lacking = TfdsDocuments("tfds://animals", TfdsOptions(data_dir=prepared, captions=("text",)))
     refused(DocumentError, lacking.__getitem__, 0, saying=("animals, row 0", "no caption 'text'"))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"[" * 100_000, b"9" * 5000, b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
+def test_a_damaged_folder_of_datasets_is_refused(tmp_path, name, content):
+    captioned().save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "data" / name).write_bytes(content)
+    refused(UserError, HuggingFaceDocuments, str(tmp_path / "data"), saying=("data cannot be loaded as a data set",))
+    refused(UserError, open_benchmark, "mme", str(tmp_path / "data"), None, None, saying=("cannot be loaded",))

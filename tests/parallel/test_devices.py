@@ -61,3 +61,20 @@ def test_a_platform_that_is_not_there(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("starflow2: JAX_PLATFORMS=cuda asks for a GPU"), done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variable, value", [("JAX_ENABLE_X64", "maybe"), ("JAX_NUM_CPU_DEVICES", "many")])
+def test_a_variable_that_jax_refuses(tmp_path, variable, value):
+    """JAX reads it while it is imported."""
+    command = [sys.executable, "-m", "starflow2_jax.cli", "bench", "data", "--config", "digits_quick"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {variable: value, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("starflow2: JAX cannot start") and value in said and "unset it" in said, done.stderr

@@ -195,3 +195,13 @@ def test_a_damaged_file_of_answers_is_named(tmp_path, damage):
     (tmp_path / "run.json").write_bytes(damage.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match="run.json (is damaged|cannot be read as text)|samples of another run"):
         batch_files.begin(tmp_path, {"seed": 1})
+
+
+def test_an_empty_prompt_is_named(tmp_path):
+    def asked(options: SampleOptions) -> list[Prompt]:
+        return [*prompts(2), Prompt(2, lambda: [Text("")], options, (4, 5), "prompt 2: ")]
+
+    with pytest.raises(DocumentError, match="^prompt 2: the prompt is empty; give"):
+        batch_files.write(Recorder(), asked(SHORT), tmp_path, 4, progress=False)
+    assert not lines(tmp_path)
+    assert batch_files.write(Recorder(), asked(SampleOptions(image_first=True)), tmp_path, 4, progress=False)

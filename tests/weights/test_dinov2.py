@@ -134,6 +134,9 @@ def test_what_may_and_what_must_not_be_there(saved):
         ("num_channels", 1, "num_channels = 1 is not supported"),
         ("num_register_tokens", 0, "num_register_tokens = 0 is not supported"),
         ("num_attention_heads", 5, "num_attention_heads does not divide hidden_size"),
+        ("mlp_ratio", float("inf"), "mlp_ratio = inf is not supported"),
+        ("mlp_ratio", [4], "mlp_ratio = [4] is not supported"),
+        ("model_type", ["dinov2"], "names the model_type ['dinov2']; known are"),
         ("head_dim", 16, "head_dim = 16 is not supported"),
     ],
 )

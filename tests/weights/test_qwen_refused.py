@@ -37,6 +37,8 @@ def copy(reference, tmp_path) -> Path:
         (dict(hidden_size="wide"), "hidden_size"),
         (dict(vision_config=dict(out_hidden_size=7)), "vision out_hidden_size = 7"),
         (dict(vision_config=3), "vision_config"),
+        (dict(num_hidden_layers=10**12), "num_hidden_layers = 1000000000000, more than 10000"),
+        (dict(rope_theta=10**400), "cannot be read as Qwen2.5-VL's options"),
     ],
 )
 def test_a_config_that_cannot_be_used(copy, capsys, change, saying):
@@ -64,6 +66,8 @@ def test_kinds(copy, checkpoint, monkeypatch, capsys):
         (b'{"patch_size": 14}', "patch_size 14, but"),
         (b'{"temporal_patch_size": 1}', "temporal_patch_size 1, but"),
         (b'{"size": 224}', "must have shortest_edge and longest_edge"),
+        (b'{"patch_size": "4"}', "patch_size '4', but"),
+        (b'{"max_pixels": Infinity}', "cannot be read as a processor's options"),
         (b'{"min_pixels": "many"}', "cannot be read as a processor's options"),
         (b'{"image_mean": [0.5]}', "one entry for each of the 3 channels"),
         (b'{"do_normalize": false, "resample": 2}', "not supported: do_normalize = False, resample = 2"),
