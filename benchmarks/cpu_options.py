@@ -4,13 +4,15 @@
     python benchmarks/cpu_options.py --isa AVX2 --stage text_to_image --torch        # beside PyTorch, with AdamW
 
 Each option has a process of its own, since XLA reads its flags when it starts. The processes take turns, one step each,
-so that other work on the machine disturbs all alike. --isa AVX2 keeps XLA, oneDNN, MKL and PyTorch from AVX-512; YNNPACK
+so that other work on the machine disturbs all alike. Processor time, of all threads, is disturbed least. --isa AVX2 keeps XLA, oneDNN, MKL and PyTorch from AVX-512; YNNPACK
 and XNNPACK look at the CPU itself, so their options mean nothing with it on a machine that has AVX-512.
 """
 
 import argparse
+import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,7 +51,8 @@ def environment(flags: str, isa: str) -> dict[str, str]:
 
 
 def work(stage: str, devices: int, with_torch: bool) -> None:
-    """In a process of its own: prepare a step, then take one for each line of the input and print its milliseconds."""
+    """In a process of its own: prepare a step, then take one for each line of the input and print its milliseconds
+    of processor time."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", devices)
@@ -72,9 +75,9 @@ def work(stage: str, devices: int, with_torch: bool) -> None:
         run()
     print("ready", flush=True)
     for _ in sys.stdin:
-        begin = time.perf_counter()
+        begin = time.process_time()
         run()
-        print(1e3 * (time.perf_counter() - begin), flush=True)
+        print(1e3 * (time.process_time() - begin), flush=True)
 
 
 def main() -> None:
@@ -105,13 +108,17 @@ def main() -> None:
             continue
         processes[name] = process
 
-    def step(process: subprocess.Popen) -> None:
-        print(file=process.stdin, flush=True)
-        process.stdout.readline()
+    used: dict[str, list[float]] = {name: [] for name in processes}
 
-    runs = {name: lambda process=process: step(process) for name, process in processes.items()}
+    def step(name: str) -> None:
+        print(file=processes[name].stdin, flush=True)
+        used[name].append(float(processes[name].stdout.readline()))
+
+    found = train.alternate({name: functools.partial(step, name) for name in processes}, args.repeats)
+    for name, times in used.items():
+        found[name]["processor time, median"] = round(statistics.median(times), 1)
     print(json.dumps(vars(args) | {"only": list(processes)}))
-    print(json.dumps(train.alternate(runs, args.repeats), indent=1))
+    print(json.dumps(found, indent=1))
     for process in processes.values():
         process.stdin.close()
         process.wait()

@@ -63,9 +63,8 @@ def test_no_device_holds_more_than_small_parameters_whole(size):
     model = Pretzel(configs.pretzel(configs.load(f"starflow2_{size}_joint")))
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     plans = (EXPERIMENTS.parents[1] / "docs/benchmarks/plans").glob("*.json")
-    kept = [plan for file in plans for plan in json.loads(file.read_text())]
-    assert {plan["whole"] for plan in kept} == {""}
-    assert {8, 16, 64} <= (sizes := {plan["mesh"]["fsdp"] for plan in kept})
+    sizes = {plan["mesh"]["fsdp"] for file in plans for plan in json.loads(file.read_text())}
+    assert {8, 16, 64} <= sizes
     for fsdp in sizes - {1}:
         places = tree_shardings(params, jax.sharding.AbstractMesh((1, fsdp, 1, 1), AXES))
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
@@ -89,7 +88,7 @@ def test_rows_can_be_grouped_cut_and_spread(experiment, chip):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_planned_is_what_is_trained(stage, chip):
-    """Settings, mesh and FLOP of the kept plans are the experiments' own for that chip; there they fit and reach half the peak."""
+    """Settings, mesh and FLOP of the kept plans are the experiments' own for that chip; there they fit and are fast."""
     [kept] = json.loads((EXPERIMENTS.parents[1] / f"docs/benchmarks/plans/{stage}_{chip}.json").read_text())
     config = configs.load(EXPERIMENTS / f"starflow2_7b_{stage}.py", chip=chip)
     row = STAGE_TABLE[STAGES[stage]]
@@ -100,7 +99,7 @@ def test_what_is_planned_is_what_is_trained(stage, chip):
     summed = [c["bytes"] for c in kept["collectives"] if c["kind"] == "all-reduce" and "fsdp" in c["axis"]]
     assert sum(summed) < 2**28  # of norms and biases; the other gradients are reduce-scattered
     assert kept["topology"].startswith(chip) and kept["chips"] == CHIPS[chip]
-    assert kept["fits"] and kept["mfu"] >= 0.5
+    assert kept["fits"] and kept["whole"] == "" and kept["mfu"] >= (0.6 if stage != "adapter" else 0.5)
     counted = training_flops(configs.pretzel(config), row, batch_shape(config, row)).model
     assert kept["flops_by_hand"] == pytest.approx({part: flops / CHIPS[chip] for part, flops in counted.items()})
     reached = sum(kept["flops_by_hand"].values()) / kept["seconds"] / TPUS[chip].flops
@@ -121,7 +120,7 @@ def test_what_is_planned_for_gpus_is_what_is_trained(stage, name):
     fsdp = min(64, topology.chips)
     assert kept["topology"] == text
     assert kept["mesh"] == dict.fromkeys(AXES, 1) | {"data": topology.chips // fsdp, "fsdp": fsdp}
-    assert kept["fits"] and kept["peak"] < kept["memory"] == topology.chip.memory
+    assert kept["fits"] and kept["whole"] == "" and kept["peak"] < kept["memory"] == topology.chip.memory
     assert kept["mfu"] >= (0.5 if stage != "adapter" else 0.4)
     counted = training_flops(configs.pretzel(config), row, batch_shape(config, row))
     by_hand = {part: flops / topology.chips for part, flops in counted.model.items()}
