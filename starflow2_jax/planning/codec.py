@@ -29,7 +29,7 @@ def planned_codec(config: Any, named: str) -> FaeCodec:
 
 
 def _untrained(experiment: str) -> FaeCodec:
-    c = configs.load(experiment, kinds=(configs.CODEC,))
+    c: Any = configs.load(experiment, kinds=(configs.CODEC,))
     n = Networks(networks_config(c), c.encoder.kind, encoder_config(c))
     names = ("encoder", "latent_encoder", "feature_decoder", "pixel_decoder")
     weights = jax.eval_shape(lambda: n.initial(jax.random.key(0), names))

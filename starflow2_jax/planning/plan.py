@@ -97,7 +97,7 @@ def plan_step(config: Config, stage: Stage, topology: Topology, devices: list, c
     )
 
 
-def plan_codec_step(config: Config, stage: CodecStage, topology: Topology, devices: list) -> Plan:
+def plan_codec_step(config: Any, stage: CodecStage, topology: Topology, devices: list) -> Plan:
     """The same of a codec's stage. A position is a token of a picture."""
     cfg = config.stages[stage.name]
     networks = Networks(networks_config(config), config.encoder.kind, encoder_config(config))
@@ -169,7 +169,7 @@ def plan_decoder(config: Config, codec: FaeCodec, topology: Topology, devices: l
     )
 
 
-def codec_advice(config: Config, stage: CodecStage) -> list[str]:
+def codec_advice(config: Any, stage: CodecStage) -> list[str]:
     """Changes to a codec's config whose plan does not fit, most effective first."""
     cfg = config.stages[stage.name]
     changes = [f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows"]
@@ -224,7 +224,7 @@ def settings(config: Config, stage: Stage) -> dict[str, object]:
     return found | {f"optimizer.{k}": getattr(cfg.optimizer, k) for k in ("name", "moments", "offload")}
 
 
-def codec_settings(config: Config, stage: CodecStage) -> dict[str, object]:
+def codec_settings(config: Any, stage: CodecStage) -> dict[str, object]:
     """The same of a codec's config."""
     cfg = config.stages[stage.name]
     found: dict[str, object] = {name: getattr(cfg, name) for name in ("rows", "accumulate")}
