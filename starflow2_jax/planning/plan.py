@@ -224,7 +224,7 @@ def settings(config: Config, stage: Stage) -> dict[str, object]:
     return found | {f"optimizer.{k}": getattr(cfg.optimizer, k) for k in ("name", "moments", "offload")}
 
 
-def codec_settings(config: Config, stage: CodecStage) -> dict[str, object]:
+def codec_settings(config: Any, stage: CodecStage) -> dict[str, object]:
     """The same of a codec's config."""
     cfg = config.stages[stage.name]
     found: dict[str, object] = {name: getattr(cfg, name) for name in ("rows", "accumulate")}

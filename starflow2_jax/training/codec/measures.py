@@ -59,8 +59,9 @@ def probe(features: np.ndarray, classes: np.ndarray, tested: np.ndarray, wanted:
     It regresses on one number for each class (n,), 1 for the right one and 0 for the others, with an intercept, in fp64
     and in closed form. Features are scaled to variance 1 over the n.
     """
+    features, tested = features.astype(np.float64), tested.astype(np.float64)
     names, numbers = np.unique(classes, return_inverse=True)
-    middle, scale = features.mean(0, np.float64), np.maximum(features.std(0, np.float64), 1e-6)
+    middle, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
     x, y = (features - middle) / scale, np.eye(len(names))[numbers]
     share = y.mean(0)
     weights = np.linalg.solve(x.T @ x + STRENGTH * len(x) * np.eye(x.shape[1]), x.T @ (y - share))

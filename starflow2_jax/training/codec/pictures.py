@@ -85,16 +85,14 @@ def abstract_batch(networks: FaeConfig, rows: int) -> Sequence:
         return jax.ShapeDtypeStruct((rows, *sizes), dtype)
 
     length, real = tokens + 3, np.float32
-    latents = array(1, tokens, decoder.image_channels * decoder.patch**2, dtype=real)
-    tokens_here = array(length)
     return Sequence(
-        tokens_here,
-        tokens_here,
-        tokens_here,
-        array(length, 3),
-        array(length, dtype=real),
-        latents,
-        array(1, dtype=real),
+        tokens=array(length),
+        modality=array(length),
+        segments=array(length),
+        positions=array(length, 3),
+        text_weight=array(length, dtype=real),
+        latents=array(1, tokens, decoder.image_channels * decoder.patch**2, dtype=real),
+        image_weight=array(1, dtype=real),
     )
 
 
