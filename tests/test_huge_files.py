@@ -114,9 +114,11 @@ def test_parquet_and_tar(tmp_path):
     assert "damaged or cut off after the sample" in str(rest.draft)
 
 
-def test_devices():
+def test_devices(tmp_path):
     refused(UserError, read_lines, "/dev/zero", saying=("/dev/zero", "byte 0 is NUL"))
     refused(ImageError, read_image, "/dev/zero", 1, saying=("/dev/zero", "larger than"))
+    os.mkfifo(tmp_path / "pipe.png")
+    refused(ImageError, read_image, tmp_path / "pipe.png", 1, saying=("pipe.png", "it is a pipe"))
 
 
 def test_files_of_another_encoding(tmp_path):

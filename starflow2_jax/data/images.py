@@ -116,6 +116,8 @@ def stored(path: epath.Path, generate: bool = False, via: str = "flow") -> Store
 def _content(path: epath.Path) -> bytes:
     if "://" in str(path):
         return path.read_bytes()
+    if Path(path).is_fifo():
+        raise ValueError("it is a pipe, which is not opened: nobody may write into it")
     with path.open("rb") as file:
         return read_bytes(file, LARGEST)
 
