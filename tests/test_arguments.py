@@ -268,7 +268,7 @@ def test_right_values(name, files, tmp_path, capsys):
         for value in values:
             line = command_line(name, files, action, value)
             code, error = ends(line, capsys)
-            if (name, action.dest) == ("init", "codec") or action.dest in (
+            if (name, action.dest) in (("init", "codec"), ("plan", "codec")) or action.dest in (
                 "part",
                 "chip",
                 "launcher",
