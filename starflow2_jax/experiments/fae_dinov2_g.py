@@ -8,8 +8,8 @@ encoder.antialias=True. The directory of the run is a codec's folder at the end 
 
 Sizes, steps, batches, beta's place, learning rate and the noise of `pixels` are the paper's (arXiv 2512.07829). The paper does not
 give the weights of the losses: they are those of Apple's decoder training in the manner of TiTok, with a distance in the frozen
-encoder's features in place of LPIPS, which would need VGG's file. Chips: v5e (256 of them) and h100 (8), as in the plans of
-docs/benchmarks/plans.
+encoder's features in place of LPIPS, which would need VGG's file. With --chip, micro-batches are chosen for 256 v5e, 64 v5p, 256 v6e or 8
+GPUs. Only `features` and `pixels_tuned` on v5e have predicted plans (docs/benchmarks/plans); the micro-batches on GPUs are estimates.
 """
 
 from ml_collections import ConfigDict
