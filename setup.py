@@ -1,5 +1,5 @@
-"""The dependencies, with the bounds within which the package should work; constraints.txt has the exact versions that were tested
-together. All else about the package is in pyproject.toml."""
+"""The dependencies, with the bounds within which the package should work; constraints.txt has the exact versions that
+were tested together. All else about the package is in pyproject.toml."""
 
 from setuptools import setup
 

@@ -1,8 +1,10 @@
-"""Compares RAE's autoencoder here with that of `diffusers`: pictures encoded and decoded a second, and the memory of decoding.
+"""Compares RAE's autoencoder here with that of `diffusers`: pictures encoded and decoded a second, and the memory of
+decoding.
 
     python benchmarks/codec.py                    # DINOv2-small and a decoder of 8 layers, two CPU cores, fp32
     python benchmarks/codec.py --size base        # the sizes of RAE-dinov2-wReg-base-ViTXL-n08
-    python benchmarks/codec.py --memory           # the compiled programs alone: FAE at the paper's size, batches of 1, 8, 64
+    python benchmarks/codec.py --memory           # the compiled programs alone: FAE at the paper's size, batches of 1,
+    8, 64
 
 Weights are random, and the same on both sides. Both sides run in turn; the numbers are medians, and a ratio is the
 reference's time over ours. `--memory` computes nothing: it reads what XLA sets aside.

@@ -4,8 +4,9 @@
     python benchmarks/cpu_options.py --isa AVX2 --stage text_to_image --torch        # beside PyTorch, with AdamW
 
 Each option has a process of its own, since XLA reads its flags when it starts. The processes take turns, one step each,
-so that other work on the machine disturbs all alike. Processor time, of all threads, is disturbed least. --isa AVX2 keeps XLA, oneDNN, MKL and PyTorch from AVX-512; YNNPACK
-and XNNPACK look at the CPU itself, so their options mean nothing with it on a machine that has AVX-512.
+so that other work on the machine disturbs all alike. Processor time, of all threads, is disturbed least. --isa AVX2
+keeps XLA, oneDNN, MKL and PyTorch from AVX-512; YNNPACK and XNNPACK look at the CPU itself, so their options mean
+nothing with it on a machine that has AVX-512.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 Prints, one JSON line each:
 
 - pictures a second that one process encodes from parquet and from tar, scaled from 768 to 256 pixels, and with a codec;
-- latents of 16 x 16 x 64 read at random from the shards of `starflow2 encode`, as drafts of documents, beside grain's own
-  ArrayRecord data source, which reads the same records as bytes, and beside the same with the numbers made fp32;
+- latents of 16 x 16 x 64 read at random from the shards of `starflow2 encode`, as drafts of documents, beside grain's
+  own ArrayRecord data source, which reads the same records as bytes, and beside the same with the numbers made fp32;
 - seconds and memory to open a JSONL file, and documents a second read from it at random.
 """
 
@@ -59,8 +59,8 @@ begin = time.perf_counter()
 for i in order:
     source[i]
 rate, after = len(order) / (time.perf_counter() - begin), megabytes()
-numbers = dict(seconds_to_open=seconds, megabytes_of_the_process=after, megabytes_more=after - before, reads_per_second=rate)
-print(json.dumps(numbers))
+memory = dict(megabytes_of_the_process=after, megabytes_more=after - before)
+print(json.dumps(dict(seconds_to_open=seconds, **memory, reads_per_second=rate)))
 """
 
 

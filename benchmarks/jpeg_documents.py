@@ -2,9 +2,9 @@
 
     python benchmarks/jpeg_documents.py [--documents 400] [--side 768] [--repeats 5]
 
-Both read the same files, turn and convert the picture, bring it to 256 x 256 pixels, cut it into patches of 16 and tokenize the
-caption with the same tokenizer. Ours also packs several documents into a row; the DataLoader pads each to the row's length.
-Prints documents per second of both, in turns, and the median ratio.
+Both read the same files, turn and convert the picture, bring it to 256 x 256 pixels, cut it into patches of 16 and
+tokenize the caption with the same tokenizer. Ours also packs several documents into a row; the DataLoader pads each to
+the row's length. Prints documents per second of both, in turns, and the median ratio.
 """
 
 import argparse

@@ -3,11 +3,12 @@
     pip install -e ".[cuda]"
     python benchmarks/roofline.py
 
-The table PUBLISHED has measurements of MPT models from MosaicML's llm-foundry (scripts/train/benchmarking/README.md): plain
-decoders, trained in bfloat16 with parameters, gradients and optimizer spread over all GPUs. The script builds a decoder of
-the same sizes from this package's layers, compiles its training step for the described GPUs, and prints one line for each
-measurement: the published seconds of a step, the predicted ones, and their ratio. It needs no GPU and a minute for each.
-The published programs are PyTorch's and not these, so the ratio tells how optimistic the roofline is, and no more.
+The table PUBLISHED has measurements of MPT models from MosaicML's llm-foundry (scripts/train/benchmarking/README.md):
+plain decoders, trained in bfloat16 with parameters, gradients and optimizer spread over all GPUs. The script builds a
+decoder of the same sizes from this package's layers, compiles its training step for the described GPUs, and prints one
+line for each measurement: the published seconds of a step, the predicted ones, and their ratio. It needs no GPU and a
+minute for each. The published programs are PyTorch's and not these, so the ratio tells how optimistic the roofline is,
+and no more.
 """
 
 from dataclasses import dataclass
@@ -104,5 +105,6 @@ if __name__ == "__main__":
         seconds = predicted(run)
         size = f"{run.layers} layers of width {run.width}, {run.rows} rows, remat {run.remat}"
         print(
-            f"{run.topology}, {size}: {run.seconds:.3f} s published, {seconds:.3f} s predicted, {run.seconds / seconds:.2f} times"
+            f"{run.topology}, {size}: {run.seconds:.3f} s published, {seconds:.3f} s predicted, "
+            f"{run.seconds / seconds:.2f} times"
         )

@@ -1,4 +1,6 @@
-"""The parts of rehearsal.sh that are Python: the files that a rehearsal begins with, a request, and a table of plans."""
+"""The parts of rehearsal.sh that are Python: the files that a rehearsal begins with, a request, and a table of
+plans.
+"""
 
 import base64
 import json
@@ -41,7 +43,8 @@ PICTURES = 48
 def inputs(folder: Path) -> None:
     """Write random models as `transformers` saves them, dinov2/ and qwen/, and pictures with captions.
 
-    captions.jsonl: captions, then pictures to draw. questions.jsonl: pictures, then captions to write. documents.jsonl: both.
+    captions.jsonl: captions, then pictures to draw. questions.jsonl: pictures, then captions to write. documents.jsonl:
+    both.
     """
     import torch
     from transformers import Dinov2Config, Dinov2Model, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -94,9 +97,9 @@ def table(folder: Path) -> None:
         if not plan["fits"]:
             print(f"{file.stem:32}{steps:10,}  does not fit: {used}")
             continue
-        seconds = plan["seconds"] * steps
+        hours = plan["seconds"] * steps / 3600
         print(
-            f"{file.stem:32}{steps:10,}{plan['seconds']:10.3f}{seconds / 86400:9.1f}{seconds / 3600 * plan['chips']:13,.0f}"
+            f"{file.stem:32}{steps:10,}{plan['seconds']:10.3f}{hours / 24:9.1f}{hours * plan['chips']:13,.0f}"
             f"{plan['mfu']:7.1%}  {used}"
         )
 

@@ -1,6 +1,7 @@
 """A trained model in a few calls: load a checkpoint; generate, stream, chat, edit, denoise, score, rank, invert.
 
-Keyword arguments `options` are fields of `SampleOptions`. All methods raise UserError for input that does not fit the model.
+Keyword arguments `options` are fields of `SampleOptions`. All methods raise UserError for input that does not fit the
+model.
 """
 
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ class Model:
         return self.sampler.generate([self._prompt(prompt)], self._options(options), seed, num)
 
     def stream(self, prompt: Said, seed: int = 0, every: int = 4, **options: Any) -> Iterator[Event]:
-        """Yields the answer to the prompt while the model writes it: words, the progress of an image, its pixels, the end.
+        """Yields the answer to the prompt while the model writes it: words, the progress of an image, its pixels, the
+        end.
 
         `every`: positions that the model writes between two looks for new events.
         """

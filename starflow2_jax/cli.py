@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
 
     def leave() -> None:
-        """Keep a signal from changing the exit code while Python takes itself apart, which a signalled process leaves out."""
+        """Keep a signal from changing the exit code while Python takes itself apart, which a signalled process leaves
+        out.
+        """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if code in (INTERRUPTED, RESTART):
@@ -175,7 +177,8 @@ def _parser() -> "tuple[argparse._SubParsersAction, argparse.ArgumentParser]":
             metavar="FILE",
             action="append",
             default=[],
-            help="Python file to run first, which adds codecs, sources, stages or benchmarks of your own; may be repeated",
+            help="Python file to run first, which adds codecs, sources, stages or benchmarks of your own; may be "
+            "repeated",
         )
     return commands, parser
 
@@ -221,7 +224,9 @@ def _raise_signals() -> None:
         raise Terminated
 
     def again(unraisable: "sys.UnraisableHookArgs") -> None:
-        """Send a signal again whose exception was raised in a destructor or a callback, where Python drops exceptions."""
+        """Send a signal again whose exception was raised in a destructor or a callback, where Python drops
+        exceptions.
+        """
         if unraisable.exc_type in (KeyboardInterrupt, Terminated):
             number = signal.SIGINT if unraisable.exc_type is KeyboardInterrupt else signal.SIGTERM
             # Later, because a signal that comes during this function would be dropped, too.
@@ -240,10 +245,11 @@ def _raise_signals() -> None:
 
 
 def _end_at_the_second(reading: int, handlers: dict[int, object]) -> None:
-    """End the process at the second signal, if it has not ended GRACE seconds later: a compiler may hold the main thread.
+    """End the process at the second signal, if it has not ended GRACE seconds later: a compiler may hold the main
+    thread.
 
-    `reading`: where the numbers of signals arrive. `handlers`: of the signals that count; a command that has set others, such
-    as training, decides itself.
+    `reading`: where the numbers of signals arrive. `handlers`: of the signals that count; a command that has set
+    others, such as training, decides itself.
     """
     code = 0
     while number := os.read(reading, 1)[0]:
@@ -256,7 +262,9 @@ def _end_at_the_second(reading: int, handlers: dict[int, object]) -> None:
 
 
 def _restart_in_utf8_mode() -> None:
-    """Start this process again, with UTF-8 in place of the locale's encoding for arguments, file names and the terminal."""
+    """Start this process again, with UTF-8 in place of the locale's encoding for arguments, file names and the
+    terminal.
+    """
     os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 

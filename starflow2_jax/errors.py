@@ -1,4 +1,6 @@
-"""Errors that a user can correct. The command line prints their message without a traceback, and ends with their exit code."""
+"""Errors that a user can correct. The command line prints their message without a traceback, and ends with their exit
+code.
+"""
 
 import contextlib
 import difflib
@@ -34,7 +36,9 @@ OUT_OF_ROOM = "make room there, and start the same command again"
 
 
 def require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
-    """Raises UserError, with the most similar allowed value, if `value` is not allowed. `name`: the key or argument, for the message."""
+    """Raises UserError, with the most similar allowed value, if `value` is not allowed. `name`: the key or argument,
+    for the message.
+    """
     if value not in allowed:
         [near] = difflib.get_close_matches(str(value), allowed, 1, 0.0)
         raise UserError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}; did you mean {near!r}?")

@@ -1,5 +1,5 @@
-"""Runs Python files of users: experiments, sweeps, and extensions, which add rows to the tables of codecs, sources, stages
-and benchmarks (docs/extending.md)."""
+"""Runs Python files of users: experiments, sweeps, and extensions, which add rows to the tables of codecs, sources,
+stages and benchmarks (docs/extending.md)."""
 
 import importlib.util
 import traceback
@@ -14,8 +14,8 @@ LARGEST = 2**24  # bytes of a Python file
 def import_file(path: str | Path, name: str = "extension", error: type[UserError] = UserError) -> ModuleType:
     """Run a Python file, and return it as a module called `name`.
 
-    Raises `error`, whose message names the file and the line, if there is no such file or if it fails. A UserError that the
-    file itself raises passes through.
+    Raises `error`, whose message names the file and the line, if there is no such file or if it fails. A UserError that
+    the file itself raises passes through.
     """
     if not Path(path).is_file():
         raise error(f"there is no Python file {path}; check the path")

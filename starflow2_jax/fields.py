@@ -1,4 +1,6 @@
-"""Fields of configs: each declares a default, a line of help and the allowed values. Configs are built from plain values."""
+"""Fields of configs: each declares a default, a line of help and the allowed values. Configs are built from plain
+values.
+"""
 
 import dataclasses
 import difflib
@@ -21,8 +23,8 @@ Group = typing.TypeVar("Group", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Variant:
-    """A group of keys whose dataclass depends on one of them, as the codec's options depend on `codec.kind`. In a table of
-    groups, each group has such a key of its own."""
+    """A group of keys whose dataclass depends on one of them, as the codec's options depend on `codec.kind`. In a table
+    of groups, each group has such a key of its own."""
 
     selector: str  # the name of that key
     choose: Callable[[str | None], type]  # value of the key (None: not given) -> the dataclass; raises UserError
@@ -53,8 +55,8 @@ def option(
 ) -> typing.Any:
     """A dataclass field with a line of help; without a default, its value must be given.
 
-    The bounds hold for a number, and for each number in a tuple. `choices` holds for a string, for each string in a tuple
-    and for the keys of a dict.
+    The bounds hold for a number, and for each number in a tuple. `choices` holds for a string, for each string in a
+    tuple and for the keys of a dict.
     """
     bounds = {"least": least, "most": most, "above": above, "below": below}
     metadata = {"help": help, "choices": choices, "variant": variant, **bounds}
@@ -92,7 +94,8 @@ def check(config: typing.Any) -> None:
 
 
 def require_allowed(name: str, value: object, field: dataclasses.Field) -> None:
-    """Raises UserError if a value is outside the field's bounds or choices, or is a number that does not fit into 32 bits.
+    """Raises UserError if a value is outside the field's bounds or choices, or is a number that does not fit into 32
+    bits.
 
     `name`: the value's name in the message.
     """
@@ -126,8 +129,8 @@ def require_options(cls: type) -> None:
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata:
             raise ConfigError(
-                f"{cls.__name__}.{field.name} has no line of help; declare it as {field.name} = option(HELP, DEFAULT), with "
-                "`option` of starflow2_jax/fields.py"
+                f"{cls.__name__}.{field.name} has no line of help; declare it as {field.name} = option(HELP, DEFAULT), "
+                f"with `option` of starflow2_jax/fields.py"
             )
 
 
@@ -179,7 +182,9 @@ def _built(path: str, hint: typing.Any, field: dataclasses.Field, value: typing.
 
 
 def differences(there: "DataclassInstance", here: "DataclassInstance", prefix: str = "") -> list[str]:
-    """The differences between two configs that change the parameters, such as "deep.layers is 6 (there), not 8 (here)"."""
+    """The differences between two configs that change the parameters, such as "deep.layers is 6 (there), not 8
+    (here)".
+    """
     if type(there) is not type(here):
         kinds = (getattr(cfg, "kind", type(cfg).__name__) for cfg in (there, here))
         return ["{}kind is {}, not {}".format(prefix, *kinds)]
@@ -196,8 +201,8 @@ def differences(there: "DataclassInstance", here: "DataclassInstance", prefix: s
 def walk(cls: type, values: Mapping, path: str = "") -> Iterator[Key]:
     """All keys of a config, in the order of their declaration, but in each group plain keys come before nested groups.
 
-    `values`: the values that are given, as nested dicts. `path`: the group's key, if `cls` is a group. Raises ConfigError
-    as `require_options` does.
+    `values`: the values that are given, as nested dicts. `path`: the group's key, if `cls` is a group. Raises
+    ConfigError as `require_options` does.
     """
     require_options(cls)
     hints, groups = typing.get_type_hints(cls), []
@@ -230,8 +235,8 @@ def keys(cls: type, values: Mapping) -> list[Key]:
 
 
 def _fitted(value: typing.Any, hint: typing.Any) -> typing.Any:
-    """`value` with lists and single texts turned into tuples, and integers into floats, where the type `hint` has tuples and
-    floats."""
+    """`value` with lists and single texts turned into tuples, and integers into floats, where the type `hint` has
+    tuples and floats."""
     hint = without_none(hint)
     if isinstance(value, str) and hint == tuple[str, ...]:
         return (value,)
@@ -305,8 +310,8 @@ def without_none(hint: typing.Any) -> typing.Any:
 def group_of(hint: typing.Any, field: dataclasses.Field, value: object, path: str = "") -> type | None:
     """The dataclass of a key that is a group, or None for another key.
 
-    `value`: the key's value, from which a `Variant` chooses its dataclass. `path`: the key, for messages. Raises ConfigError
-    if it cannot choose one.
+    `value`: the key's value, from which a `Variant` chooses its dataclass. `path`: the key, for messages. Raises
+    ConfigError if it cannot choose one.
     """
     if (variant := field.metadata.get("variant")) and not table_of(hint):
         chosen = value.get(variant.selector) if isinstance(value, Mapping) else None

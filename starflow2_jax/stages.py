@@ -70,7 +70,7 @@ def find_saved(name: str) -> Stage:
     """The stage that a checkpoint names. Raises UserError if the table has no stage of that name."""
     if name not in STAGES:
         raise UserError(
-            f"the checkpoint was trained in the stage {name!r}, but the known stages are {', '.join(STAGES)}; if a Python file of "
-            "yours adds this stage, name that file with --import"
+            f"the checkpoint was trained in the stage {name!r}, but the known stages are {', '.join(STAGES)}; if a "
+            f"Python file of yours adds this stage, name that file with --import"
         )
     return STAGES[name]

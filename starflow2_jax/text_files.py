@@ -62,7 +62,9 @@ def read_bytes(file: IO[bytes], most: int, until: bytes | None = None) -> bytes:
 
 
 def bounded_lines(file: TextIO, most: int) -> Iterator[str]:
-    """The lines of an open text file, with their ends. Raises LargeError for one with NUL or more than `most` characters."""
+    """The lines of an open text file, with their ends. Raises LargeError for one with NUL or more than `most`
+    characters.
+    """
     line = ""
     while piece := file.readline(PIECE):
         line += piece

@@ -26,7 +26,9 @@ MOST_MAPS = 20_000  # Linux allows a process 65,530
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_what_was_compiled():
-    """Thousands of compiled programs in one process exhaust its memory maps, and XLA crashes: a new file starts without them."""
+    """Thousands of compiled programs in one process exhaust its memory maps, and XLA crashes: a new file starts without
+    them.
+    """
     yield
     if len(Path("/proc/self/maps").read_bytes().splitlines()) > MOST_MAPS:
         jax.clear_caches()

@@ -1,4 +1,6 @@
-"""The tiny experiment with held-out documents: a JSONL file of digits that no stage reads, its losses, and a sample sheet."""
+"""The tiny experiment with held-out documents: a JSONL file of digits that no stage reads, its losses, and a sample
+sheet.
+"""
 
 import json
 import os

@@ -23,7 +23,9 @@ BAD = "~"  # in a document: its batch makes the loss bad
 
 
 def stand_in(model, stage, optimizer, objective, **_):
-    """A step that adds the batch's number of tokens to a parameter; its loss is good but for batches with BAD in them."""
+    """A step that adds the batch's number of tokens to a parameter; its loss is good but for batches with BAD in
+    them.
+    """
     bad = tiny.tokenizer().encode(BAD, add_special_tokens=False)[0]
 
     def step(state, frozen, batch):

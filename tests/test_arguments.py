@@ -320,7 +320,9 @@ OUTPUTS = [
 
 @pytest.mark.parametrize("name, dest", OUTPUTS)
 def test_disks_that_refuse_writes(name, dest, files, monkeypatch, capsys):
-    """Full, over quota, read-only or another user's, from the start or once the command works: path and cause in one line."""
+    """Full, over quota, read-only or another user's, from the start or once the command works: path and cause in one
+    line.
+    """
     action = next(a for a in options(commands()[name]) if a.dest == dest)
     line = command_line(name, files, action, "new folder/new")
     if ends(line, capsys)[0] is not None:

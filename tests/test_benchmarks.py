@@ -66,7 +66,9 @@ def test_sampling_draws_the_images_of_the_pytorch_loop(script, run, monkeypatch)
 
 
 def test_full_size(script, run):
-    """The paper's model made small: a VLM of 416 words and width 32, images of 16 tokens, a shallow flow of two blocks."""
+    """The paper's model made small: a VLM of 416 words and width 32, images of 16 tokens, a shallow flow of two
+    blocks.
+    """
     small = ["--runlocal", "--rows", "2", "--tokens", "4", "--jacobi", "16", "--megabytes", "10", "--repeats", "1"]
     about, text, image, alone, jacobi = run(script("full_size"), *small)
     weights, read = about["weight_bytes"], about["read_bytes"]

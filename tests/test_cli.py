@@ -188,7 +188,9 @@ def test_chat_in_the_terminal(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
-    """Trained, evaluated, shown; once more on the same folder it tells the time of the training, not of looking at it."""
+    """Trained, evaluated, shown; once more on the same folder it tells the time of the training, not of looking at
+    it.
+    """
     config = tiny_config()
     config.order = ("pretrain", "text_to_image")
     for name in config.order:

@@ -1,4 +1,6 @@
-"""`starflow2 encode` from the command line: what it prints, what is trained from its folders, and that it may be killed."""
+"""`starflow2 encode` from the command line: what it prints, what is trained from its folders, and that it may be
+killed.
+"""
 
 import json
 import os

@@ -144,8 +144,8 @@ def test_a_chip_that_an_experiment_does_not_know():
     "optimizer", (dict(name="adamw", moments="bfloat16"), dict(name="adafactor", moments="float32"))
 )
 def test_one_gpu_holds_a_step_of_the_joint_stage(optimizer):
-    """Arrays that live through a step, from their shapes, in a GPU's 139 GiB with 40 left for activations. (On an H200 the
-    activations of 4 rows took 28 GiB.)"""
+    """Arrays that live through a step, from their shapes, in a GPU's 139 GiB with 40 left for activations. (On an H200
+    the activations of 4 rows took 28 GiB.)"""
     config = configs.load(EXPERIMENTS / "starflow2_7b_gpu.py").unlock()
     stage, cfg = STAGE_TABLE["joint"], config.stages.joint
     cfg.optimizer.update(optimizer)

@@ -1,4 +1,5 @@
-"""A sparse file of a terabyte, or a device that never ends, is refused from its first bytes by everything that reads files.
+"""A sparse file of a terabyte, or a device that never ends, is refused from its first bytes by everything that reads
+files.
 
 A test that reads on would last for an hour, so an alarm ends it.
 """

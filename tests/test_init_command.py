@@ -1,4 +1,6 @@
-"""`starflow2 init` as a user calls it: the sizes of the VLM, what is said on the way, and the line that it ends with."""
+"""`starflow2 init` as a user calls it: the sizes of the VLM, what is said on the way, and the line that it ends
+with.
+"""
 
 import json
 import shlex

@@ -1,4 +1,6 @@
-"""SIGINT and SIGTERM at the start, in the middle and at the end of a command: one line, and the documented exit code."""
+"""SIGINT and SIGTERM at the start, in the middle and at the end of a command: one line, and the documented exit
+code.
+"""
 
 import json
 import os
@@ -37,7 +39,8 @@ def start():
     time.sleep(60)
 devices.start = start
 """
-# A library that does not return, such as a compiler. Python's handlers wait for it; signals keep coming until the process ends.
+# A library that does not return, such as a compiler. Python's handlers wait for it; signals keep coming until the
+# process ends.
 BLOCKED = """import ctypes
 from starflow2_jax.parallel import devices
 def start():

@@ -1,4 +1,6 @@
-"""A client of `starflow2 serve` for evaluation harnesses: answers with pictures. It needs the packages openai and pillow."""
+"""A client of `starflow2 serve` for evaluation harnesses: answers with pictures. It needs the packages openai and
+pillow.
+"""
 
 import base64
 import io
@@ -19,7 +21,9 @@ class Answer:
 
 @dataclass
 class Client:
-    """A model behind `starflow2 serve`. `options`: fields of each request, such as guidance, temperature or max_tokens."""
+    """A model behind `starflow2 serve`. `options`: fields of each request, such as guidance, temperature or
+    max_tokens.
+    """
 
     base_url: str = "http://127.0.0.1:8000/v1"
     model: str = ""  # the server's --name; "": the one model that it serves
@@ -44,7 +48,9 @@ class Client:
         return self.ask(text, images, "flow", image_first=True, max_images=1, **options)
 
     def ask(self, text: str, images: list[Image.Image], via: str | None, **options: Any) -> Answer:
-        """The answer to pictures and a text. `via`: "flow" or "vit", see the guide of serving; None: as the server was started."""
+        """The answer to pictures and a text. `via`: "flow" or "vit", see the guide of serving; None: as the server was
+        started.
+        """
         parts = [
             {"type": "image_url", "image_url": {"url": _url(image)} | ({"via": via} if via else {})} for image in images
         ]

@@ -1,6 +1,7 @@
 """lmms-eval's model `starflow2`: tasks that generate or edit pictures, answered with {"text": ..., "images": [paths]}.
 
-    lmms-eval --model starflow2 --model_args base_url=http://127.0.0.1:8000/v1,mode=edit,folder=edits --tasks gedit_bench
+    lmms-eval --model starflow2 --model_args base_url=http://127.0.0.1:8000/v1,mode=edit,folder=edits --tasks
+    gedit_bench
 
 Tasks with answers in words need no plug-in: use `--model openai`.
 """
@@ -17,7 +18,8 @@ MANIFEST = ModelManifest(model_id="starflow2", simple_class_path="starflow2_lmms
 
 
 class Starflow2(lmms):
-    """`mode`: "draw", "edit" or "understand". `folder`: where pictures are written, as TASK/ID.png. `concurrent`: requests at a time.
+    """`mode`: "draw", "edit" or "understand". `folder`: where pictures are written, as TASK/ID.png. `concurrent`:
+    requests at a time.
 
     `seed`: of every answer. `guidance`, `image_guidance`, `image_temperature`: of the pictures; None: the server's.
     """

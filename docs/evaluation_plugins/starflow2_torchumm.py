@@ -51,8 +51,8 @@ class Starflow2Backbone:
         output_path: str | None = None,
         editing_cfg: dict | None = None,
     ) -> dict:
-        """The pictures, changed as the prompt says. `editing_cfg`: fields of the request; instruction and image_path may
-        stand there, too."""
+        """The pictures, changed as the prompt says. `editing_cfg`: fields of the request; instruction and image_path
+        may stand there, too."""
         options = self._options("editing_cfg", editing_cfg)
         instruction, path = options.pop("instruction", None), options.pop("image_path", None)
         text, seen = prompt or instruction or "", images or [path]

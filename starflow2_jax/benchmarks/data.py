@@ -14,8 +14,8 @@ from starflow2_jax.training.program import find_stage
 
 
 def measure(config: Config, stage: str | None, steps: int, folder: Path) -> dict:
-    """Documents, tokens, pixels and patches per second over `steps` batches, with no training beside them. The first batch is
-    timed on its own.
+    """Documents, tokens, pixels and patches per second over `steps` batches, with no training beside them. The first
+    batch is timed on its own.
 
     Rates per reader are divided by `data.workers`, or by 1 if the run reads in its own process.
 

@@ -25,7 +25,9 @@ def top_operations(run: Callable[[], object], folder: Path) -> list[dict]:
 
 
 def summed(data: Any) -> list[dict]:  # of a jax.profiler.ProfileData
-    """The TOP most expensive kinds of operations in a trace of STEPS steps. A loop counts through the operations in its body only."""
+    """The TOP most expensive kinds of operations in a trace of STEPS steps. A loop counts through the operations in its
+    body only.
+    """
     total: dict[str, float] = collections.defaultdict(float)
     count: dict[str, int] = collections.defaultdict(int)
     for plane in data.planes:

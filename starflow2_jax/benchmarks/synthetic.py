@@ -13,11 +13,15 @@ from starflow2_jax.data.sources import codec_options
 from starflow2_jax.stages import Stage
 
 DOCUMENTS = 64
-WORDS = "a the small large red blue green old new house tree river road bird dog cat boat cloud stone field under over beside"
+WORDS = (
+    "a the small large red blue green old new house tree river road bird dog cat boat cloud stone field under over "
+    "beside"
+)
 
 
 def use(config: Any, stage: Stage, folder: Path, words: int = 48) -> None:
-    """Write a JSONL file of DOCUMENTS documents with captions of `words` words into `folder`, and make it the config's source.
+    """Write a JSONL file of DOCUMENTS documents with captions of `words` words into `folder`, and make it the config's
+    source.
 
     The parts that the stage trains on are marked. Where the codec is a folder that the config does not name, images are
     latents, as the shards of `starflow2 encode` have them. Raises ConfigError for a config without a usable codec.

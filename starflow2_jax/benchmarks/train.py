@@ -88,8 +88,8 @@ def matrix_peak(devices: list, dtype: str, repeats: int = 5) -> float:
 
 
 def memory(program: Program, devices: list) -> dict:
-    """Bytes per device: "compiled", by kind of argument as the compiler counts them, and "peak_in_use", the most that was in
-    use on any device (None if the devices do not report it)."""
+    """Bytes per device: "compiled", by kind of argument as the compiler counts them, and "peak_in_use", the most that
+    was in use on any device (None if the devices do not report it)."""
     analysis = program.compiled.memory_analysis()
     account = {
         name: int(getattr(analysis, f"{name}_size_in_bytes", 0)) for name in ("argument", "output", "alias", "temp")

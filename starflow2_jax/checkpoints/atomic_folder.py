@@ -33,7 +33,8 @@ def require_new(target: Path) -> None:
 def new_folder(target: Path, size: int) -> Iterator[Path]:
     """A temporary folder, which is renamed to `target` at the end of the block, or removed if the block fails.
 
-    First removes temporary folders of `target` that processes of this machine left when they were killed. Raises UserError if `target` exists, and StorageError if the disk has less than `size` bytes of free space.
+    First removes temporary folders of `target` that processes of this machine left when they were killed. Raises
+    UserError if `target` exists, and StorageError if the disk has less than `size` bytes of free space.
     """
     require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,8 @@ def restore_codec(folder: Path, description: dict[str, Any]) -> Codec:
     path = folder / DESCRIPTION
     if not isinstance(kind, str) or kind not in CODECS:
         raise UserError(
-            f"{path} describes a codec of the kind {shown(kind)}, but the known kinds are {', '.join(CODECS)}; if a Python file of "
-            "yours adds this kind, name that file with --import"
+            f"{path} describes a codec of the kind {shown(kind)}, but the known kinds are {', '.join(CODECS)}; if a "
+            f"Python file of yours adds this kind, name that file with --import"
         )
     weights = read_weights(folder, wanted)
     try:

@@ -19,7 +19,8 @@ NO_ARRAYS = ("meta", "metrics")  # folders of a step that hold JSON; all others 
 
 
 def newest_whole(steps: Steps, unread: tuple[str, ...] = ()) -> tuple[int | None, list[int]]:
-    """The newest whole step (None if there are no steps), and the damaged steps after it, of which this warns on stderr.
+    """The newest whole step (None if there are no steps), and the damaged steps after it, of which this warns on
+    stderr.
 
     `unread`: names of trees whose files are not checked. Raises CheckpointError if all steps are damaged.
     """
@@ -52,8 +53,8 @@ def pass_over_unreadable(steps: Steps, mesh: jax.sharding.Mesh) -> None:
     """Make sure that the newest step can be read. A run calls it after `pass_over_damaged`.
 
     If the newest step has no files.json because the run was killed first, this function tries to read the step. If that
-    fails, it moves the step to damaged/ and tries the step before. All processes call it together, and each reads its own
-    shards. Raises CheckpointError if no other step is left.
+    fails, it moves the step to damaged/ and tries the step before. All processes call it together, and each reads its
+    own shards. Raises CheckpointError if no other step is left.
     """
     while (number := steps.latest()) is not None:
         if processes.on_primary(partial(file_list.has, steps.path(number))):

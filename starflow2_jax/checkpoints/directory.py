@@ -5,8 +5,8 @@ codec.json      the codec; codec.safetensors: its weights, if it has any
 tokenizer/      as `transformers` saves it
 frozen/         the frozen weights (orbax); frozen.json: their content hash
 vlm.json        of a converted VLM: its config; reference_config.json: the config of the published model
-steps/<n>/      params, ema, optimizer (orbax); meta (JSON): stage, step, random key, data position; files.json (file_list.py)
-damaged/        damaged steps that a run moved here
+steps/<n>/      params, ema, optimizer (orbax); meta (JSON): stage, step, random key, data position; files.json
+(file_list.py) damaged/        damaged steps that a run moved here
 lock.json       the process that trains here (lock.py)
 inversion.json  after `starflow2 calibrate`: the fastest way to invert both flows
 """
@@ -58,7 +58,9 @@ class CheckpointDirectory:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the lock during the block. All processes of a run call it together. Raises LockedError if another run holds it."""
+        """Hold the lock during the block. All processes of a run call it together. Raises LockedError if another run
+        holds it.
+        """
         with contextlib.ExitStack() as stack:
             processes.on_primary(lambda: stack.enter_context(self.lock.held()))
             yield
@@ -90,7 +92,9 @@ class CheckpointDirectory:
             write_whole(self.folder / "config.json", json.dumps({"format": FORMAT, **config.to_dict()}, indent=1))
 
     def config(self, kind: str = configs.STARFLOW2) -> Config:
-        """The experiment's config, locked. Raises CheckpointError if it is missing, damaged, of another format or kind."""
+        """The experiment's config, locked. Raises CheckpointError if it is missing, damaged, of another format or
+        kind.
+        """
         values = read_json(self.folder / "config.json")
         if not isinstance(values, dict) or "stages" not in values:
             raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
@@ -100,15 +104,16 @@ class CheckpointDirectory:
             )
         if (number := values.pop("format", 1)) != FORMAT:
             raise CheckpointError(
-                f"{self.folder} has the checkpoint format {number}, but this version of starflow2 reads format {FORMAT}, in which "
-                "the same weights mean something else; use the version that wrote it, or train again"
+                f"{self.folder} has the checkpoint format {number}, but this version of starflow2 reads format "
+                f"{FORMAT}, in which the same weights mean something else; use the version that wrote it, or train "
+                f"again"
             )
         try:
             return configs.complete(with_tuples(values))
         except ConfigError as error:
             raise CheckpointError(
-                f"{self.folder / 'config.json'} is not a config of this version: {error}; if a Python file of yours adds what it "
-                "names, name that file with --import"
+                f"{self.folder / 'config.json'} is not a config of this version: {error}; if a Python file of yours "
+                f"adds what it names, name that file with --import"
             ) from None
 
     def codec(self) -> Codec:
@@ -132,7 +137,8 @@ class CheckpointDirectory:
     def require_latest(self) -> int:
         """The newest whole step, to sample from. Warns on stderr of damaged steps after it.
 
-        The optimizer's files, which are most of a step's bytes, are not checked. Raises CheckpointError if there is no step.
+        The optimizer's files, which are most of a step's bytes, are not checked. Raises CheckpointError if there is no
+        step.
         """
         read_json(self.folder / "config.json")
         number, _ = damage.newest_whole(self.steps, unread=("optimizer",))

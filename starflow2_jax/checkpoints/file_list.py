@@ -1,4 +1,6 @@
-"""files.json: sizes and checksums of a saved step's files. Written when the step is complete, compared before it is used."""
+"""files.json: sizes and checksums of a saved step's files. Written when the step is complete, compared before it is
+used.
+"""
 
 import json
 import zlib
@@ -29,8 +31,8 @@ def has(step: Path) -> bool:
 def fault(step: Path, unread: tuple[str, ...] = ()) -> str | None:
     """The first fault of a step folder: a file that is missing, cut off or changed. None if all files are as written.
 
-    `unread`: subfolders that are not checked. Returns None for a step without a list, whose run was killed before it wrote
-    one, because orbax gives a step folder its name only when it is complete.
+    `unread`: subfolders that are not checked. Returns None for a step without a list, whose run was killed before it
+    wrote one, because orbax gives a step folder its name only when it is complete.
     """
     if not has(step):
         return None

@@ -17,7 +17,9 @@ from starflow2_jax.parallel.content_hash import content_hash
 
 
 class FrozenWeights:
-    """Saves and restores the frozen weights of the checkpoint directory `folder`. All processes call the methods together."""
+    """Saves and restores the frozen weights of the checkpoint directory `folder`. All processes call the methods
+    together.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -54,13 +56,15 @@ class FrozenWeights:
             frozen = restored(read, "frozen weights", self.folder)
         if content_hash(frozen) != wanted:
             raise CheckpointError(
-                f"the frozen weights in {self.folder} are not those that it was trained with (content hash differs); restore "
-                "frozen/ and frozen.json from a copy"
+                f"the frozen weights in {self.folder} are not those that it was trained with (content hash differs); "
+                f"restore frozen/ and frozen.json from a copy"
             )
         return frozen
 
 
 def _concurrent_gb(tree: Any) -> int:
-    """GB that orbax may read at a time, enough for the largest shard. Without a limit, orbax buffers almost a whole model."""
+    """GB that orbax may read at a time, enough for the largest shard. Without a limit, orbax buffers almost a whole
+    model.
+    """
     shards = (x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in jax.tree.leaves(tree))
     return 1 + int(2 * max((4 * math.prod(shape) for shape in shards), default=0) / 1e9)

@@ -22,7 +22,9 @@ class LockedError(UserError):
 
 
 class UncertainLockError(LockedError):
-    """A run on another machine wrote into the directory a few minutes ago and may have ended; trying again later can help."""
+    """A run on another machine wrote into the directory a few minutes ago and may have ended; trying again later can
+    help.
+    """
 
     exit_code = 75  # EX_TEMPFAIL
 
@@ -30,9 +32,9 @@ class UncertainLockError(LockedError):
 class Lock:
     """The lock of a directory. Only process 0 of a run uses it.
 
-    The file is created with open(..., "x"), which local and network file systems do atomically. On a mounted bucket that
-    cannot do so, two runs that start in the same second may both get in; `require_held`, which a run calls before each
-    save, then stops the one whose lock was overwritten.
+    The file is created with open(..., "x"), which local and network file systems do atomically. On a mounted bucket
+    that cannot do so, two runs that start in the same second may both get in; `require_held`, which a run calls before
+    each save, then stops the one whose lock was overwritten.
     """
 
     def __init__(self, folder: Path, name: str = "lock.json"):
@@ -67,8 +69,8 @@ class Lock:
         """Raises LockedError if this run's lock was removed, or taken by another run."""
         if self._id is not None and (self._read() or {}).get("id") != self._id:
             raise LockedError(
-                f"the lock {self.path} of this run was removed or taken by another run; nothing more is saved, so that the "
-                "other run's steps stay whole"
+                f"the lock {self.path} of this run was removed or taken by another run; nothing more is saved, so that "
+                f"the other run's steps stay whole"
             )
 
     def _create(self) -> None:
@@ -118,8 +120,8 @@ class Lock:
                 f"{since} writes into {self.folder} already; wait until it has ended, or name another --out"
             )
         raise UncertainLockError(
-            f"{since} wrote into {self.folder} {owner['age']:.0f} s ago and may still run; if you have checked that it has "
-            f"ended, remove {self.path}, else try again later: the lock expires after {EXPIRES} s without renewal"
+            f"{since} wrote into {self.folder} {owner['age']:.0f} s ago and may still run; if you have checked that it "
+            f"has ended, remove {self.path}, else try again later: the lock expires after {EXPIRES} s without renewal"
         )
 
 
@@ -140,8 +142,8 @@ def _here(owner: dict) -> bool:
 
 
 def _place(process: int) -> dict[str, str]:
-    """What distinguishes a process from others with the same number: "boot", the machine's boot; "namespace", of process
-    numbers; "born", the start of the process, missing if it has ended. Empty on systems other than Linux."""
+    """What distinguishes a process from others with the same number: "boot", the machine's boot; "namespace", of
+    process numbers; "born", the start of the process, missing if it has ended. Empty on systems other than Linux."""
     found = {}
     with contextlib.suppress(OSError, IndexError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

@@ -40,7 +40,9 @@ def restored(read: Callable[[], T], what: str, folder: Path) -> T:
 
 
 def saved_shapes(checkpointer: ocp.StandardCheckpointer, folder: Path) -> Any:
-    """The shapes and types of the arrays that orbax saved in `folder`. Call it within `restored`: many errors can occur."""
+    """The shapes and types of the arrays that orbax saved in `folder`. Call it within `restored`: many errors can
+    occur.
+    """
     if (metadata := checkpointer.metadata(folder).item_metadata) is None:
         raise ValueError(f"{folder.name} does not describe its arrays")
     return metadata.tree

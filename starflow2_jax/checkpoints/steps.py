@@ -46,7 +46,9 @@ class Steps:
         return self._manager
 
     def open(self) -> None:
-        """Create the folder if it does not exist. All processes call it, so that each finds the folder later. Raises StorageError."""
+        """Create the folder if it does not exist. All processes call it, so that each finds the folder later. Raises
+        StorageError.
+        """
         with storage_errors(self.folder):
             self.manager  # noqa: B018 - the property creates it
 
@@ -55,12 +57,16 @@ class Steps:
         return self.folder / "steps" / str(number)
 
     def on_disk(self) -> list[int]:
-        """The complete steps that this process sees, in ascending order. Orbax renames a folder to the step when it is complete."""
+        """The complete steps that this process sees, in ascending order. Orbax renames a folder to the step when it is
+        complete.
+        """
         folder = self.folder / "steps"
         return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit()) if folder.is_dir() else []
 
     def latest(self) -> int | None:
-        """The newest step that process 0 saw when the manager was made, or that was saved since; None if there is none."""
+        """The newest step that process 0 saw when the manager was made, or that was saved since; None if there is
+        none.
+        """
         if self._manager is None and not processes.on_primary((self.folder / "steps").is_dir):
             return None
         return self.manager.latest_step()
@@ -68,11 +74,12 @@ class Steps:
     def save(
         self, number: int, trees: dict[str, Any], meta: dict[str, Any], metrics: dict[str, float] | None = None
     ) -> None:
-        """Save named trees of arrays and a JSON value as step `number`. Returns before the files are written; see `wait`.
+        """Save named trees of arrays and a JSON value as step `number`. Returns before the files are written; see
+        `wait`.
 
-        `metrics` are for Keep.best: "stage", its place in the order, and "loss". Raises CheckpointError if the directory
-        holds this step or a later one, and StorageError if the disk has no room for it, or if the last step could not be
-        written.
+        `metrics` are for Keep.best: "stage", its place in the order, and "loss". Raises CheckpointError if the
+        directory holds this step or a later one, and StorageError if the disk has no room for it, or if the last step
+        could not be written.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
@@ -83,8 +90,8 @@ class Steps:
             saved = self.manager.save(number, args=composite, metrics=metrics)
         if not saved:
             raise CheckpointError(
-                f"step {number} cannot be saved in {self.folder}, which holds step {self.manager.latest_step()} already; move "
-                "that step and all later ones away, or save to another directory"
+                f"step {number} cannot be saved in {self.folder}, which holds step {self.manager.latest_step()} "
+                f"already; move that step and all later ones away, or save to another directory"
             )
         if processes.primary():
             self._written = threading.Event()
@@ -126,7 +133,9 @@ class Steps:
             self._manager.reload()
 
     def _list_files(self, number: int, written: threading.Event) -> None:
-        """Write the lists of files of step `number`, when it is complete, and of older steps without one. Runs in a thread."""
+        """Write the lists of files of step `number`, when it is complete, and of older steps without one. Runs in a
+        thread.
+        """
         while not (self.path(number).is_dir() or written.wait(1)):
             pass
         for step in self.manager.all_steps():  # without steps that orbax is deleting

@@ -40,11 +40,13 @@ class FaeOptions:
 
 @dataclass(frozen=True)
 class FaeCodec(Codec):
-    """Pictures -> normalised means of the latent Gaussians -> pictures. It is no bijection: only latents have a density.
+    """Pictures -> normalised means of the latent Gaussians -> pictures. It is no bijection: only latents have a
+    density.
 
-    networks: sizes of the codec's networks. If its `channels` is 0, there are only a frozen encoder and a pixel decoder, and the
-    latents are the features themselves. encoder_kind: a key of ENCODERS; encoder: the config of that row. weights: the groups
-    "encoder", "latent_encoder", "feature_decoder" and "pixel_decoder", as far as there are such networks.
+    networks: sizes of the codec's networks. If its `channels` is 0, there are only a frozen encoder and a pixel
+    decoder, and the latents are the features themselves. encoder_kind: a key of ENCODERS; encoder: the config of that
+    row. weights: the groups "encoder", "latent_encoder", "feature_decoder" and "pixel_decoder", as far as there are
+    such networks.
     """
 
     networks: FaeConfig
@@ -70,16 +72,20 @@ class FaeCodec(Codec):
 
     @classmethod
     def make(cls, options: FaeOptions, images: Iterable[np.ndarray]) -> "FaeCodec":
-        """The codec in the folder that the options name; it reads no image. Raises ConfigError if the options do not fit it."""
+        """The codec in the folder that the options name; it reads no image. Raises ConfigError if the options do not
+        fit it.
+        """
         if not options.path:
             raise ConfigError(
-                "codec.path names no folder of a codec; give it, or `--codec` of `starflow2 init`; docs/guides/codec.md says how to "
-                "make one"
+                "codec.path names no folder of a codec; give it, or `--codec` of `starflow2 init`; "
+                "docs/guides/codec.md says how to make one"
             )
         return read_fae(Path(options.path)).fitted(options)
 
     def fitted(self, options: FaeOptions) -> "FaeCodec":
-        """The codec with the grid and the type of the options. Raises ConfigError if their other sizes are not the codec's."""
+        """The codec with the grid and the type of the options. Raises ConfigError if their other sizes are not the
+        codec's.
+        """
         own = {"channels": self.channels, "patch": self.networks.pixel_decoder.patch}
         if wrong := [name for name, value in own.items() if getattr(options, name) != value]:
             place = f" in {options.path}" if options.path else ""
@@ -129,7 +135,9 @@ class FaeCodec(Codec):
         return self.grid[0] * patch, self.grid[1] * patch, self.image_channels
 
     def encode(self, images: Any) -> Any:
-        """Pictures (B, height, width, 3) -> latents (B, h, w, D), on the mesh of `jax.set_mesh`. Raises ValueError as Codec."""
+        """Pictures (B, height, width, 3) -> latents (B, h, w, D), on the mesh of `jax.set_mesh`. Raises ValueError as
+        Codec.
+        """
         require_shape(images, self.image_shape, "pixels")
         return _encode(self._program, self._weights("encoder", "latent_encoder"), images)
 
@@ -150,7 +158,9 @@ class FaeCodec(Codec):
         return decode_with(self._program, self._weights("feature_decoder", "pixel_decoder"), latents)
 
     def features_of(self, weights: Mapping[str, Any], pixels: jax.Array) -> jax.Array:
-        """Pictures (B, height, width, 3) -> the frozen encoder's features (B, N, C). Pure: `weights` as this object's."""
+        """Pictures (B, height, width, 3) -> the frozen encoder's features (B, N, C). Pure: `weights` as this
+        object's.
+        """
         return ENCODERS[self.encoder_kind].features(self.encoder, weights["encoder"], pixels, self.grid)
 
     @cached_property
@@ -199,7 +209,9 @@ def _encode(codec: FaeCodec, weights: Mapping[str, Any], pixels: jax.Array) -> j
 
 @partial(jax.jit, static_argnums=0)
 def decode_with(codec: FaeCodec, weights: Mapping[str, Any], latents: jax.Array) -> jax.Array:
-    """`codec.decode` as a pure function of its decoders' weights. codec: without weights, as they would not be hashed."""
+    """`codec.decode` as a pure function of its decoders' weights. codec: without weights, as they would not be
+    hashed.
+    """
     x = latents * np.asarray(codec.std, np.float32) + np.asarray(codec.mean, np.float32)
     x = sharding.constrain(x.reshape(len(x), -1, codec.channels), "batch", None, None)
     if codec.networks.channels:

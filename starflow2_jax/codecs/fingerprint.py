@@ -36,8 +36,8 @@ def unpacked(values: dict[str, Any], weights: bytes) -> Codec:
     kind = values.get("kind")
     if kind not in CODECS:
         raise UserError(
-            f"the codec has the unknown kind {kind!r} (known: {', '.join(CODECS)}); if a Python file of yours adds it, name that "
-            "file with --import"
+            f"the codec has the unknown kind {kind!r} (known: {', '.join(CODECS)}); if a Python file of yours adds it, "
+            f"name that file with --import"
         )
     flat = safetensors.flax.load(weights) if weights else {}
     description = {key: with_tuples(value) for key, value in values.items() if key != "kind"}

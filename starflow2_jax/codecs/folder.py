@@ -40,7 +40,7 @@ def read_weights(folder: Path, wanted: str | None) -> dict[str, Any]:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); restore it from a copy") from None
     if content_hash(flat) != wanted:
         raise UserError(
-            f"{folder / WEIGHTS} does not hold the weights that {DESCRIPTION} describes (content hash differs); restore both "
-            "from a copy"
+            f"{folder / WEIGHTS} does not hold the weights that {DESCRIPTION} describes (content hash differs); "
+            f"restore both from a copy"
         )
     return unflatten_dict(flat, sep="/")

@@ -55,8 +55,8 @@ class LatentCodec(Codec):
         decoder = read_fae(Path(options.decoder)).for_grid((h, w)) if options.decoder else None
         if decoder and decoder.channels != options.channels:
             raise ConfigError(
-                f"codec.channels is {options.channels}, but the codec in {options.decoder} has {decoder.channels}; set it to "
-                "that, or name another codec.decoder"
+                f"codec.channels is {options.channels}, but the codec in {options.decoder} has {decoder.channels}; set "
+                f"it to that, or name another codec.decoder"
             )
         return cls((h, w), options.channels, options.shift, options.scale, decoder)
 
@@ -102,7 +102,9 @@ class LatentCodec(Codec):
         return (images - self.shift) / self.scale
 
     def decode(self, latents: Any) -> Any:
-        """Latents (B, h, w, D) -> arrays of the same shape, as in the files; with a decoder, pictures (B, height, width, 3)."""
+        """Latents (B, h, w, D) -> arrays of the same shape, as in the files; with a decoder, pictures (B, height,
+        width, 3).
+        """
         arrays = latents * self.scale + self.shift
         return self.decoder.decode(arrays) if self.decoder else arrays
 

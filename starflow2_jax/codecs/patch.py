@@ -40,8 +40,8 @@ class PatchOptions:
 class PatchCodec(Codec):
     """Pixels in [-1, 1] -> patches, whose channels have mean 0 and standard deviation 1 over the fitted images.
 
-    With the basis "cosine", a patch's channels are those of its orthonormal cosine transform: noise in pixels has the same
-    deviation there, and a patch of one colour has only one channel for each colour that is not 0.
+    With the basis "cosine", a patch's channels are those of its orthonormal cosine transform: noise in pixels has the
+    same deviation there, and a patch of one colour has only one channel for each colour that is not 0.
     """
 
     image_size: tuple[int, int]
@@ -78,7 +78,9 @@ class PatchCodec(Codec):
 
     @classmethod
     def fit(cls, images: np.ndarray, patch: int, basis: str = "pixels") -> "PatchCodec":
-        """A codec fitted to `images` (n, height, width, C) in [-1, 1]. A channel's standard deviation is at least LEAST_STD."""
+        """A codec fitted to `images` (n, height, width, C) in [-1, 1]. A channel's standard deviation is at least
+        LEAST_STD.
+        """
         D = images.shape[-1] * patch * patch
         raw = cls(images.shape[1:3], images.shape[-1], patch, (0.0,) * D, (1.0,) * D, basis)
         latents = raw.encode(images).reshape(-1, D)

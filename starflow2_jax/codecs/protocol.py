@@ -23,11 +23,11 @@ class Codec(Protocol):
     """Images (B, *image_shape) <-> latents (B, h, w, D) with mean 0 and standard deviation 1 in each channel.
 
     The negative log-likelihood of an image, in nats per dimension, is that of its latents minus `log_volume`. If
-    `log_volume` is None, only latents have a density. `encode` and `decode` take NumPy and JAX arrays; a codec with weights
-    compiles them.
+    `log_volume` is None, only latents have a density. `encode` and `decode` take NumPy and JAX arrays; a codec with
+    weights compiles them.
 
-    A codec that inherits from this class and is a frozen dataclass of JSON values can leave out `weights`, `description`
-    and `restored`.
+    A codec that inherits from this class and is a frozen dataclass of JSON values can leave out `weights`,
+    `description` and `restored`.
     """
 
     kind: ClassVar[str]  # the codec's name in the table
@@ -41,19 +41,22 @@ class Codec(Protocol):
     mean: tuple[float, ...]  # (D,): `encode` subtracts it from each channel
     std: tuple[float, ...]  # (D,): `encode` then divides by it, as training divides `config.noise`
     log_volume: float | None  # log-determinant of `encode` per dimension; None if `encode` is no bijection
-    # True: training gives `encode_with` the pictures of a batch, on the devices; False: `encode` runs where documents are read
+    # True: training gives `encode_with` the pictures of a batch, on the devices; False: `encode` runs where documents
+    # are read
     in_step: ClassVar[bool] = False
     weights: Mapping[str, Any] = {}  # nested dicts of arrays, which a checkpoint saves with their content hash
 
     @property
     def makes_pixels(self) -> bool:
-        """Whether `decode` makes pixels in [-1, 1], written as PNG files; otherwise other arrays, written as .npy files."""
+        """Whether `decode` makes pixels in [-1, 1], written as PNG files; otherwise other arrays, written as .npy
+        files.
+        """
         return self.is_pixels
 
     @classmethod
     def make(cls, options: Any, images: Iterable[np.ndarray]) -> Self:
-        """A new codec from an instance of `Options` and the source's images (height, width, C), which are read one by one
-        while `make` iterates over them.
+        """A new codec from an instance of `Options` and the source's images (height, width, C), which are read one by
+        one while `make` iterates over them.
 
         Raises ConfigError if options and images do not fit each other.
         """
@@ -64,7 +67,9 @@ class Codec(Protocol):
         ...
 
     def without_weights(self) -> Self:
-        """What documents are laid out with: the same codec, which a codec with `in_step` makes light by leaving out its weights."""
+        """What documents are laid out with: the same codec, which a codec with `in_step` makes light by leaving out its
+        weights.
+        """
         return self
 
     def encoder_weights(self) -> Mapping[str, Any]:
@@ -76,7 +81,9 @@ class Codec(Protocol):
         raise TypeError(f"the codec {self.kind} is not encoded within a step")
 
     def decode(self, latents: Any) -> Any:
-        """Latents (B, h, w, D) -> images, of `image_shape` if `encode` takes such. Pixels are not clipped to [-1, 1]."""
+        """Latents (B, h, w, D) -> images, of `image_shape` if `encode` takes such. Pixels are not clipped to [-1,
+        1].
+        """
         ...
 
     def description(self) -> dict[str, Any]:
@@ -91,8 +98,8 @@ class Codec(Protocol):
 
 
 def level_bits(codec: Codec) -> float:
-    """-log2 of the width of one level of the data: added to a density's bits per dimension, it gives those of 8-bit pixels.
-    0 for data without such levels, and for a codec that is lossy."""
+    """-log2 of the width of one level of the data: added to a density's bits per dimension, it gives those of 8-bit
+    pixels. 0 for data without such levels, and for a codec that is lossy."""
     return PIXEL_BITS if codec.is_pixels and codec.log_volume is not None else 0.0
 
 

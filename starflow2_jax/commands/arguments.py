@@ -1,7 +1,7 @@
 """Kinds of options: each says which values an option takes. The parser checks them before anything is loaded.
 
-Every option that takes a value has one of these kinds as its `type`, or has `choices`. tests/test_arguments.py makes its
-cases from them.
+Every option that takes a value has one of these kinds as its `type`, or has `choices`. tests/test_arguments.py makes
+its cases from them.
 """
 
 import argparse
@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Words:
-    """Any text that UTF-8 can hold. `written`: it names a place to write that the command itself checks, such as a bucket."""
+    """Any text that UTF-8 can hold. `written`: it names a place to write that the command itself checks, such as a
+    bucket.
+    """
 
     written: bool = False
 
@@ -140,7 +142,9 @@ class InputPath:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A Python file, or the name of one that ships with the package. `config.loading` and `sweeps.points` look for it."""
+    """A Python file, or the name of one that ships with the package. `config.loading` and `sweeps.points` look for
+    it.
+    """
 
     def __call__(self, text: str) -> str:
         return text

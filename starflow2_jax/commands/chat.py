@@ -99,7 +99,8 @@ def show(answer: Iterator[Event], out: Path, number: int, is_pixels: bool = True
 
 
 def parse(line: str, reader: ImageReader, via: str = "flow") -> Document:
-    """The document that a line stands for. "/image PATH", or a word that is an image's path, is an image; the rest is text.
+    """The document that a line stands for. "/image PATH", or a word that is an image's path, is an image; the rest is
+    text.
 
     A path with spaces is in double quotes. `reader`: of the images; `via`: see `converse`.
     Raises DocumentError for a file that is no image.

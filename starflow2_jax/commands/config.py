@@ -29,7 +29,9 @@ def _config(args: Namespace, overrides: list[str]) -> None:
 
 
 def page(keys: list[Key], columns: int) -> str:
-    """One or more lines for each key: its value as users type it, its help, and a star where it differs from the default."""
+    """One or more lines for each key: its value as users type it, its help, and a star where it differs from the
+    default.
+    """
     count = sum(_differs(key) for key in keys)
     lines = [f"{count} of {sum(not key.group for key in keys)} keys, marked *, differ from the defaults or have none."]
     lines += ["Set a key with --config.KEY=VALUE, in all stages with --config.stages.*.KEY=VALUE.", ""]

@@ -21,7 +21,8 @@ def add(commands: Commands) -> None:
         "--checkpoint",
         type=InputFolder(),
         metavar="DIR",
-        help="a run's directory, whose tokenizer and codec are used (default: ones fitted to the data, as for a new run)",
+        help="a run's directory, whose tokenizer and codec are used (default: ones fitted to the data, as for a new "
+        "run)",
     )
     p.add_argument("--out", type=OutputFile(), metavar="FILE", help="write a page of the documents to this HTML file")
     p.add_argument("--json", type=OutputFile(), metavar="FILE", help="also write the numbers to this file")

@@ -23,8 +23,8 @@ def add(commands: Commands) -> None:
         type=Words(),
         required=True,
         metavar="KIND:PATH",
-        help="parquet, tar, tsv (rows that name files in tars), json (also JSONL and LLaVA's form), hf or tfds, and where it is; "
-        "several files as a pattern",
+        help="parquet, tar, tsv (rows that name files in tars), json (also JSONL and LLaVA's form), hf or tfds, and "
+        "where it is; several files as a pattern",
     )
     p.add_argument(
         "--out",
@@ -138,8 +138,8 @@ def _encode(args: Namespace, _: list[str]) -> None:
         return
     skipped = sum(index["skipped"].values())
     print(
-        f"written: {args.out}: {index['documents']} documents; {index['duplicates']} duplicates are passed over, {skipped} "
-        "could not be read (skipped.txt)"
+        f"written: {args.out}: {index['documents']} documents; {index['duplicates']} duplicates are passed over, "
+        f"{skipped} could not be read (skipped.txt)"
     )
 
 

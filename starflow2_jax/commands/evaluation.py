@@ -49,13 +49,15 @@ def add(commands: Commands) -> None:
         "--part",
         type=Words(),
         metavar="NAME",
-        help="part of the benchmark's data, such as validation to choose options by (default: the benchmark's own, test)",
+        help="part of the benchmark's data, such as validation to choose options by (default: the benchmark's own, "
+        "test)",
     )
     add_overrides(p, OVERRIDES)
     p.add_argument(
         "--chat",
         action="store_true",
-        help="put all prompts into the tokenizer's chat template, as a user's messages, and not those of questions alone",
+        help="put all prompts into the tokenizer's chat template, as a user's messages, and not those of questions "
+        "alone",
     )
     p.add_argument("--batch", type=Whole(1), default=64, metavar="N", help="tasks to answer at a time (default: 64)")
     p.add_argument(
@@ -79,7 +81,8 @@ def add(commands: Commands) -> None:
         "--out",
         type=OutputFolder(),
         metavar="DIR",
-        help="folder for report.json, index.html and the answers; the same command again answers only the remaining tasks",
+        help="folder for report.json, index.html and the answers; the same command again answers only the remaining "
+        "tasks",
     )
     p.set_defaults(run=_eval, kept="finished answers are kept in --out")
 
@@ -149,8 +152,8 @@ def _require_pictures(args: Namespace) -> None:
     checkpoint.config()
     if not checkpoint.codec().makes_pixels:
         raise UserError(
-            f"the benchmark {args.benchmark} needs pictures, and {args.checkpoint} has no decoder: its images are latents; "
-            "use a checkpoint whose codec decodes pictures"
+            f"the benchmark {args.benchmark} needs pictures, and {args.checkpoint} has no decoder: its images are "
+            f"latents; use a checkpoint whose codec decodes pictures"
         )
 
 

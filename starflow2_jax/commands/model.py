@@ -13,7 +13,9 @@ SEED = Whole(0, 2**32 - 1)
 
 
 def add_model(parser: argparse.ArgumentParser, fsdp: bool = True) -> None:
-    """Add --checkpoint, --dtype, --tensor and, if `fsdp`, --fsdp, which a server does not take: its rows come one by one."""
+    """Add --checkpoint, --dtype, --tensor and, if `fsdp`, --fsdp, which a server does not take: its rows come one by
+    one.
+    """
     parser.add_argument(
         "--checkpoint",
         type=InputFolder("checkpoint directory"),
@@ -57,7 +59,9 @@ def image_reader(args: argparse.Namespace) -> "ImageReader":
 
 
 def restore(args: argparse.Namespace, data: int = -1) -> "Sampler":
-    """The sampler of `args.checkpoint`, with `data` copies of the model; -1: as many as the devices hold. Raises UserError."""
+    """The sampler of `args.checkpoint`, with `data` copies of the model; -1: as many as the devices hold. Raises
+    UserError.
+    """
     from starflow2_jax.checkpoints.directory import CheckpointDirectory
     from starflow2_jax.parallel import devices
     from starflow2_jax.parallel.sharding import make_mesh

@@ -21,8 +21,8 @@ def add(commands: Commands) -> None:
         type=Words(),
         required=True,
         metavar="DEVICES",
-        help="a TPU slice, such as v5p:4x4x4 or v5e:16x16, several slices, such as v6e:16x16:4, or GPUs, such as h200:1, h100:8 "
-        "or h100:8x8 (nodes x GPUs)",
+        help="a TPU slice, such as v5p:4x4x4 or v5e:16x16, several slices, such as v6e:16x16:4, or GPUs, such as "
+        "h200:1, h100:8 or h100:8x8 (nodes x GPUs)",
     )
     p.add_argument(
         "--stage", type=Words(), help="stage to plan: a name, or 1, 2, 3 (default: the experiment's last stage)"
@@ -31,8 +31,8 @@ def add(commands: Commands) -> None:
         "--codec",
         type=Words(),
         metavar="CODEC",
-        help="folder of a codec, or an experiment that trains one: plan a step that encodes its pictures with this codec, or "
-        "with --sampler also the making of pictures (default: latents are read)",
+        help="folder of a codec, or an experiment that trains one: plan a step that encodes its pictures with this "
+        "codec, or with --sampler also the making of pictures (default: latents are read)",
     )
     p.add_argument("--json", type=OutputFile(), metavar="FILE", help="also write the plan to this file")
     p.add_argument("--sampler", action="store_true", help="plan steps of the sampler instead of a training step")

@@ -128,7 +128,8 @@ def _add_score(commands: Commands) -> None:
         type=InputFile(),
         required=True,
         metavar="FILE",
-        help='JSON file with one document, or JSONL file with one per line; parts marked "predict" or "generate" are scored',
+        help='JSON file with one document, or JSONL file with one per line; parts marked "predict" or "generate" are '
+        "scored",
     )
     p.add_argument(
         "--out",

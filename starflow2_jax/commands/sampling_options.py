@@ -87,7 +87,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         type=Number(0),
         default=1e-3,
         metavar="E",
-        help="with --jacobi above 1: stop when the mean squared change over the mean square is below this (default: 0.001)",
+        help="with --jacobi above 1: stop when the mean squared change over the mean square is below this (default: "
+        "0.001)",
     ),
 }
 
@@ -102,7 +103,9 @@ def add_sampling(
 
 
 def add_overrides(parser: argparse.ArgumentParser, names: Mapping[str, str]) -> None:
-    """Add the options of the fields in `names` under these names, with None as their default: something else chooses then."""
+    """Add the options of the fields in `names` under these names, with None as their default: something else chooses
+    then.
+    """
     for field, name in names.items():
         help = OPTIONS[field]["help"].partition(" (default")[0] + " (default: the task's own)"
         parser.add_argument(name, dest=field, **OPTIONS[field] | {"default": None, "help": help})
@@ -114,7 +117,8 @@ def add_images(parser: argparse.ArgumentParser, whose: str, more: str = "") -> N
         "--images",
         choices=("flow", "vit"),
         default="flow",
-        help=f"how the model sees {whose}: as flow tokens (default), or through its vision tower, to understand only{more}",
+        help=f"how the model sees {whose}: as flow tokens (default), or through its vision tower, to understand "
+        f"only{more}",
     )
 
 

@@ -110,8 +110,8 @@ def _add_images(p: ArgumentParser) -> None:
         type=Whole(1),
         default=40_000_000,
         metavar="N",
-        help="most pixels of an image as its file is decoded, beside those before it as the model sees them; larger JPEG "
-        "files are decoded at a lower resolution (default: 40000000)",
+        help="most pixels of an image as its file is decoded, beside those before it as the model sees them; larger "
+        "JPEG files are decoded at a lower resolution (default: 40000000)",
     )
     for name, word in (("--vit-max-pixels", "most"), ("--vit-min-pixels", "least")):
         p.add_argument(

@@ -26,16 +26,19 @@ def add(commands: Commands) -> None:
         "--launcher",
         type=Words(),
         metavar="COMMAND",
-        help='submit each point with this command instead of training it here, for example "env CONFIG={config} OUT={out} '
-        'launch/slurm.sh submit {overrides}"; {name} stands for a job name. Run the same sweep again later to collect results',
+        help='submit each point with this command instead of training it here, for example "env CONFIG={config} '
+        'OUT={out} launch/slurm.sh submit {overrides}"; {name} stands for a job name. Run the same sweep again later '
+        "to collect results",
     )
     p.add_argument(
         "--again",
         nargs="?",
         const="ended",
         choices=("ended", "all"),
-        help="submit points again whose jobs failed. A job counts as failed when its exit code is in the file $ENDED, which "
-        'launch/slurm.sh writes. "--again all" also submits points whose jobs left no exit code, because they were killed '
+        help="submit points again whose jobs failed. A job counts as failed when its exit code is in the file $ENDED, "
+        "which "
+        'launch/slurm.sh writes. "--again all" also submits points whose jobs left no exit code, because they were '
+        "killed "
         "or cancelled. Use it only after checking that no job is still running: two jobs in one folder destroy the run",
     )
     p.add_argument("--runlocal", action="store_true", help="shrink each model and train it a few steps")
@@ -66,5 +69,6 @@ def _sweep(args: Namespace, _: list[str]) -> None:
     if failed := sum(point.state == points.FAILED for point in sweep.points):
         again = " with --again" if args.launcher else " again"
         raise UserError(
-            f"{failed} of {len(sweep.points)} points failed; the table says why; correct this and run the same command{again}"
+            f"{failed} of {len(sweep.points)} points failed; the table says why; correct this and run the same "
+            f"command{again}"
         )

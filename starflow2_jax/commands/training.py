@@ -93,7 +93,9 @@ def _train(args: Namespace, overrides: list[str]) -> None:
 
 
 def _trained(config, out: str | Path, profile: int = 0) -> dict:
-    """Train the rest of the run. Returns the summary of its time; raises Terminated when all is saved after a SIGTERM."""
+    """Train the rest of the run. Returns the summary of its time; raises Terminated when all is saved after a
+    SIGTERM.
+    """
     from starflow2_jax.config.loading import CODEC
     from starflow2_jax.training.codec.trainer import CodecTrainer
     from starflow2_jax.training.loop import Trainer
@@ -107,8 +109,8 @@ def _trained(config, out: str | Path, profile: int = 0) -> dict:
 
 
 def start_devices(cpu_devices: int, join: Callable[[], None] = lambda: None) -> None:
-    """Start JAX, with `cpu_devices` CPU devices where there is no accelerator. `join` joins the other processes of the run,
-    which must happen before JAX starts its devices. Raises UserError."""
+    """Start JAX, with `cpu_devices` CPU devices where there is no accelerator. `join` joins the other processes of the
+    run, which must happen before JAX starts its devices. Raises UserError."""
     import jax
 
     from starflow2_jax.parallel import devices
@@ -175,7 +177,8 @@ def _add_quickstart(commands: Commands) -> None:
         "--demo",
         choices=DEMOS,
         default="digits",
-        help="digits, in ten minutes on two CPU cores, or scenes, with seven times as many operations (default: digits)",
+        help="digits, in ten minutes on two CPU cores, or scenes, with seven times as many operations (default: "
+        "digits)",
     )
     p.add_argument(
         "--out",

@@ -33,8 +33,8 @@ def require_order(config: Any) -> None:
         raise ConfigError(f"order must name at least one stage, and each stage once, of {', '.join(known)}")
     if missing := [name for name in config.order if name not in config.stages]:
         raise ConfigError(
-            f"order names the stage {missing[0]}, but the config has no stages.{missing[0]}; set stages.{missing[0]}.steps, or "
-            "remove the stage from order"
+            f"order names the stage {missing[0]}, but the config has no stages.{missing[0]}; set "
+            f"stages.{missing[0]}.steps, or remove the stage from order"
         )
 
 
@@ -50,7 +50,8 @@ def require_sources(config: Any) -> None:
     _require_names("a source's", "data.sources", data.sources)
     if set(data.sources) <= (held := held_out(config)):
         raise ConfigError(
-            f"every source is held out by an evaluation's mix ({', '.join(sorted(held))}); add one to train on to data.sources"
+            f"every source is held out by an evaluation's mix ({', '.join(sorted(held))}); add one to train on to "
+            f"data.sources"
         )
     for stage, cfg in config.stages.items():
         if unknown := [name for name in cfg.mix if name not in data.sources]:
@@ -93,8 +94,8 @@ def _require_codec(config: ExperimentConfig) -> None:
     model = config.model
     if codec.channels != model.channels:
         raise ConfigError(
-            f"the codec {codec.kind!r} makes tokens of {codec.channels} channels, but model.channels is {model.channels}; "
-            f"set model.channels={codec.channels}, or change the codec's options"
+            f"the codec {codec.kind!r} makes tokens of {codec.channels} channels, but model.channels is "
+            f"{model.channels}; set model.channels={codec.channels}, or change the codec's options"
         )
     grid = getattr(codec, "grid", model.grid)  # the patch codec has no such option: images determine its grid
     if grid != model.grid:
@@ -105,8 +106,8 @@ def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None
     """A batch's positions fit into 32 bits, and its rows divide as `require_groups` says."""
     if cfg.rows * cfg.length > LARGEST_INT:
         raise ConfigError(
-            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has at most "
-            f"{LARGEST_INT}"
+            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has "
+            f"at most {LARGEST_INT}"
         )
     require_groups(config, name, cfg)
 
@@ -136,8 +137,8 @@ def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> 
         return
     if vision is None:
         raise ConfigError(
-            f"{place}.patches={cfg.patches} needs a vision tower, but model.vlm.vision is None; set {place}.patches=0, or "
-            "give the model a vision tower"
+            f"{place}.patches={cfg.patches} needs a vision tower, but model.vlm.vision is None; set {place}.patches=0, "
+            f"or give the model a vision tower"
         )
     if cfg.patches % vision.merge**2:
         raise ConfigError(

@@ -40,7 +40,8 @@ class CriticConfig:
         check(self)
         if self.train_from > self.use_from:
             raise UserError(
-                f"use_from={self.use_from} comes before train_from={self.train_from}; train the discriminator before its use"
+                f"use_from={self.use_from} comes before train_from={self.train_from}; train the discriminator before "
+                f"its use"
             )
 
 
@@ -67,8 +68,8 @@ class CodecStageConfig:
     masked: float = option("encoder: share of the patches that are masked", 0.5, above=0, below=1)
     beta: float = option("features: weight of the KL in nats a token, beside the mean squared error", 1e-6, least=0)
     noise: float = option(
-        "standard deviation of the decoder's noise: pixels, of the features' root mean square; pixels_tuned, of that of "
-        "each latent channel",
+        "standard deviation of the decoder's noise: pixels, of the features' root mean square; pixels_tuned, of that "
+        "of each latent channel",
         0.0,
         least=0,
     )
@@ -141,7 +142,8 @@ def require_consistent(config: CodecExperiment) -> None:
     row, encoder, networks = ENCODERS[config.encoder.kind], config.encoder, config.networks
     if (width := row.width(encoder)) != networks.features:
         raise ConfigError(
-            f"networks.features is {networks.features}, but the encoder makes features of {width} channels; set it to that"
+            f"networks.features is {networks.features}, but the encoder makes features of {width} channels; set it to "
+            f"that"
         )
     if not networks.channels:
         raise ConfigError("networks.channels is 0, so that there are no latents to train; give their channels")

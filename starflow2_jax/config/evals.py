@@ -1,4 +1,6 @@
-"""The keys of a run's evaluations: what each kind of them takes, in which stages they run, and the metric that ranks steps."""
+"""The keys of a run's evaluations: what each kind of them takes, in which stages they run, and the metric that ranks
+steps.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -110,7 +112,9 @@ class EvalConfig:
 
 @cache
 def eval_class(kind: str | None) -> type:
-    """The keys of `evals.NAME`: those of all evaluations and those of this kind. Raises UserError for an unknown kind."""
+    """The keys of `evals.NAME`: those of all evaluations and those of this kind. Raises UserError for an unknown
+    kind.
+    """
     kind = "loss" if kind is None else kind
     require_one_of("the kind of an evaluation", kind, EVAL_OPTIONS)
     return joined(EvalConfig, EVAL_OPTIONS[kind])
@@ -120,8 +124,8 @@ VARIANT = Variant("kind", eval_class, lambda: list(EVAL_OPTIONS.values()))
 
 
 def with_kinds(evals: dict[str, Any]) -> dict[str, Any]:
-    """The table `evals` of a config, in which an entry without a kind is of the kind that has the entry's name, if there is
-    one."""
+    """The table `evals` of a config, in which an entry without a kind is of the kind that has the entry's name, if
+    there is one."""
     return {
         name: {"kind": name} | each if name in EVAL_OPTIONS and isinstance(each, dict) else each
         for name, each in evals.items()
@@ -150,8 +154,8 @@ def _of(config: Any, stage: Stage | CodecStage) -> dict[str, Any]:
 
 
 def best_metric(config: Any, stage: Stage | CodecStage) -> str:
-    """The metric by which the steps of a stage are ranked: `best_metric`, else the first held-out loss, else the training
-    loss."""
+    """The metric by which the steps of a stage are ranked: `best_metric`, else the first held-out loss, else the
+    training loss."""
     if config.best_metric:
         return config.best_metric
     ranked = (f"{name}/{EVAL_OPTIONS[each.kind].ranks}" for name, each in applied(config, stage).items())

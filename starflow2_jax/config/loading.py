@@ -1,5 +1,5 @@
-"""Loads experiments. An experiment is a Python file that returns an ml_collections ConfigDict of the keys that differ from
-the defaults. Loading applies overrides, fills in the defaults of the schema, and checks the whole config."""
+"""Loads experiments. An experiment is a Python file that returns an ml_collections ConfigDict of the keys that differ
+from the defaults. Loading applies overrides, fills in the defaults of the schema, and checks the whole config."""
 
 import dataclasses
 import inspect
@@ -39,7 +39,8 @@ def load(
     `overrides`: texts "key.sub=value", which take precedence over the experiment. `runlocal`: ask the experiment for a
     small version of itself. `chip`: a TPU generation such as "v5p", for experiments whose `get_config` takes it.
     `kinds`: the kinds of runs that the caller can use.
-    `vlm`: a vision-language model whose sizes take the place of the experiment's; how it is computed stays the experiment's.
+    `vlm`: a vision-language model whose sizes take the place of the experiment's; how it is computed stays the
+    experiment's.
     """
     path = find(path)
     module = import_file(path, "experiment", ConfigError)
@@ -80,7 +81,8 @@ def _sized(values: Mapping, cfg: typing.Any) -> dict:
 
 
 def find(path: str | Path) -> Path:
-    """The file of an experiment: `path`, or the file that ships with the package if `path` is its name ("digits_quick").
+    """The file of an experiment: `path`, or the file that ships with the package if `path` is its name
+    ("digits_quick").
 
     Raises ConfigError if there is neither.
     """

@@ -24,7 +24,8 @@ from starflow2_jax.fields import (
 
 
 def assign(cls: type, values: dict, overrides: typing.Sequence[str]) -> None:
-    """Set keys in `values`, the nested dicts of a config of the dataclass `cls`, from overrides of the form "a.b.c=TEXT".
+    """Set keys in `values`, the nested dicts of a config of the dataclass `cls`, from overrides of the form
+    "a.b.c=TEXT".
 
     "*" stands for all entries of a table (`stages.*.rows`). Keys that choose a variant, such as `codec.kind`, are set
     first. Raises ConfigError for an unknown key, with the most similar known one, and for text that does not fit the
@@ -68,7 +69,9 @@ class _GroupError(Exception):
 
 
 def _assign(cls: type, values: dict, names: list[str], key: str, text: str) -> None:
-    """Set the key of path `names` in the group `values` of dataclass `cls`. `key`: the whole path as the user typed it."""
+    """Set the key of path `names` in the group `values` of dataclass `cls`. `key`: the whole path as the user typed
+    it.
+    """
     require_options(cls)
     name, *rest = names
     field = next((f for f in dataclasses.fields(cls) if f.name == name), None)
@@ -120,7 +123,9 @@ def _entry(values: dict, name: str) -> dict:
 
 
 def _parsed(key: str, hint: typing.Any, field: dataclasses.Field, text: str, present: object) -> object:
-    """The value that a user typed as `text`, in the type `hint`. `present`: the key's value so far. Raises ConfigError."""
+    """The value that a user typed as `text`, in the type `hint`. `present`: the key's value so far. Raises
+    ConfigError.
+    """
     try:
         value = _read(text.strip(), hint)
     except ValueError:

@@ -27,7 +27,8 @@ class MeshConfig:
         "copies of the model; between slices of TPUs this axis comes first; -1: all remaining devices", -1
     )
     fsdp: int = option(
-        "devices over which rows, parameters and optimizer are cut; -1: all remaining devices, or with data=-1, too, up to 64",
+        "devices over which rows, parameters and optimizer are cut; -1: all remaining devices, or with data=-1, too, "
+        "up to 64",
         1,
     )
     sequence: int = option("devices over which the positions of a row are cut; -1: all remaining devices", 1)
@@ -41,8 +42,8 @@ class MeshConfig:
         left = {axis for axis, size in sizes.items() if size == -1}
         if len(left) > 1 and left != {"data", "fsdp"}:
             raise UserError(
-                "only one axis can be -1, which stands for all devices that the other axes leave, or data and fsdp together, "
-                "which then share them"
+                "only one axis can be -1, which stands for all devices that the other axes leave, or data and fsdp "
+                "together, which then share them"
             )
 
 
@@ -164,7 +165,8 @@ class RunConfig:
     keep_every: int = option("steps between checkpoints that are kept for good; 0: none", 0, least=0)
     keep_best: int = option("checkpoints of the lowest `best_metric` that are kept; 0: none", 0, least=0)
     best_metric: str = option(
-        'metric that ranks steps and runs, lower is better: "val/loss", "loss", ...; "": a held-out loss, if there is one',
+        'metric that ranks steps and runs, lower is better: "val/loss", "loss", ...; "": a held-out loss, if there is '
+        "one",
         "",
     )
     evals: dict[str, EvalConfig] = option("evaluations while training, by name", {}, variant=evals.VARIANT)

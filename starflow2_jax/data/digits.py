@@ -22,7 +22,8 @@ TRAIN = 1500  # scans to train on; the other 297 are held out
 LONGEST_COUNT = 5  # numbers
 
 CAPTIONS = (
-    "{a} {word}", "draw {a} {word}", "draw the digit {word}", "write {a} {word}", "a picture of {a} {word}", "show the number {word}",
+    "{a} {word}", "draw {a} {word}", "draw the digit {word}",
+    "write {a} {word}", "a picture of {a} {word}", "show the number {word}",
 )  # fmt: skip
 ASKEW = ", askew"  # ends the caption of a warped scan, so that a plain caption means unchanged handwriting
 READ = ("which digit is this?", "what number is shown?", "read the digit", "name this number")

@@ -58,8 +58,8 @@ class Speaker:
     role: str  # "system", "user" or "assistant"
 
 
-# What sources give: a document before its pictures are read, its wordings are drawn, and the chat template has laid out its
-# turns (see preparation.py).
+# What sources give: a document before its pictures are read, its wordings are drawn, and the chat template has laid out
+# its turns (see preparation.py).
 Draft = list[Text | Wordings | Image | StoredImage | Speaker]
 Said = str | np.ndarray | Sequence[str | np.ndarray | Text | Image]
 

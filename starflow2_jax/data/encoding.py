@@ -36,9 +36,9 @@ WRITER = "group_size:1,uncompressed"  # each record is read alone; pictures and 
 class Encoding:
     """How documents are encoded.
 
-    source: its name for index.json. shards: number of files. size: pictures whose short side is longer are scaled down to
-    this many pixels and saved as JPEG files of this quality; 0: every picture keeps its file. via: as in SourceConfig.
-    codec: flow images are stored as its latents; None: as pictures.
+    source: its name for index.json. shards: number of files. size: pictures whose short side is longer are scaled down
+    to this many pixels and saved as JPEG files of this quality; 0: every picture keeps its file. via: as in
+    SourceConfig. codec: flow images are stored as its latents; None: as pictures.
     """
 
     source: str
@@ -62,11 +62,12 @@ def encode(
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda units, documents: None,
 ) -> dict[str, Any] | None:
-    """Write the shards of this process, every `processes`-th one, that are not there yet; with the last one, index.json.
+    """Write the shards of this process, every `processes`-th one, that are not there yet; with the last one,
+    index.json.
 
-    progress: called with the numbers of units and documents that were read since its last call. Returns the values of index.json, or
-    None while other processes have shards to write. Each file is written aside and renamed, so that the same call may follow a call that was
-    killed. Raises UserError where `out` has shards of another encoding.
+    progress: called with the numbers of units and documents that were read since its last call. Returns the values of
+    index.json, or None while other processes have shards to write. Each file is written aside and renamed, so that the
+    same call may follow a call that was killed. Raises UserError where `out` has shards of another encoding.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not 1 <= encoding.shards <= reader.units:
@@ -103,7 +104,9 @@ def _name(shard: int, shards: int, suffix: str) -> str:
 
 
 def _finished(out: epath.Path, shard: int, description: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a shard that is complete. It is written last; a machine that lost its power may leave a damaged one."""
+    """The report of a shard that is complete. It is written last; a machine that lost its power may leave a damaged
+    one.
+    """
     report = out / _name(shard, description["shards"], "json")
     if not report.exists():
         return None
@@ -128,7 +131,9 @@ def _publish(out: epath.Path, name: str, content: bytes) -> None:
 
 
 class _Shard:
-    """Writes a shard: NAME.array_record, NAME.npy (a hash of each document, to find duplicates), and its report NAME.json."""
+    """Writes a shard: NAME.array_record, NAME.npy (a hash of each document, to find duplicates), and its report
+    NAME.json.
+    """
 
     def __init__(self, out: epath.Path, shard: int, encoding: Encoding, description: dict[str, Any]):
         self.out, self.shard, self.encoding, self.description = out, shard, encoding, description

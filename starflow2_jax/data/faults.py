@@ -29,8 +29,8 @@ class DataFaultsError(UserError):
 def judge(counts: Mapping[str, int], faults: Mapping[str, str], given_up: bool, cfg: DataFaultsConfig) -> None:
     """Raises DataFaultsError if more documents were skipped than `cfg` allows.
 
-    counts: documents of each source ("NAME"), and skipped ones by kind of fault ("NAME/KIND"). faults: a message for each
-    kind. given_up: a reader met many documents in
+    counts: documents of each source ("NAME"), and skipped ones by kind of fault ("NAME/KIND"). faults: a message for
+    each kind. given_up: a reader met many documents in
     a row that cannot be used, and stopped.
     """
     for name, read in counts.items():
@@ -42,5 +42,6 @@ def judge(counts: Mapping[str, int], faults: Mapping[str, str], given_up: bool, 
             worst = max(kinds, key=lambda key: kinds[key])
             limit = "data.faults.strict allows none" if cfg.strict else f"data.faults.most={cfg.most:g}"
             raise DataFaultsError(
-                f"{skipped} of {read} documents of the source {name!r} cannot be used ({limit}); the first one: {faults[worst]}"
+                f"{skipped} of {read} documents of the source {name!r} cannot be used ({limit}); the first one: "
+                f"{faults[worst]}"
             )

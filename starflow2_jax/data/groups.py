@@ -30,9 +30,10 @@ class GroupedBatches:
     need. (One packer for all rows would make every host read and encode every document.) More groups allow more hosts;
     but with fewer rows per group the packer has less choice, and rows end with a little more padding.
 
-    workers: number of processes that read ahead, at most one per group of this host; 0: none. threads: number of threads
-    that read ahead in each of these processes, or in this process if there are none. faults: when skipped documents end the run. rows: the rows that this
-    host feeds; None: all. What the batches hold depends on none of these four.
+    workers: number of processes that read ahead, at most one per group of this host; 0: none. threads: number of
+    threads that read ahead in each of these processes, or in this process if there are none. faults: when skipped
+    documents end the run. rows: the rows that this host feeds; None: all. What the batches hold depends on none of
+    these four.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class GroupedBatches:
         """
         if state.get("format") != FORMAT:
             raise ConfigError(
-                "the checkpoint's data position is of an older version of this program; finish the stage with that version, "
-                "or start it anew in another --out"
+                "the checkpoint's data position is of an older version of this program; finish the stage with that "
+                "version, or start it anew in another --out"
             )
         if len(state["groups"]) != self.groups:
             count = len(state["groups"])

@@ -26,7 +26,9 @@ LARGEST = 2**29  # bytes of a file on disk that holds an image
 
 @dataclass(frozen=True)
 class View:
-    """How the pictures of one document are cropped and mirrored: all in the same way, so that an edit keeps its place."""
+    """How the pictures of one document are cropped and mirrored: all in the same way, so that an edit keeps its
+    place.
+    """
 
     place: tuple[float, float] = (0.5, 0.5)  # of the crop: 0 is the left or upper end, 1 the other end
     mirrored: bool = False
@@ -40,7 +42,8 @@ class ImageReader:
     size: (height, width) to which flow pictures are scaled on their short side, and then cropped; None: they stay as
         they are.
     latents: whether the codec takes latents; then a flow image is an array, not a picture.
-    seen: side in pixels to which the vision tower scales the largest pictures; a JPEG that is much larger is decoded at a
+    seen: side in pixels to which the vision tower scales the largest pictures; a JPEG that is much larger is decoded at
+    a
         lower resolution. None: pictures for the tower are decoded whole.
     """
 
@@ -79,8 +82,8 @@ class ImageReader:
 def reader_of(codec: Codec) -> ImageReader:
     """Reads the images that a user shows to the model.
 
-    A lossy codec gets flow pictures scaled and cropped to its size. A lossless one refuses pictures of another size, because
-    its likelihoods are of the pictures themselves.
+    A lossy codec gets flow pictures scaled and cropped to its size. A lossless one refuses pictures of another size,
+    because its likelihoods are of the pictures themselves.
     """
     scaled = codec.is_pixels and codec.log_volume is None
     return ImageReader(codec.image_channels, codec.image_shape[:2] if scaled else None)

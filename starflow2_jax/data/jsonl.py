@@ -39,8 +39,8 @@ class JsonlOptions:
 class JsonlDocuments(Source):
     """A file of JSON records: one per line, or one array of them. Its first bytes tell which of the two it is.
 
-    A record is a document (see `json_documents.from_json`) or a conversation (see `rows.from_conversation`). Memory holds
-    the offset of every 64th record: 125 kB for a million.
+    A record is a document (see `json_documents.from_json`) or a conversation (see `rows.from_conversation`). Memory
+    holds the offset of every 64th record: 125 kB for a million.
 
     Raises DocumentError for a file that cannot be read or has no documents, and for a record that is no document.
     """
@@ -174,7 +174,8 @@ def _line_number(file: BinaryIO, at: int) -> int:
 
 
 def _values(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:
-    """The values of a JSON array with their offsets, from the one at `begin`, where the file stands, to the array's end.
+    """The values of a JSON array with their offsets, from the one at `begin`, where the file stands, to the array's
+    end.
 
     The bytes are decoded as Latin-1, where a character is a byte: bytes above 127 stand only within strings. Raises
     DocumentError for an array that is broken or cut off.

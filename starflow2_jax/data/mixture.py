@@ -1,4 +1,6 @@
-"""Sources, shuffled and mixed, -> packed rows: deterministic, from a position that can be saved, with faults counted."""
+"""Sources, shuffled and mixed, -> packed rows: deterministic, from a position that can be saved, with faults
+counted.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

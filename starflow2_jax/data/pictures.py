@@ -56,7 +56,9 @@ class Picture:
         return image.convert("L" if channels == 1 else "RGB")
 
     def drafted(self, side: int) -> tuple[int, int]:
-        """The (width, height) at which `opaque` decodes the picture for this `side`. Later calls of `opaque` keep to it."""
+        """The (width, height) at which `opaque` decodes the picture for this `side`. Later calls of `opaque` keep to
+        it.
+        """
         least = int(SPARE * side)
         self._image.draft(None, (least, least))
         return self._image.size

@@ -19,8 +19,8 @@ Run = tuple[list[int], int, float, tuple[int, int] | None]  # token ids, their m
 class Encoder:
     """Turns a Document into the features of one sequence: tokens, positions, latents and weights of predictions.
 
-    remembered: the number of texts whose tokens are cached, for documents whose texts recur. pictures: leave the pictures
-    for the step to encode (sequence.Pictures).
+    remembered: the number of texts whose tokens are cached, for documents whose texts recur. pictures: leave the
+    pictures for the step to encode (sequence.Pictures).
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Encoder:
                 raise DocumentError('an image shown via "vit" cannot be generated; use via "flow"')
             if (channels := part.pixels.shape[-1]) not in (1, self.vision.channels):
                 raise DocumentError(
-                    f'an image shown via "vit" has pixels of 1 or {self.vision.channels} channels, not {channels}; latents are '
-                    'shown via "flow"'
+                    f'an image shown via "vit" has pixels of 1 or {self.vision.channels} channels, not {channels}; '
+                    f'latents are shown via "flow"'
                 )
             seen.append(part)
             grid_of = self.vision.merged_grid
@@ -217,8 +217,8 @@ def _off_images(document: Document, modality: np.ndarray) -> np.ndarray:
     flow = [part for part in document if isinstance(part, Image) and part.via == "flow"]
     if any(part.generate for part in flow[1:]):
         raise DocumentError(
-            "a document generates an image after another flow image, which the VLM does not see in a stage with vlm_length; "
-            "set the stage's vlm_length to 0 or leave such documents to the joint stage"
+            "a document generates an image after another flow image, which the VLM does not see in a stage with "
+            "vlm_length; set the stage's vlm_length to 0 or leave such documents to the joint stage"
         )
     return np.zeros(np.count_nonzero(modality != sequence.FLOW), np.int8)
 

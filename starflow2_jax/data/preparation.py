@@ -1,4 +1,6 @@
-"""Turns drafts into documents: reads the images, and draws wordings, crops and what is left out anew at each reading."""
+"""Turns drafts into documents: reads the images, and draws wordings, crops and what is left out anew at each
+reading.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,8 +67,8 @@ class Preparation:
     """Makes a document of a draft, with draws of its own each time.
 
     source: the options of the draft's source. images: reads flow images at the codec's size. drops: whether anything is
-    left out, which serves guidance. words_only: all images are shown through the vision tower, and all text is predicted.
-    tokenizer: its chat template lays out conversations.
+    left out, which serves guidance. words_only: all images are shown through the vision tower, and all text is
+    predicted. tokenizer: its chat template lays out conversations.
     """
 
     source: SourceConfig

@@ -13,8 +13,8 @@ FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documen
 class Source(Protocol):
     """Drafts of documents by index: `source[i]` is always the same. Opening a source reads no document.
 
-    A source that inherits from this class may leave out `codec`, `encoded_by`, `images` and `texts`. Training shuffles the indices anew each
-    epoch. A source is pickled when documents are read in processes of their own.
+    A source that inherits from this class may leave out `codec`, `encoded_by`, `images` and `texts`. Training shuffles
+    the indices anew each epoch. A source is pickled when documents are read in processes of their own.
     """
 
     Options: ClassVar[type]  # a frozen dataclass: the keys of `data.sources.NAME` that only this source has

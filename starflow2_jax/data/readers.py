@@ -112,8 +112,8 @@ class ParquetReader:
 class TarReader:
     """The samples of tar files in webdataset's layout: the files NAME.* are one sample. A unit is a tar file.
 
-    A sample has pictures (NAME.jpg), a caption (NAME.txt), further columns (NAME.json), and its class in the column "cls"
-    (NAME.cls). path: a file, a folder of *.tar files, or a pattern. classes: names by number. Raises UserError.
+    A sample has pictures (NAME.jpg), a caption (NAME.txt), further columns (NAME.json), and its class in the column
+    "cls" (NAME.cls). path: a file, a folder of *.tar files, or a pattern. classes: names by number. Raises UserError.
     """
 
     def __init__(self, path: str, options: RowOptions, classes: Sequence[str] = ()):
@@ -166,7 +166,8 @@ class TarReader:
 def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(name, suffix -> content) of the neighbouring members that have one name up to the first dot.
 
-    Raises the errors of tarfile, and ReadError where the members end and the file does not, after the last whole sample.
+    Raises the errors of tarfile, and ReadError where the members end and the file does not, after the last whole
+    sample.
     """
     sample, members, fault = "", {}, None
     with file.open("rb") as stream, open_tar(stream) as tar:
@@ -185,7 +186,9 @@ def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def open_tar(stream: IO[bytes]) -> tarfile.TarFile:
-    """A tar file, compressed or not. Raises the errors of tarfile; it would read on where a sparse file has only zeros."""
+    """A tar file, compressed or not. Raises the errors of tarfile; it would read on where a sparse file has only
+    zeros.
+    """
     head = stream.read(PADDING)
     if len(head) == PADDING and not head.strip(b"\0"):
         raise tarfile.ReadError("it begins with zeros")

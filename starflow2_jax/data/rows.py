@@ -78,7 +78,8 @@ def is_conversation(row: object) -> bool:
 def from_conversation(row: Mapping[str, Any], folder: epath.Path) -> Draft:
     """The draft of a conversation, whose assistant's turns are predicted.
 
-    row: {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, ...], "image": path or list of paths}, or
+    row: {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, ...], "image": path or list of paths},
+    or
         {"messages": [{"role": "user", "content": text or list of parts}, ...], "images": list}. Each <image> in a text
         stands for the next picture of the row.
 

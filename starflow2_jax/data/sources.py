@@ -74,7 +74,9 @@ VARIANT = Variant("path", source_class, lambda: [source.Options for source in SO
 
 @dataclass(frozen=True)
 class Named:
-    """A source of a config under its name. weight: its share of a stage's documents, beside those of the other sources."""
+    """A source of a config under its name. weight: its share of a stage's documents, beside those of the other
+    sources.
+    """
 
     name: str
     weight: float
@@ -88,7 +90,8 @@ class Named:
 
 
 def named(config: Any, stage: str | None = None) -> list[Named]:
-    """The sources of a config in the order of their names: those that a stage mixes, or (None) all that are not held out.
+    """The sources of a config in the order of their names: those that a stage mixes, or (None) all that are not held
+    out.
 
     `data.source`, where it is given, stands for all of them in every stage.
     """
@@ -118,8 +121,8 @@ def streams(
 ) -> list[Stream]:
     """The sources that a stage mixes, opened.
 
-    tokenizer: lays out conversations. vision: the vision tower, whose sizes let large pictures be decoded smaller. Raises
-    UserError.
+    tokenizer: lays out conversations. vision: the vision tower, whose sizes let large pictures be decoded smaller.
+    Raises UserError.
     """
     images = _reader(codec, vision)
     return [
@@ -139,15 +142,15 @@ def _of_codec(named: Named, codec: Codec) -> Source:
     source = named.open()
     if (made := source.encoded_by()) and made != fingerprint(codec):
         raise ConfigError(
-            f"data.sources.{named.name}: {named.config.path} holds latents of another codec than this run's; encode its "
-            "source again with --codec and this run's directory"
+            f"data.sources.{named.name}: {named.config.path} holds latents of another codec than this run's; encode "
+            f"its source again with --codec and this run's directory"
         )
     return source
 
 
 def held_out_streams(config: Any, mix: Mapping[str, float], stage: Stage, codec: Codec, tokenizer: Any) -> list[Stream]:
-    """The sources that an evaluation mixes, opened: the same documents in every run, each read once, with nothing left out
-    and all pictures cropped in the middle. Raises UserError."""
+    """The sources that an evaluation mixes, opened: the same documents in every run, each read once, with nothing left
+    out and all pictures cropped in the middle. Raises UserError."""
     return [
         Stream(
             name=each.name,
@@ -178,7 +181,9 @@ def codec_options(config: Any) -> tuple[type[Codec], Any]:
 
 def make_codec(config: Any) -> Codec:
     """The codec that has encoded a source of the config; else the codec that `config.codec` describes, fitted to the
-    sources' images if it has statistics. Raises UserError if `config.codec` names the folder of another than the source's."""
+    sources' images if it has statistics. Raises UserError if `config.codec` names the folder of another than the
+    source's.
+    """
     opened = [(each.config, each.open()) for each in named(config)]
     brought = next(filter(None, (source.codec() for _, source in opened)), None)
     codec, options = codec_options(config)
@@ -196,8 +201,8 @@ def make_codec(config: Any) -> Codec:
     made = codec.make(options, images())
     if brought and fingerprint(brought) != fingerprint(made):
         raise ConfigError(
-            f"a source holds latents of another codec than that of codec.path={options.path}; encode it again with --codec "
-            f"{options.path}, or leave codec.path out"
+            f"a source holds latents of another codec than that of codec.path={options.path}; encode it again with "
+            f"--codec {options.path}, or leave codec.path out"
         )
     return made
 

@@ -24,8 +24,8 @@ LONGEST = 2**24  # characters of a field
 class TarIndexReader:
     """The rows of TSV files with a header, in which `tar` names a tar file and `file` a picture in it.
 
-    Other columns are captions. A row with the columns `edit_instruction` and `edited_file` is an edit. A unit is a run of
-    neighbouring rows of one tar file. Memory holds a few numbers per unit.
+    Other columns are captions. A row with the columns `edit_instruction` and `edited_file` is an edit. A unit is a run
+    of neighbouring rows of one tar file. Memory holds a few numbers per unit.
 
     path: a file, a folder of *.tsv files, or a pattern; relative paths in it begin at its folder. Raises UserError.
     """

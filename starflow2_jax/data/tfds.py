@@ -48,8 +48,8 @@ class TfdsDocuments(Source):
             tfds.core.DatasetNotFoundError,
         ) as error:
             raise UserError(
-                f"{shorten(path)} cannot be opened ({reason(error)}); prepare it with TFDS, with file_format array_record, and "
-                "set data_dir to its folder"
+                f"{shorten(path)} cannot be opened ({reason(error)}); prepare it with TFDS, with file_format "
+                f"array_record, and set data_dir to its folder"
             ) from None
         self.names = {
             column: feature.names

@@ -20,7 +20,8 @@ from starflow2_jax.data.documents import DocumentError, Image, StoredImage, Text
 from starflow2_jax.text_files import read_json_file, reason
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # an image in the output of a chat template
 PROCESSOR_FILES = ("processor_config.json", "chat_template.json")  # of `transformers` 4; the key is chat_template
@@ -118,7 +119,8 @@ def _by_name(template: Any) -> Any:
 def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]], **variables: Any) -> list[Text | AnyImage]:
     """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
 
-    turns: pairs of a role ("system", "user" or "assistant") and the content of its turn. variables: more that the template
+    turns: pairs of a role ("system", "user" or "assistant") and the content of its turn. variables: more that the
+    template
         may read.
 
     Some templates take the content as a list of parts, others as one string; the form that the template handles is
@@ -148,14 +150,16 @@ def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]], **variables: Any) -> l
 
 
 def conversation(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImage]:
-    """A whole conversation as `chat` lays it out turn by turn, so that a model is trained on what it reads and writes later.
+    """A whole conversation as `chat` lays it out turn by turn, so that a model is trained on what it reads and writes
+    later.
 
-    The assistant's turns keep their own parts. Each is ended by END, which counts as a prediction; the last one's END comes
-    when the document is encoded. What follows the last answer is left out. Raises DocumentError.
+    The assistant's turns keep their own parts. Each is ended by END, which counts as a prediction; the last one's END
+    comes when the document is encoded. What follows the last answer is left out. Raises DocumentError.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DocumentError(
-            "the tokenizer has no chat template, which lays out conversations; begin from a converted vision-language model"
+            "the tokenizer has no chat template, which lays out conversations; begin from a converted vision-language "
+            "model"
         )
     if not any(role == "assistant" for role, _ in turns):
         raise DocumentError("the conversation has no turn of the assistant, so there is nothing to learn from it")

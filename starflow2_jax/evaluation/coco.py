@@ -20,8 +20,8 @@ NEEDED = Needed(
 class CocoBenchmark(Drawing):
     """A picture for each caption. Raises UserError for a file of another kind.
 
-    Of COCO's file, each image gives its caption of the lowest id, and the images come in the order of a hash of their ids:
-    so the first N are a random sample, and the same one everywhere.
+    Of COCO's file, each image gives its caption of the lowest id, and the images come in the order of a hash of their
+    ids: so the first N are a random sample, and the same one everywhere.
     """
 
     def __init__(self, data: str | None = None, limit: int | None = None):

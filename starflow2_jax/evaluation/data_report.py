@@ -97,7 +97,8 @@ def page(stage: Stage, numbers: dict[str, Any], found: Sequence[Loaded], tokeniz
     """An HTML page: the numbers, and documents of each source token by token, with what the stage predicts marked."""
     body = [
         f'<pre class="soft">{escape(as_text(numbers))}</pre>',
-        '<p class="soft">Tokens are set apart by dotted lines. What the stage predicts is <span class="made">marked like '
+        '<p class="soft">Tokens are set apart by dotted lines. What the stage predicts is <span class="made">marked '
+        "like "
         "this</span>; images that it learns to generate have a frame of that colour.</p>",
     ]
     for name in numbers["sources"]:

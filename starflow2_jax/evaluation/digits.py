@@ -35,7 +35,8 @@ COUNT = SampleOptions(temperature=0, image_temperature=0.5, guidance=1.0, max_to
 ABOUT = (
     "STARFlow2 is one causal model that reads and writes both text and images: a frozen vision-language model and an "
     "autoregressive normalizing flow over the same sequence, tied by two skips. "
-    "This page shows what a small model, trained from scratch in this run, does with handwritten digits of 8 × 8 pixels."
+    "This page shows what a small model, trained from scratch in this run, does with handwritten digits of 8 × 8 "
+    "pixels."
 )
 TITLES = {"read": "Reading", "sum": "Adding", "mirror": "Mirroring", "count": "Counting"}  # of the page's examples
 EXAMPLES = 3  # examples of each kind on the page

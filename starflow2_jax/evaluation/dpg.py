@@ -37,7 +37,8 @@ class DpgBenchmark(Drawing):
         self.facts = {**self.facts, "resolution": width}
 
     def export(self, answers: list[Answer], out: Path) -> None:
-        """Write the grids, 2 x 2, into the folder dpg; it holds nothing else, because the scorer opens every file there.
+        """Write the grids, 2 x 2, into the folder dpg; it holds nothing else, because the scorer opens every file
+        there.
 
         The scorer's --resolution is the side of a tile. It stands in dpg_resolution.txt and in run.json.
         """

@@ -12,7 +12,9 @@ DRAW = SampleOptions(temperature=0, image_temperature=0.9, guidance=1.0, image_f
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What a picture is asked for with. key: unique in the benchmark. target: what the benchmark needs for its files."""
+    """What a picture is asked for with. key: unique in the benchmark. target: what the benchmark needs for its
+    files.
+    """
 
     key: str
     prompt: list[Any]  # as in Task

@@ -47,9 +47,9 @@ def evaluate(
     """The benchmark's numbers and the contents of its report; None if other processes still have answers to write.
 
     The answers are files in `out`; answers that are there already are not drawn again. `run`: the settings besides the
-    tasks that decide the answers. `batch`: most prompts that run at once. `options`: fields of SampleOptions in place of
-    the tasks' own. `chat`: put all prompts into the tokenizer's chat template, but for documents with parts that count,
-    which are scored as they are. `versions`: of programs, for run.json. Raises UserError.
+    tasks that decide the answers. `batch`: most prompts that run at once. `options`: fields of SampleOptions in place
+    of the tasks' own. `chat`: put all prompts into the tokenizer's chat template, but for documents with parts that
+    count, which are scored as they are. `versions`: of programs, for run.json. Raises UserError.
     """
     benchmark.begin(sampler)
     tokens = sampler.model.cfg.tokens

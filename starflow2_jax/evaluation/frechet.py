@@ -62,7 +62,8 @@ def distance(images: Path, reference: Path, features: Path, cache: Path, batch: 
     a, b = (_statistics(path, network, known, cache, batch) for path in (images, reference))
     if a.mean.shape != b.mean.shape:
         raise UserError(
-            f"{reference} has {len(b.mean)} features and {features} makes {len(a.mean)}; use the features' file that made it"
+            f"{reference} has {len(b.mean)} features and {features} makes {len(a.mean)}; use the features' file that "
+            f"made it"
         )
     return {
         "frechet_distance": frechet(a.mean, a.covariance, b.mean, b.covariance),
@@ -119,7 +120,9 @@ def _batches(files: list[Path], batch: int) -> Iterator[np.ndarray]:
 
 
 def _features(path: Path) -> Callable[[Any], Any]:
-    """The network in a file: pictures (B, 3, H, W) uint8 -> features (B, D). Nothing in the file is unpickled. Raises UserError."""
+    """The network in a file: pictures (B, 3, H, W) uint8 -> features (B, D). Nothing in the file is unpickled. Raises
+    UserError.
+    """
     try:
         import torch
     except ImportError:

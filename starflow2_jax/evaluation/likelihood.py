@@ -22,8 +22,8 @@ from starflow2_jax.text_files import parse_json, read_lines
 
 NEEDED = Needed(
     "likelihood",
-    'a .jsonl file, or a folder of them (one for each source), of documents with parts marked "predict" or "generate", or of '
-    '{"captions": [...], "images": [...]} that belong together in their order',
+    'a .jsonl file, or a folder of them (one for each source), of documents with parts marked "predict" or "generate", '
+    'or of {"captions": [...], "images": [...]} that belong together in their order',
     "your own data (docs/evaluation.md)",
 )
 DOCUMENT, PAIRS = "document", "pairs"  # targets of the tasks
@@ -36,7 +36,8 @@ Row = dict[str, Any]
 
 
 class LikelihoodBenchmark(Benchmark):
-    """Documents and pairs of the user's files, which are scored and not answered: an answer is a row of numbers as JSON.
+    """Documents and pairs of the user's files, which are scored and not answered: an answer is a row of numbers as
+    JSON.
 
     Pictures that count get the noise of the training, drawn with the answer's seed. Raises UserError for other files.
     """
@@ -114,8 +115,8 @@ def _by_source(answers: list[Answer]) -> dict[str, dict[str, Row]]:
 def density(rows: Mapping[str, Row]) -> dict[str, Items]:
     """Nats and bits per dimension of all images, and per token of all texts; nats of a document.
 
-    rows: {"image_nats", "image_dims", "image_bits", "text_nats", "text_tokens"} of each document: log-likelihoods, their
-    numbers, and the negative log2-likelihood of 8-bit images.
+    rows: {"image_nats", "image_dims", "image_bits", "text_nats", "text_tokens"} of each document: log-likelihoods,
+    their numbers, and the negative log2-likelihood of 8-bit images.
     """
     found: dict[str, Items] = {name: {} for name in DENSITIES}
     for key, row in rows.items():
@@ -134,9 +135,9 @@ def ranking(rows: Mapping[str, Row]) -> dict[str, Items]:
     (image_score), and both (group_score).
 
     rows: {"image_given_caption": log p (images, captions), "image": log p (images,) without a caption,
-    "caption_given_image": log p (images, captions)}. The ending "_by_image" says that pictures were scored given captions,
-    "_by_text" that captions were scored given pictures. A caption chooses among pictures by how much it raises their
-    likelihood, because plain pictures are likely under any caption.
+    "caption_given_image": log p (images, captions)}. The ending "_by_image" says that pictures were scored given
+    captions, "_by_text" that captions were scored given pictures. A caption chooses among pictures by how much it
+    raises their likelihood, because plain pictures are likely under any caption.
     """
     found: dict[str, Items] = {}
     for key, row in rows.items():
@@ -186,7 +187,9 @@ def _pairs(where: str, line: str, folder: Path) -> list[StoredImage | Text]:
 
 
 def _combinations(shown: Document, drawn: Document) -> list[Document]:
-    """Each picture with noise given each caption, each caption given each picture, and each picture with noise alone."""
+    """Each picture with noise given each caption, each caption given each picture, and each picture with noise
+    alone.
+    """
     captions = [part.text for part in shown if isinstance(part, Text)]
     seen, noised = ([part.pixels for part in each if isinstance(part, Image)] for each in (shown, drawn))
     return [

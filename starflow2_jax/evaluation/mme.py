@@ -1,4 +1,6 @@
-"""MME: two questions for each picture, to be answered by yes and by no (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)."""
+"""MME: two questions for each picture, to be answered by yes and by no
+(github.com/BradyFU/Awesome-Multimodal-Large-Language-Models).
+"""
 
 from pathlib import Path
 

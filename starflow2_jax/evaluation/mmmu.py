@@ -12,7 +12,9 @@ KEY = re.compile(r"[a-z]+_(\w+)_\d+")  # such as validation_Art_Theory_3
 
 
 class MmmuBenchmark(Questions):
-    """The validation split, or another one that --prompts names alone. MMMU's own copy has a folder for each subject."""
+    """The validation split, or another one that --prompts names alone. MMMU's own copy has a folder for each
+    subject.
+    """
 
     needed = copies("mmmu", "MMMU", "MMMU_DEV_VAL")
     split, tokens = "validation", 128

@@ -40,7 +40,8 @@ class Answer:
         return self.said() if callable(self.said) else self.said
 
 
-# What a number is the mean of: (value, weight) of each item, such as a question, by a key that is the same in every run.
+# What a number is the mean of: (value, weight) of each item, such as a question, by a key that is the same in every
+# run.
 Items = dict[str, tuple[float, float]]
 Scores = Mapping[str, float | Items | None]
 

@@ -56,9 +56,9 @@ OPTIONS = dict.fromkeys(CAPTIONS, DRAW) | {
 }
 PICTURES = {"description": 0, "question": 0, "story": 3}  # most pictures of an answer; of all other kinds: one
 ABOUT = (
-    "Pictures of sprites on coloured grounds. A judge reads each picture by comparing it with all sprites in all places, "
-    "so every verdict is exact. “Composed” tasks combine what training documents never show together: pairs of sprites, "
-    "colours of things, skin tones of people, counts of objects."
+    "Pictures of sprites on coloured grounds. A judge reads each picture by comparing it with all sprites in all "
+    "places, so every verdict is exact. “Composed” tasks combine what training documents never show together: pairs of "
+    "sprites, colours of things, skin tones of people, counts of objects."
 )
 EXAMPLES = 6  # examples of each kind on the page
 COLUMNS = 10  # pictures in a row of the page's grid
@@ -163,8 +163,8 @@ class ScenesBenchmark(Benchmark):
         return Scenes(options=SceneOptions(kind, self.groups[group], self.size, self.objects, plan, self.quarters))
 
     def _likelihood(self, sampler: Sampler, group: str) -> dict[str, float | None]:
-        """NLL of pictures given their captions, with the noise of the training: nats per dimension without 0.5 ln 2 pi as
-        in training, and bits per dimension of 8-bit levels."""
+        """NLL of pictures given their captions, with the noise of the training: nats per dimension without 0.5 ln 2 pi
+        as in training, and bits per dimension of 8-bit levels."""
         sources = [source for kind in CAPTIONS if (source := self._source(kind, group, self.plan))]
         rng = np.random.default_rng(0)
         documents = [noisy(sources[i % len(sources)][i], sampler.noise, rng) for i in range(self.limit)]

@@ -26,7 +26,9 @@ class Judge:
         self.objects = objects
 
     def __call__(self, picture: np.ndarray) -> Scene:
-        """The scene in a picture (size, size, 3) in [-1, 1], `size` a multiple of UNITS. No ground, no sprites: noise."""
+        """The scene in a picture (size, size, 3) in [-1, 1], `size` a multiple of UNITS. No ground, no sprites:
+        noise.
+        """
         levels = np.clip((small(picture) + 1) / 2, 0, 1)
         readings = [self._sprites(name, *_without(levels, pixels)) for name, pixels in _grounds(levels).items()]
         return min(readings, key=lambda reading: reading[0])[1] if readings else Scene("", ())
@@ -72,7 +74,9 @@ def small(picture: np.ndarray) -> np.ndarray:
 
 
 def _grounds(levels: np.ndarray) -> dict[str, np.ndarray]:
-    """The grounds that a picture in [0, 1] may have, and their pixels (UNITS, UNITS) bool; several if a sprite is large."""
+    """The grounds that a picture in [0, 1] may have, and their pixels (UNITS, UNITS) bool; several if a sprite is
+    large.
+    """
     distances = np.stack([np.linalg.norm(levels - ground(name), axis=-1) for name in BACKGROUNDS])
     nearest = np.where(distances.min(0) < NEAR, distances.argmin(0), -1)
     pixels = {name: nearest == i for i, name in enumerate(BACKGROUNDS)}

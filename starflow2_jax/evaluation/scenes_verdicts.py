@@ -26,7 +26,9 @@ class Verdict:
 
 
 def judged(read: Read, kind: str, target: Parts, answer: Document) -> Verdict:
-    """The verdict on an answer. kind: of the task, a key of KINDS. target: the whole document, of which the answer is the end."""
+    """The verdict on an answer. kind: of the task, a key of KINDS. target: the whole document, of which the answer is
+    the end.
+    """
     return VERDICTS[kind](read, kind, target, answer)
 
 

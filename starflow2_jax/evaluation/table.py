@@ -42,8 +42,8 @@ def open_benchmark(name: str, data: str | None = None, limit: int | None = None,
     """
     if name not in BENCHMARKS:
         raise UserError(
-            f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}; if a Python file of yours adds it, name that "
-            "file with --import"
+            f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}; if a Python file of yours adds it, "
+            f"name that file with --import"
         )
     benchmark = BENCHMARKS[name](data, limit)
     if part is not None:

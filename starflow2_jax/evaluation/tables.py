@@ -1,4 +1,6 @@
-"""Local copies of public data sets as rows: parquet files, folders of `datasets.save_to_disk`, and VLMEvalKit's .tsv files."""
+"""Local copies of public data sets as rows: parquet files, folders of `datasets.save_to_disk`, and VLMEvalKit's .tsv
+files.
+"""
 
 import ast
 import base64
@@ -40,7 +42,8 @@ def columns(row: Row) -> dict[str, Any]:
 
 
 def pictures(row: Row, folder: Path) -> dict[int, StoredImage]:
-    """The pictures of a row by their number, from 1: the columns image_1, image_2, ..., or `image`, which may be a list.
+    """The pictures of a row by their number, from 1: the columns image_1, image_2, ..., or `image`, which may be a
+    list.
 
     folder: where relative paths begin. Raises ImageError.
     """

@@ -48,7 +48,9 @@ class Needed:
 
 
 def facts(path: Path, rewritten: bool | None = None) -> dict[str, Any]:
-    """What run.json says about a prompts file: its name, its hash, and, if it is known, whether the prompts are rewritten."""
+    """What run.json says about a prompts file: its name, its hash, and, if it is known, whether the prompts are
+    rewritten.
+    """
     told = {"file": path.name, "sha256": sha256(path)}
     return told if rewritten is None else told | {"rewritten": rewritten}
 
@@ -68,7 +70,8 @@ def picture_of(answer: Answer) -> Path:
     """The file of the one picture of an answer. Raises UserError if it has none."""
     if not answer.pictures:
         raise UserError(
-            f"answer {answer.k} to task {answer.task.key} has no whole picture; leave out --max-tokens, or make it larger"
+            f"answer {answer.k} to task {answer.task.key} has no whole picture; leave out --max-tokens, or make it "
+            f"larger"
         )
     return answer.pictures[0]
 

@@ -18,7 +18,8 @@ REWRITTEN = "_rewrite"  # in the names of files whose prompts say plainly what i
 
 
 class WiseBenchmark(Drawing):
-    """A picture for each prompt of a file, or of the files of a folder: all but those with rewritten and merged prompts.
+    """A picture for each prompt of a file, or of the files of a folder: all but those with rewritten and merged
+    prompts.
 
     To draw rewritten prompts, name their file. Raises UserError for files of another kind.
     """

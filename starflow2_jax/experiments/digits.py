@@ -1,4 +1,5 @@
-"""STARFlow2 on scikit-learn's digits: the longer recipe, meant for an hour on two CPU cores; see docs/benchmarks/digits.md.
+"""STARFlow2 on scikit-learn's digits: the longer recipe, meant for an hour on two CPU cores; see
+docs/benchmarks/digits.md.
 
     starflow2 train --config digits --out runs/digits
     starflow2 eval --benchmark digits --checkpoint runs/digits --out runs/digits_report

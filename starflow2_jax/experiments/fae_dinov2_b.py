@@ -1,11 +1,12 @@
-"""A codec on one GPU: DINOv2-base and the pixel decoder of RAE stay as they are, and only the 32 channels between are trained.
+"""A codec on one GPU: DINOv2-base and the pixel decoder of RAE stay as they are, and only the 32 channels between are
+trained.
 
     starflow2 convert rae --from RAE-dinov2-wReg-base-ViTXL-n08 --to rae
     starflow2 train --config fae_dinov2_b --out runs/fae_b --config.start=rae --config.data.source=pictures.jsonl
 
-The directory of the run is a codec's folder at the end (docs/guides/codec.md). --config.order=features,pixels_tuned also tunes
-the decoder to features that were made of latents, with losses as in fae_dinov2_g. Steps and rows are this project's choice, and
-no run of this size was made.
+The directory of the run is a codec's folder at the end (docs/guides/codec.md). --config.order=features,pixels_tuned
+also tunes the decoder to features that were made of latents, with losses as in fae_dinov2_g. Steps and rows are this
+project's choice, and no run of this size was made.
 """
 
 from ml_collections import ConfigDict

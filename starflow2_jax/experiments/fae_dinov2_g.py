@@ -1,15 +1,18 @@
-"""The codec at the paper's size: the features of DINOv2-giant in 32 channels a token, and pictures of 256 pixels of them.
+"""The codec at the paper's size: the features of DINOv2-giant in 32 channels a token, and pictures of 256 pixels of
+them.
 
     starflow2 train --config fae_dinov2_g --chip h100 --out runs/fae_g \\
         --config.encoder.path=dinov2-giant --config.data.source=pictures.jsonl
 
 `encoder.path` is the folder of facebook/dinov2-giant; for dinov2-with-registers-giant, set encoder.registers=4 and
-encoder.antialias=True. The directory of the run is a codec's folder at the end (docs/guides/codec.md). No run of this size was made.
+encoder.antialias=True. The directory of the run is a codec's folder at the end (docs/guides/codec.md). No run of this
+size was made.
 
-Sizes, steps, batches, beta's place, learning rate and the noise of `pixels` are the paper's (arXiv 2512.07829). The paper does not
-give the weights of the losses: they are those of Apple's decoder training in the manner of TiTok, with a distance in the frozen
-encoder's features in place of LPIPS, which would need VGG's file. With --chip, micro-batches are chosen for 256 v5e, 64 v5p, 256 v6e or 8
-GPUs. Only `features` and `pixels_tuned` on v5e have predicted plans (docs/benchmarks/plans); the micro-batches on GPUs are estimates.
+Sizes, steps, batches, beta's place, learning rate and the noise of `pixels` are the paper's (arXiv 2512.07829). The
+paper does not give the weights of the losses: they are those of Apple's decoder training in the manner of TiTok, with a
+distance in the frozen encoder's features in place of LPIPS, which would need VGG's file. With --chip, micro-batches are
+chosen for 256 v5e, 64 v5p, 256 v6e or 8 GPUs. Only `features` and `pixels_tuned` on v5e have predicted plans
+(docs/benchmarks/plans); the micro-batches on GPUs are estimates.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +26,8 @@ STEPS = dict(features=1_000_000, pixels=1_000_000, pixels_tuned=100_000)
 
 
 def get_config(runlocal: bool = False, chip: str = "") -> ConfigDict:
-    """The config. `runlocal`: tiny networks on scenes, the encoder included, two steps a stage. `chip`: a key of ACCUMULATE.
+    """The config. `runlocal`: tiny networks on scenes, the encoder included, two steps a stage. `chip`: a key of
+    ACCUMULATE.
 
     Raises ConfigError.
     """
@@ -60,7 +64,9 @@ def optimizer() -> dict:
 
 
 def small(c: ConfigDict) -> ConfigDict:
-    """`c` with two layers in each network, two steps of each stage, and scenes as data. The encoder is trained first."""
+    """`c` with two layers in each network, two steps of each stage, and scenes as data. The encoder is trained
+    first.
+    """
     tiny = dict(layers=2, heads=2, mlp_hidden=64)
     c.order = ("encoder", *c.order)
     c.data = dict(source="scenes")

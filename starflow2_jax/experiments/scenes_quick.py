@@ -1,4 +1,5 @@
-"""STARFlow2 on emoji scenes of 32 x 32 pixels with 60 nouns, all stages on two CPU cores; see docs/benchmarks/scenes.md.
+"""STARFlow2 on emoji scenes of 32 x 32 pixels with 60 nouns, all stages on two CPU cores; see
+docs/benchmarks/scenes.md.
 
     starflow2 train --config scenes_quick --out runs/scenes_quick
     starflow2 eval --benchmark scenes_quick --checkpoint runs/scenes_quick --out runs/scenes_quick_report

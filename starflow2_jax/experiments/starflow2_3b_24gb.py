@@ -1,10 +1,11 @@
-"""STARFlow2 on Qwen2.5-VL-3B with a flow of 0.9 billion parameters, for one GPU of 24 GB: any stage that `order` ends with.
+"""STARFlow2 on Qwen2.5-VL-3B with a flow of 0.9 billion parameters, for one GPU of 24 GB: any stage that `order` ends
+with.
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 starflow2 train --config starflow2_3b_24gb --out runs/3b_small \\
         --config.data.source=captions.jsonl
 
-The flow of the other starflow2_* files has 3.6 billion parameters. With their gradients in fp32, they take 27 GiB, so no
-optimizer makes them fit. Here the flow is half as wide.
+The flow of the other starflow2_* files has 3.6 billion parameters. With their gradients in fp32, they take 27 GiB, so
+no optimizer makes them fit. Here the flow is half as wide.
 
 Nothing of this was run. `starflow2 plan --config starflow2_3b_24gb --topology rtx4090:1` says what it needs
 (docs/benchmarks/memory.md).

@@ -9,9 +9,9 @@ The variable is needed: by default JAX takes three quarters of the GPU's memory,
 Steps of stages 1 and 3 were run on one H200, on random weights and synthetic batches (docs/benchmarks/gpu.md); no model
 was trained with this file. Kernels, remat and rows are the fastest that were measured there.
 
-GiB that stay in memory through a step of stage 3, computed from the shapes: 15.4 for the frozen VLM (bfloat16); 13.7 each
-for the trained parameters, their gradients and their moving average (fp32); 13.7 for AdamW's moments (bfloat16), or almost
-nothing with optimizer.name=adafactor and optimizer.moments=float32.
+GiB that stay in memory through a step of stage 3, computed from the shapes: 15.4 for the frozen VLM (bfloat16); 13.7
+each for the trained parameters, their gradients and their moving average (fp32); 13.7 for AdamW's moments (bfloat16),
+or almost nothing with optimizer.name=adafactor and optimizer.moments=float32.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,14 @@
-"""STARFlow2 at the paper's size, stage 1: caption -> image, on Qwen2.5-VL-7B. The other starflow2_* files start from here.
+"""STARFlow2 at the paper's size, stage 1: caption -> image, on Qwen2.5-VL-7B. The other starflow2_* files start from
+here.
 
     starflow2 convert qwen2_5_vl --from Qwen2.5-VL-7B-Instruct --to vlm_7b
     starflow2 init --vlm vlm_7b --codec codec --config starflow2_7b_t2i --out runs/7b
     starflow2 train --config starflow2_7b_t2i --out runs/7b --config.data.source=captions.jsonl
 
 The sizes are the paper's (arXiv 2605.08029); rows, steps and optimizer are not published and are this project's choice.
-Pictures of 256 pixels become 16 x 16 tokens of 32 channels by the FAE codec in the folder `codec` (docs/guides/codec.md). For
-latents of your own as .npy files, set codec.kind=latents. On TPUs or GPUs add --chip, such as v5p or h100, which decides
-kernel, rows and remat as in the plans of docs/benchmarks/plans.
+Pictures of 256 pixels become 16 x 16 tokens of 32 channels by the FAE codec in the folder `codec`
+(docs/guides/codec.md). For latents of your own as .npy files, set codec.kind=latents. On TPUs or GPUs add --chip, such
+as v5p or h100, which decides kernel, rows and remat as in the plans of docs/benchmarks/plans.
 """
 
 from dataclasses import asdict
@@ -26,7 +27,9 @@ STEPS = dict(text_to_image=200_000, image_to_text=20_000, joint=100_000)
 
 
 def get_config(runlocal: bool = False, chip: str = "") -> ConfigDict:
-    """The config of stage 1. `runlocal`: tiny networks, one step of each stage, digits as data. `chip`: a key of ROWS."""
+    """The config of stage 1. `runlocal`: tiny networks, one step of each stage, digits as data. `chip`: a key of
+    ROWS.
+    """
     return paper_size("7b", "text_to_image", runlocal, chip)
 
 
@@ -58,7 +61,9 @@ def paper_size(vlm: str, last: str, runlocal: bool, chip: str = "") -> ConfigDic
 
 
 def on_slice(c: ConfigDict, chip: str) -> ConfigDict:
-    """`c` with settings that, by the predicted plans, fit on this kind of chip and are fast there. Raises ConfigError."""
+    """`c` with settings that, by the predicted plans, fit on this kind of chip and are fast there. Raises
+    ConfigError.
+    """
     if chip not in ROWS:
         raise ConfigError(
             f"this experiment has settings for the chips {', '.join(ROWS)}, not for {chip!r}; give one of these"

@@ -67,7 +67,8 @@ class DinoEncoder(nn.Module):
     def __call__(self, images: jax.Array, layers: tuple[int, ...] = ()) -> DinoFeatures:
         """Images (B, h patch, w patch, C), normalised by `preprocess` -> features of h x w patches.
 
-        layers: those whose outputs for the patches (B, h w, E), before any norm, go into the collection "intermediates" as
+        layers: those whose outputs for the patches (B, h w, E), before any norm, go into the collection "intermediates"
+        as
             "layers"; they are counted from 1, in ascending order.
         Raises ValueError for other channels, or sides that are not multiples of the patch.
         """
@@ -124,7 +125,9 @@ def preprocess(cfg: DinoConfig, pixels: Any) -> Any:
 def resize_positions(
     table: jax.Array, size: tuple[int, int], antialias: bool, learned: tuple[int, int] | None = None
 ) -> jax.Array:
-    """Position embedding (N, E) of the grid `learned`, None: a square, resized to (h, w, E) by a bicubic filter, in fp32."""
+    """Position embedding (N, E) of the grid `learned`, None: a square, resized to (h, w, E) by a bicubic filter, in
+    fp32.
+    """
     learned = learned or (round(table.shape[0] ** 0.5),) * 2
     table = table.astype(jnp.float32).reshape(*learned, -1)
     if size == learned:

@@ -44,7 +44,9 @@ class FeatureDecoderConfig:
 
 @dataclass(frozen=True)
 class PixelDecoderConfig:
-    """Sizes of the network that makes pixels from features. The defaults are FAE's; RAE's decoder sets the last five."""
+    """Sizes of the network that makes pixels from features. The defaults are FAE's; RAE's decoder sets the last
+    five.
+    """
 
     width: int = option("channels of the residual stream (E)", 1024, least=1)
     layers: int = option("layers (L)", 24, least=1)
@@ -127,8 +129,8 @@ class LatentEncoder(nn.Module):
 class FeatureDecoder(nn.Module):
     """Latents -> features.
 
-    [i] A biased map to the features' width, learned positions, layers with RMSNorm and SwiGLU, a final RMSNorm. Heads rotate
-    by row and column, in the coordinates of the grid that positions are learned for [ours].
+    [i] A biased map to the features' width, learned positions, layers with RMSNorm and SwiGLU, a final RMSNorm. Heads
+    rotate by row and column, in the coordinates of the grid that positions are learned for [ours].
     """
 
     cfg: FaeConfig
@@ -149,15 +151,16 @@ class FeatureDecoder(nn.Module):
 class PixelDecoder(nn.Module):
     """Features -> pixels.
 
-    [i] A biased map to the decoder's width, positions, layers with LayerNorm, a final LayerNorm, a biased map to the pixels of
-    each token.
+    [i] A biased map to the decoder's width, positions, layers with LayerNorm, a final LayerNorm, a biased map to the
+    pixels of each token.
     """
 
     cfg: FaeConfig
 
     @nn.compact
     def __call__(self, features: jax.Array, grid: Grid | None = None) -> jax.Array:
-        """Features (B, N, C) of the grid (h, w), None: that of the config -> pixels (B, h patch, w patch, image channels).
+        """Features (B, N, C) of the grid (h, w), None: that of the config -> pixels (B, h patch, w patch, image
+        channels).
 
         Pixels are in fp32 at least, about -1..1, not clipped.
         """

@@ -1,4 +1,6 @@
-"""The table of frozen image encoders whose features a codec compresses: pixels in, one token of features a place out."""
+"""The table of frozen image encoders whose features a codec compresses: pixels in, one token of features a place
+out.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +32,11 @@ class EncoderSizes:
 class FeatureEncoder:
     """A row of ENCODERS.
 
-    config: a frozen dataclass of JSON values. width: a config -> channels of its features (C). init: (config, random key) ->
-    parameters. features: (config, parameters, pixels (B, H, W, 3) in [-1, 1], grid (h, w)) -> features (B, h w, C), in the
-    config's `dtype`; pixels of another size than the grid asks for are resized first. layers: the same arguments and the numbers
-    of layers, counted from 1 -> features and the outputs (B, h w, E) of these layers; None: the encoder does not give them.
-    sizes: a config and the grid -> what FLOP are counted from.
+    config: a frozen dataclass of JSON values. width: a config -> channels of its features (C). init: (config, random
+    key) -> parameters. features: (config, parameters, pixels (B, H, W, 3) in [-1, 1], grid (h, w)) -> features (B, h w,
+    C), in the config's `dtype`; pixels of another size than the grid asks for are resized first. layers: the same
+    arguments and the numbers of layers, counted from 1 -> features and the outputs (B, h w, E) of these layers; None:
+    the encoder does not give them. sizes: a config and the grid -> what FLOP are counted from.
     """
 
     config: type

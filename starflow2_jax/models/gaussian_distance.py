@@ -10,5 +10,7 @@ def frechet(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, co
 
 
 def frechet_of(a: np.ndarray, b: np.ndarray) -> float:
-    """The same of the Gaussians that have the means and covariances of two sets of features (n, D), at least two each."""
+    """The same of the Gaussians that have the means and covariances of two sets of features (n, D), at least two
+    each.
+    """
     return frechet(*(f for x in map(np.float64, (a, b)) for f in (x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))))

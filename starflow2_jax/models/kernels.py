@@ -181,8 +181,9 @@ def _triton(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
     """JAX's flash attention in Triton over whole rows.
 
     It takes as many heads of keys as of queries, so they are repeated. It compares segment ids pair by pair: its memory
-    does not grow with S x S, but it computes all pairs that causality leaves. Blocks of the forward pass are as large as
-    the shared memory of an A100 allows. JAX 0.12 deprecates the module in favour of tokamax, so it is imported only here.
+    does not grow with S x S, but it computes all pairs that causality leaves. Blocks of the forward pass are as large
+    as the shared memory of an A100 allows. JAX 0.12 deprecates the module in favour of tokamax, so it is imported only
+    here.
     """
     from jax.experimental.pallas.ops.gpu import attention as triton
 

@@ -28,8 +28,8 @@ def text_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int)
     """-log p(target) at each position in nats (B, S), for hidden (B, S, E), head (V, E), targets (B, S).
 
     Logits are made for about `chunk` positions of a row at a time, so an array (B, S, V) never exists. If the mesh
-    splits positions over devices, a chunk takes the same number of positions from each part of a row. The rows of the head stay
-    on their devices: no array of size V is moved.
+    splits positions over devices, a chunk takes the same number of positions from each part of a row. The rows of the
+    head stay on their devices: no array of size V is moved.
     """
     B, S, _ = hidden.shape
     parts = axis_size("sequence") if S % axis_size("sequence") == 0 else 1

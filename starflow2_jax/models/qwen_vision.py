@@ -108,7 +108,9 @@ class VisionConfig(Computation):
         return height // (self.patch * self.merge), width // (self.patch * self.merge)
 
     def bounded(self, least: int | None = None, most: int | None = None) -> Self:
-        """The same tower with other bounds on the pixels of a resized image; None: as now. Raises UserError if they cross."""
+        """The same tower with other bounds on the pixels of a resized image; None: as now. Raises UserError if they
+        cross.
+        """
         return replace(self, min_pixels=least or self.min_pixels, max_pixels=most or self.max_pixels)
 
     def preprocess(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -130,7 +132,9 @@ class VisionConfig(Computation):
         return {"patches": patches.astype(np.float32), **self.places(h, w)}
 
     def patches(self, pixels: Any) -> Any:
-        """Normalised pixels (h merge patch, w merge patch, C), NumPy or JAX -> patches (P, patch width) as in `preprocess`."""
+        """Normalised pixels (h merge patch, w merge patch, C), NumPy or JAX -> patches (P, patch width) as in
+        `preprocess`.
+        """
         m, p = self.merge, self.patch
         h, w = (side // (m * p) for side in pixels.shape[:2])
         x = pixels.reshape(h, m, p, w, m, p, self.channels).transpose(0, 3, 1, 4, 6, 2, 5)  # h w m m C p p

@@ -84,7 +84,9 @@ class VisionConfig(Protocol):
         ...
 
     def bounded(self, least: int | None = None, most: int | None = None) -> Self:
-        """The same tower with other limits of an image's pixels; None: the limit stays. A tower of one size returns itself."""
+        """The same tower with other limits of an image's pixels; None: the limit stays. A tower of one size returns
+        itself.
+        """
         ...
 
     def preprocess(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

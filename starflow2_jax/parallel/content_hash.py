@@ -1,4 +1,6 @@
-"""A hash of the content of a tree of arrays. It is computed where the arrays are: on devices, by shards, or piece by piece."""
+"""A hash of the content of a tree of arrays. It is computed where the arrays are: on devices, by shards, or piece by
+piece.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -15,10 +17,11 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def content_hash(tree: dict) -> str:
     """Hash of the names, types, shapes and bits of all arrays, whatever their layout on devices.
 
-    For each array, the bits of every number are mixed with its position, and the results are summed modulo 2^32; this is
-    done twice, with different mixing. The hash is the SHA-256 of all names, types, shapes and sums. Mixing is one-to-one, so
-    a single changed number always changes the hash; with more changes it stays the same with a chance of about 2^-64. A sum
-    does not depend on the order, so each device sums its own shards, and no array is gathered or copied.
+    For each array, the bits of every number are mixed with its position, and the results are summed modulo 2^32; this
+    is done twice, with different mixing. The hash is the SHA-256 of all names, types, shapes and sums. Mixing is
+    one-to-one, so a single changed number always changes the hash; with more changes it stays the same with a chance of
+    about 2^-64. A sum does not depend on the order, so each device sums its own shards, and no array is gathered or
+    copied.
 
     The hash detects damage and mix-ups. It does not protect against forged weights. Raises ValueError for arrays whose
     numbers have 8 bytes or more.

@@ -24,7 +24,9 @@ def start() -> list[Any]:
 
 
 def free_memory(device: Any) -> float:
-    """Bytes that are free in the memory of a device; of a CPU device, in the machine's. Infinite if this is not known."""
+    """Bytes that are free in the memory of a device; of a CPU device, in the machine's. Infinite if this is not
+    known.
+    """
     if stats := device.memory_stats():
         return stats["bytes_limit"] - stats["bytes_in_use"]
     meminfo = Path("/proc/meminfo")
@@ -33,8 +35,8 @@ def free_memory(device: Any) -> float:
 
 
 def memory(device: Any) -> float | None:
-    """Bytes of memory that programs can use on a device; None where JAX does not tell. The CPU devices of a process share
-    the machine's memory alike."""
+    """Bytes of memory that programs can use on a device; None where JAX does not tell. The CPU devices of a process
+    share the machine's memory alike."""
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit")
@@ -56,16 +58,19 @@ def explanation(error: str, platforms: str) -> str:
         device, extra = EXTRAS[named]
         cause = f" ({reason})" if reason else ""
         return (
-            f"JAX_PLATFORMS={platforms} asks for a {device}, but JAX finds none{cause}; check that this machine has one, install "
-            f"its support with pip install 'starflow2_jax[{extra}]', or unset JAX_PLATFORMS"
+            f"JAX_PLATFORMS={platforms} asks for a {device}, but JAX finds none{cause}; check that this machine has "
+            f"one, install its support with pip install 'starflow2_jax[{extra}]', or unset JAX_PLATFORMS"
         )
     if platforms:
-        return f"JAX_PLATFORMS={platforms} does not work on this machine ({reason}); set it to cpu, cuda or tpu, or unset it"
+        advice = "set it to cpu, cuda or tpu, or unset it"
+        return f"JAX_PLATFORMS={platforms} does not work on this machine ({reason}); {advice}"
     return f"JAX cannot start the devices of this machine ({reason}); set JAX_PLATFORMS=cpu to run without them"
 
 
 def holders(device: str) -> list[str]:
-    """Other processes that have the machine's GPUs or TPUs open, as "1234 (python)". Only those that /proc shows are known."""
+    """Other processes that have the machine's GPUs or TPUs open, as "1234 (python)". Only those that /proc shows are
+    known.
+    """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)

@@ -31,7 +31,8 @@ class Chip:
 
 # The documentation gives the bandwidth of all links of a chip together, both directions added: 400 GB/s for the 4 links
 # of a v5e, 800 for the 4 of a v6e, 1200 for the 6 of a v5p. For a v4 it gives 6 links of 50 GB/s in each direction.
-# The network between slices is 6.4 Tbit/s for the 256 chips of a v5e, 25.6 for those of a v6e, and 50 Gbit/s for each v5p.
+# The network between slices is 6.4 Tbit/s for the 256 chips of a v5e, 25.6 for those of a v6e, and 50 Gbit/s for each
+# v5p.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, 4, 4096),
     "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, 4, 256, 3.125e9),
@@ -69,11 +70,12 @@ class Gpu:
 
 
 # FLOP/s (dense: half of what the data sheets give with sparsity), memory bandwidth and NVLink (half of the sum of both
-# directions) are from NVIDIA's data sheets of the A100, the H100, the H200, the HGX B200 and the GB200 NVL72, always of the
-# SXM module. Networks are those of NVIDIA's own machines: one adapter for each GPU, of 200 Gbit/s in a DGX A100 and of 400
-# in the others. The last six columns, and the memory, are device properties as the specifications of GPUs in XLA's
-# repository list them (xla/backends/gpu/target_config/specs); the memory of the H200 is what nvidia-smi showed on one.
-# The RTX 4090 is from NVIDIA's paper on its Ada architecture, with sums in fp32; it has no NVLink, so it is a node alone.
+# directions) are from NVIDIA's data sheets of the A100, the H100, the H200, the HGX B200 and the GB200 NVL72, always of
+# the SXM module. Networks are those of NVIDIA's own machines: one adapter for each GPU, of 200 Gbit/s in a DGX A100 and
+# of 400 in the others. The last six columns, and the memory, are device properties as the specifications of GPUs in
+# XLA's repository list them (xla/backends/gpu/target_config/specs); the memory of the H200 is what nvidia-smi showed on
+# one. The RTX 4090 is from NVIDIA's paper on its Ada architecture, with sums in fp32; it has no NVLink, so it is a node
+# alone.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -100,7 +102,9 @@ PEAK_FLOPS = {gpu.kind: gpu.flops for gpu in GPUS.values()} | {
 
 
 def peak_flops(configured: float = 0.0) -> float | None:
-    """FLOP/s of one device: `configured` if it is not 0, else the table's; None for an unknown device, such as a CPU."""
+    """FLOP/s of one device: `configured` if it is not 0, else the table's; None for an unknown device, such as a
+    CPU.
+    """
     return configured or PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
 
@@ -137,8 +141,8 @@ class Topology:
         return f"{self.slice}:{self.slices}" if self.slices > 1 else self.slice
 
     def places(self, devices: list) -> np.ndarray:
-        """(chips, dimensions): where each of JAX's devices lies in `shape`, that of its slice; in raster order where they do
-        not say it."""
+        """(chips, dimensions): where each of JAX's devices lies in `shape`, that of its slice; in raster order where
+        they do not say it."""
         if not hasattr(devices[0], "coords"):
             return np.array(np.unravel_index(np.arange(len(devices)), self.shape)).T
         first = 1 if isinstance(self.chip, Gpu) else 0  # GPUs: (slice, node, GPU)
@@ -147,9 +151,9 @@ class Topology:
     def send_rate(self, places: np.ndarray, to_neighbour: bool) -> float:
         """Bytes/s that each chip of a group sends in a collective of a ring algorithm. places: (chips, dimensions).
 
-        A TPU sends over a link for each dimension along which the group lies, two if the group closes that dimension. GPUs
-        send over NVLink within a node. Between nodes, the ring passes each pair of nodes through the adapters of all GPUs
-        that the group has in a node. to_neighbour: each chip sends to one other only.
+        A TPU sends over a link for each dimension along which the group lies, two if the group closes that dimension.
+        GPUs send over NVLink within a node. Between nodes, the ring passes each pair of nodes through the adapters of
+        all GPUs that the group has in a node. to_neighbour: each chip sends to one other only.
         """
         sizes = [len(set(column)) for column in places.T]
         if isinstance(self.chip, Gpu):
@@ -215,7 +219,9 @@ def cluster_of(gpu: Gpu, gpus: int) -> tuple[int, int]:
 
 
 def count(sizes: str) -> int:
-    """A guess of how many chips a malformed topology means: the product of the numbers in it, or 64 if there are none."""
+    """A guess of how many chips a malformed topology means: the product of the numbers in it, or 64 if there are
+    none.
+    """
     numbers = [int(n) for n in re.findall(r"\d+", sizes)]
     return max(1, math.prod(numbers)) if numbers else 64
 

@@ -39,8 +39,8 @@ PARAMETER_RULES = (
     (r".", ()),
 )
 
-# A width of 3072 over 64 devices leaves 48 channels each, whole tiles of a TPU's memory. Over 256 it leaves 12, and libtpu
-# then all-reduces gradients, which sends twice what a reduce-scatter does.
+# A width of 3072 over 64 devices leaves 48 channels each, whole tiles of a TPU's memory. Over 256 it leaves 12, and
+# libtpu then all-reduces gradients, which sends twice what a reduce-scatter does.
 MOST_FSDP = 64
 LEAST = 2**24  # bytes of parameters that devices may hold whole without a word
 
@@ -70,7 +70,8 @@ def make_mesh(
 
 
 def fsdp_of(devices: Sequence, count: int) -> int:
-    """The size of fsdp where it shares `count` devices with data: at most MOST_FSDP, within a slice of TPUs and a plane.
+    """The size of fsdp where it shares `count` devices with data: at most MOST_FSDP, within a slice of TPUs and a
+    plane.
 
     libtpu gathers and reduce-scatters over two dimensions of a torus, and replaces both by all-reduces over three.
     """
@@ -148,7 +149,8 @@ def _rule(path: str, shape: Sequence[int]) -> tuple:
 
 
 def held_whole(tree: Any, sizes: Mapping[str, int]) -> str:
-    """Says which parameters every device holds whole, although a rule would cut them over fsdp, and what would cut them.
+    """Says which parameters every device holds whole, although a rule would cut them over fsdp, and what would cut
+    them.
 
     Returns "" if they take less than LEAST bytes. tree: parameters, or their shapes. sizes: of the mesh, by axis.
     """

@@ -81,7 +81,9 @@ class Program:
 
 
 def described_devices(topology: Topology) -> list:
-    """The devices of a topology, as their compiler describes them. Raises UserError if it is missing or refuses them."""
+    """The devices of a topology, as their compiler describes them. Raises UserError if it is missing or refuses
+    them.
+    """
     chip = topology.chip
     return _gpus(topology, chip) if isinstance(chip, Gpu) else _tpus(topology, chip)
 

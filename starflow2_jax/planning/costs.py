@@ -16,12 +16,13 @@ ROOFLINE = (
     "latencies, the units' inefficiency on odd shapes, vector arithmetic, congestion, the host and the input"
 )
 
-# Seconds of real training steps on NVIDIA GPUs / seconds predicted by `ROOFLINE`: the least and the most that were found.
+# Seconds of real training steps on NVIDIA GPUs / seconds predicted by `ROOFLINE`: the least and the most that were
+# found.
 MARGIN = (1.16, 1.53)
 MEASURED = (
-    f"real training steps took {MARGIN[0]} to {MARGIN[1]} times the predicted seconds: 1.38 and 1.41 on one H200 (stages 1 and 3 of "
-    "7B), and 1.38, 1.34, 1.16 and 1.53 in MosaicML's published runs of MPT, 7B on 8 H100, 13B on 64 H100, 7B on 8 A100 and "
-    "7B on 64 A100 (docs/benchmarks/gpu.md)"
+    f"real training steps took {MARGIN[0]} to {MARGIN[1]} times the predicted seconds: 1.38 and 1.41 on one H200 "
+    f"(stages 1 and 3 of 7B), and 1.38, 1.34, 1.16 and 1.53 in MosaicML's published runs of MPT, 7B on 8 H100, 13B on "
+    f"64 H100, 7B on 8 A100 and 7B on 64 A100 (docs/benchmarks/gpu.md)"
 )
 NOT_COMPARED = "no real step of this kind on such a chip was compared with a prediction"
 
@@ -67,7 +68,8 @@ class Costs:
 
 
 class Analysis:
-    """Walks a module in the order of execution with three clocks: of the chip, of its links, of the network between slices.
+    """Walks a module in the order of execution with three clocks: of the chip, of its links, of the network between
+    slices.
 
     mesh: sizes by axis. coordinates (chips, dimensions): place in the torus of each partition's chip. The result is
     `costs`.

@@ -287,8 +287,8 @@ def advice(plan: Plan, config: Config, stage: Stage) -> list[str]:
         changes.append(f"remat=full in {', '.join(f'model.{s}' for s in streams)}")
     if any(getattr(config.model, part).kernel == "xla" for part in ("vlm", "deep")):
         changes.append(
-            "a kernel that holds no attention matrix in memory in model.vlm, model.deep and model.shallow: splash on TPUs, "
-            "cudnn_packed or triton on GPUs"
+            "a kernel that holds no attention matrix in memory in model.vlm, model.deep and model.shallow: splash on "
+            "TPUs, cudnn_packed or triton on GPUs"
         )
     changes.append(
         "mesh.tensor or mesh.sequence above 1: several chips share a row's heads or positions, and its activations"

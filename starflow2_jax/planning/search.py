@@ -53,8 +53,8 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Every combination of the sizes; the fsdp axis gets the chips that data, sequence and tensor leave.
 
-    rows_a_chip: rows of a batch for each chip. Mesh sizes whose product does not divide the chips make one candidate with
-    the failure set and no plan.
+    rows_a_chip: rows of a batch for each chip. Mesh sizes whose product does not divide the chips make one candidate
+    with the failure set and no plan.
     """
     for data, sequence, tensor in itertools.product(datas, sequences, tensors):
         mesh = dict(data=data, sequence=sequence, tensor=tensor)

@@ -1,12 +1,12 @@
 """A folder of answers to many prompts.
 
-It is written batch by batch, can be resumed, and several processes may share it. Process i mod N answers batch i, and a batch
-that was interrupted runs again with all of its prompts: so a prompt always runs beside the same others, and neither the number
-of processes nor an interruption changes a bit of its answers.
+It is written batch by batch, can be resumed, and several processes may share it. Process i mod N answers batch i, and a
+batch that was interrupted runs again with all of its prompts: so a prompt always runs beside the same others, and
+neither the number of processes nor an interruption changes a bit of its answers.
 
 run.json               the settings that decide the answers; a folder holds the answers of one run
-samples.jsonl          a line for each answer: {"document": key, "seed": int, "parts": [{"text": str} | {"image": name}]}
-samples.I-of-N.jsonl   the same from process I, if N processes share the batches
+samples.jsonl          a line for each answer: {"document": key, "seed": int, "parts": [{"text": str} | {"image":
+name}]} samples.I-of-N.jsonl   the same from process I, if N processes share the batches
 samples.json           the parts of all answers in the order of the prompts, written when all answers are there
 NNN_K.png or .npy      image K of answer NNN; a prompt's answers have consecutive numbers
 lock.json              while a process writes samples.jsonl: which one (checkpoints/lock.py); else lock.I-of-N.json
@@ -47,7 +47,8 @@ class Prompt:
     where: str = ""  # put in front of error messages about this prompt, such as "document 3: "
 
 
-# (prompts that run together, their documents, rows of the largest batch) -> the answers, as many to each as it has seeds
+# (prompts that run together, their documents, rows of the largest batch) -> the answers, as many to each as it has
+# seeds
 Answering = Callable[[list[Prompt], list[Document], int], list[Document]]
 
 
@@ -61,7 +62,8 @@ class Share:
     def __post_init__(self):
         if self.processes < 1 or not 0 <= self.process < self.processes:
             raise UserError(
-                f"--process={self.process} must be at least 0 and below --processes={self.processes}; change one of them"
+                f"--process={self.process} must be at least 0 and below --processes={self.processes}; change one of "
+                f"them"
             )
 
     @property
@@ -89,8 +91,8 @@ def about(sampler: Sampler, checkpoint: str | Path, dtype: str | None, seed: int
 def begin(out: Path, run: dict[str, Any], versions: Mapping[str, str] | None = None) -> None:
     """Make the folder of a run, or resume the run in it.
 
-    `versions`: of programs, which run.json records and which may change before a run is resumed. Raises UserError if the
-    folder holds the answers of another run.
+    `versions`: of programs, which run.json records and which may change before a run is resumed. Raises UserError if
+    the folder holds the answers of another run.
     """
     run, described = json.loads(json.dumps(run)), out / "run.json"
     if described.is_file():

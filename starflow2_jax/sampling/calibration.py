@@ -195,10 +195,11 @@ def table(report: dict) -> str:
     for name, block in zip(names, report["blocks"], strict=True):
         solver, first = block["solver"], block["candidates"][0]
         lines.append(
-            f"{name:>7s}  {solver['chunk']:5d}  {solver['guess'] if solver['chunk'] > 1 else '-':8s}  {block['passes']:6d}"
-            f"  {1e3 * block['seconds']:8.2f}  {1e3 * first['seconds']:14.2f}  {block['error']:.1e}"
+            f"{name:>7s}  {solver['chunk']:5d}  {solver['guess'] if solver['chunk'] > 1 else '-':8s}  "
+            f"{block['passes']:6d}  {1e3 * block['seconds']:8.2f}  {1e3 * first['seconds']:14.2f}  {block['error']:.1e}"
         )
     lines.append(
-        f"shallow flow {1e3 * report['seconds']:27.2f}  {1e3 * report['sequential_seconds']:14.2f}  {report['error']:.1e}"
+        f"shallow flow {1e3 * report['seconds']:27.2f}  {1e3 * report['sequential_seconds']:14.2f}  "
+        f"{report['error']:.1e}"
     )
     return "\n".join(lines)

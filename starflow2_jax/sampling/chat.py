@@ -54,7 +54,8 @@ class Chat:
             raise UserError("the last answer was broken off, so this conversation cannot go on; begin a new one")
         if options is not None and (options.branches, options.stop) != (self.options.branches, ()):
             raise UserError(
-                "a conversation cannot switch guidance or image guidance on or off, and takes no stop strings; begin a new one"
+                "a conversation cannot switch guidance or image guidance on or off, and takes no stop strings; begin a "
+                "new one"
             )
         options, document = options or self.options, spoken(self.sampler.tokenizer, said)
         if is_empty(document) and (self.turns or not options.image_first):
@@ -87,8 +88,8 @@ class Chat:
         read, known = tokenizers.flat(tokenizers.chat(self.sampler.tokenizer, before) + answer)
         if not text.startswith(read) or any(a is not b for a, b in zip(known, images, strict=False)):
             raise DocumentError(
-                "this tokenizer's chat template changes earlier turns when another one comes, so they cannot be kept; begin "
-                "a new conversation"
+                "this tokenizer's chat template changes earlier turns when another one comes, so they cannot be kept; "
+                "begin a new conversation"
             )
         text = text.removeprefix(read)
         if int(self.session.rows.token[0]) == self.sampler.ids.end:  # the model has ended its answer itself

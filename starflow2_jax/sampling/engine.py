@@ -75,7 +75,9 @@ class Sampler(Runtime):
         )
 
     def session(self, options: SampleOptions | Many[SampleOptions], seeds: Many[int], rows: int = 0) -> Session:
-        """A batch of empty conversations, one for each seed. `rows`: smallest size of the batch, filled up by idle rows."""
+        """A batch of empty conversations, one for each seed. `rows`: smallest size of the batch, filled up by idle
+        rows.
+        """
         return Session(self, options, seeds, rows)
 
     def generate(
@@ -90,9 +92,9 @@ class Sampler(Runtime):
 
         Returns the answers without their prompts; the samples of a prompt are neighbours. Answer i is drawn with
         seed + i, or with seed[i] if `seed` is a list; it depends on that seed and its prompt alone, not on the batch or
-        the mesh. Each prompt is read once for all of its samples. `rows`: if there are several calls, the largest number
-        of prompts in one of them, so that all calls use the programs that were compiled for it. Raises DocumentError for
-        a prompt that does not fit the model.
+        the mesh. Each prompt is read once for all of its samples. `rows`: if there are several calls, the largest
+        number of prompts in one of them, so that all calls use the programs that were compiled for it. Raises
+        DocumentError for a prompt that does not fit the model.
         """
         if not prompts:
             return []

@@ -44,10 +44,10 @@ def _scaled(vision: VisionConfig, image: Image, size: Size) -> Image:
 def shared(vision: VisionConfig, asked: VisionConfig, files: Sequence[Size], room: int, row: int) -> list[Size]:
     """The (height, width) at which the tower sees each picture, so that all of them take at most `room` positions.
 
-    A picture that needs more than its share of `room` is scaled down to its share; what the others leave is shared, too.
-    `asked`: the tower with bounds of the caller's own. `files`: (height, width) of the pictures. `row`: positions of a
-    row, for messages. Raises ImageError for a picture that the tower refuses, and LengthError for one that cannot be scaled
-    down that far, each with its index.
+    A picture that needs more than its share of `room` is scaled down to its share; what the others leave is shared,
+    too. `asked`: the tower with bounds of the caller's own. `files`: (height, width) of the pictures. `row`: positions
+    of a row, for messages. Raises ImageError for a picture that the tower refuses, and LengthError for one that cannot
+    be scaled down that far, each with its index.
     """
     sizes = [_resized(vision, asked, size, i) for i, size in enumerate(files)]
     wanted = [math.prod(vision.merged_grid(size)) for size in sizes]
@@ -60,8 +60,8 @@ def shared(vision: VisionConfig, asked: VisionConfig, files: Sequence[Size], roo
             if (least := math.prod(vision.merged_grid(sizes[i]))) > share:
                 height, width = files[i]
                 raise LengthError(
-                    f"a picture of {width}x{height} pixels takes at least {least} positions, and of the {row} positions of a "
-                    f"row {max(left, 0)} are left for {len(order) - done} "
+                    f"a picture of {width}x{height} pixels takes at least {least} positions, and of the {row} "
+                    f"positions of a row {max(left, 0)} are left for {len(order) - done} "
                     f"{'pictures' if len(order) - done > 1 else 'picture'}; shorten the text, or send fewer pictures",
                     i,
                 )

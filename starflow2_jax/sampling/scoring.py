@@ -125,11 +125,11 @@ def rank(
 ) -> list[tuple[str, float]]:
     """The captions and their scores in nats, best first.
 
-    make_document(caption, image) makes the document of a caption, with parts that are marked `generate` or `predict`. The
-    score is the sum of their log-likelihoods. Give a function of your own that words the document as the training data
-    did. `illustrate` asks which caption explains the image best: it gives log p(image | caption), and with `prior` log
-    p(image | caption) - log p(image | no caption). The prior is the same for all captions, so it does not change their
-    order; a score above 0 then means that the caption makes the image more likely. `describe`, to be used without
+    make_document(caption, image) makes the document of a caption, with parts that are marked `generate` or `predict`.
+    The score is the sum of their log-likelihoods. Give a function of your own that words the document as the training
+    data did. `illustrate` asks which caption explains the image best: it gives log p(image | caption), and with `prior`
+    log p(image | caption) - log p(image | no caption). The prior is the same for all captions, so it does not change
+    their order; a score above 0 then means that the caption makes the image more likely. `describe`, to be used without
     `prior`, asks which caption the model would write: log p(caption | image), which favours short and common captions.
     Raises DocumentError.
     """
@@ -152,7 +152,8 @@ def layout(sampler: Sampler, document: Document, closed: bool = True) -> dict[st
     features = sampler.encoder(document, closed)
     if (length := len(features["tokens"])) > sampler.max_positions:
         raise DocumentError(
-            f"a document of {length} positions exceeds the {sampler.max_positions} that the model was made for; shorten it"
+            f"a document of {length} positions exceeds the {sampler.max_positions} that the model was made for; "
+            f"shorten it"
         )
     return features
 

@@ -34,9 +34,9 @@ class Session:
     """A batch of conversations with one sampler. The caches of both streams keep everything that was read or written.
 
     `options`: those of all rows, or a list with those of each; the rows share `stop`, `jacobi`, `tolerance`,
-    `logprobs` and `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch. `rows`: smallest size
-    of the batch, filled up by idle rows. `state`: rows that have read something already; None: empty rows. Raises
-    UserError for options that do not go together.
+    `logprobs` and `branches`. Row i depends on its documents and on seeds[i] alone, not on the rest of the batch.
+    `rows`: smallest size of the batch, filled up by idle rows. `state`: rows that have read something already; None:
+    empty rows. Raises UserError for options that do not go together.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Session:
         shared = [(o.branches, o.stop, o.jacobi, o.tolerance, o.logprobs) for o in options]
         if any(s != shared[0] for s in shared):
             raise UserError(
-                "all rows of a session must have the same stop, jacobi, tolerance, logprobs and kinds of guidance; give them "
-                "the same values"
+                "all rows of a session must have the same stop, jacobi, tolerance, logprobs and kinds of guidance; "
+                "give them the same values"
             )
         if any(o.image_first and o.max_images == 0 for o in options):
             raise UserError("image_first asks for an image, but max_images is 0; change one of them")
@@ -201,8 +201,8 @@ class Session:
         """Set the options of all rows for the turns to come. Raises UserError if they need other guidance branches."""
         if options.branches != self.program.branches:
             raise UserError(
-                "guidance and image guidance cannot be switched on or off within a session, because the branch of each must read "
-                "everything from the start; begin a new session"
+                "guidance and image guidance cannot be switched on or off within a session, because the branch of each "
+                "must read everything from the start; begin a new session"
             )
         several = [options.sized(self.sampler.model.cfg.tokens)] * len(self.options)
         self.program, self.options = self._program(several), several
@@ -217,7 +217,8 @@ class Session:
         within = self._open()
         if any(o.max_images == 0 for o, open in zip(self.options, within, strict=True) if open):
             raise DocumentError(
-                "an image is not finished, but max_images is 0; allow one image, or read on, which drops the unfinished one"
+                "an image is not finished, but max_images is 0; allow one image, or read on, which drops the "
+                "unfinished one"
             )
         self._make_room(np.zeros(len(within), int), self.to_write)
         begun, idle = np.maximum(within - 1, 0).astype(np.int32), np.arange(len(within)) >= self.size
@@ -257,8 +258,8 @@ class Session:
         if end[longest] > most:
             prompt = int((begin + reading)[longest])
             raise DocumentError(
-                f"a prompt of {prompt} positions and {end[longest] - prompt} to generate exceed the {most} that the model "
-                "was made for; shorten the prompt or generate less",
+                f"a prompt of {prompt} positions and {end[longest] - prompt} to generate exceed the {most} that the "
+                f"model was made for; shorten the prompt or generate less",
                 longest,
             )
         # A read writes up to a bucket of padding after every row, a step up to `jacobi` positions.

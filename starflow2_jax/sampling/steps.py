@@ -342,8 +342,8 @@ def _draw_token(program: Program, params: dict, rows: Rows, needed: jax.Array) -
 def penalise(logits: jax.Array, rows: Rows) -> jax.Array:
     """Logits (B, V), lower at tokens that the rows hold already, by the penalties of `rows.controls`.
 
-    The repetition penalty (arXiv 1909.05858) counts prompt and answer, and comes first. The presence and frequency penalties
-    are OpenAI's and count the answer alone.
+    The repetition penalty (arXiv 1909.05858) counts prompt and answer, and comes first. The presence and frequency
+    penalties are OpenAI's and count the answer alone.
     """
     c, B = rows.controls, len(logits)
     repetition = c.repetition_penalty[:, None]

@@ -1,4 +1,6 @@
-"""The HTTP endpoints: OpenAI's chat completions with images in prompts and answers, ranking of captions, the web page."""
+"""The HTTP endpoints: OpenAI's chat completions with images in prompts and answers, ranking of captions, the web
+page.
+"""
 
 import asyncio
 import functools
@@ -245,7 +247,8 @@ async def _disconnected(request: Request) -> None:
 async def _events(worker: Worker, job: Job, events: asyncio.Queue, gone: asyncio.Future) -> AsyncGenerator[Any, None]:
     """Yields Started and then the Events of a job, until all its choices have ended.
 
-    Raises the ApiError of a Fault. If the client disconnects, or nobody reads on, the job is cancelled, which frees its rows.
+    Raises the ApiError of a Fault. If the client disconnects, or nobody reads on, the job is cancelled, which frees its
+    rows.
     """
     open_choices, coming = len(job.request.seeds), gone
     try:

@@ -19,8 +19,8 @@ from starflow2_jax.serving.jobs import ScoredWords, Started
 async def whole(story: AsyncIterator[Event], first: Started, frame: dict, choices: int, logprobs: bool = False) -> dict:
     """The chat.completion object of a whole answer.
 
-    `story`: the events after `first`. `frame`: "id", "created" and "model". `choices`: number of answers. `logprobs`: list
-    the log-probabilities of text tokens.
+    `story`: the events after `first`. `frame`: "id", "created" and "model". `choices`: number of answers. `logprobs`:
+    list the log-probabilities of text tokens.
     """
     parts: list[list[dict]] = [[] for _ in range(choices)]
     scores: list[list[dict]] = [[] for _ in range(choices)]
@@ -69,7 +69,8 @@ async def stream(
 ) -> AsyncIterator[str]:
     """Yields chat.completion.chunk objects as server-sent events. The arguments are those of `whole`.
 
-    `include_usage`: send the counts of tokens at the end. If the model fails on the way, the last event is {"error": ...}.
+    `include_usage`: send the counts of tokens at the end. If the model fails on the way, the last event is {"error":
+    ...}.
     """
     frame, ends, greeted = {**frame, "object": "chat.completion.chunk"}, [], set()
     try:

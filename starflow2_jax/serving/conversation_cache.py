@@ -27,7 +27,8 @@ class Kept:
 class Conversations:
     """Keeps the `most` conversations that were used last.
 
-    If there are too many, it first drops a conversation that another one continues, then the one that was used longest ago.
+    If there are too many, it first drops a conversation that another one continues, then the one that was used longest
+    ago.
     """
 
     def __init__(self, sampler: Sampler, options: SampleOptions, most: int):
@@ -73,7 +74,8 @@ class Conversations:
             return None
         lanes = talk.session.encode(added)
         talk.session.settle()
-        # Draws count from 0, as in a row that reads the whole prompt: a seed gives the same answer with and without caches.
+        # Draws count from 0, as in a row that reads the whole prompt: a seed gives the same answer with and without
+        # caches.
         rows = talk.session.rows.replace(drawn=jnp.zeros(1, jnp.int32))
         return (turns, rows, lanes) if len(lanes[0]["tokens"]) else None
 

@@ -11,8 +11,8 @@ log = logging.getLogger(__name__)
 class ApiError(Exception):
     """An error response.
 
-    `status`: of HTTP. `message`: one sentence for the user. `code`: a word for programs. `param`: the field of the request
-    that is wrong. `retry`: seconds after which the client may try again.
+    `status`: of HTTP. `message`: one sentence for the user. `code`: a word for programs. `param`: the field of the
+    request that is wrong. `retry`: seconds after which the client may try again.
     """
 
     def __init__(
@@ -33,7 +33,9 @@ def bad(message: str, param: str | None = None, code: str = "invalid_value") -> 
 
 
 def told(error: Exception) -> ApiError:
-    """The error that the client receives for an exception. One that is not the client's fault is logged, and becomes a 500."""
+    """The error that the client receives for an exception. One that is not the client's fault is logged, and becomes a
+    500.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, DocumentError):

@@ -25,8 +25,8 @@ class KnownHosts:
         """Answer an ASGI request: refuse it, or pass it on."""
         if scope["type"] == "http" and not self._known(Request(scope).headers.get("host", "")):
             error = bad(
-                "this server does not accept the host name of this request; use localhost, an IP address or the name given as "
-                "--host, or start the server with an API key"
+                "this server does not accept the host name of this request; use localhost, an IP address or the name "
+                "given as --host, or start the server with an API key"
             )
             await refusal(error)(scope, receive, send)
         else:
@@ -77,7 +77,9 @@ def refusal(error: ApiError) -> JSONResponse:
 
 
 class Line:
-    """Lets `count` requests at a time decode their pictures and wait for the device. The others wait as their bodies came."""
+    """Lets `count` requests at a time decode their pictures and wait for the device. The others wait as their bodies
+    came.
+    """
 
     def __init__(self, count: int):
         self.places, self.waiting = asyncio.Semaphore(count), 0

@@ -26,8 +26,9 @@ FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]  # found by a file's first bytes
 class Budget:
     """The pixels and positions that are left for the images of a request.
 
-    Images are decoded one after another, and each is scaled to what the model sees of it at once. So an image needs room
-    for its own pixels as its file is decoded, known from the header, beside those of the images before it as they are kept.
+    Images are decoded one after another, and each is scaled to what the model sees of it at once. So an image needs
+    room for its own pixels as its file is decoded, known from the header, beside those of the images before it as they
+    are kept.
     """
 
     def __init__(self, limits: RequestLimits):
@@ -37,8 +38,8 @@ class Budget:
         """Count one image. Raises ApiError if not enough is left.
 
         `size`: (width, height) as it is decoded, in pixels. `via`: "flow", or "vit" for a model with a vision tower.
-        `param`: the image's place in the request, for messages. `shown`: (height, width) to which an image "vit" is scaled;
-        None: as the tower does it.
+        `param`: the image's place in the request, for messages. `shown`: (height, width) to which an image "vit" is
+        scaled; None: as the tower does it.
         """
         kept, positions, vision = self.limits.size, self.limits.tokens, self.limits.vision
         if via == "vit" and vision:
@@ -49,7 +50,8 @@ class Budget:
             raise self.refusal(param)
         self.pixels -= math.prod(kept or ())
         if self.positions < 0:
-            message = f"the images of a request take more than the {self.limits.positions} positions of a row; send fewer images"
+            most = self.limits.positions
+            message = f"the images of a request take more than the {most} positions of a row; send fewer images"
             raise ApiError(400, message, "context_length_exceeded", param)
 
     def holds(self, size: tuple[int, ...]) -> bool:
@@ -134,7 +136,9 @@ def fitted(vision: VisionConfig, asked: VisionConfig, uploads: list[Upload], roo
 
 
 def upload(url: object, via: str, limits: RequestLimits, param: str) -> Upload:
-    """The image in a data: URL, with its header read. Raises ApiError. `param`: its place in the request, for messages."""
+    """The image in a data: URL, with its header read. Raises ApiError. `param`: its place in the request, for
+    messages.
+    """
     if not isinstance(url, str) or url[:5].lower() != "data:":
         raise bad('an image must be a data URL, "data:image/png;base64,..."; this server fetches no addresses', param)
     head, _, body = url[5:].partition(",")

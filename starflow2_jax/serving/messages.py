@@ -57,7 +57,9 @@ def _asked(vision: VisionConfig, pixels: Bounds) -> VisionConfig:
 
 
 def _without_pictures(sent: Sent, limits: RequestLimits, variables: Mapping[str, Any]) -> int:
-    """Positions that the conversation takes without the tower's tokens, chat template and markers of images included."""
+    """Positions that the conversation takes without the tower's tokens, chat template and markers of images
+    included.
+    """
     dot, count = np.zeros((1, 1, limits.channels), np.float32), 0
     turns: Turns = []
     for role, said in sent:

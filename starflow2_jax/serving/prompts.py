@@ -65,7 +65,9 @@ def _piece(features: dict[str, np.ndarray], begin: int, end: int) -> dict[str, n
 
 
 def identity(turns: Turns) -> tuple:
-    """A key that is equal for conversations with the same roles, texts and images, which are compared as 8-bit pixels."""
+    """A key that is equal for conversations with the same roles, texts and images, which are compared as 8-bit
+    pixels.
+    """
     return tuple((role, _said(document)) for role, document in turns)
 
 

@@ -20,8 +20,8 @@ class Reader:
     """Reads pieces of prompts into rows of one, whose caches have `capacity` positions.
 
     A piece with pictures has at least PIECE positions, and its number of patches follows from that of its positions. So
-    there are few shapes: each length is compiled without pictures, with flow images and with the vision tower. A shape that
-    is new is compiled on a thread of its own, while the rows of the batch write on. `empty`: makes such a row.
+    there are few shapes: each length is compiled without pictures, with flow images and with the vision tower. A shape
+    that is new is compiled on a thread of its own, while the rows of the batch write on. `empty`: makes such a row.
     """
 
     def __init__(self, sampler: Sampler, capacity: int, empty: Callable[[], Rows]):

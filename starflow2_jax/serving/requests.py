@@ -129,7 +129,9 @@ def chat_request(body: object, limits: RequestLimits) -> ChatRequest:
 
 
 def rank_request(body: object, limits: RequestLimits) -> tuple[np.ndarray, list[str], bool]:
-    """The body of a ranking request, checked: the image, the captions, and whether to rank by the image's likelihood."""
+    """The body of a ranking request, checked: the image, the captions, and whether to rank by the image's
+    likelihood.
+    """
     if not limits.reads:
         raise bad(f"{LATENTS}, so it cannot rank captions of a picture")
     body = _fields(body, {"model", "image", "captions", "by"})
@@ -157,8 +159,8 @@ def _fields(body: object, known: set[str]) -> dict:
         if name == "response_format":
             kind = value.get("type") if isinstance(value, dict) else value
             raise bad(
-                f"response_format {kind!r} is not supported, because nothing here binds the model to a format; leave it out, "
-                "and ask for the format in the prompt",
+                f"response_format {kind!r} is not supported, because nothing here binds the model to a format; leave "
+                f"it out, and ask for the format in the prompt",
                 name,
                 "unsupported_parameter",
             )

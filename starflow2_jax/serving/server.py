@@ -74,10 +74,10 @@ def _reason(error: Exception) -> str:
 class Server(uvicorn.Server):
     """Serves a sampler until a signal ends it, or until the device fails and does not recover (`worker.lost`).
 
-    After a signal, running requests may finish within `limits.grace` seconds; waiting ones get 503. `name`: the model's,
-    in requests. `host`: the name of the address as the user gave it. `listeners`: sockets from `bind`. `key`: that clients
-    must send; None: none. `ready`: called with the server's URL once it accepts requests. Raises UserError for limits that
-    do not fit the model.
+    After a signal, running requests may finish within `limits.grace` seconds; waiting ones get 503. `name`: the
+    model's, in requests. `host`: the name of the address as the user gave it. `listeners`: sockets from `bind`. `key`:
+    that clients must send; None: none. `ready`: called with the server's URL once it accepts requests. Raises UserError
+    for limits that do not fit the model.
     """
 
     def __init__(
@@ -148,7 +148,9 @@ class Server(uvicorn.Server):
             self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether the server ends, which it also does if the worker has ended. uvicorn calls this ten times a second."""
+        """Whether the server ends, which it also does if the worker has ended. uvicorn calls this ten times a
+        second.
+        """
         return await super().on_tick(counter) or not self.worker.is_alive()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:

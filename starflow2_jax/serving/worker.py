@@ -1,7 +1,7 @@
 """Continuous batching: one thread owns the device and writes the answers to all requests as rows of one batch.
 
-The batch is written in chunks of a few positions. Between two chunks, finished answers leave their rows, and the answers to
-new requests enter free rows.
+The batch is written in chunks of a few positions. Between two chunks, finished answers leave their rows, and the
+answers to new requests enter free rows.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ class Writing:
 class Worker(threading.Thread):
     """The thread that owns the device.
 
-    `rows`: number of answers that are written at the same time. `max_tokens`: longest answer, in positions. `max_queue`:
-    number of requests that may wait. `chunk`: positions that are written between two looks at the queue. `jacobi`: image
-    tokens that are solved for at once; 0: as calibrated. `keep`: number of conversations whose caches are kept, so that a
-    request that continues one reads only its new part. `editing`: rows also have the guidance branch that drops the text
-    but keeps the images. `draws`: whether the model writes images; if not, rows have no guidance branch. `images`: how
-    the model sees images that set no `via`.
+    `rows`: number of answers that are written at the same time. `max_tokens`: longest answer, in positions.
+    `max_queue`: number of requests that may wait. `chunk`: positions that are written between two looks at the queue.
+    `jacobi`: image tokens that are solved for at once; 0: as calibrated. `keep`: number of conversations whose caches
+    are kept, so that a request that continues one reads only its new part. `editing`: rows also have the guidance
+    branch that drops the text but keeps the images. `draws`: whether the model writes images; if not, rows have no
+    guidance branch. `images`: how the model sees images that set no `via`.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class Worker(threading.Thread):
         )
         self.spelling = Spelling(sampler.tokenizer)
         self.fresh = self._session(1)  # an empty conversation
-        # A step may write `jacobi` positions beyond the last one, and a piece of a prompt is padded to a multiple of BUCKET.
+        # A step may write `jacobi` positions beyond the last one, and a piece of a prompt is padded to a multiple of
+        # BUCKET.
         beyond = max(self.fresh.program.jacobi, BUCKET - 1)
         self.capacity, self.written = rounded(self.positions + beyond), bucket(self.max_tokens)
         self.waiting: deque[Job | Task] = deque()
@@ -277,7 +278,9 @@ class Worker(threading.Thread):
             self.writing[index] = Writing(job, options, answer, turns, time.monotonic())
 
     def _beginning(self, job: Job) -> tuple[Turns, Rows, list[dict]]:
-        """The conversation, a row whose caches hold the part that was read before, and for each lane the features to read."""
+        """The conversation, a row whose caches hold the part that was read before, and for each lane the features to
+        read.
+        """
         if job.identity and (found := self.conversations.go_on(job.request.turns, job.identity)):
             turns, rows, lanes = found
             return turns, self._with_room(rows), lanes
@@ -303,7 +306,9 @@ class Worker(threading.Thread):
                 self._free([i])
 
     def _heard(self, index: int, writing: Writing, event: Event) -> None:
-        """Note an event of the answer in row `index`, and keep the conversation if it ends the answer. Raises ApiError."""
+        """Note an event of the answer in row `index`, and keep the conversation if it ends the answer. Raises
+        ApiError.
+        """
         if isinstance(event, Picture) and not np.isfinite(event.pixels).all():
             raise ApiError(
                 500, "the model wrote an image with values that are not finite; try another seed", "model_failed"

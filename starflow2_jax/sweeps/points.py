@@ -3,13 +3,14 @@
 A sweep is a Python file with
 
     CONFIG    the experiment: a file, relative to the sweep's folder, or the name of one that ships with the package
-    METRIC    the metric, "stage/name" of metrics.jsonl; lower is better (optional: else the experiment's `best_metric` in
+    METRIC    the metric, "stage/name" of metrics.jsonl; lower is better (optional: else the experiment's `best_metric`
+    in
               its last stage, which is a held-out loss if it has one)
     ALWAYS    overrides of every point, a dict of config key -> value (optional)
     points()  yields the points: dicts of config key -> value; `grid` and `random` make them
 
-Each point is trained in a folder of its own, whose name is a hash of its overrides. So the same command resumes after an
-interruption, and trains only the new points after some were added to the file.
+Each point is trained in a folder of its own, whose name is a hash of its overrides. So the same command resumes after
+an interruption, and trains only the new points after some were added to the file.
 """
 
 import hashlib
@@ -157,8 +158,8 @@ class Sweep:
 def load(path: str | Path, folder: str | Path, runlocal: bool = False, chip: str | None = None) -> Sweep:
     """Read a sweep, and check the config of each point before anything is trained. Raises ConfigError.
 
-    `path`: its file, or the name of a sweep that ships with the package ("digits_lr"). `folder`: for the points' folders.
-    `runlocal`, `chip`: see config.loading.load.
+    `path`: its file, or the name of a sweep that ships with the package ("digits_lr"). `folder`: for the points'
+    folders. `runlocal`, `chip`: see config.loading.load.
     """
     path, folder = configs.shipped(path, configs.EXPERIMENTS / "sweeps"), Path(folder)
     if not path.is_file():
@@ -231,8 +232,8 @@ def _flags(sweep: Sweep, point: Point) -> list[str]:
 def run(sweep: Sweep, command: Callable[[Point], list[str]], report: Callable[[str], None] = print) -> None:
     """Train the points that are not done, one after another; after one that fails, go on with the next.
 
-    `command`: makes the command that trains a point. `report`: called with lines about the progress. An exception such as
-    KeyboardInterrupt ends the running point with SIGTERM, and is raised when that point has saved its state.
+    `command`: makes the command that trains a point. `report`: called with lines about the progress. An exception such
+    as KeyboardInterrupt ends the running point with SIGTERM, and is raised when that point has saved its state.
     """
     for number, point in enumerate(sweep.points, 1):
         title = f"point {number} of {len(sweep.points)} ({_described(sweep, point)})"
@@ -270,9 +271,9 @@ def _wait(command: list[str], log: Path) -> int:
 def submit(sweep: Sweep, template: str, again: str | None = None, report: Callable[[str], None] = print) -> None:
     """Submit each point to a launcher as a job, unless it is done or was submitted before.
 
-    `template`: the launcher's command, see `launch_command`. `again`: "ended" also submits points again whose jobs ended
-    without finishing; "all" submits every point that is not done. At its end, a job writes its exit code to the file that
-    the environment variable ENDED names. `report`: called with a line about each point.
+    `template`: the launcher's command, see `launch_command`. `again`: "ended" also submits points again whose jobs
+    ended without finishing; "all" submits every point that is not done. At its end, a job writes its exit code to the
+    file that the environment variable ENDED names. `report`: called with a line about each point.
     """
     for number, point in enumerate(sweep.points, 1):
         title = f"point {number} of {len(sweep.points)} ({_described(sweep, point)})"

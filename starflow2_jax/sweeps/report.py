@@ -13,11 +13,11 @@ FILES = ("sweep.md", "sweep.csv", "sweep.json", "sweep.png")
 
 
 def write(sweep: Sweep, folder: str | Path) -> list[dict]:
-    """Write FILES into `folder`; the plot only if a point is done. Returns the table: a row for each point, or, if the sweep
-    varies the seed, for each group of points that differ in their seed alone (see `over_seeds`).
+    """Write FILES into `folder`; the plot only if a point is done. Returns the table: a row for each point, or, if the
+    sweep varies the seed, for each group of points that differ in their seed alone (see `over_seeds`).
 
-    The rows are sorted by the metric, the best first, and points without a result last. A point's row has its values, its
-    metric (None: no result), "state" and "folder".
+    The rows are sorted by the metric, the best first, and points without a result last. A point's row has its values,
+    its metric (None: no result), "state" and "folder".
     """
     folder = Path(folder)
     points = [
@@ -48,8 +48,10 @@ def write(sweep: Sweep, folder: str | Path) -> list[dict]:
 
 
 def over_seeds(points: Sequence[dict], names: Sequence[str], metric: str) -> list[dict]:
-    """One row for all points that differ only in their seed: the mean of the metric over those that are done, its standard
-    deviation ("spread"; None for fewer than two), the number of them, and the state of the least advanced point."""
+    """One row for all points that differ only in their seed: the mean of the metric over those that are done, its
+    standard deviation ("spread"; None for fewer than two), the number of them, and the state of the least advanced
+    point.
+    """
     members: dict[str, list[dict]] = {}
     for point in points:
         members.setdefault(repr([point[name] for name in names]), []).append(point)
@@ -80,8 +82,8 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def _plot(rows: Sequence[dict], names: Sequence[str], metric: str, path: Path) -> None:
-    """Plot the metric in one panel for each key of `names`, with bars for the spread over seeds. If there are two keys, points
-    with equal values of the other one are joined by a line."""
+    """Plot the metric in one panel for each key of `names`, with bars for the spread over seeds. If there are two keys,
+    points with equal values of the other one are joined by a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
@@ -117,6 +119,8 @@ def _numeric(rows: Sequence[dict], name: str) -> bool:
 
 
 def spans_decades(values: Sequence) -> bool:
-    """Whether values need a logarithmic axis: positive numbers, of which the largest is ten times the smallest or more."""
+    """Whether values need a logarithmic axis: positive numbers, of which the largest is ten times the smallest or
+    more.
+    """
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     return numbers and min(values) > 0 and max(values) >= 10 * min(values)

@@ -1,4 +1,6 @@
-"""The untrained flows with which a run on a converted VLM begins: how large they are, whether they fit, and making them."""
+"""The untrained flows with which a run on a converted VLM begins: how large they are, whether they fit, and making
+them.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -53,13 +55,13 @@ def require_memory(
     place = "this machine's memory" if on_cpu else f"the memory of each {local[0].device_kind}"
     parameters, size = (sum(getattr(group, of) for group in groups) for of in ("parameters", "size"))
     say(
-        f"{parameters:,} parameters of the untrained flows: {size / 1e9:.3g} GB on disk in {folder}, made in {need / 1e9:.3g} GB "
-        f"of {place}"
+        f"{parameters:,} parameters of the untrained flows: {size / 1e9:.3g} GB on disk in {folder}, made in "
+        f"{need / 1e9:.3g} GB of {place}"
     )
     if need > free and not force:
         raise UserError(
-            f"the untrained flows take {need / 1e9:.3g} GB of {place}, and {free / 1e9:.3g} GB are free; split them over devices "
-            "with mesh.fsdp, use a machine with more memory, or begin anyway with --force"
+            f"the untrained flows take {need / 1e9:.3g} GB of {place}, and {free / 1e9:.3g} GB are free; split them "
+            f"over devices with mesh.fsdp, use a machine with more memory, or begin anyway with --force"
         )
 
 

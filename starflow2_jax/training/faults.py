@@ -1,4 +1,6 @@
-"""Bad steps: the loss or gradient is not finite, or the loss jumps far above the last ones. A policy decides what to do."""
+"""Bad steps: the loss or gradient is not finite, or the loss jumps far above the last ones. A policy decides what to
+do.
+"""
 
 import math
 from collections.abc import Callable
@@ -28,7 +30,8 @@ class Watch:
                        number of standard deviations, which are estimated from the median distance to the median
     most               if more steps than this are bad between two checkpoints, the run ends whatever the action
 
-    `counts` has the numbers of steps that were not finite, spikes, skipped updates, rollbacks, and steps without targets.
+    `counts` has the numbers of steps that were not finite, spikes, skipped updates, rollbacks, and steps without
+    targets.
     """
 
     def __init__(self, cfg: FaultsConfig, state: dict | None = None):
@@ -49,7 +52,9 @@ class Watch:
         return {"losses": self.losses, "counts": self.counts}
 
     def limit(self, step: int) -> float:
-        """The loss above which `step` is a spike, from the losses up to two steps before, which are known when it begins."""
+        """The loss above which `step` is a spike, from the losses up to two steps before, which are known when it
+        begins.
+        """
         window = [loss for number, loss in self.losses if number < step - 1][-self.cfg.window :]
         if self.cfg.spike == "ignore" or len(window) < min(20, self.cfg.window):
             return math.inf
@@ -61,8 +66,8 @@ class Watch:
     def judge(self, step: int, values: dict[str, float], standing: str) -> str | None:
         """The action for a step: "skip" (`guarded` has done so already), "rollback", or None if the step is good.
 
-        `values`: its metrics. `standing`: the step and the last checkpoint, for messages. Raises NonFiniteLoss or LossSpike
-        if the run must end.
+        `values`: its metrics. `standing`: the step and the last checkpoint, for messages. Raises NonFiniteLoss or
+        LossSpike if the run must end.
         """
         loss, limit = values["loss"], self.limit(step)
         self.counts["without_targets"] += values.get("targets") == 0
@@ -80,8 +85,8 @@ class Watch:
             raise kind(f"{seen} at {standing}: lower the learning rate and start again")
         if self.since_save > self.cfg.most:
             raise LossSpike(
-                f"{seen} at {standing}; more than faults.most={self.cfg.most} steps since then were bad, so lower the learning "
-                "rate and start again"
+                f"{seen} at {standing}; more than faults.most={self.cfg.most} steps since then were bad, so lower the "
+                f"learning rate and start again"
             )
         self.counts["skipped" if action == "skip" else "rollbacks"] += 1
         return action
@@ -97,8 +102,8 @@ class Watch:
 def guarded(step: Callable, cfg: FaultsConfig) -> Callable:
     """A training step (state, frozen, batch) -> (state, metrics) with one more argument, `limit`, a loss.
 
-    If the loss or gradient is not finite, or the loss is above `limit`, and `cfg` says "skip", it does not apply the update:
-    only `state.step` changes.
+    If the loss or gradient is not finite, or the loss is above `limit`, and `cfg` says "skip", it does not apply the
+    update: only `state.step` changes.
     """
 
     def run(state, frozen, batch, limit=math.inf):

@@ -98,7 +98,9 @@ class Ledger:
 
     @contextlib.contextmanager
     def waiting(self, running: Result | None) -> Iterator[None]:
-        """Count the time of the block as "input", unless `running`, a result of the last step, is still computed at its end."""
+        """Count the time of the block as "input", unless `running`, a result of the last step, is still computed at its
+        end.
+        """
         begin = time.time()
         yield
         if running is None or running.is_ready():
@@ -126,8 +128,8 @@ class Ledger:
     def speed(
         self, before: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None
     ) -> dict:
-        """Rates of the last `steps` steps, see `rates`. `before`: the value of `split()` when they began; `flops`: of one step,
-        all devices together; `peak`: FLOP/s of one device."""
+        """Rates of the last `steps` steps, see `rates`. `before`: the value of `split()` when they began; `flops`: of
+        one step, all devices together; `peak`: FLOP/s of one device."""
         now = self.split()
         spent = {kind: now[kind] - before[kind] for kind in now}
         return rates(spent, steps, tokens, flops * steps if flops else None, peak)
@@ -144,8 +146,8 @@ class Ledger:
 def rates(spent: dict[str, float], steps: int, tokens: float, flops: float | None, peak: float | None) -> dict:
     """Step time and input wait (seconds per step), tokens per second and, if `flops` and `peak` are known, the MFU.
 
-    The MFU is `flops`, of all steps, over the FLOP that the devices can do at their peak in the time of steps and input.
-    Compilation, saving and restarts are left out.
+    The MFU is `flops`, of all steps, over the FLOP that the devices can do at their peak in the time of steps and
+    input. Compilation, saving and restarts are left out.
     """
     training = max(spent["steps"] + spent["input"], 1e-9)
     count = max(steps, 1)

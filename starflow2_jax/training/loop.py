@@ -51,11 +51,11 @@ def train(
 ) -> dict:
     """Train the tasks that are not done yet, in their order.
 
-    `stop_at`: save and return after this step, counted over all tasks. `profile`: number of steps to profile into profile/.
-    `evals`: the evaluations of a task. `best`: the metric by which a task's steps are ranked.
+    `stop_at`: save and return after this step, counted over all tasks. `profile`: number of steps to profile into
+    profile/. `evals`: the evaluations of a task. `best`: the metric by which a task's steps are ranked.
 
-    Returns the speed and the shares of the time (Ledger.summary) and the counts of bad steps (Watch.counts), which are also
-    written to metrics/summary.json. Raises Preempted after SIGTERM, when everything is saved, and NonFiniteLoss or
+    Returns the speed and the shares of the time (Ledger.summary) and the counts of bad steps (Watch.counts), which are
+    also written to metrics/summary.json. Raises Preempted after SIGTERM, when everything is saved, and NonFiniteLoss or
     LossSpike for a bad step, if that is the policy.
     """
     if profile < 0:
@@ -109,8 +109,8 @@ class Trainer:
     def __init__(self, config: Config, folder: str | Path):
         """Open the directory `folder`, or prepare to make it; `run` writes it.
 
-        Raises ConfigError if the config contradicts itself, the directory or the codec, CheckpointError if the directory
-        cannot be read, and LockedError if another run trains there.
+        Raises ConfigError if the config contradicts itself, the directory or the codec, CheckpointError if the
+        directory cannot be read, and LockedError if another run trains there.
         """
         self.config = config = configs.complete(config)
         keep = Keep(config.keep, config.keep_every, config.keep_best)
@@ -123,8 +123,8 @@ class Trainer:
         if self.begun:
             if other := differences(configs.pretzel(self.checkpoints.config()), self.model.cfg):
                 raise ConfigError(
-                    f"{folder} holds another model than the config: its {', '.join(other)}; change the config, or name another "
-                    "--out"
+                    f"{folder} holds another model than the config: its {', '.join(other)}; change the config, or name "
+                    f"another --out"
                 )
             self.codec, self.tokenizer = self.checkpoints.codec(), self.checkpoints.tokenizer()
         else:
@@ -135,8 +135,8 @@ class Trainer:
             )
         if (self.model.cfg.grid, self.model.cfg.channels) != (self.codec.grid, self.codec.channels):
             raise ConfigError(
-                f"the codec makes a grid of {self.codec.grid} tokens with {self.codec.channels} channels; set model.grid and "
-                "model.channels to the same"
+                f"the codec makes a grid of {self.codec.grid} tokens with {self.codec.channels} channels; set "
+                f"model.grid and model.channels to the same"
             )
 
     def task(self, name: str) -> StageTask:
@@ -146,8 +146,9 @@ class Trainer:
     def run(self, progress: bool = True, stop_at: int | None = None, profile: int = 0) -> dict:
         """Train the stages that are not done yet; arguments, result and errors as for `train`.
 
-        Also raises LockedError if another run trains in the directory, ConfigError if the stages that are done do not fit the
-        config, and StorageError if a file cannot be written; then the same call resumes from the last good checkpoint.
+        Also raises LockedError if another run trains in the directory, ConfigError if the stages that are done do not
+        fit the config, and StorageError if a file cannot be written; then the same call resumes from the last good
+        checkpoint.
         """
         c = self.config
         settings = Settings(c.log_every, c.save_every, c.faults, peak_flops(c.peak_flops))
@@ -198,7 +199,9 @@ class Trainer:
         return held_whole(self.config, self.model, self.mesh)
 
     def _require_same_steps(self) -> None:
-        """Raises ConfigError if a run with the config's order and steps would not pass through the directory's last step."""
+        """Raises ConfigError if a run with the config's order and steps would not pass through the directory's last
+        step.
+        """
         if not (done := self.checkpoints.steps.latest()):
             return
         meta, order = self.checkpoints.steps.meta(done), list(self.config.order)
@@ -207,13 +210,13 @@ class Trainer:
         folder, steps = self.checkpoints.folder, self.config.stages[name].steps if name in order else 0
         if before is None or before + own != done or own > steps:
             raise ConfigError(
-                f"{folder} is at step {done} ({own} of them in stage {name}), which this config's order and steps never reach; "
-                "keep the order and steps of the stages that are done, or name another --out"
+                f"{folder} is at step {done} ({own} of them in stage {name}), which this config's order and steps "
+                f"never reach; keep the order and steps of the stages that are done, or name another --out"
             )
         if own < steps and not self.checkpoints.steps.has(done, "optimizer"):
             raise ConfigError(
-                f"stage {name} of {folder} ended after {own} steps and cannot go on to {steps}, because its optimizer state was "
-                f"deleted; leave stages.{name}.steps at {own}, or name another --out"
+                f"stage {name} of {folder} ended after {own} steps and cannot go on to {steps}, because its optimizer "
+                f"state was deleted; leave stages.{name}.steps at {own}, or name another --out"
             )
 
     def _require_stages(self) -> None:
@@ -241,9 +244,9 @@ class Trainer:
     ) -> None:
         """Make a directory `folder` for a run on the converted VLM in the folder `vlm`, with untrained flows as step 0.
 
-        `read_config` reads vlm.json. `say` gets a line about each piece of work before it begins. `force`: also begin if
-        the flows do not fit into memory. Raises UserError if they do not, if `folder` exists or if the config describes
-        another VLM, and StorageError if a file cannot be written; then no folder is left.
+        `read_config` reads vlm.json. `say` gets a line about each piece of work before it begins. `force`: also begin
+        if the flows do not fit into memory. Raises UserError if they do not, if `folder` exists or if the config
+        describes another VLM, and StorageError if a file cannot be written; then no folder is left.
         """
         config, vlm, folder = configs.complete(config), Path(vlm), Path(folder).resolve()
         require_new(folder)

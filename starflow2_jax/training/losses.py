@@ -1,4 +1,6 @@
-"""The losses as sums over a batch, and the counts that divide them. Sums of parts of a batch add up to those of the whole."""
+"""The losses as sums over a batch, and the counts that divide them. Sums of parts of a batch add up to those of the
+whole.
+"""
 
 from functools import reduce
 
@@ -12,13 +14,17 @@ from starflow2_jax.stages import Stage
 
 
 def image_nll(output: Output, sequence: Sequence) -> jax.Array:
-    """Negative log-likelihood of each image (B, M): nats, summed over its N * D dimensions, without 0.5 ln 2 pi for each."""
+    """Negative log-likelihood of each image (B, M): nats, summed over its N * D dimensions, without 0.5 ln 2 pi for
+    each.
+    """
     z, logdet = image_noise(output, sequence)
     return jnp.sum(0.5 * z**2 - logdet, axis=(2, 3))
 
 
 def latent_squares(output: Output) -> jax.Array:
-    """Squares of each image's intermediate latents (B, M), summed over its dimensions and the blocks of the shallow flow."""
+    """Squares of each image's intermediate latents (B, M), summed over its dimensions and the blocks of the shallow
+    flow.
+    """
     return reduce(jnp.add, (jnp.sum(h**2, axis=(2, 3)) for h in output.states))
 
 
@@ -38,6 +44,8 @@ def counts(sequence: Sequence) -> dict[str, jax.Array]:
 
 
 def targets(sequence: Sequence, stage: Stage) -> jax.Array:
-    """Number () of latent dimensions and text tokens in the stage's losses; 0: the stage learns nothing from the batch."""
+    """Number () of latent dimensions and text tokens in the stage's losses; 0: the stage learns nothing from the
+    batch.
+    """
     found = counts(sequence)
     return stage.image_loss * found["image"] + stage.text_loss * found["text"]

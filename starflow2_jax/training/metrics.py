@@ -17,8 +17,9 @@ from starflow2_jax.checkpoints.atomic_folder import write_whole
 class Metrics:
     """Writes the metrics of a run into `folder`: metrics.jsonl, event files, and at the end summary.json.
 
-    `done`: the step that the run resumes from; lines about later steps, which a killed run wrote, are removed. `writes`:
-    False in all processes but one, where the methods do nothing. The calling thread writes, so OSError is raised there.
+    `done`: the step that the run resumes from; lines about later steps, which a killed run wrote, are removed.
+    `writes`: False in all processes but one, where the methods do nothing. The calling thread writes, so OSError is
+    raised there.
     """
 
     def __init__(self, folder: str | Path, done: int = 0, writes: bool = True):
@@ -38,7 +39,9 @@ class Metrics:
         self._board.write_event(Event(step=done + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, stage: str, values: dict[str, float], timings: dict[str, float] | None = None) -> None:
-        """Log a step. `values` go into both files; `timings`, which differ when a run is repeated, to TensorBoard alone."""
+        """Log a step. `values` go into both files; `timings`, which differ when a run is repeated, to TensorBoard
+        alone.
+        """
         if not self.writes:
             return
         self._lines.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")

@@ -24,10 +24,12 @@ MUON_AXES = {
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer `cfg.name` for `steps` steps. Weight decay applies to matrices and embeddings, not to norms and biases.
+    """The optimizer `cfg.name` for `steps` steps. Weight decay applies to matrices and embeddings, not to norms and
+    biases.
 
     adamw: decoupled weight decay (arXiv 1711.05101).
-    muon: orthogonalised momentum for the matrices of the Transformer stacks, scaled like AdamW's updates so that both use
+    muon: orthogonalised momentum for the matrices of the Transformer stacks, scaled like AdamW's updates so that both
+    use
         the same learning rate (arXiv 2502.16982); AdamW for the rest.
     adafactor: factored second moments and no first ones (arXiv 1804.04235). Updates are not scaled by the parameters'
         size, so AdamW's learning rate fits.

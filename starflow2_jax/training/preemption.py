@@ -1,4 +1,6 @@
-"""Preemption: SIGTERM announces that the machine will be taken away. The run saves and exits; its launcher restarts it."""
+"""Preemption: SIGTERM announces that the machine will be taken away. The run saves and exits; its launcher restarts
+it.
+"""
 
 import contextlib
 import signal
@@ -24,7 +26,9 @@ class Preemption:
     @classmethod
     @contextlib.contextmanager
     def listening(cls) -> Iterator["Preemption"]:
-        """Catch SIGTERM during the block. In a distributed run, JAX's preemption service catches it for all processes."""
+        """Catch SIGTERM during the block. In a distributed run, JAX's preemption service catches it for all
+        processes.
+        """
         notice = cls()
         if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
             yield notice
@@ -36,7 +40,8 @@ class Preemption:
             signal.signal(signal.SIGTERM, before)
 
     def reached(self, step: int) -> bool:
-        """Whether the run should end after `step`. Every process calls it after every step, and all get True after the same.
+        """Whether the run should end after `step`. Every process calls it after every step, and all get True after the
+        same.
 
         From then on it returns True: JAX's service reports one step only, which may be the last one of a task.
         """

@@ -17,7 +17,9 @@ class Profiler:
         self.done, self.tracing = 0, False
 
     def step(self, running: Any) -> None:
-        """Start or end the profile if it is time. Call it before each step; `running`: arrays that the last step computes."""
+        """Start or end the profile if it is time. Call it before each step; `running`: arrays that the last step
+        computes.
+        """
         if self.done == self.first and self.first < self.last:
             jax.block_until_ready(running)
             jax.profiler.start_trace(str(self.folder))

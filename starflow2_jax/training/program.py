@@ -75,7 +75,8 @@ def objective(config: Config, stage: Stage, deviations: ArrayLike) -> Objective:
 
 
 def find_stage(config: Config, text: str | None) -> Stage:
-    """A stage of the config by name, or by its number in the paper (1, 2, 3); None: the last stage of the config's order.
+    """A stage of the config by name, or by its number in the paper (1, 2, 3); None: the last stage of the config's
+    order.
 
     Raises ConfigError if the config has no such stage.
     """
@@ -83,7 +84,9 @@ def find_stage(config: Config, text: str | None) -> Stage:
 
 
 def find_codec_stage(config: Any, text: str | None) -> CodecStage:
-    """A stage of a codec's config by name; None: the last of the config's order. Raises ConfigError if it has no such stage."""
+    """A stage of a codec's config by name; None: the last of the config's order. Raises ConfigError if it has no such
+    stage.
+    """
     return CODEC_STAGES[_named(config, text, tuple(CODEC_STAGES), "name one of {}")]
 
 
@@ -101,13 +104,16 @@ def require_rows(config: Config, stage: Stage, mesh: Mesh) -> None:
     spread = sharding.row_shards(mesh) * cfg.accumulate
     if cfg.rows % spread:
         raise ConfigError(
-            f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread}, which is mesh.data x mesh.fsdp x accumulate"
+            f"stages.{stage.name}.rows={cfg.rows} must be a multiple of {spread}, which is mesh.data x mesh.fsdp x "
+            f"accumulate"
         )
     rows_of_a_group(cfg.rows, config.data.groups)
 
 
 def trained_tree(stage: Stage) -> str:
-    """The tree that the stage trains, "frozen" or "trainable". Its state and checkpoints have all groups of this tree."""
+    """The tree that the stage trains, "frozen" or "trainable". Its state and checkpoints have all groups of this
+    tree.
+    """
     return "frozen" if set(stage.trains) <= set(FROZEN) else "trainable"
 
 
@@ -130,7 +136,9 @@ def batch_shape(config: Config, stage: Stage) -> Shape:
 
 
 def abstract_params(model: Pretzel, tree: str) -> dict:
-    """Shapes and types of the parameters of one of the two trees, "frozen" or "trainable". Uses no memory and no devices."""
+    """Shapes and types of the parameters of one of the two trees, "frozen" or "trainable". Uses no memory and no
+    devices.
+    """
     return jax.eval_shape(lambda: _initial(model, 0, tree))
 
 
@@ -188,8 +196,8 @@ def require_room(arguments: Any, mesh: Mesh) -> None:
     needed = bytes_a_device(arguments)
     if (memory := devices.memory(mesh.devices.flat[0])) is not None and needed > memory:
         raise ConfigError(
-            f"parameters, optimizer and batch need {needed / 1e9:,.1f} GB on each device, which has {memory / 1e9:,.1f} GB; use a "
-            "smaller model or batch, or more devices on the axis mesh.fsdp"
+            f"parameters, optimizer and batch need {needed / 1e9:,.1f} GB on each device, which has "
+            f"{memory / 1e9:,.1f} GB; use a smaller model or batch, or more devices on the axis mesh.fsdp"
         )
 
 
@@ -205,7 +213,9 @@ def _width(dtype: Any) -> int:
 
 
 def held_whole(config: Config, model: Pretzel, mesh: Mesh) -> str:
-    """Says which parameters every device holds whole although they should be cut; "" if there are none, see `sharding`."""
+    """Says which parameters every device holds whole although they should be cut; "" if there are none, see
+    `sharding`.
+    """
     if mesh.shape["fsdp"] == 1:
         return ""
     frozen = _as_published(config, abstract_params(model, "frozen"))

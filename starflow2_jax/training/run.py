@@ -1,4 +1,6 @@
-"""A run of one task: it reads batches, steps, checks the metrics, logs and saves. It handles bad steps and preemption."""
+"""A run of one task: it reads batches, steps, checks the metrics, logs and saves. It handles bad steps and
+preemption.
+"""
 
 import sys
 from collections import deque
@@ -47,8 +49,8 @@ class Run(Generic[S]):
     """One task in progress, resumed from the newest checkpoint.
 
     `place`: index of the task in the order. `first`: number of steps of the tasks before it. Steps are counted over all
-    tasks, so the task's first step has the number first + 1. `best`: the metric by which steps are ranked, one of a step or
-    of an evaluation ("NAME/NUMBER").
+    tasks, so the task's first step has the number first + 1. `best`: the metric by which steps are ranked, one of a
+    step or of an evaluation ("NAME/NUMBER").
     """
 
     def __init__(
@@ -141,7 +143,9 @@ class Run(Generic[S]):
             self.save(self.task.finish(self.state, self.checkpoints), None, ended)
 
     def save(self, state: S, position: object, ended: bool) -> None:
-        """Save `state` as the step self.number. `position`: of the data. `ended`: the run ends here, see `Ledger.state`."""
+        """Save `state` as the step self.number. `position`: of the data. `ended`: the run ends here, see
+        `Ledger.state`.
+        """
         finite = [value for value in self.recent if np.isfinite(value)]
         self.checkpoints.lock.require_held()
         meta = {
@@ -201,13 +205,16 @@ class Run(Generic[S]):
         return True
 
     def _compare_documents(self, then: object) -> None:
-        """Warns if a source had another number of documents when the step was saved. `then`: those numbers by source."""
+        """Warns if a source had another number of documents when the step was saved. `then`: those numbers by
+        source.
+        """
         for name, now in self.reader.documents.items():
             before = then.get(name, now) if isinstance(then, dict) else now
             if before != now and self.tools.metrics.writes:
                 print(
-                    f"WARNING: the data source {name!r} has {now} documents, but had {before} when step {self.number} was saved; the "
-                    "run resumes at the same position in the data, so it may skip documents or read some of them again",
+                    f"WARNING: the data source {name!r} has {now} documents, but had {before} when step {self.number} "
+                    f"was saved; the run resumes at the same position in the data, so it may skip documents or read "
+                    f"some of them again",
                     file=sys.stderr,
                 )
 
@@ -216,8 +223,9 @@ class Run(Generic[S]):
         if not self.unranked and self.checkpoints.steps.keep.best and self.tools.metrics.writes:
             self.unranked = True
             print(
-                f"WARNING: step {self.number} ({self.task.name}) is not ranked for keep_best, because no {self.best!r} was "
-                "measured since the step that was saved before; check best_metric, or evaluate as often as steps are saved",
+                f"WARNING: step {self.number} ({self.task.name}) is not ranked for keep_best, because no {self.best!r} "
+                f"was measured since the step that was saved before; check best_metric, or evaluate as often as steps "
+                f"are saved",
                 file=sys.stderr,
             )
 
@@ -226,7 +234,8 @@ class Run(Generic[S]):
         count = self.watch.counts["without_targets"]
         if count & (count - 1) == 0 and self.tools.metrics.writes:
             print(
-                f'WARNING: nothing is predicted in the batch of step {number} (it has no "predict" or "generate" that this task '
+                f'WARNING: nothing is predicted in the batch of step {number} (it has no "predict" or "generate" that '
+                f"this task "
                 f"learns from); {count} such steps so far",
                 file=sys.stderr,
             )
@@ -277,8 +286,8 @@ class Run(Generic[S]):
 
 
 def restore(task: Task[S], checkpoints: CheckpointDirectory, mesh: jax.sharding.Mesh) -> tuple[S, object]:
-    """A task's state and data position at the newest step. If that step is another task's: the state before the first step,
-    and None."""
+    """A task's state and data position at the newest step. If that step is another task's: the state before the first
+    step, and None."""
     latest = checkpoints.steps.latest()
     if not latest:  # step 0 of `Trainer.begin` holds the fresh parameters of the first task
         return task.new_state(None), None

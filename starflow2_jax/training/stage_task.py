@@ -31,8 +31,8 @@ REMEMBERED = 100_000  # texts whose tokens the encoder remembers, because captio
 
 
 class StageTask:
-    """A stage as a `task.Task`. Its state has the tree that the stage trains, "frozen" or "trainable"; the step gets the
-    other tree as an argument."""
+    """A stage as a `task.Task`. Its state has the tree that the stage trains, "frozen" or "trainable"; the step gets
+    the other tree as an argument."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class StageTask:
         return training_flops(self.model.cfg, self.stage, program.batch_shape(self.config, self.stage)).total
 
     def check(self) -> None:
-        """Raises UserError for rows that do not fit the mesh, arrays that do not fit the devices' memory, devices without host
-        memory, or a source that cannot be opened."""
+        """Raises UserError for rows that do not fit the mesh, arrays that do not fit the devices' memory, devices
+        without host memory, or a source that cannot be opened."""
         program.require_rows(self.config, self.stage, self.mesh)
         if self.cfg.optimizer.offload:
             require_host(self.mesh)
@@ -77,8 +77,8 @@ class StageTask:
         return program.abstract_state(self.config, self.model, self.stage, self.optimizer, self.mesh)
 
     def new_state(self, params: dict | None) -> TrainState:
-        """The state before the first step, with `params` (on their shards) or fresh parameters. Its key depends on the seed
-        and the stage's name alone."""
+        """The state before the first step, with `params` (on their shards) or fresh parameters. Its key depends on the
+        seed and the stage's name alone."""
         if params is None:
             params = self.fresh(program.trained_tree(self.stage))
         key = stream_key(self.config.seed, "stage", self.name)
@@ -91,7 +91,9 @@ class StageTask:
         return program.fresh_params(self.model, self.config.seed, tree, self.mesh)
 
     def frozen(self, checkpoints: CheckpointDirectory) -> dict:
-        """The tree that the stage does not train, and "codec" if the step encodes pictures. Raises ConfigError if that is the VLM and the directory has none yet."""
+        """The tree that the stage does not train, and "codec" if the step encodes pictures. Raises ConfigError if that
+        is the VLM and the directory has none yet.
+        """
         if program.trained_tree(self.stage) == "frozen":
             frozen = self.fresh("trainable")
         elif not checkpoints.frozen.exists():
@@ -119,14 +121,17 @@ class StageTask:
                 *(['texts with "predict": true'] if self.stage.text_loss else []),
             ]
             raise ConfigError(
-                f"nothing is predicted in the first batch of stage {self.name}, so the stage would learn nothing; the documents "
-                f"of {paths} need {' or '.join(wanted)} (the model learns to write the texts that are marked by "
+                f"nothing is predicted in the first batch of stage {self.name}, so the stage would learn nothing; the "
+                f"documents of {paths} need {' or '.join(wanted)} (the model learns to write the texts that are marked "
+                f"by "
                 '"predict" and the images that are marked by "generate")'
             )
 
     @cached_property
     def pictures(self) -> bool:
-        """Whether the step encodes pictures: the codec can, and a source of the stage or of an evaluation holds pictures."""
+        """Whether the step encodes pictures: the codec can, and a source of the stage or of an evaluation holds
+        pictures.
+        """
         if not self.codec.in_step:
             return False
         mixes = [getattr(each, "mix", None) or {} for each in self.config.evals.values()]
@@ -137,7 +142,9 @@ class StageTask:
         return any(each.open().encoded_by() is None for each in named)
 
     def row_encoder(self, streams: list[Stream]) -> RowEncoder:
-        """Turns documents of the streams into parts of this stage's rows. It leaves pictures for the step, if that encodes."""
+        """Turns documents of the streams into parts of this stage's rows. It leaves pictures for the step, if that
+        encodes.
+        """
         vision = self.model.cfg.vlm.vision
         pictures = self.codec.in_step and any(each.source.encoded_by() is None for each in streams)
         encoder = Encoder(self.tokenizer, self.codec.without_weights(), vision, REMEMBERED, pictures)
@@ -149,7 +156,9 @@ class StageTask:
         return sources.streams(self.config, self.stage, self.codec, self.tokenizer, vision)
 
     def batches(self) -> GroupedBatches:
-        """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
+        """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices
+        need.
+        """
         return self.reader(self.streams(), self.config.data.workers)
 
     def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
@@ -160,7 +169,8 @@ class StageTask:
         return GroupedBatches(streams, encode, data.groups, workers, data.threads, faults, rows)
 
     def finish(self, state: TrainState, checkpoints: CheckpointDirectory) -> TrainState:
-        """The state to save at the end: the moving average becomes the parameters, and average and optimizer are dropped.
+        """The state to save at the end: the moving average becomes the parameters, and average and optimizer are
+        dropped.
 
         If the stage trained the VLM, this saves it as the frozen weights.
         """

@@ -53,16 +53,16 @@ def require_host(mesh: jax.sharding.Mesh) -> None:
     device = mesh.devices.flat[0]
     if HOST not in {memory.kind for memory in device.addressable_memories()}:
         raise ConfigError(
-            f"optimizer.offload needs memory of the kind {HOST}, which devices of the platform {device.platform} do not have "
-            "here; set it to False"
+            f"optimizer.offload needs memory of the kind {HOST}, which devices of the platform {device.platform} do "
+            f"not have here; set it to False"
         )
 
 
 def offloaded(step: Callable) -> Callable:
     """`step` with the optimizer's state in host memory between steps; `state_shardings` places it there at the start.
 
-    Apply it last, around all other wrappers that compute with the state: XLA would leave a scalar that they compute in host
-    memory on the device.
+    Apply it last, around all other wrappers that compute with the state: XLA would leave a scalar that they compute in
+    host memory on the device.
     """
 
     def run(state: TrainState, *arguments):
@@ -74,7 +74,9 @@ def offloaded(step: Callable) -> Callable:
 
 
 def counted(step: Callable, stage: Stage) -> Callable:
-    """`step` with two more metrics: "tokens", the number of positions that are not padding, and "targets" (losses.targets)."""
+    """`step` with two more metrics: "tokens", the number of positions that are not padding, and "targets"
+    (losses.targets).
+    """
 
     def run(state: TrainState, frozen: dict, batch: Sequence):
         state, metrics = step(state, frozen, batch)
@@ -93,7 +95,9 @@ def encoding(step: Callable, codec: Codec, parts: int) -> Callable:
 
 
 def encoded(codec: Codec, frozen: dict, batch: Sequence, parts: int = 1) -> Sequence:
-    """The batch with latents in place of its pictures, if it has any. `parts`: the rows are encoded in so many parts, in turn."""
+    """The batch with latents in place of its pictures, if it has any. `parts`: the rows are encoded in so many parts,
+    in turn.
+    """
     if batch.pictures is None:
         return batch
 
@@ -110,8 +114,8 @@ def encoded(codec: Codec, frozen: dict, batch: Sequence, parts: int = 1) -> Sequ
 class Objective:
     """The loss L_NF + text_weight L_NTP + latent_penalty P, of which a stage has some terms.
 
-    L_NF is in nats per latent dimension and L_NTP in nats per token. P is the mean square of the outputs of a block of the
-    shallow flow, summed over the blocks (STARFlow's regulariser, arXiv 2506.06276).
+    L_NF is in nats per latent dimension and L_NTP in nats per token. P is the mean square of the outputs of a block of
+    the shallow flow, summed over the blocks (STARFlow's regulariser, arXiv 2506.06276).
     """
 
     noise: ArrayLike = 0.0  # (D,): standard deviation of the Gaussian noise added to the latents
@@ -193,8 +197,8 @@ def make_step(
 def summed_gradients(loss: Callable, moving: dict, batch: Sequence, parts: int, key: jax.Array) -> tuple[dict, dict]:
     """The gradient of `loss` with respect to `moving`, and the sums that `loss` returns beside its value.
 
-    `loss`: (moving, batch, key) -> (value, sums), both of them sums over rows. The rows run in `parts` micro-batches, one
-    after the other.
+    `loss`: (moving, batch, key) -> (value, sums), both of them sums over rows. The rows run in `parts` micro-batches,
+    one after the other.
     """
     gradient, keys = jax.grad(loss, has_aux=True), jax.random.split(key, parts)
     if parts == 1:
@@ -215,5 +219,7 @@ def in_parts(batch: Sequence, parts: int) -> Sequence:
 
 
 def finish(state: TrainState) -> dict:
-    """The parameters that the next stage starts from: the moving average of the trained groups, and the other groups."""
+    """The parameters that the next stage starts from: the moving average of the trained groups, and the other
+    groups.
+    """
     return state.params | state.ema

@@ -13,8 +13,8 @@ from starflow2_jax.checkpoints.directory import CheckpointDirectory
 class State(struct.PyTreeNode):
     """A training state. Tasks inherit from it and add fields; each field except `step` and `key` is a group of arrays.
 
-    Checkpoints save every group under its name: "params", "ema", "optimizer", or others that a task needs, such as a critic
-    and its optimizer.
+    Checkpoints save every group under its name: "params", "ema", "optimizer", or others that a task needs, such as a
+    critic and its optimizer.
     """
 
     step: jax.Array  # () int32: steps of this task that are done
@@ -98,7 +98,9 @@ class Task(Protocol[S]):
         ...
 
     def check_batch(self, batch: Any) -> None:
-        """Raises UserError if the first batch, as global arrays, shows that the task can learn nothing from the data."""
+        """Raises UserError if the first batch, as global arrays, shows that the task can learn nothing from the
+        data.
+        """
 
     def batches(self) -> Batches:
         """Batches from the beginning of the data. Each process reads the rows that its devices need."""

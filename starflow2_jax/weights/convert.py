@@ -1,4 +1,5 @@
-"""Converts the reference library's folder of a VLM into our checkpoint of it, and back, with one tensor in memory at a time.
+"""Converts the reference library's folder of a VLM into our checkpoint of it, and back, with one tensor in memory at a
+time.
 
 Our checkpoint is a folder:
 
@@ -64,8 +65,8 @@ Wanted = dict[str, tuple[Rule, tuple[Part, ...]]]
 def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
     """Convert the reference's folder `source`, of a VLM of this kind, into a new checkpoint `target`.
 
-    Names, shapes and types are checked before anything is written, numbers while they are written. Raises UserError; then
-    no folder `target` is left.
+    Names, shapes and types are checked before anything is written, numbers while they are written. Raises UserError;
+    then no folder `target` is left.
     """
     require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
     weights = VLM_WEIGHTS[kind]
@@ -97,7 +98,8 @@ def to_checkpoint(kind: str, source: str | Path, target: str | Path) -> None:
 def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_bytes: int = 4 * 10**9) -> None:
     """Convert a checkpoint that `to_checkpoint` made into a new folder `target`, bit for bit as the reference saves it.
 
-    A weight file has at most `shard_bytes`, or a single larger tensor. Raises UserError; then no folder `target` is left.
+    A weight file has at most `shard_bytes`, or a single larger tensor. Raises UserError; then no folder `target` is
+    left.
     """
     require_one_of("the kind of VLM", kind, VLM_WEIGHTS)
     checkpoint, target = Path(checkpoint).resolve(), Path(target).resolve()

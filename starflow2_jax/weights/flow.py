@@ -109,7 +109,9 @@ def _options(config: Mapping, required: tuple[str, ...], defaults: Mapping, only
 
 
 def _depths(layers: int | list[int], count: int) -> list[int]:
-    """The number of layers of each of `count` blocks. `layers`: one number for all, or one for each. Raises WeightError."""
+    """The number of layers of each of `count` blocks. `layers`: one number for all, or one for each. Raises
+    WeightError.
+    """
     layers = [layers] if isinstance(layers, int) else list(layers)
     layers = layers * count if len(layers) == 1 else layers
     if len(layers) != count or min(layers) < 1:

@@ -41,7 +41,8 @@ class Entry:
 
 
 def read_entries(folder: Path, name: str = "model") -> dict[str, Entry]:
-    """Every tensor of a folder by name, in the order in which the files hold them. Reads only headers. Raises WeightError.
+    """Every tensor of a folder by name, in the order in which the files hold them. Reads only headers. Raises
+    WeightError.
 
     `name`: what the names of the safetensors file and of the index begin with.
     """
@@ -145,7 +146,9 @@ def same_bits(a: Entry, b: Entry, numbers: int = 2**22) -> bool:
 
 
 def _read(entry: Entry, numbers: int) -> Iterator[np.ndarray]:
-    """The tensor's numbers in flat arrays of at most `numbers` numbers. Raises WeightError if the file ends too early."""
+    """The tensor's numbers in flat arrays of at most `numbers` numbers. Raises WeightError if the file ends too
+    early.
+    """
     total = math.prod(entry.shape)
     for start in range(0, total, max(numbers, 1)):
         count = min(numbers, total - start)

@@ -1,4 +1,6 @@
-"""LPIPS's weights: VGG-16 in the names of torchvision's file, and the linear layers in the names of the `lpips` package."""
+"""LPIPS's weights: VGG-16 in the names of torchvision's file, and the linear layers in the names of the `lpips`
+package.
+"""
 
 from pathlib import Path
 

@@ -9,6 +9,7 @@ from starflow2_jax.weights.table import WeightError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LONGEST_POINTER = 1024  # bytes
+NO_WEIGHTS = "holds neither model.safetensors nor model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 PLAIN_TYPES = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}  # types in safetensors that no quantiser stores weights in
 QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -37,13 +38,15 @@ def require_unquantised(folder: Path, types: Iterable[str], fits: bool = True) -
     strange, method = sorted(set(types) - PLAIN_TYPES), _quantiser(folder)
     if strange or (method and not fits):
         raise WeightError(
-            f"{folder} holds weights that are quantised ({method or 'types ' + ', '.join(strange)}), which cannot be converted; "
-            "give the folder of the unquantised model"
+            f"{folder} holds weights that are quantised ({method or 'types ' + ', '.join(strange)}), which cannot be "
+            f"converted; give the folder of the unquantised model"
         )
 
 
 def what_it_is(folder: Path) -> str:
-    """What a folder without a safetensors model holds, and what to do: a sentence whose subject, the folder, is left out."""
+    """What a folder without a safetensors model holds, and what to do: a sentence whose subject, the folder, is left
+    out.
+    """
     files = sorted(path.name for path in folder.iterdir())
     snapshots = sorted(path.parent for path in folder.glob("**/snapshots/*/config.json"))
     if "vlm.json" in files:
@@ -68,9 +71,9 @@ def what_it_is(folder: Path) -> str:
     if pickles := [name for name in files if name.endswith(PICKLES)]:
         return f"holds weights as pickles of PyTorch ({_some(pickles)}), which are never unpickled here; {_RESAVE}"
     if any(name.endswith(".safetensors") for name in files):
-        return "holds neither model.safetensors nor model.safetensors.index.json; fetch the index of its safetensors files too"
+        return f"{NO_WEIGHTS}; fetch the index of its safetensors files too"
     holds = f"it holds {_some(files)}" if files else "it is empty"
-    return f"holds neither model.safetensors nor model.safetensors.index.json ({holds}); give the folder that holds the weights"
+    return f"{NO_WEIGHTS} ({holds}); give the folder that holds the weights"
 
 
 def advice(file: Path) -> str:

@@ -48,8 +48,8 @@ def read_folder(folder: Path, dtype: str) -> QwenConfig:
 def read_config(path: Path, dtype: str) -> QwenConfig:
     """The reference's config.json -> our config that computes in `dtype`.
 
-    An option that the file leaves out has the reference's default. Raises WeightError for a file that cannot be read, or
-    has options that we do not support.
+    An option that the file leaves out has the reference's default. Raises WeightError for a file that cannot be read,
+    or has options that we do not support.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2_5_VLConfig
@@ -60,7 +60,8 @@ def read_config(path: Path, dtype: str) -> QwenConfig:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "qwen2_5_vl":
         raise WeightError(
-            f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind), 60)}, not 'qwen2_5_vl'; give a folder of that model"
+            f"{path} describes no Qwen2.5-VL: its model_type is {shorten(repr(kind), 60)}, not 'qwen2_5_vl'; give a "
+            f"folder of that model"
         )
     for part in (values, values.get("text_config"), values.get("vision_config")):
         for name in LAYERS:
@@ -128,8 +129,8 @@ def _refuse_unsupported(path: Path, text: Any, vision: Any) -> None:
 
 
 def table(cfg: QwenConfig, names: Collection[str] = ()) -> tuple[Rule, ...]:
-    """The weight table of `abstract_params(cfg)`. `names`: the names of the folder's tensors, which decide between the OLDER
-    and the NEWER prefixes; OLDER if there are none."""
+    """The weight table of `abstract_params(cfg)`. `names`: the names of the folder's tensors, which decide between the
+    OLDER and the NEWER prefixes; OLDER if there are none."""
     text, vision = generation(names)
     layer = text + "layers.{layer}."
     rules = (

@@ -19,8 +19,8 @@ BICUBIC = 3
 def read_processor(folder: Path, vision: VisionConfig) -> VisionConfig:
     """`vision` with the settings of the folder's image processor.
 
-    Warns on stderr if the folder lacks settings, for which the values in `vision` are used. Raises WeightError for files
-    that cannot be read, contradict `vision`, or have settings that we do not support.
+    Warns on stderr if the folder lacks settings, for which the values in `vision` are used. Raises WeightError for
+    files that cannot be read, contradict `vision`, or have settings that we do not support.
     """
     path, values = _find(folder)
     try:
@@ -62,7 +62,8 @@ def _refuse_unsupported(path: Path, values: dict, vision: VisionConfig) -> None:
     for name, have in sizes.items():
         if (given := values.get(name)) not in (None, have):
             raise WeightError(
-                f"{path} has {name} {shorten(repr(given))}, but config.json has {have}; fetch both files again from the same model"
+                f"{path} has {name} {shorten(repr(given))}, but config.json has {have}; fetch both files again from "
+                f"the same model"
             )
     faults = [
         f"{name} = {values[name]}" for name in ("do_resize", "do_rescale", "do_normalize") if values.get(name) is False

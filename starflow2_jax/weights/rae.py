@@ -1,7 +1,7 @@
 """RAE's autoencoders (arXiv 2510.11690) in the format of `diffusers`: a folder of AutoencoderRAE -> a codec folder.
 
-Such a codec is DINOv2 with registers and a pixel decoder; its latents are the features themselves. The training of a codec adds
-the networks that compress them.
+Such a codec is DINOv2 with registers and a pixel decoder; its latents are the features themselves. The training of a
+codec adds the networks that compress them.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -179,7 +179,8 @@ def import_rae(tensors: Mapping[str, np.ndarray], config: Mapping) -> FaeCodec:
 
 
 def _by_channel(mean: np.ndarray, std: np.ndarray, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel over all places, from those by channel and place (C, h, w) or of all together (1,).
+    """Mean and deviation of each channel over all places, from those by channel and place (C, h, w) or of all together
+    (1,).
 
     Raises WeightError for other shapes.
     """
@@ -202,7 +203,9 @@ def load_rae(folder: str | Path) -> FaeCodec:
 
 
 def to_codec(source: str | Path, target: str | Path) -> None:
-    """Convert a folder of AutoencoderRAE into a new codec folder `target`. Raises UserError; then no `target` is left."""
+    """Convert a folder of AutoencoderRAE into a new codec folder `target`. Raises UserError; then no `target` is
+    left.
+    """
     codec = load_rae(source)
     size: Any = sum(x.nbytes for x in jax.tree.leaves(dict(codec.weights)))
     with new_folder(Path(target).resolve(), size) as folder:

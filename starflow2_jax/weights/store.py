@@ -1,7 +1,8 @@
 """The arrays of an orbax checkpoint, written and read in slices, so that no array has to fit in memory.
 
-Without its option OCDBT, orbax saves each array in a zarr folder of its own, beside a description of the tree. Here orbax
-saves a tree of single numbers, which makes the description; TensorStore then replaces these by arrays of the real shapes.
+Without its option OCDBT, orbax saves each array in a zarr folder of its own, beside a description of the tree. Here
+orbax saves a tree of single numbers, which makes the description; TensorStore then replaces these by arrays of the real
+shapes.
 """
 
 import itertools
@@ -50,7 +51,9 @@ class ArrayStore:
             done.result()
 
     def read(self, path: str, layer: int | None) -> np.ndarray:
-        """Read an array; only the slice `layer` of its first axis if that is not None. Raises WeightError if its files are damaged."""
+        """Read an array; only the slice `layer` of its first axis if that is not None. Raises WeightError if its files
+        are damaged.
+        """
         array = self._arrays[path] if layer is None else self._arrays[path][layer]
         value = np.empty(array.shape, array.dtype.numpy_dtype)
         for index in _blocks(value.shape, _chunk(value.shape, value.dtype.itemsize)):
@@ -91,7 +94,9 @@ def _describe(folder: Path, tree: dict) -> None:
 
 
 def _open(folder: Path, path: str, x: jax.ShapeDtypeStruct, create: bool) -> ts.TensorStore:
-    """The zarr array of a parameter; `create`: replaces what is there by an empty one. Raises ValueError for another shape."""
+    """The zarr array of a parameter; `create`: replaces what is there by an empty one. Raises ValueError for another
+    shape.
+    """
     name = path.replace("/", ".")  # as orbax names it
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / name}/"}}
     if not create:
@@ -106,7 +111,9 @@ def _open(folder: Path, path: str, x: jax.ShapeDtypeStruct, create: bool) -> ts.
 
 
 def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of a chunk of at most CHUNK bytes: the array's shape, of which the longest side is halved repeatedly."""
+    """The shape of a chunk of at most CHUNK bytes: the array's shape, of which the longest side is halved
+    repeatedly.
+    """
     chunk = list(shape)
     while math.prod(chunk) * itemsize > CHUNK:
         longest = chunk.index(max(chunk))

@@ -1,7 +1,7 @@
 """Weight tables: which tensor of another project's checkpoint corresponds to which of our parameters.
 
-A table is a sequence of rules. From it and the shapes of our parameters, `expected` lists every tensor that the checkpoint
-must hold, with its name and shape. Import and export both follow this list.
+A table is a sequence of rules. From it and the shapes of our parameters, `expected` lists every tensor that the
+checkpoint must hold, with its name and shape. Import and export both follow this list.
 """
 
 import math
@@ -32,7 +32,8 @@ class Rule:
     """One source tensor <-> one of our parameters, or several that the source concatenates along its first axis.
 
     source: the tensor's name with fields for numbers, as in "blocks.{block}.layers.{layer}.qkv.weight".
-    target: the parameter's path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel". A field
+    target: the parameter's path with the same fields, as in "block_{block}/stack/layers/attention/query/kernel". A
+    field
         that only the source has, at most one, is an index into the target's first axis: the layers of a scan.
     axes: the axes of source and target (without the axis of layers), as in "(h k) e -> e h k". "1" is an axis of size 1
         that the target does not have. None: both have the same axes.
@@ -52,7 +53,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ignore:
-    """Source tensors that are not imported, such as buffers: their whole name matches the regular expression `pattern`."""
+    """Source tensors that are not imported, such as buffers: their whole name matches the regular expression
+    `pattern`.
+    """
 
     pattern: str
 
@@ -70,7 +73,9 @@ Table = Sequence[Rule | Ignore]
 
 
 class Head(NamedTuple):
-    """The order of a head's channels in the source and in ours, as axes of a Rule. Rotary positions rotate pairs of them."""
+    """The order of a head's channels in the source and in ours, as axes of a Rule. Rotary positions rotate pairs of
+    them.
+    """
 
     theirs: str
     ours: str
@@ -95,7 +100,9 @@ def norm(source: str, target: str, bias: bool = True, head: Head = HALVES) -> tu
 
 
 def to_heads(source: str, target: str | tuple[str, ...], head: Head = HALVES) -> tuple[Rule, ...]:
-    """Rules of a query, key or value map, (H K, E) -> (E, H, K), and its bias. Several targets: the source concatenates them."""
+    """Rules of a query, key or value map, (H K, E) -> (E, H, K), and its bias. Several targets: the source concatenates
+    them.
+    """
     targets = (target,) if isinstance(target, str) else target
     kernels, biases = (tuple(f"{t}/{leaf}" for t in targets) for leaf in ("kernel", "bias"))
     return (
@@ -113,8 +120,8 @@ def from_heads(source: str, target: str, bias: bool = True, head: Head = HALVES)
 def expected(table: Table, tree: Mapping) -> tuple[dict[str, tuple[Rule, tuple[Part, ...]]], list[str]]:
     """The source tensors that fill `tree` (nested dicts of arrays or shapes), and the faults of the table.
 
-    The first result maps a tensor's name to its rule and the parts of `tree` that it fills. The second has one sentence for
-    each parameter that no rule or two rules fill, and for each tensor that two rules name.
+    The first result maps a tensor's name to its rule and the parts of `tree` that it fills. The second has one sentence
+    for each parameter that no rule or two rules fill, and for each tensor that two rules name.
     """
     leaves: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
     shapes = {path: tuple(x.shape) for path, x in leaves.items()}
@@ -169,7 +176,9 @@ def import_tensors(table: Table, tensors: Mapping[str, np.ndarray], tree: Mappin
 
 
 def refuse(faults: Sequence[str]) -> None:
-    """Raises WeightError if there are faults, with their number and the first of each kind. A fault's first word is its kind."""
+    """Raises WeightError if there are faults, with their number and the first of each kind. A fault's first word is its
+    kind.
+    """
     if not faults:
         return
     kinds: dict[str, list[str]] = {}
@@ -213,7 +222,9 @@ def _groups(side: str) -> list[list[str]]:
 
 
 def source_shape(rule: Rule, parts: Sequence[Part], given: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """The shape that the source tensor of `parts` must have. `given`: its actual shape, for sizes that nothing else fixes."""
+    """The shape that the source tensor of `parts` must have. `given`: its actual shape, for sizes that nothing else
+    fixes.
+    """
     shapes = [_plan(rule, given, part.shape)[0] for part in parts]
     return shapes[0] if len(parts) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -247,8 +258,8 @@ def join(rule: Rule, parts: Sequence[Part], pieces: Sequence[np.ndarray]) -> np.
 
 
 def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple, list, list]:
-    """How a source tensor becomes a piece of shape `target`: its own shape, its shape with the groups split into axes, and
-    the permutation of these axes.
+    """How a source tensor becomes a piece of shape `target`: its own shape, its shape with the groups split into axes,
+    and the permutation of these axes.
 
     Sizes come from `target`. Sizes of axes that `target` has only within a group come from the rule, or from the source
     tensor's shape, `source`.
@@ -274,8 +285,8 @@ def _plan(rule: Rule, source: tuple[int, ...], target: tuple[int, ...]) -> tuple
 def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
     """The arrays of a .npz, .safetensors, .pt or .pth file by name. Never unpickles. Raises WeightError.
 
-    If a .npz file has names "param/...", only these arrays are returned, without this prefix. A .safetensors file is read
-    tensor by tensor, on access.
+    If a .npz file has names "param/...", only these arrays are returned, without this prefix. A .safetensors file is
+    read tensor by tensor, on access.
     """
     path = Path(path)
     reader = {".npz": _read_npz, ".safetensors": _Safetensors, ".pt": _read_torch, ".pth": _read_torch}.get(path.suffix)
@@ -330,8 +341,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds of errors for a damaged file
         raise WeightError(
-            f"{path} cannot be read: it is damaged or holds objects other than tensors, which are never unpickled here; "
-            "save its tensors as .safetensors"
+            f"{path} cannot be read: it is damaged or holds objects other than tensors, which are never unpickled "
+            f"here; save its tensors as .safetensors"
         ) from e
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise WeightError(f"{path} does not hold a flat dictionary of tensors; save its state_dict alone")

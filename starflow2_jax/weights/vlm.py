@@ -21,8 +21,8 @@ class VlmWeights:
     read_config(folder, dtype): our config from the folder's; it computes in `dtype`. Raises WeightError.
     rules(cfg, names): the weight table of `abstract_params(cfg)`. `names` are those of the folder's tensors, because
         versions of the reference name them differently; if empty, the names for export.
-    copies(cfg): name of a source tensor that a folder may hold as a copy -> the parameter that it must equal bit for bit.
-    published: name of a published size -> its config.
+    copies(cfg): name of a source tensor that a folder may hold as a copy -> the parameter that it must equal bit for
+    bit. published: name of a published size -> its config.
     """
 
     read_config: Callable[[Path, str], Any]
@@ -45,7 +45,8 @@ def load_config(path: Path) -> VlmConfig:
     """The config that `write_config` wrote. Raises WeightError."""
     if not path.exists():
         raise WeightError(
-            f"{path.parent} is no converted VLM, because it has no {path.name}; convert the VLM with `starflow2 convert`"
+            f"{path.parent} is no converted VLM, because it has no {path.name}; convert the VLM with `starflow2 "
+            f"convert`"
         )
     try:
         values = read_json_file(path)

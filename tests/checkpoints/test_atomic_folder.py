@@ -28,7 +28,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     """Of this folder, and of processes of this machine that have ended; the others may still be at work."""
     program = (
         "import os, sys; from pathlib import Path; from starflow2_jax.checkpoints.atomic_folder import new_folder\n"
-        "with new_folder(Path(sys.argv[1]), 1) as folder: (folder / 'weights').write_text('half'); print(folder); os._exit(9)"
+        "with new_folder(Path(sys.argv[1]), 1) as folder: (folder / 'weights').write_text('half'); print(folder); "
+        "os._exit(9)"
     )
     left = {}
     for name in ("new", "other"):

@@ -1,4 +1,6 @@
-"""What every lossless codec in the table keeps to, and what becomes of one that is saved; test_fae.py has the other one."""
+"""What every lossless codec in the table keeps to, and what becomes of one that is saved; test_fae.py has the other
+one.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Every key of the schema, as it is declared: the rows of these tests are made from it, so that a new key is among them."""
+"""Every key of the schema, as it is declared: the rows of these tests are made from it, so that a new key is among
+them.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,6 @@
-"""Documents, pictures and shards in buckets, of a server on this machine that speaks the protocol of S3 or of Google's."""
+"""Documents, pictures and shards in buckets, of a server on this machine that speaks the protocol of S3 or of
+Google's.
+"""
 
 import json
 import logging

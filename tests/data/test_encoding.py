@@ -1,4 +1,6 @@
-"""`starflow2 encode`: shards that training reads back, whatever was interrupted and however many processes shared the work."""
+"""`starflow2 encode`: shards that training reads back, whatever was interrupted and however many processes shared the
+work.
+"""
 
 import hashlib
 import io

@@ -95,8 +95,8 @@ def test_a_position_moves_between_numbers_of_hosts(before, after, monkeypatch):
 
 
 def test_nothing_is_lost_or_repeated(monkeypatch):
-    """Two epochs of 61 documents in 4 groups, stopped twice and gone on with on other numbers of hosts: each document as
-    often as it was read. What the packers still hold stays back, so that only the last documents may be missing."""
+    """Two epochs of 61 documents in 4 groups, stopped twice and gone on with on other numbers of hosts: each document
+    as often as it was read. What the packers still hold stays back, so that only the last documents may be missing."""
     seen, saved = Counter(), None
     for hosts in (2, 4, 1):
         readers = [reader(h, hosts) for h in range(hosts)]

@@ -1,4 +1,6 @@
-"""Sources that are shuffled and mixed, positions that survive a change of the mixture, and documents that are skipped."""
+"""Sources that are shuffled and mixed, positions that survive a change of the mixture, and documents that are
+skipped.
+"""
 
 import json
 from collections import Counter

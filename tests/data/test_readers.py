@@ -1,4 +1,6 @@
-"""Files that the formats' own libraries write are read back equal; damaged ones lose what is damaged, and nothing else."""
+"""Files that the formats' own libraries write are read back equal; damaged ones lose what is damaged, and nothing
+else.
+"""
 
 import csv
 import json

@@ -131,8 +131,8 @@ def test_sources_and_mixes_that_mean_nothing(overrides, saying):
 
 def test_who_trains_on_other_data_needs_no_scikit_learn():
     code = (
-        "import sys; import starflow2_jax.training.loop, starflow2_jax.sampling.engine, starflow2_jax.evaluation.table\n"
-        "print(*[name for name in ('sklearn', 'scipy.ndimage') if name in sys.modules])"
+        "import sys; import starflow2_jax.training.loop, starflow2_jax.sampling.engine, "
+        "starflow2_jax.evaluation.table\nprint(*[name for name in ('sklearn', 'scipy.ndimage') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -68,7 +68,9 @@ def test_who_writes_no_image_has_none_right():
 
 
 def test_images_are_judged_one_by_one():
-    """Two images for each digit: the first is right; the second is missing if the digit is odd, else it shows a nine."""
+    """Two images for each digit: the first is right; the second is missing if the digit is odd, else it shows a
+    nine.
+    """
     pixels, labels = digits.split("train")
     scan = {digit: pixels[np.flatnonzero(labels == digit)[0]] for digit in range(10)}
 

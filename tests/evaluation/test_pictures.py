@@ -1,4 +1,6 @@
-"""Benchmarks of drawing: the files that their scorers read, by any number of processes, and user files that are refused."""
+"""Benchmarks of drawing: the files that their scorers read, by any number of processes, and user files that are
+refused.
+"""
 
 import json
 import os

@@ -292,7 +292,9 @@ def test_words_that_are_right():
 
 
 def test_pictures_share_what_the_row_has_left(tmp_path, monkeypatch):
-    """A question with a small and a large picture: the large one is scaled down to what a row of 256 leaves, and answered."""
+    """A question with a small and a large picture: the large one is scaled down to what a row of 256 leaves, and
+    answered.
+    """
     large = Pillow.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8))
     file = io.BytesIO()
     large.save(file, "PNG")

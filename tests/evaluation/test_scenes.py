@@ -159,7 +159,9 @@ def test_the_region_of_an_edit():
 
 
 def test_stories_keep_their_places(benchmark):
-    """All sprites of a story may be elsewhere in their quarters, if they stay there; a step that moves them is wrong."""
+    """All sprites of a story may be elsewhere in their quarters, if they stay there; a step that moves them is
+    wrong.
+    """
     benchmark.quarters = False  # sprites that fill their quarters have no room to move
 
     def told(shift) -> float:

@@ -275,7 +275,9 @@ def test_a_failed_command_ends_the_script(call):
 @pytest.mark.parametrize("code, restarts, queued", [("0", "0", False), ("2", "0", False), ("75", "0", True), ("1", "49", True), ("75", "50", False)])  # fmt: skip
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, queued, refused):
-    """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not. If not, the job says it is over."""
+    """`srun` ends with `code`; `scontrol` must then be asked to queue the job again, or not. If not, the job says it is
+    over.
+    """
     ended = tmp_path / "ended"
     variables = {"srun_EXIT": code, "scontrol_EXIT": str(int(refused)), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts,
                  "PER": "node", "GPUS": "4", "SLURM_CPUS_PER_TASK": "32", "ENDED": str(ended)}  # fmt: skip
@@ -289,7 +291,8 @@ def test_a_job_is_queued_again_by_its_exit_code(call, tmp_path, code, restarts, 
 
 
 # A Python that makes environments which hold only itself, and records what its pip is called for. While the first one
-# installs it calls another script that wants the same environment, and goes on when that waits for its turn or installs.
+# installs it calls another script that wants the same environment, and goes on when that waits for its turn or
+# installs.
 PYTHON = """#!/bin/bash
 case "$*" in
   "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
@@ -312,7 +315,9 @@ SBATCH_STAND_IN = '#!/bin/bash\necho "sbatch with $VENV" >>"$RECORD"\n'
 
 @pytest.fixture
 def checkout(tmp_path):
-    """checkout(script, variables) -> (process, recorded lines): run in a copy of the repository that has no environment."""
+    """checkout(script, variables) -> (process, recorded lines): run in a copy of the repository that has no
+    environment.
+    """
     tools = {"a_python": PYTHON, "flock": FLOCK % shutil.which("flock"), "sbatch": SBATCH_STAND_IN}
     shutil.copytree(LAUNCH, tmp_path / "repository/launch")
     for name in ("setup.py", "pyproject.toml", "constraints.txt"):

@@ -31,7 +31,9 @@ def test_published_parameter_counts(module):
 
 
 def test_paper_shapes():
-    """Features of 256 tokens become a Gaussian of 32 channels, and a picture of 256 x 256; other grids, other pictures."""
+    """Features of 256 tokens become a Gaussian of 32 channels, and a picture of 256 x 256; other grids, other
+    pictures.
+    """
 
     def out(module, grid, channels, *args):
         tokens = jnp.zeros((2, grid[0] * grid[1], channels))
@@ -61,7 +63,9 @@ def linear(x: torch.Tensor, p: dict, axes: int = 1) -> torch.Tensor:
 
 
 def rotated(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """x (B, N, H, K), as complex numbers times exp(i angle): the first quarter of pairs by row, the second by column."""
+    """x (B, N, H, K), as complex numbers times exp(i angle): the first quarter of pairs by row, the second by
+    column.
+    """
     pairs = x.shape[-1] // 2
     rates = 10_000.0 ** (-2 * torch.arange(pairs // 2, dtype=torch.float64) / pairs)
     places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]

@@ -1,4 +1,6 @@
-"""Frozen encoders: pixels of any size become tokens of features, as in the reference library and as the VLM sees them."""
+"""Frozen encoders: pixels of any size become tokens of features, as in the reference library and as the VLM sees
+them.
+"""
 
 import jax
 import numpy as np

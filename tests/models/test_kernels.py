@@ -86,7 +86,9 @@ def test_cudnn_says_when_a_row_holds_too_many_documents():
 
 
 def test_where_documents_lie_in_a_row():
-    """Against positions counted one by one, padding in the middle and at the end, and a row with one document too many."""
+    """Against positions counted one by one, padding in the middle and at the end, and a row with one document too
+    many.
+    """
     segments = np.array([[1, 1, 2, 3, 3, 3, 0, 0], [1] * 8, [1, 2, 3, 4, 5, 5, 5, 5], [4, 4, 0, 0, 5, 6, 6, 6]])
     offsets, lengths, too_many = kernels._documents(jnp.asarray(segments), 4)
     for row in (0, 1, 3):
@@ -99,7 +101,9 @@ def test_where_documents_lie_in_a_row():
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_what_packed_cudnn_is_told(monkeypatch, cudnn_anywhere, stream):
-    """The arguments of cuDNN's packed call, computed document by document: the same heads, lengths and first positions."""
+    """The arguments of cuDNN's packed call, computed document by document: the same heads, lengths and first
+    positions.
+    """
 
     def stand_in(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
         assert mask_type.name == "PADDING_CAUSAL" and k.shape == v.shape == q.shape
@@ -139,7 +143,8 @@ def test_cudnn_on_rows_that_are_cut(stream):
     compare(run, arrays, segments, 2e-2)
 
 
-# Two heads of keys and values over two or four devices: split, or shared by two; rows that cannot be split: whole everywhere.
+# Two heads of keys and values over two or four devices: split, or shared by two; rows that cannot be split: whole
+# everywhere.
 @pytest.mark.parametrize(
     "kernel, mesh, rows",
     [
@@ -203,7 +208,9 @@ def test_cudnn_is_told_of_documents(monkeypatch, cudnn_anywhere, mesh, local):
 
 @pytest.mark.parametrize("remat", ("none", "full", "dots"))
 def test_cudnn_within_a_scanned_stack(monkeypatch, cudnn_anywhere, remat):
-    """cuDNN's softmax scale is an attribute of the call, so it must stay a Python number inside nn.scan and nn.remat."""
+    """cuDNN's softmax scale is an attribute of the call, so it must stay a Python number inside nn.scan and
+    nn.remat.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)

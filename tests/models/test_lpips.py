@@ -1,4 +1,6 @@
-"""LPIPS against the same distance in PyTorch: random weights, in the names of torchvision's and of the `lpips` package's file."""
+"""LPIPS against the same distance in PyTorch: random weights, in the names of torchvision's and of the `lpips`
+package's file.
+"""
 
 from pathlib import Path
 

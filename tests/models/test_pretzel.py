@@ -139,7 +139,9 @@ def fresh() -> dict:
 
 
 def test_what_begins_at_zero(fresh):
-    """Only the kernels of the skips and of the Gaussian heads start at 0, so Gaussians begin with mean 0 and scale 1."""
+    """Only the kernels of the skips and of the Gaussian heads start at 0, so Gaussians begin with mean 0 and scale
+    1.
+    """
     kernels = {path: leaf for path, leaf in flatten_dict(fresh, sep="/").items() if path.endswith("kernel")}
     zero = {path for path, kernel in kernels.items() if not np.asarray(kernel).any()}
     assert zero == {

@@ -1,4 +1,6 @@
-"""Qwen2.5-VL against the PyTorch model of `transformers`: small, random, every parameter away from its initial value."""
+"""Qwen2.5-VL against the PyTorch model of `transformers`: small, random, every parameter away from its initial
+value.
+"""
 
 import tempfile
 from dataclasses import replace
@@ -264,7 +266,9 @@ def test_whole_model_batched_and_packed(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_generation(case):
-    """64 tokens with the cache, for prompts of unequal length in one batch, equal the reference's `generate` for each."""
+    """64 tokens with the cache, for prompts of unequal length in one batch, equal the reference's `generate` for
+    each.
+    """
     pretzel, params = ours(case)
     sampler = Sampler(pretzel, params, tiny.tokenizer(), tiny.CODEC, skips=True)
     prompts = [*([Text(t)] for t in TEXTS), *documents(case)]

@@ -1,7 +1,7 @@
 """Training steps and the sampler's steps, compiled for NVIDIA GPUs that are described, not present.
 
-XLA and Triton compile whole programs, with scans, remat and the mesh. cuDNN plans its calls on a GPU, so what it refuses
-shows itself only there.
+XLA and Triton compile whole programs, with scans, remat and the mesh. cuDNN plans its calls on a GPU, so what it
+refuses shows itself only there.
 """
 
 import re
@@ -22,7 +22,8 @@ from starflow2_jax.training.program import batch_shape
 
 pytestmark = pytest.mark.gpu_compile
 
-# GPU -> kernel and channels per head of each stream. Together: every kernel that the capability has, 64 to 256 channels.
+# GPU -> kernel and channels per head of each stream. Together: every kernel that the capability has, 64 to 256
+# channels.
 STREAMS = {
     "a100-80": dict(vlm=("triton", 256), deep=("triton", 64), shallow=("cudnn", 128)),
     "h100": dict(vlm=("cudnn_packed", 128), deep=("triton", 64), shallow=("cudnn", 256)),

@@ -1,5 +1,5 @@
-"""Every stage's training step with splash attention and the sampler's steps, compiled for described TPUs of each kind in a
-separate process."""
+"""Every stage's training step with splash attention and the sampler's steps, compiled for described TPUs of each kind
+in a separate process."""
 
 import json
 import os

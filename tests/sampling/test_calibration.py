@@ -1,4 +1,6 @@
-"""Inversion by chunks: the solver against a loop over tokens, the flow's inverse against its forward pass; calibration."""
+"""Inversion by chunks: the solver against a loop over tokens, the flow's inverse against its forward pass;
+calibration.
+"""
 
 import functools
 import json
@@ -27,7 +29,8 @@ from starflow2_jax.sampling.inversion import Inversion
 
 QUICK = Path(__file__).parents[2] / "starflow2_jax/experiments" / "digits_quick.py"
 
-# The solver, on a map of which everything is known. What it remembers of earlier tokens is `seen`, written as a cache is.
+# The solver, on a map of which everything is known. What it remembers of earlier tokens is `seen`, written as a cache
+# is.
 
 TOKENS, CHANNELS = 7, 2
 COUPLING = np.array([0.05, 0.4, 0.0, 1.5], np.float32)  # of each row: how much its tokens depend on those before

@@ -1,4 +1,6 @@
-"""The sampler with FAE's codec: pictures in and out, on one device and on several, and arrays that a decoder makes pictures of."""
+"""The sampler with FAE's codec: pictures in and out, on one device and on several, and arrays that a decoder makes
+pictures of.
+"""
 
 from dataclasses import replace
 

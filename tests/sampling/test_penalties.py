@@ -51,7 +51,8 @@ def test_repetition_is_transformers_over_prompt_and_answer(sampler):
 
 @pytest.mark.parametrize("presence, frequency", [(0.5, 0.0), (0.0, 0.8), (1.0, -0.3)])
 def test_presence_and_frequency_are_openais_over_the_answer(sampler, presence, frequency):
-    """mu[j] - c[j] frequency - (c[j] > 0) presence, with the counts of what was written so far; the prompt does not count.
+    """mu[j] - c[j] frequency - (c[j] > 0) presence, with the counts of what was written so far; the prompt does not
+    count.
 
     The model's own log-probabilities, of all tokens, are the record's.
     """
@@ -81,7 +82,9 @@ def test_penalties_are_each_rows_own(sampler):
 
 
 def test_logprobs_are_the_models(sampler, monkeypatch):
-    """Their sum is the exact likelihood of the answer, whatever the temperature and the penalties that it was drawn with."""
+    """Their sum is the exact likelihood of the answer, whatever the temperature and the penalties that it was drawn
+    with.
+    """
     options = replace(ALL, temperature=1.4, top_k=50, frequency_penalty=1.0, logprobs=3)
     answer, session = answered(sampler, options)
     likely, logprobs = np.asarray(session.rows.likely)[0], np.asarray(session.rows.logprobs)[0]

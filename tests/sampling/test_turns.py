@@ -63,7 +63,9 @@ def test_an_image_that_is_whole_but_for_its_end(sampler):
 
 
 def test_reading_within_an_image_takes_it_back(sampler):
-    """Reading removes the unfinished image of the row that reads, not of others, and of no row if the text is refused."""
+    """Reading removes the unfinished image of the row that reads, not of others, and of no row if the text is
+    refused.
+    """
     options = SampleOptions(guidance=1.0, image_guidance=0.5, max_tokens=4, image_first=True)
     session = begun(sampler, options)
     session.write()

@@ -1,4 +1,6 @@
-"""A conversation over HTTP that goes on from its caches, against one in this process and against one that is read anew."""
+"""A conversation over HTTP that goes on from its caches, against one in this process and against one that is read
+anew.
+"""
 
 import copy
 from dataclasses import replace
@@ -54,7 +56,9 @@ def read(talking) -> np.ndarray:
 
 @pytest.mark.parametrize("most", [N + 5, N + 1, 3])  # to the end of an image and beyond, just to its end, or amid it
 def test_the_next_turn_reads_only_what_is_new(talking, most):
-    """The same answers as `Chat` gives, at the price that it has; the page sends back `parts` alone, a client the message as it came."""
+    """The same answers as `Chat` gives, at the price that it has; the page sends back `parts` alone, a client the
+    message as it came.
+    """
     model, _, client = talking
     scan = as_pillow(tiny.pixels(1))
     options = SampleOptions(0, 0, 1.0, most, image_first=True)
@@ -103,7 +107,9 @@ def test_another_beginning_shares_nothing(talking):
 
 
 def begun(talking) -> list[dict]:
-    """A first turn whose answer is read again as the tokens that it was written in, which not all of a random model's are."""
+    """A first turn whose answer is read again as the tokens that it was written in, which not all of a random model's
+    are.
+    """
     model, _, client = talking
     for seed in range(99):
         answer = ask(client, [say("draw an eight")], temperature=1, seed=seed, max_tokens=2, max_images=0)

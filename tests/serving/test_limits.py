@@ -1,4 +1,6 @@
-"""What a server does not let happen: too much, too large, in another's name, and one request's end becoming everyone's."""
+"""What a server does not let happen: too much, too large, in another's name, and one request's end becoming
+everyone's.
+"""
 
 import json
 import socket
@@ -257,7 +259,9 @@ def test_captions_are_texts_too(address):
 
 @pytest.mark.parametrize("by_image", [True, False])
 def test_captions_are_scored_as_many_at_once_as_positions_allow(by_image, monkeypatch):
-    """The longest alone: no call has more positions than its row, or than the bound. The scores are those of one call."""
+    """The longest alone: no call has more positions than its row, or than the bound. The scores are those of one
+    call.
+    """
     captions = ["draw " * 20, "an eight", "a seven", "x" * 240]
     model = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
     template = ranking.illustrate if by_image else ranking.describe

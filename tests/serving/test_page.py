@@ -237,8 +237,8 @@ def bubbles(page) -> list[str]:
 
 
 def test_half_an_answer_does_not_stay(page, running, monkeypatch):
-    """Stopped, or broken off by a fault: nothing of it is on the page or sent with the next turn, and the words are there
-    to be sent again."""
+    """Stopped, or broken off by a fault: nothing of it is on the page or sent with the next turn, and the words are
+    there to be sent again."""
     worker = running[0].worker
     find(page, "#tab-chat").click()
     for name, value in (("max_tokens", "120"), ("temperature", "1"), ("seed", "3")):

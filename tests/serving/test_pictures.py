@@ -1,4 +1,6 @@
-"""Pictures in requests: files of many kinds, labels that are wrong, and pictures that are larger than the row or the limit."""
+"""Pictures in requests: files of many kinds, labels that are wrong, and pictures that are larger than the row or the
+limit.
+"""
 
 import base64
 import io
@@ -128,7 +130,9 @@ def test_a_large_picture_through_http(sampler):
 
 
 def test_limits_are_of_decoded_memory():
-    """By the header: a JPEG that is too large to decode whole is drafted; pictures of any kind are decoded one by one."""
+    """By the header: a JPEG that is too large to decode whole is drafted; pictures of any kind are decoded one by
+    one.
+    """
     model = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=256)
     assert Limits().max_pixels == 40_000_000
     large, page = Pillow.new("L", (7680, 4320), 200), Pillow.new("L", (2000, 2600), 30)

@@ -125,7 +125,9 @@ def test_two_processes_compute_what_one_does(undisturbed, tmp_path):
 
 
 def test_two_processes_cut_rows_positions_and_heads(cache, tmp_path):
-    """The joint stage over all axes but one, against one process that cuts rows alone: losses and norms of gradients."""
+    """The joint stage over all axes but one, against one process that cuts rows alone: losses and norms of
+    gradients.
+    """
     stages = {"pretrain": 1, "joint": 2}
     said = dict(order=tuple(stages), **{f"stages.{name}.steps": steps for name, steps in stages.items()})
     said |= {f"mesh.{axis}": size for axis, size in dict(data=1, fsdp=2, sequence=2, tensor=2).items()}

@@ -96,7 +96,9 @@ def text_nats(sampler: Sampler, document: Document) -> tuple[float, float]:
 
 
 def test_the_losses_are_the_exact_likelihoods_of_the_documents(trained, held_out):
-    """Of all documents of the file, once each, as the sampler scores them one by one with the average that the stage left."""
+    """Of all documents of the file, once each, as the sampler scores them one by one with the average that the stage
+    left.
+    """
     sampler, found = Sampler.restore(trained), of_evals(trained)[-1]
     images = [part for parts in score(sampler, read(held_out)) for part in parts if part.dims]
     nats = -sum(part.nats for part in images) / sum(part.dims for part in images)

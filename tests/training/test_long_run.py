@@ -1,4 +1,6 @@
-"""What a long run lives through: bad batches, damaged checkpoints, SIGTERM; with a Trainer whose step is a small stand-in."""
+"""What a long run lives through: bad batches, damaged checkpoints, SIGTERM; with a Trainer whose step is a small
+stand-in.
+"""
 
 import json
 import math
@@ -276,7 +278,9 @@ def test_sigterm_saves_and_the_run_goes_on(trainer, undisturbed, monkeypatch):
 
 
 def board(t: Trainer) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows: scalars by tag and step. A record is a length (8 bytes), its checksum (4), so many bytes, theirs."""
+    """What TensorBoard shows: scalars by tag and step. A record is a length (8 bytes), its checksum (4), so many bytes,
+    theirs.
+    """
     paths = sorted((t.checkpoints.folder / "metrics").glob("events.out.tfevents.*"))
     content, found = b"".join(path.read_bytes() for path in paths), {}
     while content:

@@ -77,7 +77,9 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, resumed):
 
 
 def board(folder: Path) -> dict[tuple[str, int], float]:
-    """(tag, step) -> value of all TensorBoard files, read as TFRecords: length (8 bytes), its checksum (4), data, checksum."""
+    """(tag, step) -> value of all TensorBoard files, read as TFRecords: length (8 bytes), its checksum (4), data,
+    checksum.
+    """
     found = {}
     for file in sorted((folder / "metrics").glob("events.*")):
         data, at = file.read_bytes(), 0

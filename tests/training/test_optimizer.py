@@ -91,7 +91,9 @@ def test_muon_on_eight_devices_is_muon_on_one():
 
 
 def test_adamw_with_warm_up_cosine_and_clipping():
-    """Against the update written out in float64: gradients above the norm are scaled down, norms and biases do not decay."""
+    """Against the update written out in float64: gradients above the norm are scaled down, norms and biases do not
+    decay.
+    """
     steps, warmup, clip, final = 10, 2, 1.5, 0.1
     chain = make_optimizer(
         OptimizerConfig(
@@ -171,7 +173,9 @@ def test_moments_that_would_stand_still_are_refused():
 
 
 def test_what_is_offloaded_stays_in_the_hosts_memory():
-    """Through a compiled, donating step on a mesh that may skip its update; all of it, counts too, and the update is the same."""
+    """Through a compiled, donating step on a mesh that may skip its update; all of it, counts too, and the update is
+    the same.
+    """
     mesh, p, g = sharding.make_mesh(data=2, fsdp=4), matrix(64, 32), matrix(64, 32)
     batch, kinds, params = Batch(np.ones((8, 4), np.int32)), {}, {}
     chain = optimizer("adamw")

@@ -131,7 +131,9 @@ def test_four_micro_batches_are_one_batch():
 
 
 def on_a_mesh(name: str, mesh, steps: int) -> tuple[TrainState, dict]:
-    """Take the first steps of a stage on `mesh`: losses and gradients are those of one device. Returns state and frozen."""
+    """Take the first steps of a stage on `mesh`: losses and gradients are those of one device. Returns state and
+    frozen.
+    """
     wanted = after(name)[:steps]  # outside of the mesh
     with jax.set_mesh(mesh):
         state, frozen = (jax.device_put(x, sharding.tree_shardings(x, mesh)) for x in start(name))
@@ -265,8 +267,8 @@ def test_image_nll_is_the_jacobians():
 
 
 def test_the_penalty_of_the_intermediate_latents():
-    """STARFlow's: c times the sum over the shallow flow's blocks of mean h^2, over the images to be generated; the exact
-    likelihood beside it stays what it was."""
+    """STARFlow's: c times the sum over the shallow flow's blocks of mean h^2, over the images to be generated; the
+    exact likelihood beside it stays what it was."""
     c, (state, frozen) = 0.5, start("text_to_image")
     metrics = {}
     for penalty in (0.0, c):
@@ -309,7 +311,9 @@ def test_cross_entropy_in_chunks_is_the_plain_one(chunk):
 
 @pytest.mark.parametrize("mesh", (None, dict(data=1, fsdp=2, tensor=4), dict(data=2, sequence=4)))
 def test_no_array_of_all_logits_is_ever_made(mesh):
-    """Forward and backward, in the compiled program: words come with a chunk's positions at most; split words stay split."""
+    """Forward and backward, in the compiled program: words come with a chunk's positions at most; split words stay
+    split.
+    """
     B, S, E, V, chunk = 4, 64, 16, 1024, 8
     h, head = jnp.ones((B, S, E)), jnp.ones((V, E))
     fixed = dict(targets=jnp.zeros((B, S), jnp.int32), weights=jnp.ones((B, S)), chunk=chunk)

@@ -1,4 +1,6 @@
-"""A disk that is full or read-only: one sentence, the last good checkpoint stays, and the run resumes when there is room."""
+"""A disk that is full or read-only: one sentence, the last good checkpoint stays, and the run resumes when there is
+room.
+"""
 
 import errno
 import os
@@ -131,8 +133,8 @@ def test_the_command_line_exits_with_the_documented_code(monkeypatch, capsys):
     monkeypatch.setattr("starflow2_jax.config.loading.load", refuse)
     assert cli.main(["train", "--config", "digits_quick"]) == StorageError.exit_code == 74
     assert capsys.readouterr().err == (
-        "starflow2: /media/cd/run cannot be written: Read-only file system; make room there, and start the same command "
-        "again\n"
+        "starflow2: /media/cd/run cannot be written: Read-only file system; make room there, and start the same "
+        "command again\n"
     )
     assert "74 " in cli.EXIT_CODES and issubclass(StorageError, UserError)
 

@@ -1,4 +1,6 @@
-"""The loop trains other kinds of tasks than stages: here two models against each other, two optimizers in one pure step."""
+"""The loop trains other kinds of tasks than stages: here two models against each other, two optimizers in one pure
+step.
+"""
 
 import json
 from functools import partial

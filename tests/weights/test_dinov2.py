@@ -1,4 +1,6 @@
-"""DINOv2: tiny random models of `transformers`, saved and imported, against their own outputs; published sizes by shape."""
+"""DINOv2: tiny random models of `transformers`, saved and imported, against their own outputs; published sizes by
+shape.
+"""
 
 import json
 

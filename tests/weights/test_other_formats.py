@@ -1,4 +1,6 @@
-"""Folders that hold no plain safetensors model: each is told by what it is and what to do, before anything is written."""
+"""Folders that hold no plain safetensors model: each is told by what it is and what to do, before anything is
+written.
+"""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A folder that is no sound Qwen2.5-VL is refused with its faults, and a conversion that fails leaves nothing behind."""
+"""A folder that is no sound Qwen2.5-VL is refused with its faults, and a conversion that fails leaves nothing
+behind.
+"""
 
 import json
 import re

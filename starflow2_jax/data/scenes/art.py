@@ -38,8 +38,8 @@ def sprites() -> tuple[Sprite, ...]:
 
 @cache
 def nouns() -> dict[str, int]:
-    """All 269 nouns, each with its number. The sheet of sprites is ordered so that the nouns that are easiest to recognise
-    come first."""
+    """All 269 nouns, each with its number. The sheet of sprites is ordered so that the nouns that are easiest to
+    recognise come first."""
     return {noun: i for i, noun in enumerate(dict.fromkeys(sprite.noun for sprite in sprites()))}
 
 
@@ -57,7 +57,9 @@ def _sheet() -> Pillow.Image:
 
 @cache
 def drawn(sprite: Sprite, side: int) -> np.ndarray:
-    """The sprite at `side` pixels: (side, side, 4) fp32 in [0, 1], red, green and blue multiplied by alpha, and alpha."""
+    """The sprite at `side` pixels: (side, side, 4) fp32 in [0, 1], red, green and blue multiplied by alpha, and
+    alpha.
+    """
     row, column = divmod(sprite.index, COLUMNS)
     cell = _sheet().crop((CELL * column, CELL * row, CELL * (column + 1), CELL * (row + 1)))
     small = cell.convert("RGBa").resize((side, side), Pillow.Resampling.LANCZOS)

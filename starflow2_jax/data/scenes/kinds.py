@@ -35,7 +35,9 @@ Parts = list[Text | Shown]
 
 
 class Draw:
-    """Random draws of sprites and scenes. `objects`: nouns of the vocabulary, 0 for all. `in_line`: pairs stand in line."""
+    """Random draws of sprites and scenes. `objects`: nouns of the vocabulary, 0 for all. `in_line`: pairs stand in
+    line.
+    """
 
     def __init__(self, rng: np.random.Generator, objects: int, in_line: bool = False):
         self.rng, self.all, self.off_line = rng, vocabulary(objects), 0 if in_line else 1

@@ -1,4 +1,6 @@
-"""Scenes: what stands where on which ground. Pictures and words are made of a scene, and the judge reads one off a picture."""
+"""Scenes: what stands where on which ground. Pictures and words are made of a scene, and the judge reads one off a
+picture.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -67,7 +69,9 @@ def ground(background: str) -> np.ndarray:
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The picture of a scene: (size, size, 3) fp32 in [-1, 1], rounded to 8-bit levels. `size` is a multiple of UNITS."""
+    """The picture of a scene: (size, size, 3) fp32 in [-1, 1], rounded to 8-bit levels. `size` is a multiple of
+    UNITS.
+    """
     picture, scale = np.tile(ground(scene.background), (size, size, 1)), size // UNITS
     for placed in scene.placed:
         row, column, side = placed.row * scale, placed.column * scale, placed.side * scale

@@ -1,5 +1,5 @@
-"""Learning rate, weight decay and dropout of digits_quick.py's text_to_image stage: twelve random points, compared by their
-losses on held-out scans.
+"""Learning rate, weight decay and dropout of digits_quick.py's text_to_image stage: twelve random points, compared by
+their losses on held-out scans.
 
 Launch: starflow2 sweep --sweep digits_random --out runs/sweeps/digits_random
 """

@@ -38,7 +38,9 @@ class Adversary:
         return PatchDiscriminator(self.cfg.channels, self.cfg.stages)
 
     def logits(self, network: dict, params: Any, pictures: jax.Array, key: jax.Array) -> jax.Array:
-        """Pictures (B, H, W, 3) -> logits (B, any number), augmented by draws from `key`. params: has the frozen encoder."""
+        """Pictures (B, H, W, 3) -> logits (B, any number), augmented by draws from `key`. params: has the frozen
+        encoder.
+        """
         if self.cfg.augment:
             pictures = augmented(key, pictures)
         if self.cfg.kind == "patch":

@@ -33,7 +33,9 @@ def shifts(key: jax.Array, count: int, side: int) -> jax.Array:
 
 
 def moved(x: jax.Array, down: jax.Array, right: jax.Array) -> jax.Array:
-    """Pictures (B, H, W, C), each moved by its own numbers (B,) of pixels. Matrices move them, which rows can be cut over."""
+    """Pictures (B, H, W, C), each moved by its own numbers (B,) of pixels. Matrices move them, which rows can be cut
+    over.
+    """
 
     def matrix(side: int, by: jax.Array) -> jax.Array:
         places = jnp.arange(side)

@@ -13,8 +13,8 @@ from starflow2_jax.stages import CodecStage
 from starflow2_jax.training.codec.networks import Networks
 
 RULE = (
-    "matrix products and convolutions only; a frozen parameter costs 2 FLOP per token or pixel forward, and 2 more if a "
-    "gradient passes through it; a trained one costs 6; recomputation does not count"
+    "matrix products and convolutions only; a frozen parameter costs 2 FLOP per token or pixel forward, and 2 more if "
+    "a gradient passes through it; a trained one costs 6; recomputation does not count"
 )
 
 
@@ -81,7 +81,9 @@ class _Products:
     def stack(
         self, part: str, t: TransformerConfig, rows: int, length: int, visible: float, trained: bool, through: bool
     ) -> Iterator[Term]:
-        """Layers over (rows, length) in which a token sees `visible` others. through: a gradient passes to the input."""
+        """Layers over (rows, length) in which a token sees `visible` others. through: a gradient passes to the
+        input.
+        """
         projections, mlp = matrix_parameters(t)
         policy = t.remat if through else "none"
         last = t.mlp_hidden * t.width  # is needed again only for the gradient of a layer scale
@@ -93,8 +95,8 @@ class _Products:
         yield Term(f"{part} attention", products, times, executed - times, visible / length)
 
     def encoder(self, part: str, rows: int, trained: bool, through: bool, layers: int | None = None) -> Iterator[Term]:
-        """The image encoder over `rows` pictures, up to the layer `layers`. through: a gradient passes through the layers,
-        and, unless the encoder is trained, on to the pixels."""
+        """The image encoder over `rows` pictures, up to the layer `layers`. through: a gradient passes through the
+        layers, and, unless the encoder is trained, on to the pixels."""
         sizes = ENCODERS[self.networks.encoder_kind].sizes(self.networks.encoder, self.networks.cfg.grid)
         times = 1 + (trained or through)
         yield Term(part, 2.0 * sizes.before * rows, times)
@@ -129,8 +131,8 @@ class _Products:
         yield self.linear("pixel decoder", part.width * self.square, trained, into=trained)
 
     def losses(self, w: PictureLosses) -> Iterator[Term]:
-        """The perceptual losses: their networks see the pictures that were made, whose gradient they give; LPIPS also sees the
-        real ones, which the encoder has seen already."""
+        """The perceptual losses: their networks see the pictures that were made, whose gradient they give; LPIPS also
+        sees the real ones, which the encoder has seen already."""
         if w.perceptual:
             last = max(w.perceptual_layers)
             yield from self.encoder("perceptual loss", self.rows, trained=False, through=True, layers=last)
@@ -144,14 +146,17 @@ class _Products:
             yield Term("LPIPS", forward, 3, 1)
 
     def convolution(self, side: int, before: int, after: int, halved: int) -> float:
-        """FLOP of a forward pass over the batch, padding left out. halved: how often the pictures' sides were halved before."""
+        """FLOP of a forward pass over the batch, padding left out. halved: how often the pictures' sides were halved
+        before.
+        """
         c, half = self.networks.cfg, side // 2
         height, width = (n * c.pixel_decoder.patch >> halved for n in c.grid)
         taps = [side * n - half * (half + 1) for n in (height, width)]
         return 2.0 * self.rows * before * after * taps[0] * taps[1]
 
     def critic(self, critic: CriticConfig) -> Iterator[Term]:
-        """The discriminator: one pass for the generator's loss, whose gradient goes to the pictures, and two of its own.
+        """The discriminator: one pass for the generator's loss, whose gradient goes to the pictures, and two of its
+        own.
 
         The adaptive weight takes the gradient of the decoder's last kernel from both losses.
         """

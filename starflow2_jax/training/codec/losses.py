@@ -54,7 +54,8 @@ def lecam(real: jax.Array, made: jax.Array, real_average: jax.Array, made_averag
 def adaptive_weight(reconstruction: jax.Array, adversarial: jax.Array) -> jax.Array:
     """The factor () of the generator's loss that balances it (arXiv 2012.09841).
 
-    Both arguments are gradients with respect to the last layer's kernel: of the reconstruction loss and of the generator's.
+    Both arguments are gradients with respect to the last layer's kernel: of the reconstruction loss and of the
+    generator's.
     """
     weight = optax.tree.norm(reconstruction) / (optax.tree.norm(adversarial) + SMALL)
     return jax.lax.stop_gradient(jnp.clip(weight, 0.0, LARGEST_WEIGHT))

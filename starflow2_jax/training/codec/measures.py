@@ -16,7 +16,9 @@ def as_levels(pictures: jax.Array) -> jax.Array:
 
 
 def psnr(made: jax.Array, real: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio (B,) in dB of levels (B, H, W, C) uint8; two equal pictures count as one wrong level."""
+    """Peak signal-to-noise ratio (B,) in dB of levels (B, H, W, C) uint8; two equal pictures count as one wrong
+    level.
+    """
     made, real = (x.astype(jnp.float32) for x in (made, real))
     error = jnp.mean((made - real) ** 2, (1, 2, 3))
     return 10 * jnp.log10(255**2 / jnp.maximum(error, 1 / made[0].size))

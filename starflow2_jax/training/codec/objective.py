@@ -47,7 +47,9 @@ class PictureObjective:
     def loss(
         self, made: jax.Array, real: jax.Array, layers: tuple[jax.Array, ...], params: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss () of pictures, and its terms without their weights. layers: of `real`, as `decoder_input` gives them."""
+        """The loss () of pictures, and its terms without their weights. layers: of `real`, as `decoder_input` gives
+        them.
+        """
         w, terms = self.cfg.losses, {}
         if w.l1:
             terms["l1"] = losses.l1(made, real)

@@ -28,8 +28,8 @@ from starflow2_jax.sequence import Sequence, Shape
 class OnePicture:
     """Makes of a draft a document of one of its pictures, which is drawn anew each time. The words are left out.
 
-    label: a regular expression with a group; what that group matches in the first text that fits stays, as the picture's
-    only word. "": none stays.
+    label: a regular expression with a group; what that group matches in the first text that fits stays, as the
+    picture's only word. "": none stays.
     """
 
     prepare: Preparation
@@ -58,7 +58,9 @@ class OnePicture:
 
 
 class Labels:
-    """Stands in for a tokenizer where a document holds a picture and at most a label, which is one token: a hash of it."""
+    """Stands in for a tokenizer where a document holds a picture and at most a label, which is one token: a hash of
+    it.
+    """
 
     def get_vocab(self) -> dict[str, int]:
         """The special tokens around a picture."""
@@ -70,7 +72,9 @@ class Labels:
 
 
 def row_encoder(networks: FaeConfig, rows: int, labelled: bool = False) -> RowEncoder:
-    """Turns documents of one picture, and a label if `labelled`, into rows, which hold its pixels as patches (see `pixels`)."""
+    """Turns documents of one picture, and a label if `labelled`, into rows, which hold its pixels as patches (see
+    `pixels`).
+    """
     decoder, (h, w) = networks.pixel_decoder, networks.grid
     width = decoder.image_channels * decoder.patch**2
     patches = PatchCodec(_size(networks), decoder.image_channels, decoder.patch, (0.0,) * width, (1.0,) * width)
@@ -117,7 +121,8 @@ def streams(config: Any, stage: str, networks: FaeConfig) -> list[Stream]:
 
 
 def held_out_streams(config: Any, mix: Mapping[str, float], networks: FaeConfig, label: str = "") -> list[Stream]:
-    """The sources that an evaluation mixes, opened: the same pictures in every run, each read once and cropped in the middle.
+    """The sources that an evaluation mixes, opened: the same pictures in every run, each read once and cropped in the
+    middle.
 
     label: as for OnePicture. Raises UserError.
     """
@@ -132,7 +137,8 @@ def _stream(named: sources.Named, networks: FaeConfig, seed: int, label: str = "
     source = named.open()
     if source.codec():
         raise ConfigError(
-            f"data.sources.{named.name}: {named.config.path} holds latents, and a codec is trained on pictures; name their source"
+            f"data.sources.{named.name}: {named.config.path} holds latents, and a codec is trained on pictures; name "
+            f"their source"
         )
     reader = ImageReader(networks.pixel_decoder.image_channels, _size(networks))
     prepare: Any = OnePicture(Preparation(named.config, reader), label)

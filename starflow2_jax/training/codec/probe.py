@@ -1,4 +1,6 @@
-"""Compares what a linear map reads off the encoder's features with what it reads off those that the codec makes again."""
+"""Compares what a linear map reads off the encoder's features with what it reads off those that the codec makes
+again.
+"""
 
 import re
 from functools import partial
@@ -20,7 +22,8 @@ from starflow2_jax.training.evals.protocol import Findings
 
 
 class Probe:
-    """See protocol.Evaluator. Shares of test pictures whose class a ridge regression on features, averaged over tokens, finds:
+    """See protocol.Evaluator. Shares of test pictures whose class a ridge regression on features, averaged over tokens,
+    finds:
 
     features         fitted to the encoder's features and tested on them
     reconstructed    fitted to the features that are made again of the latents' means, and tested on them

@@ -34,10 +34,11 @@ class Reconstruction:
     kl                nats a token
     active_channels   latent channels that vary
     psnr, ssim        of the pictures that are made, as 8-bit levels: means over the pictures
-    distance          Fréchet distance of these pictures from the originals, in the encoder's features, averaged over tokens
+    distance          Fréchet distance of these pictures from the originals, in the encoder's features, averaged over
+    tokens
 
-    "direct_NAME" is of pictures that the pixel decoder makes of the encoder's own features. Where the pixel decoder is not
-    trained yet, there are no pictures. The sheet is evals/NAME/STEP.png; with `files`, pictures are in the folders
+    "direct_NAME" is of pictures that the pixel decoder makes of the encoder's own features. Where the pixel decoder is
+    not trained yet, there are no pictures. The sheet is evals/NAME/STEP.png; with `files`, pictures are in the folders
     evals/NAME/STEP/originals and evals/NAME/STEP/reconstructions.
     """
 
@@ -47,8 +48,8 @@ class Reconstruction:
         self.pictures = task.stage.pixels or bool(task.config.start)
         if (side := min(networks.grid) * networks.pixel_decoder.patch) < measures.WINDOW:
             raise ConfigError(
-                f"evals.{name}: SSIM needs pictures of at least {measures.WINDOW} pixels a side, and these have {side}; take it "
-                "out of the config"
+                f"evals.{name}: SSIM needs pictures of at least {measures.WINDOW} pixels a side, and these have "
+                f"{side}; take it out of the config"
             )
         streams = pictures.held_out_streams(task.config, config.mix, networks)
         self.batches = HeldOutBatches(streams, task.reader, config.batches, task.mesh)

@@ -29,8 +29,8 @@ class CodecState(State):
     critic_optimizer: optax.OptState
 
 
-# What a micro-batch gives: gradients of the trained groups, those of the discriminator, and metrics; all are means over its
-# pictures.
+# What a micro-batch gives: gradients of the trained groups, those of the discriminator, and metrics; all are means over
+# its pictures.
 Found = tuple[dict, dict, dict[str, jax.Array]]
 
 
@@ -44,8 +44,8 @@ def make_step(
     """The step: (state, frozen, batch) -> (state, metrics). It is not compiled.
 
     "loss" is without the generator's loss, so that it stays comparable over the whole stage. Micro-batches
-    (`cfg.accumulate`) change the result only where there is a discriminator: the adaptive weight and the augmentation are
-    those of a micro-batch.
+    (`cfg.accumulate`) change the result only where there is a discriminator: the adaptive weight and the augmentation
+    are those of a micro-batch.
     """
 
     def step(state: CodecState, frozen: Any, batch: Sequence):
@@ -82,7 +82,9 @@ def make_step(
 
 
 def averaged(found: Callable[[jax.Array, jax.Array], Found], pictures: jax.Array, keys: jax.Array, parts: int) -> Found:
-    """The mean of what `found` gives for `parts` micro-batches of pictures and their random keys, one after the other."""
+    """The mean of what `found` gives for `parts` micro-batches of pictures and their random keys, one after the
+    other.
+    """
     if parts == 1:
         return found(pictures, keys)
     both: Any = pictures, keys
@@ -99,7 +101,9 @@ def averaged(found: Callable[[jax.Array, jax.Array], Found], pictures: jax.Array
 def feature_loss(
     moving: dict, networks: Networks, cfg: CodecStageConfig, rest: dict, pictures: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, dict]:
-    """|x^ - x|^2 + beta KL: the mean over features, and nats summed over a token's channels and averaged over tokens."""
+    """|x^ - x|^2 + beta KL: the mean over features, and nats summed over a token's channels and averaged over
+    tokens.
+    """
     x = networks.features(rest, pictures)
     mean, log_variance = networks.gaussian(moving, x)
     latents = mean + jnp.exp(0.5 * log_variance) * drawn(keys, mean.shape[1:])

@@ -66,8 +66,8 @@ class CodecTask:
         return codec_flops(self.networks, self.stage, self.cfg).total
 
     def check(self) -> None:
-        """Raises UserError for rows that do not fit the mesh, arrays that do not fit the devices' memory, or a source or file
-        that cannot be opened."""
+        """Raises UserError for rows that do not fit the mesh, arrays that do not fit the devices' memory, or a source
+        or file that cannot be opened."""
         self.require_rows()
         program.require_room((self.abstract_state(), self.abstract_frozen(), self.abstract_batch()), self.mesh)
         self.streams()
@@ -77,7 +77,8 @@ class CodecTask:
         """Raises ConfigError for rows that do not fit the mesh."""
         if self.cfg.rows % (spread := sharding.row_shards(self.mesh) * self.cfg.accumulate):
             raise ConfigError(
-                f"stages.{self.name}.rows={self.cfg.rows} must be a multiple of {spread}, which is mesh.data x mesh.fsdp x accumulate"
+                f"stages.{self.name}.rows={self.cfg.rows} must be a multiple of {spread}, which is mesh.data x "
+                f"mesh.fsdp x accumulate"
             )
 
     def check_batch(self, batch: Sequence) -> None:
@@ -114,7 +115,9 @@ class CodecTask:
         )
 
     def new_state(self, params: dict | None) -> CodecState:
-        """The state before the first step, with `params` (on their shards), or fresh ones and those of `config.start`."""
+        """The state before the first step, with `params` (on their shards), or fresh ones and those of
+        `config.start`.
+        """
         layout = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         if params is None:
             given = self._given()
@@ -140,7 +143,9 @@ class CodecTask:
         return {"lpips": load_lpips(self.config.lpips_vgg, self.config.lpips_linear)}
 
     def frozen(self, checkpoints: CheckpointDirectory) -> dict:
-        """The frozen encoder, and LPIPS's network if the stage needs it. Raises ConfigError if there is no encoder yet."""
+        """The frozen encoder, and LPIPS's network if the stage needs it. Raises ConfigError if there is no encoder
+        yet.
+        """
         if self.name == "encoder":
             return {}
         if not checkpoints.frozen.exists():
@@ -173,7 +178,9 @@ class CodecTask:
         return pictures.streams(self.config, self.name, self.networks.cfg)
 
     def batches(self) -> GroupedBatches:
-        """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices need."""
+        """Batches of the config's sources from their beginning; each process reads the groups of rows that its devices
+        need.
+        """
         return self.reader(self.streams(), self.config.data.workers)
 
     def reader(self, streams: list[Stream], workers: int = 0, labelled: bool = False) -> GroupedBatches:
@@ -186,8 +193,8 @@ class CodecTask:
     def finish(self, state: CodecState, checkpoints: CheckpointDirectory) -> CodecState:
         """The state to save at the end: the moving average becomes the parameters, and all else is dropped.
 
-        `encoder` saves the frozen encoder, `features` measures the latents' statistics, and the last stage writes the codec
-        into the directory, which is then a codec's folder.
+        `encoder` saves the frozen encoder, `features` measures the latents' statistics, and the last stage writes the
+        codec into the directory, which is then a codec's folder.
         """
         params = state.params | state.ema
         if self.name == "encoder":
@@ -230,14 +237,18 @@ class CodecTask:
 
 
 def held_whole(config: Any, mesh: Mesh) -> str:
-    """Says which parameters every device holds whole although they should be cut; "" if there are none, see `sharding`."""
+    """Says which parameters every device holds whole although they should be cut; "" if there are none, see
+    `sharding`.
+    """
     networks = Networks(networks_config(config), config.encoder.kind, encoder_config(config))
     groups = sorted({"encoder", *(group for name in config.order for group in CODEC_STAGES[name].groups)})
     return sharding.held_whole(jax.eval_shape(lambda: networks.initial(jax.random.key(0), tuple(groups))), mesh.shape)
 
 
 def started(config: Any) -> FaeCodec:
-    """The codec in the folder `config.start`. Raises UserError if the config's networks and encoder are not the same."""
+    """The codec in the folder `config.start`. Raises UserError if the config's networks and encoder are not the
+    same.
+    """
     codec = read_fae(Path(config.start))
     here = networks_config(config)
     parts = [("networks.pixel_decoder", codec.networks.pixel_decoder, here.pixel_decoder)]

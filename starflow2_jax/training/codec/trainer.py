@@ -38,8 +38,8 @@ class CodecTrainer(Trainer):
             other = differences(networks_config(saved), networks_config(config), "networks.")
             if other := other + differences(encoder_config(saved), encoder_config(config), "encoder."):
                 raise ConfigError(
-                    f"{folder} holds another codec than the config: its {', '.join(other)}; change the config, or name another "
-                    "--out"
+                    f"{folder} holds another codec than the config: its {', '.join(other)}; change the config, or name "
+                    f"another --out"
                 )
 
     def task(self, name: str) -> CodecTask:
@@ -84,5 +84,6 @@ def frozen_encoder(config: Any) -> dict:
     if config.start:
         return started(config).weights["encoder"]
     raise ConfigError(
-        "there is no encoder; name its folder in encoder.path or a codec's in start, or put the stage encoder first in order"
+        "there is no encoder; name its folder in encoder.path or a codec's in start, or put the stage encoder first in "
+        "order"
     )

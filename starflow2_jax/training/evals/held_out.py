@@ -1,5 +1,5 @@
-"""Measures the losses of the parameters, and of their moving average, on held-out documents. Documents and noise are the
-same every time."""
+"""Measures the losses of the parameters, and of their moving average, on held-out documents. Documents and noise are
+the same every time."""
 
 import math
 import sys
@@ -93,8 +93,8 @@ class HeldOutLosses:
         if source not in self.said and processes.primary():
             self.said.add(source)
             print(
-                f"WARNING: evals.{self.name} leaves out the source {source!r} in stage {self.task.name}: nothing in its first "
-                "documents counts in the stage's loss and fits into its rows",
+                f"WARNING: evals.{self.name} leaves out the source {source!r} in stage {self.task.name}: nothing in "
+                f"its first documents counts in the stage's loss and fits into its rows",
                 file=sys.stderr,
             )
 

@@ -1,4 +1,6 @@
-"""A codec trained by the loop, in all four stages at a tiny size: the step's gradients, resuming, meshes, what it leaves."""
+"""A codec trained by the loop, in all four stages at a tiny size: the step's gradients, resuming, meshes, what it
+leaves.
+"""
 
 import json
 from functools import partial
