@@ -12,37 +12,35 @@ only=${1:-*}
 plan() { # NAME EXPERIMENT TOPOLOGY [arguments of `starflow2 plan`]
   # shellcheck disable=SC2053
   if [[ $1 != $only ]]; then return; fi
-  starflow2 plan --config "starflow2_7b_$2" --topology "$3" --json "$here/$1.json" "${@:4}" >"$here/$1.txt"
+  starflow2 plan --config "$2" --topology "$3" --json "$here/$1.json" "${@:4}" >"$here/$1.txt"
 }
 
 # Of the codec at the paper's size: fae_features_v5e, ...
 for stage in features pixels pixels_tuned; do
   for at in v5e:16x16 h100:8; do
-    name="fae_${stage}_${at%%:*}"
-    if [[ $name != *"$only"* ]]; then continue; fi
-    starflow2 plan --config fae_dinov2_g --chip "${at%%:*}" --topology "$at" --stage "$stage" --json "$here/$name.json" >"$here/$name.txt"
+    plan "fae_${stage}_${at%%:*}" fae_dinov2_g "$at" --chip "${at%%:*}" --stage "$stage"
   done
 done
 
 number=0
 for stage in t2i adapter joint; do
   number=$((number + 1))
-  plan "${stage}_v5e" "$stage" v5e:16x16 --chip v5e
-  plan "${stage}_v5p" "$stage" v5p:4x4x4 --chip v5p
-  plan "${stage}_v6e" "$stage" v6e:16x16 --chip v6e
-  plan "${stage}_h200x1" gpu h200:1 --stage "$number"
-  plan "${stage}_h100x8" "$stage" h100:8 --chip h100 "--config.stages.*.rows=64"
-  plan "${stage}_h100x64" "$stage" h100:8x8 --chip h100
-  plan "${stage}_a100x8" "$stage" a100-80:8 --chip a100-80
-  plan "${stage}_b200x8" "$stage" b200:8 --chip b200
+  plan "${stage}_v5e" "starflow2_7b_$stage" v5e:16x16 --chip v5e
+  plan "${stage}_v5p" "starflow2_7b_$stage" v5p:4x4x4 --chip v5p
+  plan "${stage}_v6e" "starflow2_7b_$stage" v6e:16x16 --chip v6e
+  plan "${stage}_h200x1" starflow2_7b_gpu h200:1 --stage "$number"
+  plan "${stage}_h100x8" "starflow2_7b_$stage" h100:8 --chip h100 "--config.stages.*.rows=64"
+  plan "${stage}_h100x64" "starflow2_7b_$stage" h100:8x8 --chip h100
+  plan "${stage}_a100x8" "starflow2_7b_$stage" a100-80:8 --chip a100-80
+  plan "${stage}_b200x8" "starflow2_7b_$stage" b200:8 --chip b200
 done
 
 for stage in t2i joint; do # as many rows per chip as on fewer
   if [[ $stage == t2i ]]; then rows=1536; else rows=1024; fi
-  plan "${stage}_h100x512" "$stage" h100:64x8 --chip h100 "--config.stages.*.rows=4096"
-  plan "${stage}_v5p256" "$stage" v5p:4x8x8 --chip v5p "--config.stages.*.rows=2048"
-  plan "${stage}_v5p1024" "$stage" v5p:8x8x16 --chip v5p "--config.stages.*.rows=8192"
-  plan "${stage}_v5p4096" "$stage" v5p:16x16x16 --chip v5p "--config.stages.*.rows=32768"
-  plan "${stage}_v6e1024" "$stage" v6e:16x16:4 --chip v6e "--config.stages.*.rows=$((rows * 4))"
-  plan "${stage}_v6e4096" "$stage" v6e:16x16:16 --chip v6e "--config.stages.*.rows=$((rows * 16))"
+  plan "${stage}_h100x512" "starflow2_7b_$stage" h100:64x8 --chip h100 "--config.stages.*.rows=4096"
+  plan "${stage}_v5p256" "starflow2_7b_$stage" v5p:4x8x8 --chip v5p "--config.stages.*.rows=2048"
+  plan "${stage}_v5p1024" "starflow2_7b_$stage" v5p:8x8x16 --chip v5p "--config.stages.*.rows=8192"
+  plan "${stage}_v5p4096" "starflow2_7b_$stage" v5p:16x16x16 --chip v5p "--config.stages.*.rows=32768"
+  plan "${stage}_v6e1024" "starflow2_7b_$stage" v6e:16x16:4 --chip v6e "--config.stages.*.rows=$((rows * 4))"
+  plan "${stage}_v6e4096" "starflow2_7b_$stage" v6e:16x16:16 --chip v6e "--config.stages.*.rows=$((rows * 16))"
 done
