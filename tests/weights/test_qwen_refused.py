@@ -263,10 +263,19 @@ def test_an_index_that_names_other_files(copy, capsys):
     refused(capsys, copy, "'config.json', which is no .safetensors file")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"weight_map": 3}', b"\xff"])
-def test_a_damaged_index(copy, capsys, content):
+@pytest.mark.parametrize(
+    "content, saying",
+    [
+        (b"", "is not valid JSON"),
+        (b"[]", "cannot be read as an index"),
+        (b"{}", "cannot be read as an index"),
+        (b'{"weight_map": 3}', "cannot be read as an index"),
+        (b"\xff", "cannot be read as text (byte 0 is not UTF-8)"),
+    ],
+)
+def test_a_damaged_index(copy, capsys, content, saying):
     (copy / INDEX).write_bytes(content)
-    refused(capsys, copy, f"{INDEX} cannot be read as an index")
+    refused(capsys, copy, f"{INDEX} {saying}")
 
 
 def test_an_index_that_lies(copy, capsys):
