@@ -151,7 +151,10 @@ def test_a_sweep_and_another_run_do_not_write_into_one_directory(files, monkeypa
     assert not list((files / "out").iterdir())
 
     def run(*_):
-        for other in (line, ["train", "--config", "digits_quick", "--out", str(files / "out")]):
+        for other in (
+            line,
+            ["train", "--config", "digits_quick", "--config.cpu_devices=8", "--out", str(files / "out")],
+        ):
             assert cli.main(other) == 2
             assert f"writes into {files / 'out'} already" in capsys.readouterr().err
         ended.append(True)
