@@ -108,7 +108,7 @@ def test_nothing_is_trained_on_them_or_fitted_to_them():
     [
         (["evals.val.mix.rea=1"], "evals.val.mix names the source 'rea'; data.sources has"),
         (["evals.val.evry=1"], "did you mean 'evals.val.every'"),
-        (["evals.val.kind=los"], "evals.val.kind must be one of loss, sheet, not 'los'"),
+        (["evals.val.kind=los"], "evals.val.kind must be one of loss, sheet, reconstruction, probe, not 'los'"),
         (["evals.val.prompts=a"], "there is no config key 'evals.val.prompts'"),
         (["evals.val.every=-1"], "at least 0"),
         (["evals.val.stages=joins"], "did you mean 'joint'"),
