@@ -67,6 +67,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read_fae(tmp_path).weights, read_fae(whole).weights)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does(tmp_path):
     """Over data and fsdp, a step of each stage from the same state; sums in another order differ in the last bits."""
     found = []
@@ -95,7 +96,7 @@ def begun(name: str) -> tuple[CodecTask, dict, jax.Array, jax.Array]:
     return task, params, pixels(batch, task.networks.cfg), jax.random.split(jax.random.key(2), 8)
 
 
-@pytest.mark.parametrize("name", ("pixels", "pixels_tuned"))
+@pytest.mark.parametrize("name", ("pixels", pytest.param("pixels_tuned", marks=pytest.mark.slow)))
 def test_the_decoders_gradient_is_that_of_one_loss_with_the_weight_held_fixed(name):
     """Autograd of reconstruction + weight * generator's loss, with the weight that the step found."""
     task, params, pictures, keys = begun(name)
