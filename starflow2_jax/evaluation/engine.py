@@ -59,18 +59,7 @@ def evaluate(
     ]
     if not tasks and share.processes > 1:
         raise UserError("this benchmark has no answers to share; run it in one process, with all devices")
-    prompts = [
-        Prompt(
-            task.key,
-            partial(_asked, sampler, task),
-            task.options,
-            tuple(seed_of(seed, task.key, k) for k in range(benchmark.samples)),
-            f"task {task.key}: ",
-        )
-        for task in tasks
-    ]
-    if len({prompt.key for prompt in prompts}) < len(prompts):
-        raise UserError("two tasks of the benchmark have the same key; give each its own")
+    prompts = _prompts(sampler, tasks, benchmark.samples, seed)
     hashes = [digest(task) for task in tasks]
     about = {
         "tasks": hashlib.sha256("".join(hashes).encode()).hexdigest()[:16],
@@ -103,6 +92,22 @@ def evaluate(
     write_whole(out / "scores.json", json.dumps(found, indent=1) + "\n")
     write_whole(out / "items.json", json.dumps(items) + "\n")
     return found, benchmark.page(answers)
+
+
+def _prompts(sampler: Sampler, tasks: list[Task], samples: int, seed: int) -> list[Prompt]:
+    """What is asked for each task. Raises UserError if two tasks have the same key."""
+    if len({task.key for task in tasks}) < len(tasks):
+        raise UserError("two tasks of the benchmark have the same key; give each its own")
+    return [
+        Prompt(
+            task.key,
+            partial(_asked, sampler, task),
+            task.options,
+            tuple(seed_of(seed, task.key, k) for k in range(samples)),
+            f"task {task.key}: ",
+        )
+        for task in tasks
+    ]
 
 
 def digest(task: Task) -> str:

@@ -7,7 +7,7 @@ with.
 The flow of the other starflow2_* files has 3.6 billion parameters. With their gradients in fp32, they take 27 GiB, so
 no optimizer makes them fit. Here the flow is half as wide.
 
-Nothing of this was run. `starflow2 plan --config starflow2_3b_24gb --topology rtx4090:1` says what it needs
+This experiment was never run. `starflow2 plan --config starflow2_3b_24gb --topology rtx4090:1` says what it needs
 (docs/benchmarks/memory.md).
 """
 
