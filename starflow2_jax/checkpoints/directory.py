@@ -113,7 +113,7 @@ class CheckpointDirectory:
         except ConfigError as error:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} is not a config of this version: {error}; if a Python file of yours "
-                f"adds what it names, name that file with --import"
+                "adds a codec, source or stage that it uses, give that file to --import"
             ) from None
 
     def codec(self) -> Codec:

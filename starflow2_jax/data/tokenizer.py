@@ -150,8 +150,7 @@ def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]], **variables: Any) -> l
 
 
 def conversation(tokenizer: Any, turns: Sequence[Turn[AnyImage]]) -> list[Text | AnyImage]:
-    """A whole conversation as `chat` lays it out turn by turn, so that a model is trained on what it reads and writes
-    later.
+    """A whole conversation, laid out as `chat` does turn by turn, so that training and chatting show the same tokens.
 
     The assistant's turns keep their own parts. Each is ended by END, which counts as a prediction; the last one's END
     comes when the document is encoded. What follows the last answer is left out. Raises DocumentError.

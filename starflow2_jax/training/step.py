@@ -95,9 +95,7 @@ def encoding(step: Callable, codec: Codec, parts: int) -> Callable:
 
 
 def encoded(codec: Codec, frozen: dict, batch: Sequence, parts: int = 1) -> Sequence:
-    """The batch with latents in place of its pictures, if it has any. `parts`: the rows are encoded in so many parts,
-    in turn.
-    """
+    """The batch with latents in place of its pictures, if it has any. `parts`: groups of rows, encoded one by one."""
     if batch.pictures is None:
         return batch
 
