@@ -35,7 +35,8 @@ def load(
 ) -> Config:
     """The whole config of an experiment, locked. Raises ConfigError. Starts no device.
 
-    `path`: a file with a function `get_config(runlocal)`, or the name of an experiment that ships with the package.
+    `path`: a file with a function `get_config`, which may take runlocal and chip, or the name of an experiment that
+    ships with the package.
     `overrides`: texts "key.sub=value", which take precedence over the experiment. `runlocal`: ask the experiment for a
     small version of itself. `chip`: a TPU generation such as "v5p", for experiments whose `get_config` takes it.
     `kinds`: the kinds of runs that the caller can use.
@@ -46,12 +47,7 @@ def load(
     module = import_file(path, "experiment", ConfigError)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no get_config(runlocal); {EXPERIMENTS} holds examples")
-    arguments = {}
-    if chip is not None:
-        if "chip" not in inspect.signature(module.get_config).parameters:
-            raise ConfigError(f"{path} has the same settings for all chips; leave out --chip {chip}")
-        arguments["chip"] = chip
-    config = module.get_config(runlocal, **arguments)
+    config = module.get_config(**_arguments(path, inspect.signature(module.get_config), runlocal, chip))
     if not isinstance(config, ConfigDict | Mapping):
         raise ConfigError(f"{path}: get_config must return an ml_collections ConfigDict, not {abbreviated(config)}")
     values = _values(config, overrides)
@@ -66,6 +62,26 @@ def load(
         )
     assign(page, values, overrides)
     return complete(values)
+
+
+def _arguments(path: Path, signature: inspect.Signature, runlocal: bool, chip: str | None) -> dict:
+    """The arguments for an experiment's `get_config`, which may leave out those that it has no use for."""
+    takes = signature.parameters
+    if chip is not None and "chip" not in takes:
+        raise ConfigError(f"{path} has the same settings for all chips; leave out --chip {chip}")
+    if runlocal and "runlocal" not in takes:
+        raise ConfigError(
+            f"{path} has no small version, because its get_config takes no runlocal; leave out --runlocal"
+        )
+    given = dict(runlocal=runlocal) | ({} if chip is None else dict(chip=chip))
+    given = {name: value for name, value in given.items() if name in takes}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ConfigError(
+            f"{path}: {error}; get_config gets runlocal and chip alone, so give its other arguments a default"
+        ) from None
+    return given
 
 
 def _sized(values: Mapping, cfg: typing.Any) -> dict:

@@ -92,3 +92,24 @@ def test_an_option_without_help_is_refused(command, monkeypatch, tmp_path, capsy
     assert cli.main([*command, "--config", "digits_quick", "--config.codec.kind=plain"]) == 2
     said = capsys.readouterr().err
     assert "Undeclared.side has no line of help" in said and said.count("\n") == 1 and "option(HELP, DEFAULT)" in said
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "said"),
+    [
+        ("", [], None),
+        ("", ["--runlocal"], "own.py has no small version, because its get_config takes no runlocal; leave out"),
+        ("runlocal, *, chip=None", ["--runlocal"], None),
+        ("size", [], "missing a required argument: 'size'; get_config gets runlocal and chip alone, so give"),
+        ("runlocal, chip", [], "missing a required argument: 'chip'; get_config gets"),
+    ],
+)
+def test_an_experiment_may_take_no_arguments(head, options, said, tmp_path, capsys):
+    """get_config() is called with the arguments that it takes; one that cannot be called is one sentence."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        f"def get_config({head}):\n"
+        "    from starflow2_jax.experiments import digits_quick\n    return digits_quick.get_config()\n"
+    )
+    failed = cli.main(["config", "--config", str(file), *options])
+    assert bool(failed) == bool(said) and (said or "") in capsys.readouterr().err
