@@ -25,6 +25,12 @@ class PatchOptions:
     basis: str = option(
         "channels of a token: the pixels of a patch, or their cosine transform", "pixels", choices=BASES
     )
+    least_std: float = option(
+        "channels are divided by their standard deviation, or by this if that is smaller; choose it well above the "
+        "noise of training, or channels of noise alone drown the others",
+        LEAST_STD,
+        above=0,
+    )
 
     @property
     def channels(self) -> int:
@@ -74,17 +80,19 @@ class PatchCodec(Codec):
         if wrong := [shape[2] for shape in shapes if shape[2] != options.image_channels]:
             channels = f"{wrong[0]} channel{' (gray)' if wrong[0] == 1 else 's'}"
             raise ConfigError(f"the source's images have {channels}; set codec.image_channels to {wrong[0]}")
-        return cls.fit(np.stack(images), options.patch, options.basis)
+        return cls.fit(np.stack(images), options.patch, options.basis, options.least_std)
 
     @classmethod
-    def fit(cls, images: np.ndarray, patch: int, basis: str = "pixels") -> "PatchCodec":
-        """A codec fitted to `images` (n, height, width, C) in [-1, 1]. A channel's standard deviation is at least
-        LEAST_STD.
+    def fit(
+        cls, images: np.ndarray, patch: int, basis: str = "pixels", least_std: float = LEAST_STD
+    ) -> "PatchCodec":
+        """A codec fitted to `images` (n, height, width, C) in [-1, 1]. Channels whose standard deviation is below
+        `least_std` are divided by it.
         """
         D = images.shape[-1] * patch * patch
         raw = cls(images.shape[1:3], images.shape[-1], patch, (0.0,) * D, (1.0,) * D, basis)
         latents = raw.encode(images).reshape(-1, D)
-        mean, std = latents.mean(0), np.maximum(latents.std(0), LEAST_STD)
+        mean, std = latents.mean(0), np.maximum(latents.std(0), least_std)
         return replace(raw, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     @property

@@ -13,7 +13,7 @@ from starflow2_jax.data.scenes import art
 from starflow2_jax.data.scenes.art import COLOURS, TONES, sprites, vocabulary
 from starflow2_jax.data.scenes.edits import Edit, in_corner
 from starflow2_jax.data.scenes.kinds import CAPTIONS, EDITS, KINDS, Shown
-from starflow2_jax.data.scenes.scene import BACKGROUNDS, RELATIONS, Placed, Scene, held_out, related, render, stands_out
+from starflow2_jax.data.scenes.scene import BACKGROUNDS, CORNERS, RELATIONS, Placed, Scene, held_out, related, render, stands_out
 from starflow2_jax.data.scenes.source import NEVER, PARTS, SceneOptions, Scenes
 from starflow2_jax.data.scenes.words import countable, describe, name, parse, plan, plural, relation, some
 from starflow2_jax.errors import UserError
@@ -136,8 +136,8 @@ def test_plans_come_before_the_pictures_to_draw():
         assert written.predict and written.text == f" {plan(scene)}"
         ground, sprites = written.text.removeprefix(" on ").split(": ")
         assert ground == scene.background
-        for said, each in zip(sprites.split("; "), scene.placed, strict=True):
-            assert said == f"{name(each.sprite)} {each.side} at {each.row} {each.column}"
+        standing = sorted(scene.placed, key=lambda each: each.corner)
+        assert sprites.split(", ") == [f"{CORNERS[each.corner]} {name(each.sprite)}" for each in standing]
     without = source("story", quarters=True).parts(1)
     assert [part for i, part in enumerate(parts) if i + 1 not in drawn] == without and len(drawn) > 1
     read = source("description", plan=True).parts(1)

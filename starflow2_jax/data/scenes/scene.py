@@ -49,6 +49,13 @@ class Placed:
         row, column = self.centre
         return 2 * (row >= UNITS / 2) + (column >= UNITS / 2)
 
+    @property
+    def quarter(self) -> "Placed":
+        """The sprite filling the quarter that holds its centre."""
+        half = UNITS // 2
+        row, column = divmod(self.corner, 2)
+        return Placed(self.sprite, row * half, column * half, half)
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -84,11 +91,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 def in_quarters(scene: Scene) -> Scene:
     """The scene with each sprite filling the quarter of the picture that holds its centre."""
-    half = UNITS // 2
-    corners = ((each.sprite, *divmod(each.corner, 2)) for each in scene.placed)
-    return replace(
-        scene, placed=tuple(Placed(sprite, row * half, column * half, half) for sprite, row, column in corners)
-    )
+    return replace(scene, placed=tuple(placed.quarter for placed in scene.placed))
 
 
 @cache

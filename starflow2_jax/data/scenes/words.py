@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from starflow2_jax.data.scenes.art import Sprite, sprites
-from starflow2_jax.data.scenes.scene import BACKGROUNDS, RELATIONS, Scene, related
+from starflow2_jax.data.scenes.scene import BACKGROUNDS, CORNERS, RELATIONS, Placed, Scene, related
 
 NUMBERS = ("one", "two", "three", "four")
 MASS = {"bread", "popcorn", "sushi", "garlic", "broccoli", "DNA"}
@@ -145,11 +145,20 @@ def parse(caption: str) -> Said | None:
 
 
 def plan(scene: Scene) -> str:
-    """What stands where on which ground: "on blue: dog 20 at 4 8", side, row and column in units."""
-    placed = "; ".join(f"{name(p.sprite)} {p.side} at {p.row} {p.column}" for p in scene.placed)
-    return f"on {scene.background}: {placed}"
+    """What stands where on which ground, row by row: "on blue: upper left dog, lower right cat" in quarters, otherwise
+    "on blue: 20 at 4 8 dog", side, row and column in units.
+
+    The place comes first, so that a causal model knows it when it reads or writes the name.
+    """
+    placed = sorted(scene.placed, key=lambda each: (each.row, each.column))
+    return f"on {scene.background}: " + ", ".join(f"{_place(each)} {name(each.sprite)}" for each in placed)
+
+
+def _place(placed: Placed) -> str:
+    """Where a sprite stands in a plan."""
+    return CORNERS[placed.corner] if placed == placed.quarter else f"{placed.side} at {placed.row} {placed.column}"
 
 
 def without_plans(text: str) -> str:
-    """A text without the plans in it."""
-    return re.sub(r" ?\bon [a-z]+: [^:]*?\d+ at \d+ \d+(; [^:;]*?\d+ at \d+ \d+)*", "", text)
+    """A text without a plan at its end."""
+    return re.sub(r" ?\bon [a-z]+: .*", "", text)
