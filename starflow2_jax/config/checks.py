@@ -89,7 +89,7 @@ def _require_names(whose: str, table: str, names: Iterable[str]) -> None:
 
 
 def _require_codec(config: ExperimentConfig) -> None:
-    """Codec and model have the same channels, and the same grid if the codec's options set one."""
+    """Require the same channels of the codec and the model, and the same grid if the codec's options set one."""
     codec: Any = config.codec  # of the codec's own dataclass, which has `channels`
     model = config.model
     if codec.channels != model.channels:
@@ -106,8 +106,8 @@ def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None
     """A batch's positions fit into 32 bits, and its rows divide as `require_groups` says."""
     if cfg.rows * cfg.length > LARGEST_INT:
         raise ConfigError(
-            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has "
-            f"at most {LARGEST_INT}"
+            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions, but a batch "
+            f"may have at most {LARGEST_INT}; lower rows or length"
         )
     require_groups(config, name, cfg)
 
@@ -127,7 +127,7 @@ def require_groups(config: RunConfig, name: str, cfg: Any) -> None:
 
 
 def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> None:
-    """The lengths of a stage fit each other and the vision-language model."""
+    """Require lengths of a stage that fit each other and the vision-language model."""
     place, vision = f"stages.{stage.name}", config.model.vlm.vision
     if cfg.vlm_length > cfg.length:
         raise ConfigError(f"{place}.vlm_length={cfg.vlm_length} must be at most {place}.length={cfg.length}")

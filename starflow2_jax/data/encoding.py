@@ -225,10 +225,10 @@ class _Shard:
             image = self.images(part) if isinstance(part, StoredImage) else part
             shape = self.encoding.codec.image_shape
             if image.pixels.shape != shape:
-                raise DocumentError(f"the image has the shape {image.pixels.shape}, and the codec takes {shape}")
+                raise DocumentError(f"the image has the shape {image.pixels.shape}, but the codec takes {shape}")
             return image, image.pixels.tobytes()
         if isinstance(part, Image):
-            raise DocumentError("the image is an array, which only a codec can store; give --codec")
+            raise DocumentError("the image is an array, which is stored only as latents of a codec; give --codec")
         with opened(part) as file:
             content = file.read()
         with opened(replace(part, open=lambda: io.BytesIO(content))) as file:
@@ -266,7 +266,7 @@ def _scaled(picture: Pillow.Image, encoding: Encoding) -> Pillow.Image | None:
 def _write_index(
     out: epath.Path, encoding: Encoding, description: dict[str, Any], reports: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Any process may do this, with the same result."""
+    """Write the index of all shards. Any process may do this, and each would write the same."""
     keys = np.concatenate([_keys(out, shard, encoding.shards) for shard in range(encoding.shards)])
     _, first = np.unique(keys, return_index=True)
     duplicates = np.setdiff1d(np.arange(len(keys)), first)

@@ -156,9 +156,13 @@ class TarReader:
         """The caption of a class, which is given by its name or its number."""
         if said.isdecimal():
             if not (names := self.names):
-                raise DocumentError(f"its class is the number {said}; name a file of the classes with --classes")
+                raise DocumentError(
+                    f"its class is the number {said}, but no names of classes were given; give them with --classes"
+                )
             if int(said) >= len(names):
-                raise DocumentError(f"its class is the number {said}, and there are {len(names)} names of classes")
+                raise DocumentError(
+                    f"its class is the number {said}, but there are {len(names)} names of classes; add the others"
+                )
             said = names[int(said)]
         return self.options.template.replace("{}", said)
 

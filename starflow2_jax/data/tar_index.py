@@ -99,4 +99,6 @@ def _rows(file: epath.Path) -> Iterator[Mapping[str, str]]:
                 )
             yield from rows
         except (csv.Error, UnicodeDecodeError, LargeError) as error:
-            raise UserError(f"{shorten(file)}, line {rows.line_num + 1}, cannot be read ({reason(error)})") from None
+            raise UserError(
+                f"{shorten(file)}, line {rows.line_num + 1}, cannot be read ({reason(error)}); correct or remove it"
+            ) from None

@@ -218,7 +218,7 @@ def compile_codec_step(config: Any, stage: CodecStage, devices: list) -> Program
 
 
 def _pictures(latents: jax.ShapeDtypeStruct, codec: FaeCodec) -> Pictures:
-    """Shapes of pictures in the place of all latents (B, M, N, D) of a batch."""
+    """The shapes of the `Pictures` that take the place of all latents (B, M, N, D) of a batch."""
     rows, where = latents.shape[:2], latents.sharding
     pixels = jax.ShapeDtypeStruct((*rows, *codec.image_shape), jnp.uint8, sharding=where)
     waiting = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=where)

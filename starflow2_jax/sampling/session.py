@@ -228,7 +228,7 @@ class Session:
         self.rows = self.rows.replace(**fresh)
 
     def _stop(self, strings: tuple[str, ...]) -> None:
-        """End the rows whose record holds one of the strings within a run of text."""
+        """End the rows whose recorded tokens contain one of the strings within a run of text."""
 
         def found(tokens: np.ndarray) -> bool:
             texts = (self.sampler.tokenizer.decode(run, skip_special_tokens=True) for run in text_runs(tokens))
@@ -278,6 +278,6 @@ def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
 
 
 def _spare(sampler: Runtime, size: int, rows: int) -> int:
-    """Number of idle rows to add to `size` rows, to have at least `rows` and to fill the mesh evenly."""
+    """Number of idle rows that bring `size` rows to at least `rows`, and to a multiple of the mesh's row shards."""
     spare = max(rows - size, 0)
     return spare + -(size + spare) % sharding.row_shards(sampler.mesh)
