@@ -62,8 +62,8 @@ def encode(
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda units, documents: None,
 ) -> dict[str, Any] | None:
-    """Write the shards of this process, every `processes`-th one, that are not there yet; with the last one,
-    index.json.
+    """Write those shards of this process, every `processes`-th one, that do not exist yet. The process that writes the
+    last shard also writes index.json.
 
     progress: called with the numbers of units and documents that were read since its last call. Returns the values of
     index.json, or None while other processes have shards to write. Each file is written aside and renamed, so that the

@@ -170,8 +170,8 @@ class TarReader:
 def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(name, suffix -> content) of the neighbouring members that have one name up to the first dot.
 
-    Raises the errors of tarfile, and ReadError where the members end and the file does not, after the last whole
-    sample.
+    After the last whole sample, raises the errors of tarfile, and ReadError if the file goes on after its last
+    member.
     """
     sample, members, fault = "", {}, None
     with file.open("rb") as stream, open_tar(stream) as tar:

@@ -82,7 +82,7 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
     except (KeyError, tarfile.TarError, OSError, EOFError) as error:
         raise DocumentError(f"its tar file has no {name!r} that can be read ({reason(error)})") from None
     if not content:
-        raise DocumentError(f"{name!r} of its tar file is empty or no file")
+        raise DocumentError(f"the member {name!r} of its tar file is empty or not a file")
     return content
 
 

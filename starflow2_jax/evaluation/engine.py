@@ -95,7 +95,7 @@ def evaluate(
 
 
 def _prompts(sampler: Sampler, tasks: list[Task], samples: int, seed: int) -> list[Prompt]:
-    """What is asked for each task. Raises UserError if two tasks have the same key."""
+    """The prompt and the seeds of each task. Raises UserError if two tasks have the same key."""
     if len({task.key for task in tasks}) < len(tasks):
         raise UserError("two tasks of the benchmark have the same key; give each its own")
     return [

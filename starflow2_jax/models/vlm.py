@@ -168,7 +168,7 @@ class Vlm(Protocol):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., E) -> (..., V) fp32: their products with the rows of `head`, nothing else.
 
-        Training applies the matrix itself, in chunks.
+        Training does not call this method; it multiplies by the matrix in chunks.
         """
         ...
 

@@ -217,8 +217,8 @@ class Session:
         within = self._open()
         if any(o.max_images == 0 for o, open in zip(self.options, within, strict=True) if open):
             raise DocumentError(
-                "an image is not finished, but max_images is 0; allow one image, or read on, which drops the "
-                "unfinished one"
+                "an image is not finished, but max_images is 0; set max_images to at least 1, or read a new turn, "
+                "which drops the unfinished image"
             )
         self._make_room(np.zeros(len(within), int), self.to_write)
         begun, idle = np.maximum(within - 1, 0).astype(np.int32), np.arange(len(within)) >= self.size

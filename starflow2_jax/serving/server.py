@@ -75,9 +75,9 @@ class Server(uvicorn.Server):
     """Serves a sampler until a signal ends it, or until the device fails and does not recover (`worker.lost`).
 
     After a signal, running requests may finish within `limits.grace` seconds; waiting ones get 503. `name`: the
-    model's, in requests. `host`: the name of the address as the user gave it. `listeners`: sockets from `bind`. `key`:
-    that clients must send; None: none. `ready`: called with the server's URL once it accepts requests. Raises UserError
-    for limits that do not fit the model.
+    model's name in requests. `host`: the host name or address that the user gave. `listeners`: sockets from `bind`.
+    `key`: the key that clients must send; None: they need none. `ready`: called with the server's URL once it accepts
+    requests. Raises UserError for limits that do not fit the model.
     """
 
     def __init__(
