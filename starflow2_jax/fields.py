@@ -142,7 +142,7 @@ def build(cls: type[Group], values: object, path: str = "") -> Group:
     """
     place = f"{path or 'the config'} ({cls.__name__})"
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{place} is a group of keys, not {abbreviated(values)}")
+        raise ConfigError(f"{place} must be a group of keys, not {abbreviated(values)}; give a dict")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields), key=str):
         raise ConfigError(f"{place} has no field {unknown[0]!r}; did you mean {_near(unknown[0], fields)!r}?")

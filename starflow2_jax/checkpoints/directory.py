@@ -97,7 +97,9 @@ class CheckpointDirectory:
         """
         values = read_json(self.folder / "config.json")
         if not isinstance(values, dict) or "stages" not in values:
-            raise CheckpointError(f"{self.folder / 'config.json'} is not a config of this program")
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} is not a config of this program; name the directory of a run"
+            )
         if (given := values.get("kind", configs.STARFLOW2)) != kind:
             raise CheckpointError(
                 f"{self.folder} is a run of the kind {given!r}, not {kind!r}; name a directory of that kind"

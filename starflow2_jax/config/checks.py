@@ -50,7 +50,7 @@ def require_sources(config: Any) -> None:
     _require_names("a source's", "data.sources", data.sources)
     if set(data.sources) <= (held := held_out(config)):
         raise ConfigError(
-            f"every source is held out by an evaluation's mix ({', '.join(sorted(held))}); add one to train on to "
+            f"every source is held out by an evaluation's mix ({', '.join(sorted(held))}); add a training source to "
             f"data.sources"
         )
     for stage, cfg in config.stages.items():
@@ -63,9 +63,10 @@ def require_sources(config: Any) -> None:
 
 
 def require_evals(config: RunConfig, unable: str = "") -> None:
-    """The mix of each evaluation names sources that there are, and sheets are drawn only if the codec makes pictures.
+    """Require that the mix of each evaluation names sources of the config, and that no sheet is drawn with a codec that
+    makes no pictures.
 
-    unable: the kind of codec that makes none; "": the codec makes some.
+    unable: the kind of the codec if it makes no pictures; "": it makes pictures.
     """
     _require_names("an evaluation's", "evals", config.evals)
     for name, cfg in config.evals.items():
@@ -78,18 +79,18 @@ def require_evals(config: RunConfig, unable: str = "") -> None:
             )
         if cfg.kind == "sheet" and unable:
             raise ConfigError(
-                f"evals.{name} draws pictures, and the codec {unable!r} makes none; take it out of the config"
+                f"evals.{name} draws pictures, but the codec {unable!r} makes none; remove evals.{name} from the config"
             )
 
 
 def _require_names(whose: str, table: str, names: Iterable[str]) -> None:
-    """Each name fits into the name of a file and of a metric."""
+    """Require names that can be part of a file name and of a metric's name."""
     if wrong := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
         raise ConfigError(f"{whose} name has letters, digits, '_', '-' and '.', not {wrong[0]!r}; rename it in {table}")
 
 
 def _require_codec(config: ExperimentConfig) -> None:
-    """Codec and model have the same channels, and the same grid if the codec's options set one."""
+    """Require the same channels of the codec and the model, and the same grid if the codec's options set one."""
     codec: Any = config.codec  # of the codec's own dataclass, which has `channels`
     model = config.model
     if codec.channels != model.channels:
@@ -106,8 +107,8 @@ def _require_rows(config: ExperimentConfig, name: str, cfg: StageConfig) -> None
     """A batch's positions fit into 32 bits, and its rows divide as `require_groups` says."""
     if cfg.rows * cfg.length > LARGEST_INT:
         raise ConfigError(
-            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions; a batch has "
-            f"at most {LARGEST_INT}"
+            f"stages.{name}: rows={cfg.rows} of length={cfg.length} are {cfg.rows * cfg.length} positions, but a batch "
+            f"may have at most {LARGEST_INT}; lower rows or length"
         )
     require_groups(config, name, cfg)
 
@@ -127,7 +128,7 @@ def require_groups(config: RunConfig, name: str, cfg: Any) -> None:
 
 
 def _require_stage(config: ExperimentConfig, stage: Stage, cfg: StageConfig) -> None:
-    """The lengths of a stage fit each other and the vision-language model."""
+    """Require lengths of a stage that fit each other and the vision-language model."""
     place, vision = f"stages.{stage.name}", config.model.vlm.vision
     if cfg.vlm_length > cfg.length:
         raise ConfigError(f"{place}.vlm_length={cfg.vlm_length} must be at most {place}.length={cfg.length}")

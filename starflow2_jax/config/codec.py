@@ -142,8 +142,8 @@ def require_consistent(config: CodecExperiment) -> None:
     row, encoder, networks = ENCODERS[config.encoder.kind], config.encoder, config.networks
     if (width := row.width(encoder)) != networks.features:
         raise ConfigError(
-            f"networks.features is {networks.features}, but the encoder makes features of {width} channels; set it to "
-            f"that"
+            f"networks.features is {networks.features}, but the encoder makes features of {width} channels; set "
+            f"networks.features to {width}"
         )
     if not networks.channels:
         raise ConfigError("networks.channels is 0, so that there are no latents to train; give their channels")

@@ -58,7 +58,8 @@ def load(
     page = _page(values)
     if (kind := values.get("kind", STARFLOW2)) not in kinds:
         raise ConfigError(
-            f"{path} is an experiment of the kind {kind!r}, which this command does not take; name another one"
+            f"{path} is an experiment of the kind {kind!r}, which this command does not take; name an experiment "
+            f"of the kind {' or '.join(kinds)}"
         )
     assign(page, values, overrides)
     return complete(values)

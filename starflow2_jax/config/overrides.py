@@ -118,7 +118,7 @@ def _entry(values: dict, name: str) -> dict:
     if values.get(name) is None:
         values[name] = {}
     if not isinstance(values[name], dict):
-        raise ConfigError(f"{name} is a group of keys, not {abbreviated(values[name])}")
+        raise ConfigError(f"{name} must be a group of keys, not {abbreviated(values[name])}; give a dict")
     return values[name]
 
 

@@ -65,9 +65,10 @@ Said = str | np.ndarray | Sequence[str | np.ndarray | Text | Image]
 
 
 class DocumentError(UserError):
-    """A document that cannot be read or does not fit. The message is one sentence for its author.
+    """A document that cannot be read or does not fit. The message is one sentence for the document's author.
 
-    index: the document's place among several, if it is known. kind: what is wrong, for counting.
+    index: the document's place among several, if it is known. kind: the kind of fault, under which it is
+    counted.
     """
 
     kind = "document"

@@ -56,7 +56,7 @@ class EncodedDocuments(Source):
         self.cache = Path(options.cache) if options.cache else None
         if str(self.folder).startswith("s3://") and not self.cache:
             raise UserError(
-                f"shards in {shorten(path)} are read from copies; set the source's cache to a folder for them"
+                f"shards in {shorten(path)} are read from local copies; set the source's cache to a folder for them"
             )
         self.place = shorten(self.folder)
         self.index = read_index(self.folder)

@@ -62,8 +62,8 @@ def encode(
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda units, documents: None,
 ) -> dict[str, Any] | None:
-    """Write the shards of this process, every `processes`-th one, that are not there yet; with the last one,
-    index.json.
+    """Write those shards of this process, every `processes`-th one, that do not exist yet. The process that writes the
+    last shard also writes index.json.
 
     progress: called with the numbers of units and documents that were read since its last call. Returns the values of
     index.json, or None while other processes have shards to write. Each file is written aside and renamed, so that the
@@ -225,10 +225,10 @@ class _Shard:
             image = self.images(part) if isinstance(part, StoredImage) else part
             shape = self.encoding.codec.image_shape
             if image.pixels.shape != shape:
-                raise DocumentError(f"the image has the shape {image.pixels.shape}, and the codec takes {shape}")
+                raise DocumentError(f"the image has the shape {image.pixels.shape}, but the codec takes {shape}")
             return image, image.pixels.tobytes()
         if isinstance(part, Image):
-            raise DocumentError("the image is an array, which only a codec can store; give --codec")
+            raise DocumentError("the image is an array, which is stored only as latents of a codec; give --codec")
         with opened(part) as file:
             content = file.read()
         with opened(replace(part, open=lambda: io.BytesIO(content))) as file:
@@ -266,7 +266,7 @@ def _scaled(picture: Pillow.Image, encoding: Encoding) -> Pillow.Image | None:
 def _write_index(
     out: epath.Path, encoding: Encoding, description: dict[str, Any], reports: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Any process may do this, with the same result."""
+    """Write the index of all shards. Any process may do this, and each would write the same."""
     keys = np.concatenate([_keys(out, shard, encoding.shards) for shard in range(encoding.shards)])
     _, first = np.unique(keys, return_index=True)
     duplicates = np.setdiff1d(np.arange(len(keys)), first)

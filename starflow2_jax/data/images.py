@@ -59,13 +59,15 @@ class ImageReader:
             if image.name.endswith(".npy"):
                 pixels = _array(np.load(file, allow_pickle=False))
             elif flow and self.latents:
-                raise ImageError(f"the image {shorten(image.name)} is a picture, and the codec takes latents (.npy)")
+                raise ImageError(
+                    f"the image {shorten(image.name)} is a picture, but the codec takes latents; give a .npy file"
+                )
             else:
                 pixels = from_pillow(self._flow(Picture(file), view) if flow else self._vit(Picture(file), view))
         return Image(pixels, image.generate, image.via)
 
     def file(self, path: str | Path, via: str = "flow") -> Image:
-        """The image in a file, which the model sees `via`. Raises ImageError."""
+        """The image in a file. `via`: how the model sees it, "flow" or "vit". Raises ImageError."""
         return self(stored(locate(str(path), epath.Path()), via=via))
 
     def _flow(self, picture: Picture, view: View) -> Pillow.Image:

@@ -53,7 +53,7 @@ def _text(where: str, text: str | list, predict: bool) -> Text | Wordings:
     if isinstance(text, str):
         return Text(text, predict)
     if not text or not all(isinstance(each, str) for each in text):
-        raise DocumentError(f"{where}: a list of wordings has one string or more, and nothing else")
+        raise DocumentError(f"{where}: a list of wordings must hold at least one string, and nothing but strings")
     return Wordings(tuple(text), predict)
 
 
@@ -89,7 +89,9 @@ def _finished(
     part: Text | Wordings | Image | StoredImage | Speaker, reader: Callable[[StoredImage], Image]
 ) -> Text | Image:
     if isinstance(part, Speaker):
-        raise DocumentError('it is part of a conversation; give a document of {"text": ...} and {"image": ...} parts')
+        raise DocumentError(
+            'a turn of a conversation is not read here; give a document of {"text": ...} and {"image": ...} parts'
+        )
     if isinstance(part, StoredImage):
         return reader(part)
     return Text(part.texts[0], part.predict) if isinstance(part, Wordings) else part

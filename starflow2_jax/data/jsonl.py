@@ -64,7 +64,7 @@ class JsonlDocuments(Source):
             place = "" if self.array is None else f" record {self.count} of the array:"
             raise DocumentError(f"{shorten(path)},{place} {error}") from None
         if not begins:
-            raise DocumentError(f"{shorten(path)} has no documents")
+            raise DocumentError(f"{shorten(path)} has no documents; give a file with at least one record")
         self.begins = np.array(begins, np.int64)
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ def _opening(file: BinaryIO) -> int | None:
 
 
 def _lines(file: BinaryIO, begin: int) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their offsets. Of a line above LONGEST, the rest is left out.
+    """The lines that are not blank, with their offsets. A line above LONGEST bytes is cut to its first LONGEST + 1.
 
     Raises DocumentError where a line above LONGEST holds NUL bytes, as a sparse file does, or is longer than ENDLESS.
     """

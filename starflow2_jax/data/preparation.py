@@ -137,7 +137,7 @@ class Preparation:
             try:
                 if isinstance(part, Image) and part.encoded and (self.source.flip or self.source.crop == "random"):
                     raise ImageError(
-                        "encoded images cannot be cropped or mirrored; set flip to False and crop to center"
+                        "encoded images cannot be cropped or mirrored; set the source to flip=False and crop=center"
                     )
                 document.append(reader(part, view) if isinstance(part, StoredImage) else part)
             except DocumentError as error:

@@ -156,9 +156,13 @@ class TarReader:
         """The caption of a class, which is given by its name or its number."""
         if said.isdecimal():
             if not (names := self.names):
-                raise DocumentError(f"its class is the number {said}; name a file of the classes with --classes")
+                raise DocumentError(
+                    f"its class is the number {said}, but no names of classes were given; give them with --classes"
+                )
             if int(said) >= len(names):
-                raise DocumentError(f"its class is the number {said}, and there are {len(names)} names of classes")
+                raise DocumentError(
+                    f"its class is the number {said}, but there are {len(names)} names of classes; add the others"
+                )
             said = names[int(said)]
         return self.options.template.replace("{}", said)
 
@@ -166,8 +170,8 @@ class TarReader:
 def _samples(file: epath.Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(name, suffix -> content) of the neighbouring members that have one name up to the first dot.
 
-    Raises the errors of tarfile, and ReadError where the members end and the file does not, after the last whole
-    sample.
+    After the last whole sample, raises the errors of tarfile, and ReadError if the file goes on after its last
+    member.
     """
     sample, members, fault = "", {}, None
     with file.open("rb") as stream, open_tar(stream) as tar:

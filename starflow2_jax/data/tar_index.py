@@ -82,7 +82,7 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
     except (KeyError, tarfile.TarError, OSError, EOFError) as error:
         raise DocumentError(f"its tar file has no {name!r} that can be read ({reason(error)})") from None
     if not content:
-        raise DocumentError(f"{name!r} of its tar file is empty or no file")
+        raise DocumentError(f"the member {name!r} of its tar file is empty or not a file")
     return content
 
 
@@ -99,4 +99,6 @@ def _rows(file: epath.Path) -> Iterator[Mapping[str, str]]:
                 )
             yield from rows
         except (csv.Error, UnicodeDecodeError, LargeError) as error:
-            raise UserError(f"{shorten(file)}, line {rows.line_num + 1}, cannot be read ({reason(error)})") from None
+            raise UserError(
+                f"{shorten(file)}, line {rows.line_num + 1}, cannot be read ({reason(error)}); correct or remove it"
+            ) from None

@@ -110,7 +110,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def _by_name(template: Any) -> Any:
-    """A chat template of a processor; one of several, [{"name": ..., "template": ...}, ...], as a dict by name."""
+    """A processor's chat template. A list of several, [{"name": ..., "template": ...}, ...], becomes a dict by name."""
     if not isinstance(template, list):
         return template
     return {each["name"]: each["template"] for each in template if isinstance(each, dict) and len(each) == 2}
@@ -119,15 +119,14 @@ def _by_name(template: Any) -> Any:
 def chat(tokenizer: Any, turns: Sequence[Turn[AnyImage]], **variables: Any) -> list[Text | AnyImage]:
     """The document that the assistant's next answer continues: a conversation, by the tokenizer's own chat template.
 
-    turns: pairs of a role ("system", "user" or "assistant") and the content of its turn. variables: more that the
-    template
-        may read.
+    turns: pairs of a role ("system", "user" or "assistant") and the content of its turn. variables: further values that
+        the template may read.
 
     Some templates take the content as a list of parts, others as one string; the form that the template handles is
     used. Raises DocumentError if there is no template, or it handles neither form.
     """
     if not tokenizer.chat_template:
-        raise DocumentError("this model's tokenizer has no chat template; give the prompt as it is")
+        raise DocumentError("this model's tokenizer has no chat template; give plain text instead of a conversation")
     images = [part for _, said in turns for part in said if not isinstance(part, Text)]
     words = [part.text.strip() for _, said in turns for part in said if isinstance(part, Text)]
     rendered, fault = [], ""

@@ -59,7 +59,7 @@ def read_run(folder: Path) -> Run:
     found = _object(scores, read_json_file(scores), '{"accuracy": 0.5}') if scores.is_file() else {}
     for name, value in found.items():
         if not (value is None or _is_number(value)):
-            raise UserError(f"{scores} has {shown(value)} as {name!r}, which is no number")
+            raise UserError(f"{scores}: the value of {name!r} must be a number, not {shown(value)}")
     return Run(numbers(items) | found, items)
 
 
@@ -71,7 +71,9 @@ def _read_items(path: Path) -> dict[str, Items]:
         for key, value in _object(f"{path}, {name!r},", values, example).items():
             pair = value if isinstance(value, list) else [value, 1]
             if not (len(pair) == 2 and all(map(_is_number, pair)) and pair[1] > 0):
-                raise UserError(f"{path} has {shown(value)} as {key!r}, which is no number or [number, weight above 0]")
+                raise UserError(
+                    f"{path}: the value of {key!r} must be a number, or [number, weight above 0], not {shown(value)}"
+                )
             found[name][key] = (float(pair[0]), float(pair[1]))
     return found
 

@@ -55,7 +55,7 @@ class DigitsBenchmark(Benchmark):
             raise UserError("the benchmark digits brings its own data; leave --data out")
         self.limit = LIMIT if limit is None else limit
         if self.limit < 10:
-            raise UserError("--limit is at least 10: one digit of each kind")
+            raise UserError("--limit must be at least 10, one digit of each kind")
 
     def tasks(self) -> list[Task]:
         """The tasks, by kind. Their targets are: "write" the digit, "read" its word, "sum" the number, "mirror" the
@@ -141,7 +141,7 @@ def _levels(pixels: np.ndarray) -> np.ndarray:
 
 
 def _shows(images: list[np.ndarray], wanted: Sequence[int]) -> bool:
-    """Whether the images, at least one, show exactly the digits `wanted` in their order."""
+    """Whether there is an image, and the images show exactly the digits `wanted` in this order."""
     return len(images) == len(wanted) and bool((classify(images) == np.array(wanted)).all()) if images else False
 
 

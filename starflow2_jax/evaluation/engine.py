@@ -95,7 +95,7 @@ def evaluate(
 
 
 def _prompts(sampler: Sampler, tasks: list[Task], samples: int, seed: int) -> list[Prompt]:
-    """What is asked for each task. Raises UserError if two tasks have the same key."""
+    """The prompt and the seeds of each task. Raises UserError if two tasks have the same key."""
     if len({task.key for task in tasks}) < len(tasks):
         raise UserError("two tasks of the benchmark have the same key; give each its own")
     return [
@@ -137,7 +137,7 @@ def _asked(sampler: Sampler, task: Task) -> Document:
 
 
 def _document(parts: list[dict[str, str]], out: Path, sampler: Sampler) -> Document:
-    """A written answer as a document; all its parts count as the model's predictions."""
+    """The document of an answer that was written to files; all its parts are marked as the model's predictions."""
     return [
         Image(read_image(out / part["image"], sampler.codec.image_channels), generate=True)
         if "image" in part

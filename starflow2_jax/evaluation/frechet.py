@@ -62,8 +62,8 @@ def distance(images: Path, reference: Path, features: Path, cache: Path, batch: 
     a, b = (_statistics(path, network, known, cache, batch) for path in (images, reference))
     if a.mean.shape != b.mean.shape:
         raise UserError(
-            f"{reference} has {len(b.mean)} features and {features} makes {len(a.mean)}; use the features' file that "
-            f"made it"
+            f"{reference} has statistics of {len(b.mean)} features, but {features} makes {len(a.mean)} features; give "
+            f"the --features file that made these statistics"
         )
     return {
         "frechet_distance": frechet(a.mean, a.covariance, b.mean, b.covariance),
@@ -92,7 +92,9 @@ def _measured(folder: Path, network: Callable[[Any], Any], batch: int) -> Statis
 
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if len(files) < 2:
-        raise UserError(f"{folder} holds {len(files)} pictures (.png, .jpg), and a distance needs thousands")
+        raise UserError(
+            f"{folder} holds {len(files)} pictures (.png, .jpg), but a Fréchet distance needs thousands; add pictures"
+        )
     found = []
     with torch.inference_mode(), tqdm(total=len(files), desc=folder.name, unit="picture") as bar:
         for pictures in _batches(files, batch):

@@ -1,4 +1,4 @@
-"""GenEval: objects, their number, colour and place, found by a detector (github.com/djghosh13/geneval)."""
+"""GenEval: a detector checks objects in a picture, their number, colour and place (github.com/djghosh13/geneval)."""
 
 import json
 import re

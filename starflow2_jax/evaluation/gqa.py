@@ -11,7 +11,7 @@ TIER = "testdev_balanced"
 
 
 class GqaBenchmark(Questions):
-    """The balanced questions of testdev."""
+    """The balanced questions of GQA's split testdev."""
 
     needed = copies("gqa", "GQA", "GQA_TestDev_Balanced", f"folders {TIER}_instructions and {TIER}_images")
     split = "testdev"

@@ -84,7 +84,7 @@ class LikelihoodBenchmark(Benchmark):
         return answers
 
     def export(self, answers: list[Answer], out: Path) -> None:
-        """Write SOURCE.jsonl with the row of each document, or of each group of captions and pictures."""
+        """Write SOURCE.jsonl: a JSON object for each document, or for each group of captions and pictures."""
         folder = out / "likelihood"
         folder.mkdir()
         for source, rows in _by_source(answers).items():

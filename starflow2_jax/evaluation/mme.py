@@ -1,4 +1,4 @@
-"""MME: two questions for each picture, to be answered by yes and by no
+"""MME: two questions for each picture, of which one has the answer yes and one the answer no
 (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models).
 """
 
@@ -19,7 +19,7 @@ class MmeBenchmark(Questions):
         return super().wording(asked).replace(ASKED, "")
 
     def official(self, predictions: list[tuple[Question, str]], folder: Path) -> None:
-        """Write CATEGORY.txt for eval_tool/calculation.py: two lines for each picture, one after the other."""
+        """Write CATEGORY.txt for eval_tool/calculation.py, with the two lines of a picture next to each other."""
         for category, several in by_category(predictions).items():
             pairs: dict[str, list[str]] = {}
             for asked, prediction in several:

@@ -63,7 +63,7 @@ class Page:
 
 
 class Benchmark(Protocol):
-    """A benchmark that inherits from this class needs only `__init__` and `tasks` of its own."""
+    """Tasks for a model, and the rules that score its answers. A subclass must define only `__init__` and `tasks`."""
 
     aims: Mapping[str, float] = {}  # the value that a number should reach, for some of the numbers
     samples: int = 1  # answers to each task
@@ -99,8 +99,9 @@ class Benchmark(Protocol):
     ) -> list[Document]:
         """The answers to tasks that run together, `samples` to each; by default, the model draws them.
 
-        prompts: the tasks' own, as the model reads them. options: of all of them. seeds: one for each answer, which
-        decides it. rows: number of tasks in the largest batch. Raises DocumentError with the index of the task.
+        prompts: those of the tasks, as the model reads them. options: the same for all of them. seeds: one for each
+        answer, which alone decides its random draws. rows: number of tasks in the largest batch. Raises DocumentError
+        with the index of the task.
         """
         return sampler.generate(prompts, options, seeds, self.samples, rows)
 
@@ -111,9 +112,10 @@ class Benchmark(Protocol):
         """
 
     def score(self, answers: list[Answer], sampler: Sampler) -> Scores:
-        """The numbers that can be computed here, by name; None for a number that no answer bears on.
+        """The numbers that can be computed here, by name; None for a number that no answer contributes to.
 
-        A number that is the mean of items may be given by these, for the bootstrap intervals of `starflow2 compare`.
+        In place of a number that is a mean, its items may be returned; `starflow2 compare` needs them for bootstrap
+        intervals.
         """
         return {}
 

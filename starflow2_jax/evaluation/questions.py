@@ -182,7 +182,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def by_category(predictions: Iterable[tuple[Question, str]]) -> dict[str, list[tuple[Question, str]]]:
-    """Predictions by the category of their question, in their order."""
+    """The predictions grouped by the category of their question; each group keeps their order."""
     groups: dict[str, list[tuple[Question, str]]] = {}
     for asked, prediction in predictions:
         groups.setdefault(asked.category, []).append((asked, prediction))

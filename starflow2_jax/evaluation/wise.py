@@ -37,7 +37,7 @@ class WiseBenchmark(Drawing):
         numbers = [NEEDED.whole(f"a prompt_id in {file}", row["prompt_id"]) for file, row in rows]
         if len(set(numbers)) < len(numbers):
             raise UserError(
-                f"two prompts in {path} have the same prompt_id; name the files of one version of WISE alone"
+                f"two prompts in {path} have the same prompt_id; give the files of only one version of WISE"
             )
         asked = [Asked(str(n), [Text(str(row["Prompt"]))]) for n, (_, row) in zip(numbers, rows, strict=True)]
         self.asked = sorted(asked, key=lambda each: int(each.key))

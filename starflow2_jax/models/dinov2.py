@@ -107,7 +107,7 @@ def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in pixels -> grid of patches. Raises ValueError if the sides are not multiples of the patch."""
     if size[0] % cfg.patch or size[1] % cfg.patch or not min(size):
         raise ValueError(
-            f"an image of {size[0]}x{size[1]} pixels was given; the encoder takes sides that {cfg.patch} divides"
+            f"an image of {size[0]}x{size[1]} pixels was given; its sides must be multiples of {cfg.patch}"
         )
     return size[0] // cfg.patch, size[1] // cfg.patch
 

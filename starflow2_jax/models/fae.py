@@ -1,6 +1,7 @@
 """FAE: features of a frozen image encoder <-> a small Gaussian latent, and features -> pixels (arXiv 2512.07829).
 
-Shapes and parameter counts are published. Layouts marked [i] are inferred: they give exactly these counts.
+Shapes and parameter counts are published. Layouts marked [i] are inferred: they give exactly these counts. [ours] marks
+choices of this project.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class FeatureDecoderConfig:
         check(self)
         if self.head_dim % 4:
             raise UserError(
-                f"head_dim={self.head_dim} must be a multiple of 4: rows and columns rotate pairs of channels"
+                f"head_dim={self.head_dim} must be a multiple of 4, because rows and columns rotate pairs of channels"
             )
 
 
@@ -130,7 +131,7 @@ class FeatureDecoder(nn.Module):
     """Latents -> features.
 
     [i] A biased map to the features' width, learned positions, layers with RMSNorm and SwiGLU, a final RMSNorm. Heads
-    rotate by row and column, in the coordinates of the grid that positions are learned for [ours].
+    have rotary positions of rows and columns, in units of the grid that the learned positions belong to [ours].
     """
 
     cfg: FaeConfig

@@ -74,9 +74,9 @@ def _settle(predict, z, previous, state, method: Jacobi):
     """Solve one chunk: z (B, c, D) and the token before it (B, D) -> h (B, c, D), state, passes (B,).
 
     A pass writes its guess into `state`, not its result; the returned h and state come from one pass. A row that has
-    converged keeps its last guess, so the passes that other rows still need repeat its last one bit for bit, and no row
-    depends on the others in its batch. After c passes the first c - 1 tokens of the guess are exact, and these are all
-    that the state depends on.
+    converged keeps its last guess. Further passes, which other rows still need, then compute the same result for it bit
+    for bit, so no row depends on the others in its batch. After c passes the first c - 1 tokens of the
+    guess are exact, and the state depends on these alone.
     """
 
     def run(guess, state):

@@ -108,7 +108,7 @@ class TransformerConfig(Computation):
     def __post_init__(self):
         check(self)
         if not self.head_dim and self.width % self.heads:
-            raise UserError(f"heads={self.heads} must divide width={self.width}, or head_dim be given")
+            raise UserError(f"heads={self.heads} must divide width={self.width}; else set head_dim")
         if self.heads % self.kv:
             raise UserError(f"kv_heads={self.kv} must divide heads={self.heads}")
 

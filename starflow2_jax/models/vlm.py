@@ -84,8 +84,8 @@ class VisionConfig(Protocol):
         ...
 
     def bounded(self, least: int | None = None, most: int | None = None) -> Self:
-        """The same tower with other limits of an image's pixels; None: the limit stays. A tower of one size returns
-        itself.
+        """The same tower with other limits of an image's pixels; None keeps a limit. A tower that has only one size
+        returns itself.
         """
         ...
 
@@ -120,12 +120,12 @@ class VlmConfig(Protocol):
 
     @property
     def vision(self) -> VisionConfig | None:
-        """Its vision tower; None: it sees no images."""
+        """Its vision tower; None if it sees no images."""
         ...
 
     @property
     def dtype(self) -> str:
-        """Type of its matrix products and caches."""
+        """Data type of its matrix products and caches."""
         ...
 
     @property
@@ -168,7 +168,7 @@ class Vlm(Protocol):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states (..., E) -> (..., V) fp32: their products with the rows of `head`, nothing else.
 
-        Training applies the matrix itself, in chunks.
+        Training does not call this method; it multiplies by the matrix in chunks.
         """
         ...
 

@@ -197,7 +197,7 @@ def parse_topology(text: str) -> Topology:
         raise UserError(f"{text!r} must end with the number of slices, from 1 to 999, as in {Topology(chip, given, 4)}")
     if slices not in ("", "1") and not chip.network:
         raise UserError(
-            f"how fast the network between slices of {chip.name} is, is not known; plan for {Topology(chip, given)}"
+            f"the speed of the network between slices of {chip.name} is not known; plan for {Topology(chip, given)}"
         )
     return Topology(chip, given, int(slices or 1))
 

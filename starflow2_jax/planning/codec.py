@@ -21,7 +21,10 @@ def planned_codec(config: Any, named: str) -> FaeCodec:
     """
     kind, options = codec_options(config)
     if kind is not FaeCodec:
-        raise ConfigError(f"codec.kind is {config.codec.kind!r}, whose images no networks encode; leave out --codec")
+        raise ConfigError(
+            f"--codec plans the networks that encode images, but codec.kind is {config.codec.kind!r}, which has none; "
+            f"leave out --codec"
+        )
     folder = Path(named)
     codec = read_fae(folder) if (folder / DESCRIPTION).is_file() else _untrained(named)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(codec.weights))

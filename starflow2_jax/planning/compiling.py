@@ -81,8 +81,8 @@ class Program:
 
 
 def described_devices(topology: Topology) -> list:
-    """The devices of a topology, as their compiler describes them. Raises UserError if it is missing or refuses
-    them.
+    """The devices of a topology, as their compiler describes them. Raises UserError if the compiler is not installed or
+    refuses the topology.
     """
     chip = topology.chip
     return _gpus(topology, chip) if isinstance(chip, Gpu) else _tpus(topology, chip)
@@ -218,7 +218,7 @@ def compile_codec_step(config: Any, stage: CodecStage, devices: list) -> Program
 
 
 def _pictures(latents: jax.ShapeDtypeStruct, codec: FaeCodec) -> Pictures:
-    """Shapes of pictures in the place of all latents (B, M, N, D) of a batch."""
+    """The shapes of the `Pictures` that take the place of all latents (B, M, N, D) of a batch."""
     rows, where = latents.shape[:2], latents.sharding
     pixels = jax.ShapeDtypeStruct((*rows, *codec.image_shape), jnp.uint8, sharding=where)
     waiting = jax.ShapeDtypeStruct(rows, jnp.bool_, sharding=where)
@@ -228,7 +228,7 @@ def _pictures(latents: jax.ShapeDtypeStruct, codec: FaeCodec) -> Pictures:
 def compile_sampler(config: Config, stage: Stage, devices: list, rows: int, capacity: int) -> dict[str, Program]:
     """Compile the sampler's `read` and `write` for `rows` rows whose caches have room for `capacity` positions.
 
-    `read` reads capacity / 2 positions of each row; a turn of `write` adds one position to each. Guidance is on, and
+    `read` reads capacity / 2 positions of each row; a step of `write` adds one position to each. Guidance is on, and
     parameters and caches are bfloat16. Raises DoesNotFit.
     """
     cfg = for_sampling(in_type(configs.pretzel(config), "bfloat16"))

@@ -242,7 +242,7 @@ class Analysis:
         return read + min(at.hbm, self._written(inner, inner.root))
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Bytes of a fusion's parameter that the fusion reads."""
+        """Bytes that a fusion reads of one of its parameters."""
         total = 0.0
         for user in inner.users.get(parameter.name, []):
             if user.opcode == "tuple" or _moves(user):

@@ -36,7 +36,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Its size."""
+        """Its size in bytes, in whichever memory it lies."""
         bits = BITS[self.dtype] if self.dtype in BITS else int(require_match(r"\d+", self.dtype)[0])
         return math.prod(self.dims) * bits / 8
 
@@ -68,7 +68,7 @@ class Instruction:
 
     @property
     def bytes(self) -> float:
-        """Size of the arrays that it makes."""
+        """Bytes of the arrays that it makes."""
         return sum(a.bytes for a in self.arrays)
 
     @property
@@ -160,7 +160,7 @@ class Module:
         return at
 
     def _element(self, computation: Computation, tupled: Instruction, index: int) -> Instruction | None:
-        """The instruction that made element `index` of a tuple; None if the tuple is not made here."""
+        """The instruction that made element `index` of a tuple; None if `tupled` is no tuple instruction."""
         if tupled.opcode != "tuple":
             return None
         return self._through(computation, computation.get(tupled.operands[index]))
@@ -211,7 +211,7 @@ class Module:
 
 
 def _splash_flops(kernel: str, operands: list[Array]) -> float:
-    """FLOP of splash attention, which brings no estimate; causality leaves half of all pairs.
+    """FLOP of splash attention, which gives no estimate of its own; a causal mask leaves half of all pairs.
 
     Its operands begin with queries (..., H, S, K) and keys (..., J, C, K).
     """
@@ -223,7 +223,8 @@ def _splash_flops(kernel: str, operands: list[Array]) -> float:
 def _cudnn_flops(operands: list[Array], attributes: str) -> float:
     """FLOP of cuDNN's attention, whose operands begin with queries (B, S, H, K) and keys (B, C, J, K).
 
-    The backward pass makes the logits again: five products instead of two. Causality leaves half of all pairs.
+    The backward pass computes the logits again, so it has five products instead of two. A causal mask leaves half of
+    all pairs.
     """
     B, S, H, K = operands[0].dims
     products = 5 if "Backward" in require_match(CUDNN.pattern, attributes)[0] else 2
@@ -233,8 +234,8 @@ def _cudnn_flops(operands: list[Array], attributes: str) -> float:
 def _triton_flops(kernel: str, operands: list[Array]) -> float:
     """FLOP of JAX's attention in Triton, whose operands begin with queries (B, S, H, K) and keys (B, C, H, K).
 
-    Its backward pass makes the logits and the gradients of the weights twice: seven products. Causality leaves half of
-    all pairs.
+    Its backward pass computes the logits and the gradients of the weights twice, so it has seven products. A causal
+    mask leaves half of all pairs.
     """
     B, S, H, K = operands[0].dims
     return {"forward": 2, "backward": 7}[kernel] * 2.0 * B * S * H * K * operands[1].dims[1] / 2
@@ -247,7 +248,7 @@ def _cublas_flops(left: Array, out: Array, attributes: str) -> float:
 
 
 def _instruction(line: str) -> Instruction | None:
-    """A line as an instruction; None if it is none."""
+    """The instruction in a line; None if the line has none."""
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not head:
         return None

@@ -170,7 +170,7 @@ def plan_decoder(config: Config, codec: FaeCodec, topology: Topology, devices: l
 
 
 def codec_advice(config: Any, stage: CodecStage) -> list[str]:
-    """Changes to a codec's config whose plan does not fit, most effective first."""
+    """Changes that lower the memory of a codec's config whose plan does not fit, most effective first."""
     cfg = config.stages[stage.name]
     changes = [f"stages.{stage.name}.accumulate={2 * cfg.accumulate}, or fewer rows"]
     if parts := [part for part in ("encoder", "networks") if config[part].remat != "full"]:
@@ -272,7 +272,7 @@ def largest_arrays(module: Module, count: int = 8) -> list[tuple[float, str]]:
 
 
 def advice(plan: Plan, config: Config, stage: Stage) -> list[str]:
-    """Changes to a config whose plan does not fit, most effective first."""
+    """Changes that lower the memory of a config whose plan does not fit, most effective first."""
     cfg, changes = config.stages[stage.name], []
     state = sum(v for k, v in plan.arguments.items() if k != "batch")
     if not plan.arguments or state > plan.memory / 2:

@@ -58,10 +58,11 @@ def candidates(tokens: int, tolerance: float) -> Iterator[Jacobi]:
 def calibrate(
     flow: Flow, params: dict, z: jax.Array, tolerance: float = 1e-3, conditions: Conditions = UNCONDITIONAL
 ) -> list[list[Measurement]]:
-    """Measure every candidate on every block of the chain: a list for each block, token by token first.
+    """Measure every candidate on every block of the chain. Returns a list for each block; decoding token by token is
+    its first entry.
 
     Each block inverts the exact output of the block before it. `params` are the flow's. z (B, N, D) is the chain's
-    input; choose B as in use, because a chunk takes as long as its slowest row.
+    input; choose the batch size B that you sample with, because a chunk takes as long as its slowest row.
     """
     measured = []
     for i, cfg in reversed(list(enumerate(flow.blocks))):

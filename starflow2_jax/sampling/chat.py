@@ -88,8 +88,8 @@ class Chat:
         read, known = tokenizers.flat(tokenizers.chat(self.sampler.tokenizer, before) + answer)
         if not text.startswith(read) or any(a is not b for a, b in zip(known, images, strict=False)):
             raise DocumentError(
-                "this tokenizer's chat template changes earlier turns when another one comes, so they cannot be kept; "
-                "begin a new conversation"
+                "this tokenizer's chat template changes earlier turns when a turn is added, so their caches cannot be "
+                "used; begin a new conversation"
             )
         text = text.removeprefix(read)
         if int(self.session.rows.token[0]) == self.sampler.ids.end:  # the model has ended its answer itself

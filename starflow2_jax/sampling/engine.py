@@ -50,7 +50,7 @@ class Sampler(Runtime):
         frozen, trainable = (abstract(tree, mesh) for tree in split(shapes))
         stage = find_saved(checkpoints.steps.meta(number)["stage"])
         if set(stage.trains) <= set(frozen):
-            raise CheckpointError(f"{folder} has only pretrained its VLM so far; train on before sampling")
+            raise CheckpointError(f"{folder} has only pretrained its VLM so far; train a later stage before sampling")
         params = checkpoints.steps.restore(number, {"params": trainable})["params"] | checkpoints.frozen.restore(frozen)
         moving = {name: trainable[name] for name in stage.trains}
         if checkpoints.steps.has(number, "ema"):

@@ -121,7 +121,7 @@ class Answer:
             yield self.ended
 
     def _text(self, whole: bool) -> Iterator[Event]:
-        """Events of the new text that no later token can change; that is all of it if it is `whole`."""
+        """Events of the new text that no later token can change. `whole`: the run has ended, so this is all of it."""
         text = self.tokenizer.decode(self.run, skip_special_tokens=True)
         cuts = [text.index(s) for s in self.stop if s in text]
         if cuts:

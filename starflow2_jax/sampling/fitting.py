@@ -44,10 +44,11 @@ def _scaled(vision: VisionConfig, image: Image, size: Size) -> Image:
 def shared(vision: VisionConfig, asked: VisionConfig, files: Sequence[Size], room: int, row: int) -> list[Size]:
     """The (height, width) at which the tower sees each picture, so that all of them take at most `room` positions.
 
-    A picture that needs more than its share of `room` is scaled down to its share; what the others leave is shared,
-    too. `asked`: the tower with bounds of the caller's own. `files`: (height, width) of the pictures. `row`: positions
-    of a row, for messages. Raises ImageError for a picture that the tower refuses, and LengthError for one that cannot
-    be scaled down that far, each with its index.
+    A picture that needs more than an equal share of `room` is scaled down to that share. Positions that smaller
+    pictures do not need are shared among the others. `asked`: the tower with the bounds in pixels that the caller
+    wants. `files`: (height, width) of the pictures. `row`: number of positions of a row, which the messages name.
+    Raises ImageError for a picture that the tower refuses, and LengthError for one that cannot be scaled down to its
+    share, each with its index.
     """
     sizes = [_resized(vision, asked, size, i) for i, size in enumerate(files)]
     wanted = [math.prod(vision.merged_grid(size)) for size in sizes]

@@ -9,9 +9,10 @@ Gaussian = tuple[jax.Array, jax.Array]  # mean and scale
 
 
 def mix_gaussians(conditional: Gaussian, unconditional: Gaussian, weight: float | jax.Array) -> Gaussian:
-    """STARFlow's guidance (arXiv 2506.06276): p_c^(1+w) / p_u^w, kept normalisable by a factor s <= 1 on w.
+    """STARFlow's guidance (arXiv 2506.06276): p_c^(1+w) / p_u^w.
 
-    The weight w >= 0 is a number or broadcasts; w = 0 returns the conditional Gaussian.
+    The ratio s of the variances, conditional to unconditional, is limited to 1, so that the result can be normalised.
+    The weight w >= 0 is a number or an array that broadcasts; w = 0 returns the conditional Gaussian.
     """
     (mean_c, scale_c), (mean_u, scale_u) = conditional, unconditional
     s = jnp.square(jnp.minimum(scale_c / scale_u, 1.0))

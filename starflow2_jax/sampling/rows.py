@@ -241,7 +241,7 @@ def new_turn(rows: Rows, controls: Controls, room: int, begun: np.ndarray, idle:
 
 @jax.jit
 def take_back(rows: Rows, count: np.ndarray) -> Rows:
-    """Rows without their last `count` (B,) positions, those of an unfinished image, in all branches."""
+    """Rows without their last `count` (B,) positions in all branches. These positions belong to an unfinished image."""
     back = jnp.repeat(count, len(rows.offset) // len(count))
     return rows.replace(
         caches=rows.caches.rewind(rows.caches.length - back),

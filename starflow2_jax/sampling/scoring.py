@@ -139,7 +139,9 @@ def rank(
     if prior:
         documents.append(make_document("", image))
         if any(isinstance(part, Text) and part.predict for part in documents[-1]):
-            raise DocumentError("the prior is that of an image, but in this document a text counts; rank without prior")
+            raise DocumentError(
+                "the prior is the likelihood of an image, but make_document marks a text `predict`; set prior=False"
+            )
     totals = [sum(part.nats for part in parts) for parts in score(sampler, documents, batch_size)]
     base = totals[-1] if prior else 0.0
     pairs = [(caption, total - base) for caption, total in zip(captions, totals, strict=False)]

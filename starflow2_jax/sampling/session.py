@@ -217,8 +217,8 @@ class Session:
         within = self._open()
         if any(o.max_images == 0 for o, open in zip(self.options, within, strict=True) if open):
             raise DocumentError(
-                "an image is not finished, but max_images is 0; allow one image, or read on, which drops the "
-                "unfinished one"
+                "an image is not finished, but max_images is 0; set max_images to at least 1, or read a new turn, "
+                "which drops the unfinished image"
             )
         self._make_room(np.zeros(len(within), int), self.to_write)
         begun, idle = np.maximum(within - 1, 0).astype(np.int32), np.arange(len(within)) >= self.size
@@ -228,7 +228,7 @@ class Session:
         self.rows = self.rows.replace(**fresh)
 
     def _stop(self, strings: tuple[str, ...]) -> None:
-        """End the rows whose record holds one of the strings within a run of text."""
+        """End the rows whose recorded tokens contain one of the strings within a run of text."""
 
         def found(tokens: np.ndarray) -> bool:
             texts = (self.sampler.tokenizer.decode(run, skip_special_tokens=True) for run in text_runs(tokens))
@@ -278,6 +278,6 @@ def _seeds(seeds: Many[int], spare: int) -> np.ndarray:
 
 
 def _spare(sampler: Runtime, size: int, rows: int) -> int:
-    """Number of idle rows to add to `size` rows, to have at least `rows` and to fill the mesh evenly."""
+    """Number of idle rows that bring `size` rows to at least `rows`, and to a multiple of the mesh's row shards."""
     spare = max(rows - size, 0)
     return spare + -(size + spare) % sharding.row_shards(sampler.mesh)

@@ -130,7 +130,7 @@ def _parsed(data: bytearray) -> object:
 
 
 def make_app(service: Service) -> Starlette:
-    """The ASGI application."""
+    """The ASGI application that answers requests to `service`."""
     handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
         ApiError: _api_error,
         DocumentError: _api_error,
@@ -166,7 +166,9 @@ def _guards(service: Service) -> list[Middleware]:
 
 
 def _guarded(service: Service, endpoint: Callable[[Service, Request], Awaitable[Response]]):
-    """The endpoint, for clients with the server's key. The bytes of a request are given back when it is answered."""
+    """The endpoint, restricted to clients with the server's key. Once a request is answered, its bytes no
+    longer count against the server's limit.
+    """
 
     async def checked(request: Request) -> Response:
         service.check_key(request)

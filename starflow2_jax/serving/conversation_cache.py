@@ -25,10 +25,10 @@ class Kept:
 
 
 class Conversations:
-    """Keeps the `most` conversations that were used last.
+    """Keeps at most `most` conversations.
 
-    If there are too many, it first drops a conversation that another one continues, then the one that was used longest
-    ago.
+    If there are more, it drops a conversation that another kept one continues, or else the one that was not used for
+    the longest time.
     """
 
     def __init__(self, sampler: Sampler, options: SampleOptions, most: int):
@@ -51,10 +51,11 @@ class Conversations:
         self.kept.clear()
 
     def go_on(self, turns: Turns, asked: tuple) -> tuple[Turns, Rows, list[dict]] | None:
-        """Continue a kept conversation. Returns None if `turns`, whose identity is `asked`, continue none.
+        """Continue the longest kept conversation with which `turns` begin. `asked`: the identity of `turns`.
 
-        Returns the turns, with the kept images in place of those that the client sent back; a copy of the kept row; and
-        for each lane the features that it has yet to read.
+        Returns None if there is no such conversation, or if the chat template writes its turns differently now. Else
+        returns the turns, with the kept images in place of those that the client sent back; a copy of the kept row; and
+        for each lane (see `sampling.steps`) the features that it must still read.
         """
         known = max((k for k in self.kept if asked[: len(k)] == k), key=len, default=None)
         if known is None:

@@ -43,7 +43,7 @@ class KnownHosts:
 class AtMost:
     """Allows `count` POST requests at the same time, and refuses more before it reads their bodies.
 
-    `retry`: the seconds after which a refused client may try again, with so many requests ahead of it.
+    `retry`: the seconds after which a refused client may try again, given the number of requests ahead of it.
     """
 
     def __init__(self, app: ASGIApp, count: int, retry: Callable[[int], int]):

@@ -65,7 +65,9 @@ class Job:
 
 @dataclass(eq=False)
 class Task:
-    """Other work for the device, in pieces. The rows of the batch write on between two pieces."""
+    """Work for the device that is not an answer, such as a ranking. It runs piece by piece, and the batch takes steps
+    between two pieces.
+    """
 
     pieces: Generator[None, None, object]  # does a piece per `next`, and returns the result
     result: Future = field(default_factory=Future)

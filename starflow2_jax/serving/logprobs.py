@@ -23,9 +23,10 @@ class Spelling:
         return raw.decode(errors="replace"), list(raw)
 
     def entries(self, likely: np.ndarray, logprobs: np.ndarray, top: int) -> list[dict]:
-        """An entry for each position that is no special token.
+        """An entry of OpenAI's log-probabilities for each token that is not a special token.
 
-        likely, logprobs: (n, W), see `Rows.likely`. top: number of likely tokens to list with each, at most W - 1.
+        likely, logprobs: (n, W), see `Rows.likely`. top: number of likely tokens to list in each entry, at
+        most W - 1.
         """
         return [
             {

@@ -27,8 +27,8 @@ def turns_of(
 ) -> Turns:
     """The role and the content of each message. Raises ApiError.
 
-    `most`: positions that the answer may take. `variables`: of the chat template. `pixels`: least and most to
-    which pictures "vit" are scaled; None: the server's.
+    `most`: positions that the answer may take. `variables`: values for the chat template. `pixels`: the least and the
+    most pixels to which a picture of the vision tower is scaled; None: the server's limit.
     """
     sent = _sent(messages, limits)
     uploads = [part for _, said in sent for part in said if isinstance(part, Upload)]
@@ -49,7 +49,7 @@ def turns_of(
 
 
 def _asked(vision: VisionConfig, pixels: Bounds) -> VisionConfig:
-    """The tower with a request's own bounds. Raises ApiError for bounds outside the tower's, which are the server's."""
+    """The tower with the bounds of a request. Raises ApiError if they exceed the bounds of `vision`, the server's."""
     try:
         return vision.bounded(*pixels)
     except UserError as error:

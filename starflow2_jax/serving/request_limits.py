@@ -1,4 +1,4 @@
-"""Limits of a request: the sizes of the model, and the options of the server."""
+"""The limits of a request, which follow from the sizes of the model and the options of the server."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from starflow2_jax.serving.prompts import Turns, prompt
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What a request may contain, by the sizes of the model and the options of the server."""
+    """What a request may contain."""
 
     channels: int
     size: tuple[int, int] | None  # (height, width) of a flow image; None if it reads latents

@@ -75,9 +75,9 @@ class Server(uvicorn.Server):
     """Serves a sampler until a signal ends it, or until the device fails and does not recover (`worker.lost`).
 
     After a signal, running requests may finish within `limits.grace` seconds; waiting ones get 503. `name`: the
-    model's, in requests. `host`: the name of the address as the user gave it. `listeners`: sockets from `bind`. `key`:
-    that clients must send; None: none. `ready`: called with the server's URL once it accepts requests. Raises UserError
-    for limits that do not fit the model.
+    model's name in requests. `host`: the host name or address that the user gave. `listeners`: sockets from `bind`.
+    `key`: the key that clients must send; None: they need none. `ready`: called with the server's URL once it accepts
+    requests. Raises UserError for limits that do not fit the model.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Server(uvicorn.Server):
     ):
         self.limits, self.listeners, self.ready = limits, listeners, ready
         if limits.images == "vit" and sampler.model.cfg.vlm.vision is None:
-            raise UserError("--images vit needs a vision tower, which this model does not have")
+            raise UserError("--images vit needs a vision tower, which this model does not have; use --images flow")
         _see(sampler, limits)
         request_limits = RequestLimits.of(
             sampler,
@@ -103,9 +103,11 @@ class Server(uvicorn.Server):
             max_images=limits.max_images,
         )
         if limits.editing and not request_limits.reads:
-            raise UserError("--editing needs a model that draws pixels and reads them; this one reads latents")
+            raise UserError(
+                "--editing needs a model that draws pixels and reads them, but this one reads latents; leave it out"
+            )
         if limits.editing and not request_limits.drawing:
-            raise UserError("--editing needs answers with images, and --max-images is 0; leave one of them out")
+            raise UserError("--editing needs answers with images, but --max-images is 0; leave out one of the two")
         self.worker = Worker(
             sampler,
             limits.rows,
@@ -175,7 +177,9 @@ def _see(sampler: Sampler, limits: Limits) -> None:
     if not bounds:
         return
     if sampler.encoder.vision is None:
-        raise UserError("--vit-min-pixels and --vit-max-pixels need a vision tower, which this model does not have")
+        raise UserError(
+            "--vit-min-pixels and --vit-max-pixels need a vision tower, which this model does not have; leave them out"
+        )
     sampler.encoder.vision = replace(sampler.encoder.vision, **bounds)
 
 

@@ -47,7 +47,7 @@ def groups(model: Pretzel, mesh: jax.sharding.Mesh) -> list[Group]:
 def require_memory(
     groups: Sequence[Group], mesh: jax.sharding.Mesh, folder: Path, say: Callable[[str], None], force: bool
 ) -> None:
-    """Say how large the groups are and where they go. Raises UserError if they do not fit there, unless `force`."""
+    """Say how much disk and memory the groups need. Raises UserError if they exceed the memory, unless `force`."""
     local = mesh.local_devices
     on_cpu = local[0].platform == "cpu"
     need = sum(group.of_device for group in groups) * (len(local) if on_cpu else 1)  # CPU devices share one memory

@@ -143,7 +143,9 @@ class Run(Generic[S]):
             self.save(self.task.finish(self.state, self.checkpoints), None, ended)
 
     def save(self, state: S, position: object, ended: bool) -> None:
-        """Save `state` as the step self.number. `position`: of the data. `ended`: the run ends here, see
+        """Save `state` as step `self.number`.
+
+        `position`: the position in the data; None after a task's last step. `ended`: whether the run ends here, see
         `Ledger.state`.
         """
         finite = [value for value in self.recent if np.isfinite(value)]

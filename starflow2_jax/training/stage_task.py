@@ -162,7 +162,7 @@ class StageTask:
         return self.reader(self.streams(), self.config.data.workers)
 
     def reader(self, streams: list[Stream], workers: int = 0) -> GroupedBatches:
-        """The same of other streams. `workers`: processes that read ahead."""
+        """Batches of `streams` from their beginning. `workers`: number of processes that read ahead."""
         data, encode = self.config.data, self.row_encoder(streams)
         rows = own_rows(sharding.batch_sharding(self.mesh), encode.shape.rows)
         faults = DataFaultsConfig(data.faults.most, data.faults.strict)

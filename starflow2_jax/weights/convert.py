@@ -105,10 +105,10 @@ def to_reference(kind: str, checkpoint: str | Path, target: str | Path, shard_by
     checkpoint, target = Path(checkpoint).resolve(), Path(target).resolve()
     require_new(target)
     if not checkpoint.is_dir():
-        raise WeightError(f"there is no checkpoint {checkpoint}")
+        raise WeightError(f"there is no checkpoint folder {checkpoint}; name the folder of a converted VLM")
     cfg = load_config(checkpoint / CONFIG)
     if cfg.kind != kind:
-        raise WeightError(f"{checkpoint} holds a VLM of the kind {cfg.kind}, not {kind}; name that one")
+        raise WeightError(f"{checkpoint} holds a VLM of the kind {cfg.kind}, not {kind}; give the kind {cfg.kind}")
     tree = abstract_params(cfg)
     wanted, faults = expected(VLM_WEIGHTS[kind].rules(cfg, ()), tree)
     refuse(faults)

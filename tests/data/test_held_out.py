@@ -117,7 +117,7 @@ def test_nothing_is_trained_on_them_or_fitted_to_them():
         ([f"evals.val.mix.{kind}_held_out=0" for kind in ("caption", "read", "sum", "mirror", "count")], "no source"),
         (
             ["evals.sheet.prompts=a", "codec.kind=latents", "codec.grid=4,4", "codec.channels=4"],
-            "evals.sheet draws pictures, and the codec 'latents' makes none",
+            "evals.sheet draws pictures, but the codec 'latents' makes none",
         ),
     ],
 )

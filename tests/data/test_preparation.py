@@ -171,6 +171,6 @@ def test_latents_are_arrays_and_no_pictures():
     stored = StoredImage("a.npy", lambda: io.BytesIO(file.getvalue()), True)
     [[found]] = prepared([stored], latents=True)
     assert found.pixels.shape == (2, 3, 5) and found.pixels.dtype == np.float32 and found.generate
-    with pytest.raises(ImageError, match="part 0 .*a.png is a picture, and the codec takes latents"):
+    with pytest.raises(ImageError, match="part 0 .*a.png is a picture, but the codec takes latents"):
         prepared([picture(GRADIENT)], latents=True)
     assert prepared([picture(GRADIENT, via="vit")], latents=True)[0][0].via == "vit"

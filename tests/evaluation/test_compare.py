@@ -93,11 +93,11 @@ def test_items_alone_are_enough(tmp_path):
 @pytest.mark.parametrize(
     "scores, items, said",
     [
-        ({"a": "good"}, None, "scores.json has 'good' as 'a', which is no number"),
+        ({"a": "good"}, None, "scores.json: the value of 'a' must be a number, not 'good'"),
         ([1], None, "scores.json is no object"),
         (None, [1], "items.json is no object"),
         (None, {"a": [1]}, "items.json, 'a', is no object"),
-        (None, {"a": {"x": "1"}}, "as 'x', which is no number"),
+        (None, {"a": {"x": "1"}}, "the value of 'x' must be a number"),
         (None, {"a": {"x": [1, 0]}}, "weight above 0"),
         (None, {"a": {"x": [1, 2, 3]}}, "weight above 0"),
         (None, None, "has no scores.json; name the --out"),

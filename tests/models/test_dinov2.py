@@ -37,7 +37,7 @@ def test_preprocessing():
 
 def test_images_that_do_not_fit():
     init = DinoEncoder(CONFIG).init
-    with pytest.raises(ValueError, match="10x8 pixels was given; the encoder takes sides that 4 divides"):
+    with pytest.raises(ValueError, match="10x8 pixels was given; its sides must be multiples of 4"):
         preprocess(CONFIG, np.zeros((10, 8, 3)))
     with pytest.raises(ValueError, match="8x6 pixels was given"):
         init(jax.random.key(0), jnp.zeros((1, 8, 6, 3)))

@@ -193,7 +193,7 @@ def test_slices_that_cannot_be_planned():
     for count in ("0", "x", "1000"):
         with pytest.raises(UserError, match="must end with the number of slices, from 1 to 999, as in v6e:4x4:4"):
             hardware.parse_topology(f"v6e:4x4:{count}")
-    with pytest.raises(UserError, match="between slices of v4 is, is not known; plan for v4:4x4x8"):
+    with pytest.raises(UserError, match="between slices of v4 is not known; plan for v4:4x4x8"):
         hardware.parse_topology("v4:4x4x8:2")
 
 

@@ -38,8 +38,8 @@ class Adversary:
         return PatchDiscriminator(self.cfg.channels, self.cfg.stages)
 
     def logits(self, network: dict, params: Any, pictures: jax.Array, key: jax.Array) -> jax.Array:
-        """Pictures (B, H, W, 3) -> logits (B, any number), augmented by draws from `key`. params: has the frozen
-        encoder.
+        """Pictures (B, H, W, 3), augmented with draws from `key` -> logits (B, any number). params: include the
+        frozen encoder's.
         """
         if self.cfg.augment:
             pictures = augmented(key, pictures)
@@ -62,7 +62,8 @@ class Adversary:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The weighted gradient of the generator's loss with respect to the pictures that were made, and metrics.
 
-        direction: that of the reconstruction loss. at_last_layer: turns such a gradient into that of the last kernel.
+        direction: the gradient of the reconstruction loss with respect to the same pictures. at_last_layer: turns a
+        gradient with respect to the pictures into one with respect to the last layer's kernel.
         """
 
         def loss(made: jax.Array) -> jax.Array:

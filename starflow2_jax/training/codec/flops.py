@@ -183,7 +183,7 @@ class _Products:
             yield Term(part, 2.0 * heads * rest * self.tokens, 2 + 2 * 3)
 
     def patch_critic(self, critic: CriticConfig) -> Iterator[Term]:
-        """The convolutions of PatchDiscriminator."""
+        """The FLOP of the convolutions of PatchDiscriminator."""
         part, before = "discriminator", critic.channels
         yield Term(part, self.convolution(5, self.networks.cfg.pixel_decoder.image_channels, before, 0), 2 + 2 * 2)
         rest = 0.0

@@ -47,7 +47,10 @@ def generator(made: jax.Array) -> jax.Array:
 
 
 def lecam(real: jax.Array, made: jax.Array, real_average: jax.Array, made_average: jax.Array) -> jax.Array:
-    """LeCam's regulariser () of a discriminator (arXiv 2104.03310): mean logits (), and their moving averages ()."""
+    """LeCam's regulariser () of a discriminator (arXiv 2104.03310).
+
+    real, made: mean logits () of real and of made pictures. The other two are their moving averages ().
+    """
     return jax.nn.relu(real - made_average) ** 2 + jax.nn.relu(real_average - made) ** 2
 
 

@@ -58,8 +58,8 @@ class OnePicture:
 
 
 class Labels:
-    """Stands in for a tokenizer where a document holds a picture and at most a label, which is one token: a hash of
-    it.
+    """Takes the place of a tokenizer for documents of a picture and at most one label. A label becomes one token, its
+    hash.
     """
 
     def get_vocab(self) -> dict[str, int]:

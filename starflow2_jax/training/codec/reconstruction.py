@@ -28,7 +28,7 @@ WAYS = {
 
 
 class Reconstruction:
-    """See protocol.Evaluator. Numbers of the parameters' moving average, where latents are their Gaussians' means:
+    """See protocol.Evaluator. Measures the moving average of the parameters; latents are the means of their Gaussians:
 
     feature_error     mean squared error of the features that are made again
     kl                nats a token
@@ -37,9 +37,9 @@ class Reconstruction:
     distance          Fréchet distance of these pictures from the originals, in the encoder's features, averaged over
     tokens
 
-    "direct_NAME" is of pictures that the pixel decoder makes of the encoder's own features. Where the pixel decoder is
-    not trained yet, there are no pictures. The sheet is evals/NAME/STEP.png; with `files`, pictures are in the folders
-    evals/NAME/STEP/originals and evals/NAME/STEP/reconstructions.
+    "direct_NAME" is measured on pictures that the pixel decoder makes from the encoder's own features. Before the pixel
+    decoder is trained, there are no pictures. The sheet is evals/NAME/STEP.png; with `files`, pictures are in the
+    folders evals/NAME/STEP/originals and evals/NAME/STEP/reconstructions.
     """
 
     def __init__(self, name: str, config: Any, task: CodecTask, folder: Path):
@@ -105,7 +105,7 @@ def whole(x: jax.Array) -> np.ndarray:
 
 
 def _measure(task: CodecTask, makes_pictures: bool, params: dict[str, Any], batch: Sequence) -> dict[str, Any]:
-    """Numbers of each picture of a batch, the pictures as levels, and which rows hold one."""
+    """The measured numbers of each picture of a batch, the pictures as 8-bit levels, and which rows hold a picture."""
     n = task.networks
     real = pictures.pixels(batch, n.cfg)
     x = n.features(params, real)

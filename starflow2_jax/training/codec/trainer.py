@@ -84,6 +84,6 @@ def frozen_encoder(config: Any) -> dict:
     if config.start:
         return started(config).weights["encoder"]
     raise ConfigError(
-        "there is no encoder; name its folder in encoder.path or a codec's in start, or put the stage encoder first in "
-        "order"
+        "there is no encoder; set encoder.path to its folder or start to a codec's folder, or put the stage encoder "
+        "first in order"
     )
