@@ -8,11 +8,21 @@ FLOW_GROUPS = ("shallow", "embed_u", "embed_slot", "embed_y", "deep", "deep_norm
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a stage of training trains and computes."""
+class Trains:
+    """Which parameters a stage trains."""
 
     name: str
     trains: tuple[str, ...]  # parameter groups that the stage trains; the others have no optimizer state
+
+    def trained(self, params: dict) -> dict:
+        """The groups of `params` that the stage trains. A model without shallow blocks has no group of theirs."""
+        return {name: params[name] for name in self.trains if name in params}
+
+
+@dataclass(frozen=True)
+class Stage(Trains):
+    """What a stage of training trains and computes."""
+
     skips: bool  # the skips W_vlm and W_D are used
     deep: bool  # the deep flow runs
     image_loss: bool  # L_NF: nats per latent dimension
@@ -41,11 +51,9 @@ CODEC_GROUPS = ("latent_encoder", "feature_decoder", "pixel_decoder", "statistic
 
 
 @dataclass(frozen=True)
-class CodecStage:
+class CodecStage(Trains):
     """What a stage of a codec's training trains: the row `name` of CODEC_STAGES, in training/codec/."""
 
-    name: str
-    trains: tuple[str, ...]
     groups: tuple[str, ...] = (
         CODEC_GROUPS  # in its state, trained or not; the next stage with the same goes on from them
     )

@@ -83,9 +83,7 @@ class PatchCodec(Codec):
         return cls.fit(np.stack(images), options.patch, options.basis, options.least_std)
 
     @classmethod
-    def fit(
-        cls, images: np.ndarray, patch: int, basis: str = "pixels", least_std: float = LEAST_STD
-    ) -> "PatchCodec":
+    def fit(cls, images: np.ndarray, patch: int, basis: str = "pixels", least_std: float = LEAST_STD) -> "PatchCodec":
         """A codec fitted to `images` (n, height, width, C) in [-1, 1]. Channels whose standard deviation is below
         `least_std` are divided by it.
         """

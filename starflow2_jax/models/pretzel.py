@@ -34,7 +34,9 @@ class PretzelConfig:
     grid: tuple[int, int] = option("rows and columns of an image's tokens (N = h w)", least=1)
     channels: int = option("channels of an image token (D)", least=1)
     shallow: TransformerConfig = option("one block of the shallow flow, over the tokens of one image")
-    shallow_blocks: int = option("blocks of the shallow flow", least=1, most=256)
+    shallow_blocks: int = option(
+        "blocks of the shallow flow; 0: the deep flow predicts the latents themselves", least=0, most=256
+    )
     deep: TransformerConfig = option("the deep flow, over the whole row of text and images")
     adapter_hidden: int = option("hidden channels of the adapter from image tokens into the VLM", least=1)
     deep_rotary_theta: float = option("base of the deep flow's rotary frequencies", 1e4, above=0)
@@ -203,7 +205,8 @@ class Pretzel(nn.Module):
         """Latents (B, M, N, D) -> outputs of the shallow flow's blocks and its log-determinant, (B, M, N, D) each."""
         B, M, N, D = latents.shape
         states, logdets = self.shallow.trace(latents.reshape(B * M, N, D))
-        return [h.reshape(latents.shape) for h in states], jnp.reshape(sum(logdets), latents.shape)
+        logdet = sum(logdets, jnp.zeros((B * M, N, D), jnp.float32))
+        return [h.reshape(latents.shape) for h in states] or [latents], logdet.reshape(latents.shape)
 
     def decode(self, u: jax.Array, schedule: Schedule | None = None) -> jax.Array:
         """The shallow flow's inverse: u (B, N, D) -> latents (B, N, D), solved by `schedule` (None: token by token)."""

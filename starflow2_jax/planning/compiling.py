@@ -194,7 +194,7 @@ def compile_step(config: Config, stage: Stage, devices: list, codec: FaeCodec | 
             codec = codec.without_weights()
         step = program.jitted_step(config, model, stage, optimizer, np.ones(model.cfg.channels), mesh, codec)
         compiled = compile_for(devices, step, state, frozen, batch)
-    moving = {name: state.params[name] for name in stage.trains}
+    moving = stage.trained(state.params)
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     kinds = dict(frozen=[frozen, still], trained=moving, average=state.ema, optimizer=state.optimizer, batch=batch)
     held = {name: program.bytes_a_device(tree) for name, tree in kinds.items()}
@@ -209,7 +209,7 @@ def compile_codec_step(config: Any, stage: CodecStage, devices: list) -> Program
     with jax.set_mesh(mesh):
         state, frozen, batch = task.abstract_state(), task.abstract_frozen(), task.abstract_batch()
         compiled = compile_for(devices, task.step(), state, frozen, batch)
-    moving = {name: state.params[name] for name in stage.trains}
+    moving = stage.trained(state.params)
     still = {name: tree for name, tree in state.params.items() if name not in moving}
     trained = [moving, state.critic]
     optimizers = [state.optimizer, state.critic_optimizer]

@@ -165,7 +165,7 @@ def calibrate_checkpoint(
 
 def _calibrated(sampler: Sampler, prompts: list[Document], guidance: float, tolerance: float, batch: int) -> dict:
     """The content of inversion.json, measured on the mesh of `jax.set_mesh`."""
-    flow, params = Flow(sampler.model.cfg.shallow_chain), sampler.params["shallow"]
+    flow, params = Flow(sampler.model.cfg.shallow_chain), sampler.params.get("shallow", {})
     deep, u = calibrate_deep(sampler, prompts, guidance, tolerance, batch)
     u = jnp.asarray(u)
     measured = calibrate(flow, params, u, tolerance)

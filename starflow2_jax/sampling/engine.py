@@ -52,7 +52,7 @@ class Sampler(Runtime):
         if set(stage.trains) <= set(frozen):
             raise CheckpointError(f"{folder} has only pretrained its VLM so far; train a later stage before sampling")
         params = checkpoints.steps.restore(number, {"params": trainable})["params"] | checkpoints.frozen.restore(frozen)
-        moving = {name: trainable[name] for name in stage.trains}
+        moving = stage.trained(trainable)
         if checkpoints.steps.has(number, "ema"):
             params |= checkpoints.steps.restore(number, {"ema": moving})["ema"]
         if dtype:

@@ -32,7 +32,7 @@ class TrainState(State):
 
 def new_state(params: dict, stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before a stage's first step, with copies of the trained parameters as their moving average."""
-    moving = {name: params[name] for name in stage.trains}
+    moving = stage.trained(params)
     return TrainState(jnp.zeros((), jnp.int32), key, params, jax.tree.map(jnp.copy, moving), optimizer.init(moving))
 
 
@@ -171,7 +171,7 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         batch = batch.replace(latents=batch.latents + objective.noise * jax.random.normal(key, batch.latents.shape))
         counts = {name: jnp.maximum(count, 1.0) for name, count in losses.counts(batch).items()}
-        moving = {name: state.params[name] for name in stage.trains}
+        moving = stage.trained(state.params)
         rest = frozen | {name: tree for name, tree in state.params.items() if name not in moving}
 
         def loss(moving: dict, part: Sequence, key: jax.Array):

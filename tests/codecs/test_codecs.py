@@ -19,6 +19,7 @@ RNG = np.random.default_rng(0)
 OPTIONS = {
     "patch": CODECS["patch"].Options(patch=2, image_channels=3),
     "patch, cosine": CODECS["patch"].Options(patch=2, image_channels=3, basis="cosine"),
+    "patch, least": CODECS["patch"].Options(patch=2, image_channels=3, basis="cosine", least_std=0.6),
     "latents": CODECS["latents"].Options(grid=GRID, channels=5, shift=0.5, scale=2.0),
 }
 
@@ -50,6 +51,13 @@ def test_the_log_volume_is_that_of_encode(codec):
     size = image.size
     jacobian = jax.jacobian(lambda x: codec.encode(x[None])[0].ravel())(image).reshape(size, size)
     assert codec.log_volume == pytest.approx(float(np.linalg.slogdet(np.asarray(jacobian))[1]) / size, abs=1e-4)
+
+
+def test_channels_below_the_least_deviation_are_divided_by_it():
+    images = RNG.uniform(-1, 1, (9, *OPTIONS["patch"].image_shape(GRID))).astype(np.float32)
+    own, least = (CODECS["patch"].make(OPTIONS[name], iter(images)) for name in ("patch, cosine", "patch, least"))
+    assert min(own.std) < 0.6
+    np.testing.assert_allclose(least.std, np.maximum(own.std, 0.6))
 
 
 def test_it_is_the_same_after_it_was_saved(codec, tmp_path):

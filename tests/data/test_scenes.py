@@ -13,7 +13,17 @@ from starflow2_jax.data.scenes import art
 from starflow2_jax.data.scenes.art import COLOURS, TONES, sprites, vocabulary
 from starflow2_jax.data.scenes.edits import Edit, in_corner
 from starflow2_jax.data.scenes.kinds import CAPTIONS, EDITS, KINDS, Shown
-from starflow2_jax.data.scenes.scene import BACKGROUNDS, CORNERS, RELATIONS, Placed, Scene, held_out, related, render, stands_out
+from starflow2_jax.data.scenes.scene import (
+    BACKGROUNDS,
+    CORNERS,
+    RELATIONS,
+    Placed,
+    Scene,
+    held_out,
+    related,
+    render,
+    stands_out,
+)
 from starflow2_jax.data.scenes.source import NEVER, PARTS, SceneOptions, Scenes
 from starflow2_jax.data.scenes.words import countable, describe, name, parse, plan, plural, relation, some
 from starflow2_jax.errors import UserError

@@ -215,6 +215,22 @@ def test_ones_own_latents(tmp_path):
     assert np.array_equal(read_image(path, 3), document[0].pixels)
 
 
+def test_a_model_without_shallow_blocks_trains_and_draws(tmp_path):
+    """Then the deep flow's Gaussians are those of the latents themselves."""
+    config = tiny_config()
+    config.model.shallow_blocks = 0
+    Trainer(config, tmp_path).run(progress=False)
+    sampler = Sampler.restore(tmp_path)
+    assert "shallow" not in sampler.params and np.isfinite(lines(tmp_path)[-1]["image_loss"])
+    [document] = sampler.generate([[Text("draw a six")]], SampleOptions(max_tokens=5, image_first=True))
+    assert document[0].pixels.shape == (8, 8, 1)
+    latents = np.random.default_rng(0).standard_normal((2, 4, 16)).astype(np.float32)
+    variables = {"params": sampler.params}
+    states, logdet = sampler.model.apply(variables, latents[None], method="trace")
+    assert np.array_equal(states[-1][0], latents) and logdet.shape == (1, 2, 4, 16) and not logdet.any()
+    assert np.array_equal(sampler.model.apply(variables, latents, method="decode"), latents)
+
+
 @pytest.mark.parametrize("change, saying", (("size", "one size"), ("patch", "does not divide"), ("kind", "'patches'")))
 def test_a_codec_that_does_not_fit_ones_own_pictures(tmp_path, change, saying):
     config = tiny_config()

@@ -49,7 +49,7 @@ def make_step(
     """
 
     def step(state: CodecState, frozen: Any, batch: Sequence):
-        moving = {name: state.params[name] for name in stage.trains}
+        moving = stage.trained(state.params)
         rest = frozen | {name: tree for name, tree in state.params.items() if name not in moving}
 
         def found(pictures: jax.Array, keys: jax.Array) -> Found:

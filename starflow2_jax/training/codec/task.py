@@ -89,7 +89,7 @@ class CodecTask:
         return name in CODEC_STAGES and CODEC_STAGES[name].groups == self.stage.groups
 
     def _state(self, params: dict, key: jax.Array) -> CodecState:
-        moving = {name: params[name] for name in self.stage.trains}
+        moving = self.stage.trained(params)
         critic, critic_optimizer = {}, {}
         if self.adversary:
             critic = self.adversary.initial(jax.random.fold_in(key, 2**31 - 1))
