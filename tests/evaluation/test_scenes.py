@@ -14,7 +14,7 @@ from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS, Shown
 from starflow2_jax.data.scenes.scene import BACKGROUNDS, Placed, Scene, render, visible
 from starflow2_jax.data.scenes.source import NEVER, planned, rendered
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation import protocol
+from starflow2_jax.evaluation import efficientnet, protocol
 from starflow2_jax.evaluation import scenes as evaluation
 from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, ScenesBenchmark, asked
@@ -69,12 +69,34 @@ def test_right_answers_are_right(benchmark):
     found = numbers(benchmark, right)
     nll = {name: value for name, value in found.items() if "nll" in name}
     errors = {name: value for name, value in found.items() if "error" in name}
+    distances = {name: value for name, value in found.items() if "frechet" in name}
     assert max(errors.values()) < 1e-3 and len(errors) == 2
-    assert {value for name, value in found.items() if name not in nll | errors} == {1.0}
+    assert max(map(abs, distances.values())) < 0.1 and len(distances) == 2
+    assert {value for name, value in found.items() if name not in nll | errors | distances} == {1.0}
     assert set(evaluation.AIMS) <= set(found)
     assert {f"{group}_mean" for group in ("seen", "composed")} <= set(found)
     assert nll["seen_nll_nats_per_dim"] == pytest.approx(1.5 - 0.5 * np.log(2 * np.pi))
     assert nll["composed_nll_bits_per_dim"] == pytest.approx(1.5 / np.log(2) + 7)
+
+
+def test_worse_pictures_are_farther_away(benchmark, monkeypatch):
+    """The Fréchet distance of each group; None where the network is not installed."""
+
+    def noisy(noise: float):
+        rng = np.random.default_rng(0)
+        return lambda task: [
+            replace(part, pixels=(part.pixels + noise * rng.standard_normal((32, 32, 3))).astype(np.float32))
+            if isinstance(part, Image)
+            else part
+            for part in right(task)
+        ]
+
+    names = [f"{group}_frechet_efficientnet_lite0" for group in ("seen", "composed")]
+    little, much = (numbers(benchmark, noisy(noise)) for noise in (0.1, 0.4))
+    assert all(0.1 < little[name] < much[name] for name in names)
+    monkeypatch.setattr(efficientnet, "available", lambda: False)
+    without = numbers(benchmark, right)
+    assert [without[name] for name in names] == [None, None] and without["seen_mean"] == 1
 
 
 def test_right_answers_with_plans_are_right(benchmark, monkeypatch):
@@ -92,7 +114,7 @@ def test_right_answers_with_plans_are_right(benchmark, monkeypatch):
         return rendered(joined, 32)
 
     found = numbers(benchmark, planned_answer)
-    assert all(value == 1 for name, value in found.items() if "nll" not in name and "error" not in name)
+    assert all(value == 1 for name, value in found.items() if not {"nll", "error", "frechet"} & set(name.split("_")))
     assert not any(task.options.image_first for task in benchmark.tasks())
     with_plans = {task.key: task.options.max_tokens for task in benchmark.tasks()}
     monkeypatch.setattr(QuickScenesBenchmark, "plan", False)
@@ -102,7 +124,7 @@ def test_right_answers_with_plans_are_right(benchmark, monkeypatch):
 
 def test_who_says_and_draws_nothing_has_nothing_right(benchmark):
     found = numbers(benchmark, lambda task: [])
-    assert {value for name, value in found.items() if "nll" not in name} == {0.0}
+    assert {value for name, value in found.items() if "nll" not in name} == {0.0, None}  # None: no distance
 
 
 @pytest.mark.parametrize("kind", ("two", "counting", "attribution", "position"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from starflow2_jax.models.gaussian_distance import frechet_of
+from starflow2_jax.models.gaussian_distance import frechet, frechet_of
 from starflow2_jax.training.codec import measures
 
 
@@ -58,6 +58,11 @@ def test_the_frechet_distance_is_that_of_scipys_root():
     assert frechet_of(a, a) == pytest.approx(0, abs=1e-9)
     few = rng.standard_normal((4, 8))  # singular covariances
     assert frechet_of(few, few) == pytest.approx(0, abs=1e-6)
+    more = rng.standard_normal((6, 8)) + 0.5
+    covariances = [np.cov(x, rowvar=False) for x in (few, more)]
+    assert frechet_of(few, more) == pytest.approx(
+        frechet(few.mean(0), covariances[0], more.mean(0), covariances[1]), rel=1e-5
+    )
     assert frechet_of(a[:, :1], b[:, :1]) == pytest.approx(
         (a[:, 0].mean() - b[:, 0].mean()) ** 2 + (a[:, 0].std(ddof=1) - b[:, 0].std(ddof=1)) ** 2
     )
