@@ -1,12 +1,13 @@
 """The contract of a source: drafts of documents by index, for training, and for fitting a codec and a tokenizer."""
 
-from collections.abc import Iterable
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from starflow2_jax.codecs.fingerprint import fingerprint
 from starflow2_jax.codecs.protocol import Codec
-from starflow2_jax.data.documents import Draft, Image, Speaker, StoredImage, Text, Wordings
+from starflow2_jax.data.documents import DocumentError, Draft, Image, Speaker, StoredImage, Text, Wordings
 
+Item, Read = TypeVar("Item"), TypeVar("Read")
 FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documents
 
 
@@ -49,4 +50,22 @@ class Source(Protocol):
                 yield from part.texts if isinstance(part, Wordings) else (part.text,)
 
     def _fitted(self) -> Iterable[Text | Wordings | Image | StoredImage | Speaker]:
-        return (part for i in range(min(len(self), FITTED)) for part in self[i])
+        documents = readable(range(min(len(self), FITTED)), self.__getitem__)
+        return (part for document in documents for part in document)
+
+
+def readable(items: Iterable[Item], read: Callable[[Item], Read]) -> Iterator[Read]:
+    """read(item) of each item that can be read. Training counts the others when it reads them. If none can be read,
+    raises the DocumentError of the first.
+    """
+    found, failed = False, None
+    for item in items:
+        try:
+            value = read(item)
+        except DocumentError as error:
+            failed = failed or error
+            continue
+        found = True
+        yield value
+    if failed and not found:
+        raise failed

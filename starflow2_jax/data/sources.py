@@ -21,7 +21,7 @@ from starflow2_jax.data.images import BUCKETS, ImageReader, locate
 from starflow2_jax.data.jsonl import JsonlDocuments
 from starflow2_jax.data.mixture import Stream
 from starflow2_jax.data.preparation import Preparation, SourceConfig, unvaried
-from starflow2_jax.data.protocol import Source
+from starflow2_jax.data.protocol import Source, readable
 from starflow2_jax.data.scenes.source import Scenes
 from starflow2_jax.data.tfds import TfdsDocuments
 from starflow2_jax.errors import ConfigError, shown
@@ -195,8 +195,9 @@ def make_codec(config: Any) -> Codec:
         for own, source in opened:
             size = None if own.crop == "none" else (height, width)
             reader = ImageReader(options.image_channels, size, latents=not codec.is_pixels)
-            for image in source.images():
-                yield reader(image).pixels if isinstance(image, StoredImage) else image.pixels
+            yield from readable(
+                source.images(), lambda image: reader(image).pixels if isinstance(image, StoredImage) else image.pixels
+            )
 
     made = codec.make(options, images())
     if brought and fingerprint(brought) != fingerprint(made):

@@ -39,6 +39,21 @@ def test_patches_are_fitted_to_the_images(tmp_path):
     np.testing.assert_allclose(latents.std(0), 1, atol=0.02)
 
 
+def test_what_cannot_be_read_is_not_fitted_to(tmp_path):
+    """One image is damaged, one missing, and one line is no document; if all are, the first fault is told."""
+    images = [np.full((4, 4, 1), level, np.float32) for level in (-1, 0, 1)]
+    config = config_of(tmp_path, images)
+    fitted = sources.make_codec(config)
+    lines = (tmp_path / "data.jsonl").read_text()
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG")
+    bad = [json.dumps([{"image": name}]) for name in ("bad.png", "missing.png")] + ['{"no": "document"}']
+    (tmp_path / "data.jsonl").write_text("\n".join([*bad, lines]))
+    assert sources.make_codec(config) == fitted and "zebra" in sources.make_tokenizer(config).get_vocab()
+    (tmp_path / "data.jsonl").write_text("\n".join(bad))
+    with pytest.raises(UserError, match="bad.png cannot be read"):
+        sources.make_codec(config)
+
+
 def test_blank_images_have_finite_latents(tmp_path):
     blank = np.full((4, 4, 1), -1, np.float32)
     codec = sources.make_codec(config_of(tmp_path, [blank, blank]))
