@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.codecs.table import CODECS
 from starflow2_jax.data import tokenizer
 from starflow2_jax.data.digits import Digits
-from starflow2_jax.data.documents import StoredImage
+from starflow2_jax.data.documents import Image, StoredImage
 from starflow2_jax.data.encoded import EncodedDocuments
 from starflow2_jax.data.huggingface import HuggingFaceDocuments
 from starflow2_jax.data.images import BUCKETS, ImageReader, locate
@@ -195,9 +195,7 @@ def make_codec(config: Any) -> Codec:
         for own, source in opened:
             size = None if own.crop == "none" else (height, width)
             reader = ImageReader(options.image_channels, size, latents=not codec.is_pixels)
-            yield from readable(
-                source.images(), lambda image: reader(image).pixels if isinstance(image, StoredImage) else image.pixels
-            )
+            yield from readable(source.images(), partial(_pixels, reader))
 
     made = codec.make(options, images())
     if brought and fingerprint(brought) != fingerprint(made):
@@ -206,6 +204,10 @@ def make_codec(config: Any) -> Codec:
             f"--codec {options.path}, or leave codec.path out"
         )
     return made
+
+
+def _pixels(reader: ImageReader, image: Image | StoredImage) -> np.ndarray:
+    return reader(image).pixels if isinstance(image, StoredImage) else image.pixels
 
 
 def make_tokenizer(config: Any) -> Any:
