@@ -42,9 +42,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         pretrain=stage(
             500, mix(1, description=2, question=4, edit=1, story=1, think=2), images=1, patches=512, rows=16
         ),
-        text_to_image=stage(2000, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
+        text_to_image=stage(1500, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
         image_to_text=stage(100, mix(0, description=1, question=1)),
-        joint=stage(1500, mix(1, description=1, question=2, edit=4, story=2, think=1)),
+        joint=stage(2000, mix(1, description=1, question=3, edit=4, story=2, think=1)),
     )
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:
