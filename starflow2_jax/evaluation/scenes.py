@@ -115,7 +115,7 @@ class ScenesBenchmark(Benchmark):
         Fréchet distance of drawn pictures from exact ones, which is None without the extra `fid`."""
         found: dict[str, Items] = {}
         for answer in answers:
-            kind, group = of(answer)
+            kind, group = of(answer.task)
             verdict = self._verdict(answer)
             for name, value in {"": float(verdict.right), **verdict.parts}.items():
                 found.setdefault(f"{group}_{kind}{name and f'_{name}'}", {})[answer.task.key] = (value, 1.0)
@@ -134,7 +134,7 @@ class ScenesBenchmark(Benchmark):
         blank, columns = np.zeros((self.size, self.size, 3), np.float32), min(COLUMNS, self.limit)
         names, rows, examples = [], [], []
         for several in _grouped(answers):
-            kind, group = of(several[0])
+            kind, group = of(several[0].task)
             if kind in CAPTIONS:
                 names.append(f"{kind}, {group}")
                 rows.append([next(iter(pictures(answer.document)), blank) for answer in several[:columns]])
@@ -151,7 +151,7 @@ class ScenesBenchmark(Benchmark):
         document = [
             replace(part, text=without_plans(part.text)) if isinstance(part, Text) else part for part in answer.document
         ]
-        return judged(self.read, of(answer)[0], answer.task.target, document)
+        return judged(self.read, of(answer.task)[0], answer.task.target, document)
 
     def _options(self, kind: str) -> SampleOptions:
         drawn = PICTURES.get(kind, 1)
@@ -167,7 +167,7 @@ class ScenesBenchmark(Benchmark):
 
     def _distance(self, answers: list[Answer], group: str) -> float | None:
         """The Fréchet distance between the pictures that captions got and those that their documents have."""
-        about = [answer for answer in answers if of(answer)[1] == group and of(answer)[0] in CAPTIONS]
+        about = [answer for answer in answers if of(answer.task)[1] == group and of(answer.task)[0] in CAPTIONS]
         drawn = [picture for answer in about for picture in pictures(answer.document)[:1]]
         exact = [render(scene, self.size) for answer in about for scene in scenes(answer.task.target)]
         if min(len(drawn), len(exact)) < 2 or not efficientnet.available():
@@ -192,9 +192,9 @@ class QuickScenesBenchmark(ScenesBenchmark):
     objects, quarters = 60, True
 
 
-def of(answer: Answer) -> tuple[str, str]:
-    """The kind and the group of an answer's task."""
-    kind, group, _ = answer.task.key.split("/")
+def of(task: Task) -> tuple[str, str]:
+    """The kind and the group of a task."""
+    kind, group, _ = task.key.split("/")
     return kind, group
 
 
@@ -218,5 +218,5 @@ def _grouped(answers: list[Answer]) -> list[list[Answer]]:
     """Answers by kind and group, in their order."""
     groups: dict[tuple[str, str], list[Answer]] = {}
     for answer in answers:
-        groups.setdefault(of(answer), []).append(answer)
+        groups.setdefault(of(answer.task), []).append(answer)
     return list(groups.values())
