@@ -1,6 +1,6 @@
 """Draws README's picture: the first prompts of each kind of the benchmark scenes_quick with their pictures, then edits.
 
-python benchmarks/scenes_sheet.py --checkpoint runs/scenes_quick --out docs/samples.png
+python benchmarks/scenes_sheet.py --checkpoint runs/scenes_quick --out docs/images/scenes_sheet.png
 
 No picture is chosen. Prompts are of the group "composed" where their kind has one: combinations that training never
 shows.
@@ -33,7 +33,8 @@ def main() -> None:
     shown: list[Shown] = []
     for kind, number in [*dict.fromkeys(CAPTIONS, 2 * COLUMNS // len(CAPTIONS)).items(), ("edit", EDITS)]:
         group = "seen" if kind in NEVER else "composed"
-        shown += drawn(sampler, [task for task in benchmark.tasks() if of(task) == (kind, group)][:number])
+        asked = {said(task): task for task in reversed(benchmark.tasks()) if of(task) == (kind, group)}  # none twice
+        shown += drawn(sampler, list(asked.values())[::-1][:number])
     sheet(shown).savefig(a.out, dpi=110)
 
 
@@ -41,10 +42,16 @@ def drawn(sampler: Sampler, tasks: list[Task]) -> list[Shown]:
     """The given picture of each task, if there is one, and the picture that the model draws, with the prompt."""
     found: list[Shown] = []
     for task, answer in zip(tasks, sampler.generate([task.prompt for task in tasks], tasks[0].options), strict=True):
-        said = " ".join(part.text for part in task.prompt if isinstance(part, Text))
         found += [("", part.pixels) for part in task.prompt if isinstance(part, Image)]
-        found.append((said, next((part.pixels for part in answer if isinstance(part, Image)), np.ones((32, 32, 3)))))
+        found.append(
+            (said(task), next((part.pixels for part in answer if isinstance(part, Image)), np.ones((32, 32, 3))))
+        )
     return found
+
+
+def said(task: Task) -> str:
+    """The words of a prompt."""
+    return " ".join(part.text for part in task.prompt if isinstance(part, Text))
 
 
 def sheet(shown: list[Shown]) -> Figure:
