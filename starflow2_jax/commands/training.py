@@ -177,8 +177,7 @@ def _add_quickstart(commands: Commands) -> None:
         "--demo",
         choices=DEMOS,
         default="digits",
-        help="digits, in ten minutes on two CPU cores, or scenes, with seven times as many operations (default: "
-        "digits)",
+        help="digits, ten minutes on two CPU cores, or scenes, 50 minutes (default: digits)",
     )
     p.add_argument(
         "--out",
