@@ -7,7 +7,8 @@ from starflow2_jax.codecs.fingerprint import fingerprint
 from starflow2_jax.codecs.protocol import Codec
 from starflow2_jax.data.documents import DocumentError, Draft, Image, Speaker, StoredImage, Text, Wordings
 
-Item, Read = TypeVar("Item"), TypeVar("Read")
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 FITTED = 1000  # a codec and a tokenizer are fitted to at most this many documents
 
 
