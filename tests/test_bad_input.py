@@ -93,7 +93,7 @@ def test_a_config_that_describes_nothing(tmp_path):
         (dict(model=dict(deep_rotary_sections=(8, 8, 8))), ("deep_rotary_sections=(8, 8, 8)", "64")),
         (dict(model=dict(deep_rotary_sections=(16, 16))), ("deep_rotary_sections", "three")),
         (dict(model=dict(shallow=dict(heads=64))), ("heads have 2 channels", "multiple of 4")),
-        (dict(model=dict(shallow_blocks=0)), ("shallow_blocks", "at least 1")),
+        (dict(model=dict(shallow_blocks=-1)), ("shallow_blocks", "at least 0")),
         (dict(model=dict(vlm=dict(vision=dict(out_width=64)))), ("vlm.vision.out_width=64", "vlm.width=128")),
         (dict(model=dict(vlm=dict(vision=dict(heads=32)))), ("model.vlm.vision: heads have 2", "multiple of 4")),
         (dict(model=dict(vlm=dict(vision=dict(merge=0)))), ("model.vlm.vision.merge", "at least 1")),

@@ -26,8 +26,7 @@ class PatchOptions:
         "channels of a token: the pixels of a patch, or their cosine transform", "pixels", choices=BASES
     )
     least_std: float = option(
-        "channels are divided by their standard deviation, or by this if that is smaller; choose it well above the "
-        "noise of training, or channels of noise alone drown the others",
+        "least deviation that a channel is divided by; well above the noise of training, so that noise stays low",
         LEAST_STD,
         above=0,
     )

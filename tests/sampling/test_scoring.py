@@ -161,7 +161,7 @@ def test_rank_orders_as_the_scores_do(sampler):
     by_text = dict(rank(sampler, image, captions, prior=False, make_document=describe))
     for caption, [text] in zip(captions, score(sampler, [describe(c, image) for c in captions]), strict=True):
         np.testing.assert_allclose(by_text[caption], text.nats, rtol=1e-4)
-    with pytest.raises(DocumentError, match="without prior"):
+    with pytest.raises(DocumentError, match="set prior=False"):
         rank(sampler, image, captions, make_document=describe)
 
 
