@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from starflow2_jax.errors import UserError
 
 FLOW_GROUPS = ("shallow", "embed_u", "embed_slot", "embed_y", "deep", "deep_norm", "head")
+OPTIONAL = ("shallow",)  # groups that a model may lack: one without shallow blocks has none of theirs
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Trains:
     trains: tuple[str, ...]  # parameter groups that the stage trains; the others have no optimizer state
 
     def trained(self, params: dict) -> dict:
-        """The groups of `params` that the stage trains. A model without shallow blocks has no group of theirs."""
-        return {name: params[name] for name in self.trains if name in params}
+        """The groups of `params` that the stage trains. Raises KeyError for a group that the model should have."""
+        return {name: params[name] for name in self.trains if name in params or name not in OPTIONAL}
 
 
 @dataclass(frozen=True)

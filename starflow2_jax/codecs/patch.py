@@ -43,7 +43,8 @@ class PatchOptions:
 
 @dataclass(frozen=True)
 class PatchCodec(Codec):
-    """Pixels in [-1, 1] -> patches, whose channels have mean 0 and standard deviation 1 over the fitted images.
+    """Pixels in [-1, 1] -> patches, whose channels have mean 0 over the fitted images, and standard deviation 1, or
+    less where `least_std` divided them.
 
     With the basis "cosine", a patch's channels are those of its orthonormal cosine transform: noise in pixels has the
     same deviation there, and a patch of one colour has only one channel for each colour that is not 0.

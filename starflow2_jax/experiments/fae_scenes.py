@@ -3,8 +3,8 @@
     starflow2 train --config fae_scenes --out runs/fae_scenes
 
 The directory is then a codec's folder: `codec.kind=fae` with codec.path=runs/fae_scenes. Scenes that training does not
-see are reconstructed and probed at the end of each stage (evals). Sizes and steps are not tuned; docs/benchmarks/fae.md
-has what they give.
+see are reconstructed and probed at the end of each stage (evals). Sizes and steps are not tuned. Its numbers
+are in docs/benchmarks/fae.md.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ docs/benchmarks/scenes.md.
     starflow2 train --config scenes_quick --out runs/scenes_quick
     starflow2 eval --benchmark scenes_quick --checkpoint runs/scenes_quick --out runs/scenes_quick_report
 
-That page tells what it reaches, and why its embeddings and codec are what they are. Steps and shares are not tuned.
+That page has its scores, and the reasons for embedding_std and least_std. Steps and shares are not tuned.
 """
 
 from ml_collections import ConfigDict

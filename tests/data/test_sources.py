@@ -40,7 +40,9 @@ def test_patches_are_fitted_to_the_images(tmp_path):
 
 
 def test_what_cannot_be_read_is_not_fitted_to(tmp_path):
-    """One image is damaged, one missing, and one line is no document; if all are, the first fault is told."""
+    """A damaged image, a missing one and a line that is no document are passed over. Without any other document, the
+    error names the first of them.
+    """
     images = [np.full((4, 4, 1), level, np.float32) for level in (-1, 0, 1)]
     config = config_of(tmp_path, images)
     fitted = sources.make_codec(config)

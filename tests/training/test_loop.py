@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from starflow2_jax.models.pretzel import init_params
 from starflow2_jax.parallel.content_hash import content_hash
 from starflow2_jax.parallel.sharding import abstract
 from starflow2_jax.sampling.engine import SampleOptions, Sampler
+from starflow2_jax.stages import STAGES
 from starflow2_jax.training import loop
 from starflow2_jax.training.faults import NonFiniteLoss
 from starflow2_jax.training.loop import Trainer
@@ -224,6 +226,8 @@ def test_a_model_without_shallow_blocks_trains_and_draws(tmp_path):
     assert "shallow" not in sampler.params and np.isfinite(lines(tmp_path)[-1]["image_loss"])
     [document] = sampler.generate([[Text("draw a six")]], SampleOptions(max_tokens=5, image_first=True))
     assert document[0].pixels.shape == (8, 8, 1)
+    with pytest.raises(KeyError, match="deepest"):  # no other group may be missing
+        replace(STAGES["joint"], trains=("shallow", "deepest")).trained(sampler.params)
     latents = np.random.default_rng(0).standard_normal((2, 4, 16)).astype(np.float32)
     variables = {"params": sampler.params}
     states, logdet = sampler.model.apply(variables, latents[None], method="trace")
