@@ -1,7 +1,7 @@
 """A short run of scenes_quick on single objects, judged by pictures whose plans are given: what holds drawing back?
 
-It prints the image loss, the distance of drawn pictures from the exact ones, and the shares with the right ground and
-sprite. docs/benchmarks/scenes.md holds the numbers of several settings.
+It prints the distance of drawn pictures from the exact ones, and the shares with the right ground and sprite.
+docs/benchmarks/scenes.md holds the numbers of several settings.
 
 python benchmarks/scenes_given_plans.py --out runs/given
 python benchmarks/scenes_given_plans.py --out runs/given_1 --config.model.vlm.embedding_std=1
@@ -51,8 +51,8 @@ def main() -> None:
         ]
         read = [judge(picture) for picture in drawn]
         error = [np.sqrt(np.mean((x - render(scene, len(x))) ** 2)) for x, scene in zip(drawn, scenes, strict=True)]
-        ground = [a.background == b.background for a, b in zip(read, scenes, strict=True)]
-        sprite = [a.counts == b.counts for a, b in zip(read, scenes, strict=True)]
+        ground = [seen.background == scene.background for seen, scene in zip(read, scenes, strict=True)]
+        sprite = [seen.counts == scene.counts for seen, scene in zip(read, scenes, strict=True)]
         print(
             f"image temperature {temperature:g}: root mean squared error {np.mean(error):.3f}, "
             f"right grounds {np.mean(ground):.3f}, right sprites {np.mean(sprite):.3f}"

@@ -1,7 +1,7 @@
 """`starflow2 encode`."""
 
 import contextlib
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,22 @@ def add(commands: Commands) -> None:
         choices=("flow", "vit"),
         help="how the model sees images that are not generated (default: as the documents say)",
     )
+    _add_columns(p)
+    p.add_argument(
+        "--process", type=Whole(0), default=0, metavar="I", help="number of this process, counted from 0 (default: 0)"
+    )
+    p.add_argument(
+        "--processes",
+        type=Whole(1),
+        default=1,
+        metavar="N",
+        help="number of processes, on one host or several, that share the shards (default: 1)",
+    )
+    p.set_defaults(run=_encode, kept="finished shards are kept in --out; start the same command again")
+
+
+def _add_columns(p: ArgumentParser) -> None:
+    """Add the options that tell where a format has pictures and captions."""
     p.add_argument(
         "--image", type=Words(), default="image", metavar="COLUMN", help="column of the picture (default: image)"
     )
@@ -85,17 +101,6 @@ def add(commands: Commands) -> None:
         "--split", type=Words(), default="train", metavar="NAME", help="hf, tfds: the split (default: train)"
     )
     p.add_argument("--data-dir", type=InputFolder(), metavar="DIR", help="tfds: folder of the prepared data sets")
-    p.add_argument(
-        "--process", type=Whole(0), default=0, metavar="I", help="number of this process, counted from 0 (default: 0)"
-    )
-    p.add_argument(
-        "--processes",
-        type=Whole(1),
-        default=1,
-        metavar="N",
-        help="number of processes, on one host or several, that share the shards (default: 1)",
-    )
-    p.set_defaults(run=_encode, kept="finished shards are kept in --out; start the same command again")
 
 
 def _encode(args: Namespace, _: list[str]) -> None:

@@ -44,7 +44,8 @@ AIMS = {
 LIMIT = 100  # tasks of each kind, seen and composed apart
 WORDS = 48  # tokens of a caption, an answer or a step
 PLAN = 64  # tokens of a plan
-# Chosen on the part "validation": image temperatures from 0 to 0.6 and guidance up to 2 score alike; 0 has no noise.
+# Chosen on the part "validation" with a model of scenes_quick: image temperatures from 0 to 0.6 and guidance up to 2
+# score alike, and pictures at 0 have no noise.
 DRAW = SampleOptions(temperature=0, image_temperature=0, image_first=True, max_images=1)
 SAY = SampleOptions(temperature=0, max_images=0)
 TELL = SampleOptions(temperature=0, image_temperature=0)
