@@ -40,7 +40,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
 
     c.stages = dict(
         pretrain=stage(
-            500, mix(1, description=2, question=4, edit=1, story=1, think=2), images=1, patches=512, rows=16
+            1200, mix(1, position=3, description=2, question=4, edit=1, story=1, think=2), images=1, patches=512, rows=16
         ),
         text_to_image=stage(1500, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
         image_to_text=stage(100, mix(0, description=1, question=1)),

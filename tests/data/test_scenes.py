@@ -146,12 +146,34 @@ def test_plans_come_before_the_pictures_to_draw():
         assert written.predict and written.text == f" {plan(scene)}"
         ground, sprites = written.text.removeprefix(" on ").split(": ")
         assert ground == scene.background
-        standing = sorted(scene.placed, key=lambda each: each.corner)
-        assert sprites.split(", ") == [f"{CORNERS[each.corner]} {name(each.sprite)}" for each in standing]
+        assert sprites.split(", ") == [f"{CORNERS[each.corner]} {in_plans(each.sprite)}" for each in scene.placed]
     without = source("story", quarters=True).parts(1)
     assert [part for i, part in enumerate(parts) if i + 1 not in drawn] == without and len(drawn) > 1
     read = source("description", plan=True).parts(1)
     assert read == source("description").parts(1)  # its picture is given
+
+
+def in_plans(sprite: art.Sprite) -> str:
+    return f"{sprite.noun} in {sprite.colour}" if sprite.colour else name(sprite)
+
+
+@pytest.mark.parametrize("kind", ["two", "position", "attribution", "think"])
+def test_plans_name_the_sprites_in_the_order_of_the_words(kind):
+    for i in range(20):
+        words, written = source(kind, quarters=True, plan=True).parts(i)[:2]
+        placed = source(kind, quarters=True).parts(i)[1].scene.placed
+        at = [words.text.index(f" {name(each.sprite)}") for each in placed]
+        assert at == sorted(at)
+        planned = [each.split(" ", 2)[2] for each in written.text.split(": ")[1].split(", ")]
+        assert planned == [in_plans(each.sprite) for each in placed]
+
+
+@pytest.mark.parametrize("kind", ["counting", "edit"])
+def test_plans_go_row_by_row_where_no_words_name_the_sprites_one_by_one(kind):
+    for i in range(20):
+        written = next(part for part in source(kind, quarters=True, plan=True).parts(i)[::-1] if isinstance(part, Text))
+        places = [CORNERS.index(" ".join(each.split(" ")[:2])) for each in written.text.split(": ")[1].split(", ")]
+        assert places == sorted(places)
 
 
 def check(scene: Scene) -> None:
