@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS
 
+WORDS = dict(position=3, description=2, question=4, edit=1, story=1, think=2)  # shares that teach relations and answers
+
 
 def get_config(runlocal: bool = False) -> ConfigDict:
     """The config. `runlocal`: one layer in each network and four steps of each stage, to try the pipeline."""
@@ -39,12 +41,10 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     )
 
     c.stages = dict(
-        pretrain=stage(
-            1200, mix(1, position=3, description=2, question=4, edit=1, story=1, think=2), images=1, patches=512, rows=16
-        ),
-        text_to_image=stage(1500, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
-        image_to_text=stage(100, mix(0, description=1, question=1)),
-        joint=stage(2000, mix(1, description=1, question=3, edit=4, story=2, think=1)),
+        pretrain=stage(1000, mix(1, **WORDS), rate=1e-2, images=1, patches=512, rows=16),
+        text_to_image=stage(1000, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
+        image_to_text=stage(200, mix(0, description=1, question=1)),
+        joint=stage(2800, mix(1, position=2, description=1, question=4, edit=4, story=2, think=1)),
     )
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:
