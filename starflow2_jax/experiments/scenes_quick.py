@@ -42,9 +42,9 @@ def get_config(runlocal: bool = False) -> ConfigDict:
 
     c.stages = dict(
         pretrain=stage(1000, mix(1, **WORDS), rate=1e-2, images=1, patches=512, rows=16),
-        text_to_image=stage(1000, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
+        text_to_image=stage(1000, mix(1, single=3, background=2, edit=2, story=1), images=5),
         image_to_text=stage(200, mix(0, description=1, question=1)),
-        joint=stage(2800, mix(1, position=2, description=1, question=4, edit=4, story=2, think=1)),
+        joint=stage(2800, mix(1, position=2, description=1, question=4, edit=4, story=2, think=1), rate=4e-3),
     )
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:
@@ -60,7 +60,7 @@ def mix(captions: float, **others: float) -> dict[str, float]:
     return dict.fromkeys(KINDS, 0.0) | dict.fromkeys(CAPTIONS, captions) | others
 
 
-def stage(steps: int, shares: dict[str, float], rate: float = 2e-3, **changes: object) -> ConfigDict:
+def stage(steps: int, shares: dict[str, float], rate: float = 5e-3, **changes: object) -> ConfigDict:
     """The config of a stage. shares: weights of the sources. rate: of learning. changes: other keys of the stage."""
     optimizer = dict(name="muon", learning_rate=rate, final_fraction=0.02, warmup=50, weight_decay=1e-2)
     common = dict(rows=8, length=160, ema=0.998, mix=shares, optimizer=optimizer)
