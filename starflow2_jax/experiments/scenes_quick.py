@@ -41,10 +41,10 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     )
 
     c.stages = dict(
-        pretrain=stage(1000, mix(1, **WORDS), rate=1e-2, images=1, patches=512, rows=16),
+        pretrain=stage(800, mix(1, **WORDS), rate=1e-2, images=1, patches=512, rows=16),
         text_to_image=stage(1000, mix(1, single=3, background=2, edit=2, story=1), images=5),
-        image_to_text=stage(200, mix(0, description=1, question=1)),
-        joint=stage(2800, mix(1, position=2, description=1, question=4, edit=4, story=2, think=1), rate=4e-3),
+        image_to_text=stage(150, mix(0, description=1, question=1)),
+        joint=stage(2400, mix(1, position=2, description=1, question=4, edit=4, story=2, think=1), rate=4e-3),
     )
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:

@@ -10,16 +10,7 @@ from starflow2_jax.data.documents import Text
 from starflow2_jax.data.scenes import words
 from starflow2_jax.data.scenes.art import Sprite, vocabulary
 from starflow2_jax.data.scenes.edits import Edit, in_corner
-from starflow2_jax.data.scenes.scene import (
-    BACKGROUNDS,
-    CORNERS,
-    RELATIONS,
-    SIDES,
-    UNITS,
-    Placed,
-    Scene,
-    row_by_row,
-)  # fmt: skip
+from starflow2_jax.data.scenes.scene import BACKGROUNDS, CORNERS, RELATIONS, SIDES, UNITS, Placed, Scene
 from starflow2_jax.data.scenes.words import describe, name, on, relation, some, the, verb
 
 FRAMES = ("{what}", "a picture of {what}", "draw {what}", "show {what}", "please draw {what}")
@@ -98,7 +89,7 @@ class Draw:
         """One to four of a sprite."""
         if count == 1:
             return self.one(sprite)
-        return row_by_row(self.pair([sprite] * 2) if count == 2 else self.quarters([sprite] * count))
+        return self.pair([sprite] * 2) if count == 2 else self.quarters([sprite] * count)
 
     def countable(self) -> Sprite:
         """An object that can be counted."""
@@ -133,11 +124,6 @@ def caption(d: Draw, what: str, scene: Scene) -> Parts:
     return [Text(d.text(FRAMES, what=what)), Shown(scene, generate=True)]
 
 
-def named(scene: Scene) -> str:
-    """ "a dog and a cat", in the scene's order."""
-    return words.listed([some(placed.sprite) for placed in scene.placed])
-
-
 def single(d: Draw) -> Parts:
     """ "a dog"."""
     sprite = d.pick(d.objects)
@@ -146,8 +132,8 @@ def single(d: Draw) -> Parts:
 
 def two(d: Draw) -> Parts:
     """ "a dog and a cat"."""
-    scene = d.pair(d.several(d.objects, 2))
-    return caption(d, named(scene), scene)
+    sprites = d.several(d.objects, 2)
+    return caption(d, words.listed([some(sprite) for sprite in sprites]), d.pair(sprites))
 
 
 def counting(d: Draw) -> Parts:
@@ -170,8 +156,8 @@ def position(d: Draw) -> Parts:
 
 def attribution(d: Draw) -> Parts:
     """ "a red heart and a blue circle"."""
-    scene = d.pair(d.two_coloured())
-    return caption(d, named(scene), scene)
+    sprites = d.two_coloured()
+    return caption(d, words.listed([some(sprite) for sprite in sprites]), d.pair(sprites))
 
 
 def tone(d: Draw) -> Parts:
@@ -287,13 +273,13 @@ def edited(d: Draw, kind: str) -> tuple[Scene, Edit, Scene]:
 def edit(d: Draw) -> Parts:
     """A picture, an instruction, and the changed picture to draw."""
     before, change, after = edited(d, d.pick(EDITS))
-    return [Shown(before), Text(change.words(d.wording)), Shown(row_by_row(after), generate=True)]
+    return [Shown(before), Text(change.words(d.wording)), Shown(after, generate=True)]
 
 
 def story(d: Draw) -> Parts:
     """A caption and one or two edits, then the words and the picture of each step to write and draw."""
     scene = d.quarters(d.several(d.objects + d.coloured, int(d.rng.integers(1, 3))))
-    steps, scenes = [named(scene)], [scene]
+    steps, scenes = [words.listed([some(placed.sprite) for placed in scene.placed])], [scene]
     length = int(d.rng.integers(2, 4))
     while len(scenes) < length:
         change = d.edit(scenes[-1], d.pick(STORY_EDITS))

@@ -94,11 +94,6 @@ def in_quarters(scene: Scene) -> Scene:
     return replace(scene, placed=tuple(placed.quarter for placed in scene.placed))
 
 
-def row_by_row(scene: Scene) -> Scene:
-    """The scene with its sprites in the order of their quarters, where no words name them one by one."""
-    return replace(scene, placed=tuple(sorted(scene.placed, key=lambda each: (each.corner, each.row, each.column))))
-
-
 @cache
 def stands_out(sprite: Sprite, background: str) -> bool:
     """Whether the sprite can be seen on the ground."""
