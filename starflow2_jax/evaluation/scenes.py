@@ -117,7 +117,7 @@ class ScenesBenchmark(Benchmark):
         found: dict[str, Items] = {}
         for answer in answers:
             kind, group = of(answer.task)
-            verdict = self._verdict(answer)
+            verdict = self.verdict(answer)
             for name, value in {"": float(verdict.right), **verdict.parts}.items():
                 found.setdefault(f"{group}_{kind}{name and f'_{name}'}", {})[answer.task.key] = (value, 1.0)
         scores: dict[str, float | Items | None] = {**found}
@@ -144,11 +144,12 @@ class ScenesBenchmark(Benchmark):
         return Page(ABOUT, "Drawn scenes", note, tuple(names), np.array(rows), examples)
 
     def _example(self, kind: str, group: str, answer: Answer) -> tuple[str, Document]:
-        verdict = self._verdict(answer)
+        verdict = self.verdict(answer)
         title = f"{kind}, {group}: {'right' if verdict.right else 'WRONG'} ({verdict.note})"
         return title, [*answer.task.prompt, *answer.document]
 
-    def _verdict(self, answer: Answer) -> Verdict:
+    def verdict(self, answer: Answer) -> Verdict:
+        """Whether an answer is right, its plans left out."""
         document = [
             replace(part, text=without_plans(part.text)) if isinstance(part, Text) else part for part in answer.document
         ]

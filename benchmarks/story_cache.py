@@ -1,0 +1,88 @@
+"""What the reuse of caches is worth in stories of several pictures: seconds, and right stories.
+
+"reused": the model writes a whole story; what it wrote stays in its caches. "re-encoded": after each picture the story
+so far, its pictures rounded to 8 bits as a PNG file has them, is read into a new session, which goes on. The seconds of
+reading are those of "re-encoded" alone. See docs/benchmarks/claims.md.
+
+python benchmarks/story_cache.py --checkpoint runs/scenes_quick --stories 100
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+
+from starflow2_jax.data.documents import Document, Image, Text
+from starflow2_jax.evaluation.protocol import Answer, Task
+from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, of
+from starflow2_jax.sampling.engine import Sampler
+
+BATCH = 20
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", required=True, help="a run of scenes_quick")
+    p.add_argument("--stories", type=int, default=100, help="stories (default: 100)")
+    a = p.parse_args()
+    sampler, benchmark = Sampler.restore(a.checkpoint), QuickScenesBenchmark(limit=a.stories)
+    benchmark.begin(sampler)
+    tasks = [task for task in benchmark.tasks() if of(task) == ("story", "seen")]
+    batches = [tasks[i : i + BATCH] for i in range(0, len(tasks), BATCH)]
+    for tell in (reused, reencoded):
+        tell(sampler, batches[0])  # compiles
+        begin, reading, answers = time.perf_counter(), 0.0, []
+        for batch in batches:
+            documents, seconds = tell(sampler, batch)
+            answers += documents
+            reading += seconds
+        total = time.perf_counter() - begin
+        right = [benchmark.verdict(Answer(task, 0, answer)).right for task, answer in zip(tasks, answers, strict=True)]
+        print(
+            f"{tell.__name__}: {np.mean(right):.2f} right, {total:.1f} s, {reading:.1f} s of them reading", flush=True
+        )
+
+
+def reused(sampler: Sampler, tasks: list[Task]) -> tuple[list[Document], float]:
+    """The stories, and the seconds of reading what is no prompt: none."""
+    return sampler.generate([task.prompt for task in tasks], tasks[0].options), 0.0
+
+
+def reencoded(sampler: Sampler, tasks: list[Task]) -> tuple[list[Document], float]:
+    """The stories, and the seconds of reading them again after each picture."""
+    told: list[Document] = [[] for _ in tasks]
+    ended, reading = [False] * len(tasks), 0.0
+    for _ in range(tasks[0].options.max_images or 0):
+        session = sampler.session(tasks[0].options, list(range(len(tasks))))
+        begin = time.perf_counter()
+        session.read(
+            [[*task.prompt, *story] for task, story in zip(tasks, told, strict=True)], room=tasks[0].options.max_tokens
+        )
+        jax.block_until_ready(session.rows)
+        reading += time.perf_counter() - begin
+        for i, answer in enumerate(session.write()):
+            if not ended[i]:
+                told[i] += (step := as_files(up_to_picture(answer)))
+                ended[i] = not any(isinstance(part, Image) for part in step)
+    return told, reading
+
+
+def up_to_picture(answer: Document) -> Document:
+    """The parts up to the first picture, or all parts if there is none."""
+    ends = [i for i, part in enumerate(answer) if isinstance(part, Image)]
+    return answer[: ends[0] + 1] if ends else answer
+
+
+def as_files(parts: Document) -> Document:
+    """The parts as a prompt has them, with pictures of 8-bit levels."""
+    return [
+        Text(part.text)
+        if isinstance(part, Text)
+        else Image(np.rint((part.pixels + 1) * 127.5).clip(0, 255) / 127.5 - 1)
+        for part in parts
+    ]
+
+
+if __name__ == "__main__":
+    main()
