@@ -146,16 +146,12 @@ class Preparation:
 
 
 def shown(part: Text | Image | StoredImage) -> Text | Image | StoredImage:
-    """The part as a stage that trains the VLM sees it: images through the vision tower, every text predicted, and where
-    an image to generate begins.
-    """
-    if isinstance(part, Text):
-        return replace(part, predict=True)
-    return replace(part, generate=False, via="vit", start=part.generate)
+    """The part as a stage that trains the VLM sees it: images through the vision tower, every text predicted."""
+    return Text(part.text, True) if isinstance(part, Text) else replace(part, generate=False, via="vit")
 
 
 def given(part: Text | Image | StoredImage) -> Text | Image | StoredImage:
     """The part as one that is not predicted."""
     if not counts(part):
         return part
-    return replace(part, predict=False) if isinstance(part, Text) else replace(part, generate=False, start=False)
+    return replace(part, predict=False) if isinstance(part, Text) else replace(part, generate=False)

@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 
 from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS
 
-WORDS = dict(position=3, description=2, question=4, edit=1, story=1, think=2)  # shares that teach relations and answers
-
 
 def get_config(runlocal: bool = False) -> ConfigDict:
     """The config. `runlocal`: one layer in each network and four steps of each stage, to try the pipeline."""
@@ -41,10 +39,12 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     )
 
     c.stages = dict(
-        pretrain=stage(800, mix(1, **WORDS), rate=1e-2, images=1, patches=512, rows=16),
-        text_to_image=stage(1000, mix(1, single=3, background=2, edit=2, story=1), images=5),
-        image_to_text=stage(150, mix(0, description=1, question=1)),
-        joint=stage(2400, mix(1, position=2, description=1, question=4, edit=4, story=2, think=1), rate=4e-3),
+        pretrain=stage(
+            500, mix(1, description=2, question=4, edit=1, story=1, think=2), images=1, patches=512, rows=16
+        ),
+        text_to_image=stage(1500, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
+        image_to_text=stage(100, mix(0, description=1, question=1)),
+        joint=stage(2000, mix(1, description=1, question=3, edit=4, story=2, think=1)),
     )
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:
@@ -60,7 +60,7 @@ def mix(captions: float, **others: float) -> dict[str, float]:
     return dict.fromkeys(KINDS, 0.0) | dict.fromkeys(CAPTIONS, captions) | others
 
 
-def stage(steps: int, shares: dict[str, float], rate: float = 5e-3, **changes: object) -> ConfigDict:
+def stage(steps: int, shares: dict[str, float], rate: float = 2e-3, **changes: object) -> ConfigDict:
     """The config of a stage. shares: weights of the sources. rate: of learning. changes: other keys of the stage."""
     optimizer = dict(name="muon", learning_rate=rate, final_fraction=0.02, warmup=50, weight_decay=1e-2)
     common = dict(rows=8, length=160, ema=0.998, mix=shares, optimizer=optimizer)
