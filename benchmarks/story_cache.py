@@ -15,7 +15,7 @@ import numpy as np
 
 from starflow2_jax.data.documents import Document, Image, Text
 from starflow2_jax.evaluation.protocol import Answer, Task
-from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, of
+from starflow2_jax.evaluation.scenes import PICTURES, QuickScenesBenchmark, of
 from starflow2_jax.sampling.engine import Sampler
 
 BATCH = 20
@@ -53,7 +53,7 @@ def reencoded(sampler: Sampler, tasks: list[Task]) -> tuple[list[Document], floa
     """The stories, and the seconds of reading them again after each picture."""
     told: list[Document] = [[] for _ in tasks]
     ended, reading = [False] * len(tasks), 0.0
-    for _ in range(tasks[0].options.max_images or 0):
+    for _ in range(PICTURES["story"]):
         session = sampler.session(tasks[0].options, list(range(len(tasks))))
         begin = time.perf_counter()
         session.read(

@@ -65,6 +65,7 @@ def test_sampling_draws_the_images_of_the_pytorch_loop(script, run, monkeypatch)
     assert found[1]["worst_difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_full_size(script, run):
     """The paper's model made small: a VLM of 416 words and width 32, images of 16 tokens, a shallow flow of two
     blocks.

@@ -48,6 +48,7 @@ def losses(folder: Path, after: int) -> np.ndarray:
     return np.array([line["loss"] for line in lines if line["step"] > after])
 
 
+@pytest.mark.slow
 def test_training_on_latents_equals_encoding_on_the_fly(tmp_path, capsys):
     file, live, stored = documents(tmp_path), tmp_path / "live", tmp_path / "stored"
     mesh = dict(data=8, fsdp=1, tensor=1)

@@ -57,6 +57,7 @@ def config_for(vlm: Path, **changes):
     return config.lock()
 
 
+@pytest.mark.slow
 def test_init_then_chat_then_train(vlm, tmp_path, capsys):
     config = config_for(vlm)
     Trainer.begin(config, tmp_path / "run", vlm, load_config)

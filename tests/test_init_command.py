@@ -37,6 +37,7 @@ def init(folder: Path, out: Path, *more: str) -> int:
     return cli.main(["init", "--vlm", str(folder), "--config", "digits_quick", *GIVEN, "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_the_vlm_is_as_its_folder_says(vlm, tmp_path, capsys):  # noqa: F811
     """No size is typed again, neither to begin nor, by the line that `init` prints, to train."""
     assert init(vlm, tmp_path / "a run") == 0

@@ -114,7 +114,9 @@ def test_nothing_is_lost_or_repeated(monkeypatch):
     assert max(seen.values()) - epochs <= 1
 
 
-@pytest.mark.parametrize("options", [{"threads": 3}, {"workers": 1}, {"workers": 3, "threads": 1}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 3}, {"workers": 1}, pytest.param({"workers": 3, "threads": 1}, marks=pytest.mark.slow)]
+)
 def test_the_batches_do_not_depend_on_who_reads_ahead(options, monkeypatch):
     wanted, ahead = read_on([reader()], 4), reader(**options)
     same(read_on([ahead], 2), wanted[:2])

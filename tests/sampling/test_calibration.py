@@ -316,6 +316,7 @@ def test_calibrate_a_checkpoint(checkpoint, capsys, monkeypatch):
     assert not np.allclose(session.rows.u[:, 1 : tiny.CONFIG.tokens + 1], u, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_measured_of_the_deep_flow():
     """With guidance and prompts of two lengths: error and passes of a loose solver, against images drawn separately."""
     sampler = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC, max_positions=64)

@@ -328,6 +328,7 @@ def test_a_row_is_put_beside_others(sampler):
         np.testing.assert_allclose(np.asarray(both.rows.u)[row, : 2 * N], u[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lengths_share_programs():
     """Many lengths, temperatures, limits and numbers of images need few compiled shapes, and all of them are logged."""
     fresh = Sampler(tiny.MODEL, tiny.params(), tiny.tokenizer(), tiny.CODEC)

@@ -95,7 +95,7 @@ def test_bfloat16_is_near_what_float32_is(checkpoint):
         Sampler.restore(checkpoint, dtype="float16")
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_same(checkpoint, dtype, monkeypatch):
     """A mesh cuts rows and heads without changing answers and scores; every program runs on the sampler's mesh."""
     on_meshes = []

@@ -95,6 +95,7 @@ def text_nats(sampler: Sampler, document: Document) -> tuple[float, float]:
     return float(-np.sum(weights * logp[np.arange(len(targets)), targets])), float(weights.sum())
 
 
+@pytest.mark.slow
 def test_the_losses_are_the_exact_likelihoods_of_the_documents(trained, held_out):
     """Of all documents of the file, once each, as the sampler scores them one by one with the average that the stage
     left.
@@ -147,6 +148,7 @@ def test_the_noise_is_the_same_every_time_and_counts(trained, held_out):
         np.testing.assert_allclose(noisy[name], value, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_without_them(trained, held_out, tmp_path):
     config = evals_experiment.config(held_out, evals={})
     for name in ("mine", "other"):
@@ -155,6 +157,7 @@ def test_training_is_the_same_without_them(trained, held_out, tmp_path):
     assert lines(tmp_path / "run") == [line for line in lines(trained) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_evaluates_logs_the_same(trained, held_out, tmp_path, monkeypatch):
     evaluate = HeldOutLosses.__call__
 

@@ -141,6 +141,7 @@ def test_the_second_stage_starts_from_the_pretrained_vlm(undisturbed):
     assert "vlm" not in params_at(undisturbed, 8)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_another_mesh(undisturbed, tmp_path):
     """Saved on data=8; restored on 2 x 2 x 2 with the same bits, and the next steps give the same losses."""
     folder = tmp_path / "copy"
@@ -181,6 +182,7 @@ def own_documents(folder: Path, save, size: tuple[int, ...]) -> Path:
     return folder / "data.jsonl"
 
 
+@pytest.mark.slow
 def test_ones_own_pictures_train_every_stage(tmp_path):
     """Color, not square: codec and tokenizer are fitted to them, and what is sampled has their size."""
     config = tiny_config()

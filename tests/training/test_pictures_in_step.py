@@ -59,6 +59,7 @@ def losses(folder, after: int) -> np.ndarray:
     return np.array([line["loss"] for line in lines if line["step"] > after])
 
 
+@pytest.mark.slow
 def test_training_on_pictures_equals_training_on_their_latents(folder, tmp_path):
     live, stored, parts = tmp_path / "live", tmp_path / "stored", tmp_path / "parts"
     whole = config(folder, a=PICTURES)

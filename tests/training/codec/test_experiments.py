@@ -114,6 +114,7 @@ def test_missing_weights_are_refused_in_a_sentence(tmp_path, monkeypatch, name, 
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_networks_of_a_codec_without_latents(tmp_path):
     """As fae_dinov2_b does from RAE: the decoder is there from the first step and `features` leaves it as it is."""
     config = load("fae_dinov2_g", runlocal=True)
@@ -147,7 +148,9 @@ def test_what_no_device_can_hold_is_refused_before_anything_is_made(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ("fae_dinov2_g", "fae_dinov2_b", "fae_scenes"))
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("fae_dinov2_g", "fae_scenes")), "fae_dinov2_b"]
+)
 def test_shrunk_every_stage_takes_its_steps(tmp_path, name):
     config = load(name, runlocal=True)
     assert config.order == tuple(CODEC_STAGES)

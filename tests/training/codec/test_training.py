@@ -59,6 +59,7 @@ def test_the_discriminator_counts_from_its_step(whole):
     assert [line["stage"] for line in lines(whole)] == [name for name in config()["order"] for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path):
     """Stopped within a stage that has a discriminator, and at the end of one."""
     for stop_at in (5, 6, None):
@@ -96,7 +97,8 @@ def begun(name: str) -> tuple[CodecTask, dict, jax.Array, jax.Array]:
     return task, params, pixels(batch, task.networks.cfg), jax.random.split(jax.random.key(2), 8)
 
 
-@pytest.mark.parametrize("name", ("pixels", pytest.param("pixels_tuned", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("pixels", "pixels_tuned"))
 def test_the_decoders_gradient_is_that_of_one_loss_with_the_weight_held_fixed(name):
     """Autograd of reconstruction + weight * generator's loss, with the weight that the step found."""
     task, params, pictures, keys = begun(name)
