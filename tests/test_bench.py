@@ -67,6 +67,7 @@ def test_training(tmp_path, monkeypatch):
     assert any("dot" in op["operation"] or "fusion" in op["operation"] for op in found["profile"])
 
 
+@pytest.mark.slow
 def test_a_compiled_step_takes_what_it_gave(tmp_path):
     """On any mesh, with the optimizer in the host's memory and a policy that may skip an update."""
     cfg = tiny_config(mesh=dict(data=2, fsdp=2, tensor=2), faults=dict(nonfinite="skip", spike="skip"))

@@ -99,6 +99,7 @@ def test_samples_of_a_file_go_on_where_they_stopped(checkpoint, tmp_path, monkey
         assert np.abs(a - b).max() <= 1 and a.std() > 0
 
 
+@pytest.mark.slow
 def test_samples_of_two_runs_are_not_mixed(checkpoint, tmp_path, monkeypatch, capsys):
     """Another file, seed, number, option, or samples that are not of a file: refused, and nothing is lost."""
     monkeypatch.chdir(tmp_path)

@@ -235,6 +235,7 @@ def test_tensorboard_shows_numbers_and_sheets(trained):
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(Pillow.open(trained / "evals/sheet/00000008.png")))
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_said(held_out, tmp_path, capsys):
     config = evals_experiment.config(held_out, order=("pretrain", "text_to_image"))
     config.stages.pretrain.steps, config.stages.text_to_image.steps = 1, 1

@@ -292,6 +292,7 @@ def board(t: Trainer) -> dict[str, dict[int, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_profile_and_a_summary(trainer):
     """Of a run that was stopped and went on."""
     for stop_at in (8, None):

@@ -200,6 +200,7 @@ def test_ones_own_pictures_train_every_stage(tmp_path):
     assert document[0].pixels.shape == (8, 12, 3)
 
 
+@pytest.mark.slow
 def test_ones_own_latents(tmp_path):
     def save(path, array):
         np.save(path, array)

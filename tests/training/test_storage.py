@@ -36,6 +36,7 @@ def full(monkeypatch, after: int) -> None:
     monkeypatch.setattr(atomic_folder.shutil, "disk_usage", usage)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_the_last_good_checkpoint_when_there_is_room_again(trainer, monkeypatch):
     with monkeypatch.context() as patched:
         full(patched, after=2)
