@@ -1,7 +1,7 @@
 """The joint stage of scenes_quick with both skips, with one, or with none; see docs/benchmarks/claims.md.
 
-All runs begin from one run, which has done the stages before. A skip that is left out is not trained: its weights stay
-zero, as they are at first.
+All runs begin from one run, which has not begun this stage; earlier stages that it has not done are trained, too. A
+skip that is left out is not trained: its weights stay zero, as they are at first.
 
 starflow2 train --config scenes_quick --config.order=pretrain,text_to_image,image_to_text --out runs/begin
 python benchmarks/crossings.py --begin runs/begin --skips w_vlm --seed 1 --out runs/w_vlm_1
@@ -25,7 +25,7 @@ SKIPS = ("w_vlm", "w_d")  # into the deep flow, and out of it
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--begin", required=True, help="a run of scenes_quick without its last stage")
+    p.add_argument("--begin", required=True, help="a run of scenes_quick that has not begun joint")
     p.add_argument("--skips", nargs="*", default=SKIPS, choices=SKIPS, help="the skips to train (default: both)")
     p.add_argument("--steps", type=int, default=300, help="steps of joint (default: 300)")
     p.add_argument("--seed", type=int, default=0, help="seed of the data's order and of the noise (default: 0)")
