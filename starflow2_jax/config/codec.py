@@ -83,9 +83,11 @@ class CodecStageConfig:
 class EncoderConfig:
     """The keys of the frozen encoder that all kinds of encoders have."""
 
-    kind: str = option("dinov2, vit: a small one of its form, vlm: a vision tower", "dinov2", choices=ENCODERS)
+    kind: str = option(
+        "dinov2, siglip, vit: a small one of DINOv2's form, vlm: a vision tower", "dinov2", choices=ENCODERS
+    )
     path: str = option(
-        "DINOv2's folder, as transformers saves it, or a codec's folder; empty: the stage encoder trains it", ""
+        "folder of DINOv2 or SigLIP as transformers saves it, or of a codec; empty: the stage encoder trains it", ""
     )
 
 

@@ -1,4 +1,4 @@
-"""DINOv2, a frozen image encoder (arXiv 2304.07193)."""
+"""DINOv2, a frozen image encoder (arXiv 2304.07193). SigLIP's (arXiv 2303.15343) has its form, see `DinoConfig`."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,7 +15,10 @@ from starflow2_jax.models.patches import patchify
 
 @dataclass(frozen=True)
 class DinoConfig(Computation):
-    """Sizes of the encoder, and the normalisation of its images."""
+    """Sizes of the encoder, and the normalisation of its images.
+
+    SigLIP has no class token and no layer scale, and the approximate GELU.
+    """
 
     layers: int = option("layers (L)", least=1)
     width: int = option("channels of the residual stream (E)", least=1)
@@ -25,7 +28,10 @@ class DinoConfig(Computation):
     patch: int = option("side of a patch, in pixels", 14, least=1)
     channels: int = option("channels of a pixel", 3, least=1)
     gated_mlp: bool = option("the MLP is silu(gate) * up, as in the size giant; otherwise it has exact GELU", False)
+    tanh_gelu: bool = option("the MLP has GELU's approximation by tanh, as SigLIP's", False)
+    class_token: bool = option("a class token comes first", True)
     registers: int = option("register tokens (R)", 0, least=0)
+    layer_scale: bool = option("a learned factor per channel on what attention and the MLP add", True)
     antialias: bool = option("filter of the position embedding's resizing, see `resize_matrix`", False)
     qkv_bias: bool = option("queries, keys and values have a bias", True)
     norm_eps: float = option("added to the variance before its root", 1e-6, above=0)
@@ -43,18 +49,22 @@ class DinoConfig(Computation):
         return TransformerConfig.of(
             self,
             norm="layer",
-            activation="silu" if self.gated_mlp else "gelu",
+            activation="silu" if self.gated_mlp else "gelu_tanh" if self.tanh_gelu else "gelu",
             out_bias=True,
             mlp_bias=True,
-            layer_scale=True,
         )
+
+    @property
+    def leading(self) -> int:
+        """Tokens before those of the patches."""
+        return self.class_token + self.registers
 
 
 class DinoFeatures(NamedTuple):
     """Features of each image after the final LayerNorm."""
 
     patches: jax.Array  # (B, h, w, E)
-    class_token: jax.Array  # (B, E)
+    class_token: jax.Array  # (B, 0 or 1, E)
     registers: jax.Array  # (B, R, E)
 
 
@@ -78,16 +88,20 @@ class DinoEncoder(nn.Module):
             raise ValueError(f"images of {C} channels were given; the encoder takes {c.channels}")
         h, w = patch_grid(c, (height, width))
         fresh = nn.initializers.normal(0.02)
-        positions = self.param("position_embedding", fresh, (1 + c.grid**2, c.width))
+        positions = self.param("position_embedding", fresh, (c.class_token + c.grid**2, c.width))
         x = dense(c.width, "patch_embedding", True, c.dtype)(patchify(images, c.patch)).reshape(B, h * w, c.width)
-        x = x + resize_positions(positions[1:], (h, w), c.antialias).reshape(h * w, c.width).astype(x.dtype)
-        leading = [(self.param("class_token", fresh, (c.width,)) + positions[0])[None]]
+        places = resize_positions(positions[c.class_token :], (h, w), c.antialias)
+        x = x + places.reshape(h * w, c.width).astype(x.dtype)
+        leading = []
+        if c.class_token:
+            leading.append((self.param("class_token", fresh, (c.width,)) + positions[0])[None])
         if c.registers:  # they have no position
             leading.append(self.param("registers", fresh, (c.registers, c.width)))
-        leading = jnp.concatenate(leading).astype(x.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(leading, (B, *leading.shape)), x], axis=1)
+        if leading:
+            leading = jnp.concatenate(leading).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(leading, (B, *leading.shape)), x], axis=1)
         everything = jnp.ones((1, 1, 1), bool)  # every token sees every other
-        first, outputs, done = 1 + c.registers, [], 0
+        first, outputs, done = c.leading, [], 0
         if layers and not self.is_initializing():
             stack = self.variables["params"]["stack"]
             for last in dict.fromkeys((*layers, c.layers)):
@@ -100,7 +114,7 @@ class DinoEncoder(nn.Module):
         x = Norm("layer", c.norm_eps, name="norm")(x)
         if not self.is_initializing():
             self.sow("intermediates", "layers", tuple(outputs[: len(layers)]))
-        return DinoFeatures(x[:, first:].reshape(B, h, w, c.width), x[:, 0], x[:, 1:first])
+        return DinoFeatures(x[:, first:].reshape(B, h, w, c.width), x[:, : c.class_token], x[:, c.class_token : first])
 
 
 def patch_grid(cfg: DinoConfig, size: tuple[int, int]) -> tuple[int, int]:

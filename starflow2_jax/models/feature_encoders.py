@@ -77,7 +77,7 @@ def _dino_layers(
 
 
 def _dino_sizes(cfg: DinoConfig, grid: Grid) -> EncoderSizes:
-    tokens, patches = grid[0] * grid[1] + 1 + cfg.registers, grid[0] * grid[1]
+    tokens, patches = grid[0] * grid[1] + cfg.leading, grid[0] * grid[1]
     return EncoderSizes(cfg.transformer, tokens, tokens, cfg.channels * cfg.patch**2 * cfg.width * patches)
 
 
@@ -113,6 +113,7 @@ def _tower_sizes(cfg: VisionConfig, grid: Grid) -> EncoderSizes:
 DINO = FeatureEncoder(DinoConfig, lambda cfg: cfg.width, _dino_init, _dino_features, _dino_sizes, _dino_layers)
 ENCODERS: dict[str, FeatureEncoder] = {
     "dinov2": DINO,
+    "siglip": DINO,  # of the same form
     "vit": DINO,  # a small one of the same form, trained here
     "vlm": FeatureEncoder(VisionConfig, lambda cfg: cfg.out_width, _tower_init, _tower_features, _tower_sizes),
 }

@@ -1,9 +1,10 @@
 """RAE's autoencoders (arXiv 2510.11690) in the format of `diffusers`: a folder of AutoencoderRAE -> a codec folder.
 
-Such a codec is DINOv2 with registers and a pixel decoder; its latents are the features themselves. The training of a
-codec adds the networks that compress them.
+Such a codec is DINOv2 with registers, or SigLIP2, and a pixel decoder; its latents are the features themselves. The
+training of a codec adds the networks that compress them.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from starflow2_jax.codecs.fae import FaeCodec
 from starflow2_jax.models.dinov2 import DinoConfig
 from starflow2_jax.models.fae import FaeConfig, PixelDecoder, PixelDecoderConfig
 from starflow2_jax.text_files import read_json_file
-from starflow2_jax.weights import dinov2
+from starflow2_jax.weights import dinov2, siglip
 from starflow2_jax.weights.folder import DIFFUSERS, FolderTensors
 from starflow2_jax.weights.table import (
     Ignore,
@@ -56,6 +57,7 @@ COUNTS = (
     "patch_size",
 )
 HEAD = 64  # channels of a head of the encoder, as AutoencoderRAE builds it
+KINDS = {"dinov2": "dinov2", "siglip2": "siglip"}  # encoder_type -> kind of encoder
 
 
 def rae_config(config: Mapping, tensors: Mapping[str, np.ndarray]) -> tuple[FaeConfig, DinoConfig]:
@@ -71,9 +73,11 @@ def rae_config(config: Mapping, tensors: Mapping[str, np.ndarray]) -> tuple[FaeC
         for name in COUNTS
         if config.get(name) is not None and not (type(config[name]) is int and config[name] > 0)
     ]
-    for name, known in {"encoder_type": "dinov2", "num_channels": 3}.items():
-        if config.get(name) != known:
-            faults.append(f"{name} = {config.get(name)!r} is not supported, only {known!r}")
+    for name, known in {"encoder_type": tuple(KINDS), "num_channels": (3,)}.items():
+        if config.get(name) not in known:
+            faults.append(
+                f"{name} = {config.get(name)!r} is not supported, only {' and '.join(repr(each) for each in known)}"
+            )
     if not faults:
         for name, by in (("encoder_input_size", config["encoder_patch_size"]), ("encoder_hidden_size", HEAD)):
             if config[name] % by:
@@ -86,18 +90,13 @@ def rae_config(config: Mapping, tensors: Mapping[str, np.ndarray]) -> tuple[FaeC
     mean, std = (tuple(float(str(x)) for x in np.float32(tensors[name]).ravel()) for name in STATISTICS[:2])
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
     width = config["encoder_hidden_size"]
-    encoder = DinoConfig(
-        layers=config["encoder_num_hidden_layers"],
-        width=width,
-        heads=width // HEAD,
-        mlp_hidden=4 * width,
-        grid=518 // config["encoder_patch_size"],
-        patch=config["encoder_patch_size"],
-        registers=4,
-        antialias=True,
-        mean=mean,
-        std=std,
-    )
+    sizes = dict(layers=config["encoder_num_hidden_layers"], width=width, heads=width // HEAD)
+    sizes |= dict(patch=config["encoder_patch_size"], mean=mean, std=std)
+    if config["encoder_type"] == "siglip2":
+        encoder = siglip.encoder_config(mlp_hidden=3072, grid=256 // sizes["patch"], **sizes)
+    else:
+        grid_side = 518 // sizes["patch"]
+        encoder = DinoConfig(mlp_hidden=4 * width, grid=grid_side, registers=4, antialias=True, **sizes)
     decoder = PixelDecoderConfig(
         width=config["decoder_hidden_size"],
         layers=config["decoder_num_hidden_layers"],
@@ -121,19 +120,24 @@ def table(networks: FaeConfig, encoder: DinoConfig, names: Collection[str]) -> T
 
 
 def _encoder_rules(cfg: DinoConfig, names: Collection[str]) -> Iterator[Rule | Ignore]:
-    """DINOv2's rules, without the affine part of its last LayerNorm, which RAE removes."""
+    """The encoder's own rules, without the affine part of its last LayerNorm, which RAE removes."""
     later = any(".attention.q_proj." in name for name in names)
-    for rule in dinov2.table(cfg):
+    for rule in dinov2.table(cfg) if cfg.class_token else siglip.table(_own(names)):
         if isinstance(rule, Ignore):
-            yield Ignore(rf"encoder\.{rule.pattern}")
+            yield Ignore(rf"encoder\.({rule.pattern})")
         elif rule.targets[0].startswith("norm/"):
-            yield Ignore(r"encoder\.layernorm\.(weight|bias)")
+            yield Ignore(re.escape(f"encoder.{rule.source}"))
         else:
             source = rule.source
             for part, first in FIRST_NAMES.items() if later else ():
                 source = source.replace(first, ENCODER_NAMES[part])
             target = tuple(f"encoder/{path}" for path in rule.targets)
             yield replace(rule, source=f"encoder.{source}", target=target)
+
+
+def _own(names: Collection[str]) -> list[str]:
+    """The names of the encoder's tensors, as in a folder of the encoder alone."""
+    return [name.removeprefix("encoder.") for name in names if name.startswith("encoder.")]
 
 
 def _decoder_rules(cfg: PixelDecoderConfig, names: Collection[str]) -> Iterator[Rule | Ignore]:
@@ -175,7 +179,8 @@ def import_rae(tensors: Mapping[str, np.ndarray], config: Mapping) -> FaeCodec:
     identity = {"scale": np.ones(encoder.width, np.float32), "bias": np.zeros(encoder.width, np.float32)}
     weights["encoder"]["norm"] = identity
     mean, std = _by_channel(tensors[STATISTICS[2]], tensors[STATISTICS[3]], encoder.width)
-    return FaeCodec(networks, "dinov2", encoder, networks.grid, mean, std, weights)
+    kind = KINDS[config["encoder_type"]]
+    return FaeCodec(networks, kind, encoder, networks.grid, mean, std, weights)
 
 
 def _by_channel(mean: np.ndarray, std: np.ndarray, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from starflow2_jax import cli
@@ -27,12 +28,14 @@ SIZES = dict(
     patch_size=8,
     encoder_norm_mean=[0.4, 0.5, 0.6],
 )
+ENCODERS = {"dinov2": {}, "siglip2": dict(encoder_type="siglip2", encoder_patch_size=16, encoder_input_size=64)}
 FILE = "diffusion_pytorch_model.safetensors"
 OLDER = {  # names in older files
     r"(decoder_layers\.\d+\.attention)\.to_(query|key|value|q|k|v)\.": r"\1.attention.\2.",
     r"(decoder_layers\.\d+\.attention)\.to_out\.0\.": r"\1.output.dense.",
     r"(encoder\.layer\.\d+\.attention)\.(q|k|v)_proj\.": r"\1.attention.\2.",
     r"(encoder\.layer\.\d+\.attention)\.o_proj\.": r"\1.output.dense.",
+    r"^encoder\.(?=embeddings\.(patch|position)_embedding\.|encoder\.layers|head|post_layernorm)": "encoder.vision_model.",
 }
 
 
@@ -44,15 +47,22 @@ def older(name: str) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
-def model():
+def reference(**options) -> diffusers.AutoencoderRAE:
+    with pytest.MonkeyPatch.context() as patched:
+        # diffusers 0.42 asks for an attribute that the class has in transformers 4 only.
+        patched.setattr(transformers.SiglipVisionModel, "vision_model", property(lambda self: self), raising=False)
+        return diffusers.AutoencoderRAE(**options)
+
+
+@pytest.fixture(scope="module", params=["dinov2", "siglip2"])
+def model(request):
     """A model of which every parameter is random, and the statistics of its latents differ from place to place."""
     generator = torch.Generator().manual_seed(0)
     statistics = dict(
         latents_mean=0.3 * torch.randn(64, 4, 4, generator=generator),
         latents_std=0.5 + torch.rand(64, 4, 4, generator=generator),
     )
-    model = diffusers.AutoencoderRAE(**SIZES, **statistics).eval()
+    model = reference(**SIZES | ENCODERS[request.param], **statistics).eval()
     for name, value in model.named_parameters():
         noise = torch.randn(value.shape, generator=generator)
         scale = "norm" in name and name.endswith("weight") or name.endswith("lambda1")
@@ -66,7 +76,9 @@ def folder(request, model, tmp_path):
     if request.param == "older":
         tensors = load_file(tmp_path / FILE)
         renamed = {older(name): value for name, value in tensors.items()}
-        assert len(renamed.keys() - tensors.keys()) == 4 * 2 * 4  # 4 maps with biases, in 4 layers
+        siglip = model.config.encoder_type == "siglip2"
+        others = [name for name in tensors if name.startswith("encoder.")] if siglip else range(4 * 2 * 2)
+        assert len(renamed.keys() - tensors.keys()) == len(others) + 4 * 2 * 2  # 4 maps with biases, in 2 layers each
         save_file(renamed, tmp_path / FILE)
     return tmp_path
 
@@ -112,19 +124,23 @@ def test_the_command_makes_a_codec_folder(folder, tmp_path_factory, capsys):
     assert "--to-hf writes vision-language models only" in capsys.readouterr().err
 
 
-def test_published_sizes():
-    """RAE-dinov2-wReg-base-ViTXL-n08: every tensor of the reference's full size has its place, by shape alone."""
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_published_sizes(encoder):
+    """RAE-dinov2-wReg-base-ViTXL-n08 and RAE-siglip2-base-p16-i256-ViTXL-n08: every tensor of the reference's full size
+    has its place, by shape alone.
+    """
     xl = dict(decoder_hidden_size=1152, decoder_num_hidden_layers=28, decoder_intermediate_size=4096)
     with torch.device("meta"):
-        reference = diffusers.AutoencoderRAE(**xl)
+        model = reference(**xl | ENCODERS[encoder] | {"encoder_input_size": 256 if encoder == "siglip2" else 224})
     numbers = {"encoder_mean": np.zeros(3), "encoder_std": np.ones(3)}
-    networks, encoder = rae_config(dict(reference.config) | {"_class_name": "AutoencoderRAE"}, numbers)
+    networks, sizes = rae_config(dict(model.config) | {"_class_name": "AutoencoderRAE"}, numbers)
     assert networks == FaeConfig(features=768, channels=0, pixel_decoder=networks.pixel_decoder)
-    shapes = {name: tuple(x.shape) for name, x in reference.state_dict().items()}
-    rules, tree = table(networks, encoder, shapes), abstract_params(networks, encoder)
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    rules, tree = table(networks, sizes, shapes), abstract_params(networks, sizes)
     wanted, faults = expected(rules, tree)
     assert not faults
-    extra = {"encoder.embeddings.mask_token", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std"}
+    extra = {name for name in shapes if name.startswith("encoder.head.")}  # of SigLIP, which pools its features
+    extra |= {"encoder.embeddings.mask_token", "encoder_mean", "encoder_std", "_latents_mean", "_latents_std"}
     assert wanted.keys() == shapes.keys() - extra
     count = sum(x.size for x in jax.tree.leaves(tree))
     assert count == sum(int(np.prod(shapes[name])) for name in wanted)
@@ -141,14 +157,14 @@ def test_every_fault_at_once(folder):
     wrong = dict(tensors)
     del wrong["decoder.decoder_norm.weight"]
     wrong["decoder.decoder_pred.bias"] = np.zeros(5, np.float32)
-    wrong["encoder.embeddings.cls_token"] = np.full((1, 1, 64), np.nan, np.float32)
+    wrong["decoder.trainable_cls_token"] = np.full((1, 1, 48), np.nan, np.float32)
     wrong["decoder.head.weight"] = np.zeros(2, np.float32)
     message = refused(wrong, config)
     assert "(4 faults)" in message
     for part in (
         "missing tensor decoder.decoder_norm.weight, of pixel_decoder/norm/scale",
         "tensor decoder.decoder_pred.bias has shape (5,) where (192,) is expected",
-        "tensor encoder.embeddings.cls_token has 64 numbers that are not finite",
+        "tensor decoder.trainable_cls_token has 48 numbers that are not finite",
         "unexpected tensor decoder.head.weight (2,)",
     ):
         assert part in message
@@ -162,7 +178,7 @@ def test_every_fault_at_once(folder):
             "patch_size is missing; encoder_type = 'mae' is not supported, only",
         ),
         ({"decoder_num_attention_heads": 5}, "decoder_num_attention_heads does not divide decoder_hidden_size"),
-        ({"encoder_input_size": 60}, "encoder_input_size = 60 must be a multiple of 14"),
+        ({"encoder_input_size": 60}, "encoder_input_size = 60 must be a multiple of 1"),
         ({"_class_name": "AutoencoderKL"}, "names the class 'AutoencoderKL'; only AutoencoderRAE is known"),
     ):
         assert part in refused(tensors, config | change)

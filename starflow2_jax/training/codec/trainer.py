@@ -19,6 +19,9 @@ from starflow2_jax.stages import CODEC_STAGES
 from starflow2_jax.training.codec.task import CodecTask, held_whole, started
 from starflow2_jax.training.loop import Trainer
 from starflow2_jax.weights.dinov2 import load_dinov2
+from starflow2_jax.weights.siglip import load_siglip
+
+LOADERS = {"dinov2": load_dinov2, "siglip": load_siglip}  # kind of encoder -> reader of a folder of transformers
 
 
 class CodecTrainer(Trainer):
@@ -70,8 +73,8 @@ def frozen_encoder(config: Any) -> dict:
         if (folder / DESCRIPTION).is_file():
             codec = read_fae(folder)
             found, params = codec.encoder, codec.weights["encoder"]
-        elif config.encoder.kind == "dinov2":
-            found, params = load_dinov2(folder)
+        elif config.encoder.kind in LOADERS:
+            found, params = LOADERS[config.encoder.kind](folder)
         else:
             raise ConfigError(
                 f"encoder.path={folder} must be a codec's folder, because encoder.kind is {config.encoder.kind!r}"

@@ -1,13 +1,14 @@
 """The experiments that train codecs: sizes by shape, one step each when shrunk, and what is refused without weights."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from starflow2_jax.checkpoints.codec import write_codec
 from starflow2_jax.codecs.fae import FaeCodec, read_fae
@@ -22,9 +23,10 @@ from starflow2_jax.stages import CODEC_STAGES
 from starflow2_jax.training.codec.flops import codec_flops
 from starflow2_jax.training.codec.networks import Networks
 from starflow2_jax.training.codec.task import started
-from starflow2_jax.training.codec.trainer import CodecTrainer
+from starflow2_jax.training.codec.trainer import CodecTrainer, frozen_encoder
 from starflow2_jax.weights.dinov2 import dinov2_config
 from starflow2_jax.weights.rae import rae_config
+from starflow2_jax.weights.siglip import load_siglip
 
 KEPT = Path(__file__).parents[3] / "docs/benchmarks/plans"
 load = partial(loading.load, kinds=(loading.CODEC,))
@@ -69,12 +71,31 @@ def test_the_giant_has_the_published_sizes():
     )
 
 
-def test_the_base_fits_raes_autoencoder():
-    config = load("fae_dinov2_b")
-    there, encoder = rae_config(RAE, IMAGENET)
+SIGLIP2 = RAE | dict(encoder_type="siglip2", encoder_patch_size=16, encoder_input_size=256)
+HALVES = {name: np.full((1, 3, 1, 1), 0.5, np.float32) for name in IMAGENET}
+
+
+@pytest.mark.parametrize("name, rae, pixels", [("fae_dinov2_b", RAE, IMAGENET), ("fae_siglip2_b", SIGLIP2, HALVES)])
+def test_the_bases_fit_raes_autoencoders(name, rae, pixels):
+    config = load(name)
+    there, encoder = rae_config(rae, pixels)
     assert plain(encoder_config(config)) == encoder
     assert networks_config(config).pixel_decoder == there.pixel_decoder and networks_config(config).grid == there.grid
     assert 4e8 < counts(config)["pixel_decoder"] < 4.3e8 and counts(config)["feature_decoder"] < 5e7
+
+
+def test_an_encoder_in_a_folder_of_transformers(tmp_path):
+    """SigLIP's, for a codec that begins with it; another size than the config's is named."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16)
+    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, patch_size=4)).save_pretrained(tmp_path)
+    cfg, wanted = load_siglip(tmp_path)
+    config = fae_dinov2_g.get_config(runlocal=True)
+    config.encoder, config.order = dict(kind="siglip", path=str(tmp_path), **asdict(cfg)), ("features",)
+    found = frozen_encoder(loading.complete(config))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    config.encoder.mlp_hidden = 64
+    with pytest.raises(ConfigError, match="holds another encoder than the config: its encoder.mlp_hidden"):
+        frozen_encoder(loading.complete(config))
 
 
 @pytest.mark.parametrize("chip, accumulate", (("", 1), ("v5e", 1), ("h100", 4)))
