@@ -27,6 +27,7 @@ class Image:
         "flow"  # the model sees it as "flow" tokens, or through "vit", the VLM's vision tower, which generates nothing
     )
     encoded: bool = False  # the codec has encoded it: `pixels` are its latents (h, w, D), fp32 or bfloat16
+    start: bool = False  # whether the tokens around it count as predictions, although it is not generated
 
 
 Document = list[Text | Image]
@@ -49,6 +50,7 @@ class StoredImage:
     open: Callable[[], BinaryIO]
     generate: bool = False
     via: str = "flow"
+    start: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,4 +100,4 @@ def compose(said: Said) -> Document:
 
 def counts(part: Text | Wordings | Image | StoredImage) -> bool:
     """Whether the part counts as a prediction, in training and in scores."""
-    return part.generate if isinstance(part, Image | StoredImage) else part.predict
+    return part.generate or part.start if isinstance(part, Image | StoredImage) else part.predict

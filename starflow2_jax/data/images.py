@@ -64,7 +64,7 @@ class ImageReader:
                 )
             else:
                 pixels = from_pillow(self._flow(Picture(file), view) if flow else self._vit(Picture(file), view))
-        return Image(pixels, image.generate, image.via)
+        return Image(pixels, image.generate, image.via, start=image.start)
 
     def file(self, path: str | Path, via: str = "flow") -> Image:
         """The image in a file. `via`: how the model sees it, "flow" or "vit". Raises ImageError."""

@@ -104,7 +104,7 @@ class Encoder:
             h, w = grid_of((part.pixels.shape[0], part.pixels.shape[1]))
         except ValueError as error:
             raise DocumentError(str(error)) from None
-        weight = float(part.generate)
+        weight = float(counts(part))
         return [
             ([self.ids.vision_start], sequence.TEXT, weight, None),
             ([self.ids.image] * (h * w), sequence.FLOW if flow else sequence.VIT, 0.0, (h, w)),

@@ -146,12 +146,16 @@ class Preparation:
 
 
 def shown(part: Text | Image | StoredImage) -> Text | Image | StoredImage:
-    """The part as a stage that trains the VLM sees it: images through the vision tower, every text predicted."""
-    return Text(part.text, True) if isinstance(part, Text) else replace(part, generate=False, via="vit")
+    """The part as a stage that trains the VLM sees it: images through the vision tower, every text predicted, and where
+    an image to generate begins.
+    """
+    if isinstance(part, Text):
+        return replace(part, predict=True)
+    return replace(part, generate=False, via="vit", start=part.generate)
 
 
 def given(part: Text | Image | StoredImage) -> Text | Image | StoredImage:
     """The part as one that is not predicted."""
     if not counts(part):
         return part
-    return replace(part, predict=False) if isinstance(part, Text) else replace(part, generate=False)
+    return replace(part, predict=False) if isinstance(part, Text) else replace(part, generate=False, start=False)

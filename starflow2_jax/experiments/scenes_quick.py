@@ -27,7 +27,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
     vision = dict(layers=2, unroll=2, width=64, heads=2, mlp_hidden=128, out_width=128, patch=4, window=32)
     vision |= dict(full_attention_layers=(), min_pixels=1024, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     vlm = dict(vocabulary=768, layers=3, unroll=3, width=128, heads=2, kv_heads=1, head_dim=64, mlp_hidden=384)
-    vlm |= dict(rotary_sections=(8, 12, 12), rotary_theta=1e4, embedding_std=4.0)
+    vlm |= dict(rotary_sections=(8, 12, 12), rotary_theta=1e4, embedding_std=20.0)
     c.model = dict(
         grid=(4, 4),
         channels=192,
@@ -40,11 +40,16 @@ def get_config(runlocal: bool = False) -> ConfigDict:
 
     c.stages = dict(
         pretrain=stage(
-            500, mix(1, description=2, question=4, edit=1, story=1, think=2), images=1, patches=512, rows=16
+            700,
+            mix(1, position=3, description=2, question=4, edit=1, story=1, think=2),
+            rate=1e-2,
+            images=1,
+            patches=512,
+            rows=16,
         ),
-        text_to_image=stage(1500, mix(1, single=3, background=2, edit=2, story=1), images=5, rate=3e-3),
-        image_to_text=stage(100, mix(0, description=1, question=1)),
-        joint=stage(2000, mix(1, description=1, question=3, edit=4, story=2, think=1)),
+        text_to_image=stage(1200, mix(1, colour=2, single=3, background=2, edit=2, story=1), images=5),
+        image_to_text=stage(150, mix(0, description=1, question=1)),
+        joint=stage(2900, mix(1, colour=2, position=2, description=1, question=4, edit=4, story=2, think=1)),
     )
     c.stages.text_to_image.optimizer.final_fraction = 0.5  # the joint stage goes on from there
     if runlocal:
@@ -60,7 +65,7 @@ def mix(captions: float, **others: float) -> dict[str, float]:
     return dict.fromkeys(KINDS, 0.0) | dict.fromkeys(CAPTIONS, captions) | others
 
 
-def stage(steps: int, shares: dict[str, float], rate: float = 2e-3, **changes: object) -> ConfigDict:
+def stage(steps: int, shares: dict[str, float], rate: float = 3e-3, **changes: object) -> ConfigDict:
     """The config of a stage. shares: weights of the sources. rate: of learning. changes: other keys of the stage."""
     optimizer = dict(name="muon", learning_rate=rate, final_fraction=0.02, warmup=50, weight_decay=1e-2)
     common = dict(rows=8, length=160, ema=0.998, mix=shares, optimizer=optimizer)

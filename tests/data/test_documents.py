@@ -168,6 +168,15 @@ def test_documents_that_do_not_fit_the_model():
     refused(DocumentError, seeing, [Image(tiny.pixels(0, (1, 201)), via="vit")], saying=("1x201", "200 times"))
 
 
+@pytest.mark.parametrize("start", [False, True])
+def test_the_start_of_a_shown_image_is_predicted_where_it_counts(start):
+    encode = tiny.encoder()
+    features = encode([Text("a", True), Image(tiny.pixels(0, (8, 8)), via="vit", start=start)])
+    edges = [encode.ids.vision_start, encode.ids.vision_end, encode.ids.end]
+    weights = features["text_weight"][np.isin(features["tokens"], edges)]
+    assert weights.tolist() == [start] * 3
+
+
 @pytest.mark.parametrize(
     "document, saying",
     [

@@ -94,7 +94,13 @@ def test_wordings_are_drawn_by_weight():
 def test_stages_that_train_the_vlm_see_words_and_images_through_its_tower():
     [found] = prepared([Wordings(("a",)), *document("iBI")], words_only=True)
     assert [(p.text, p.predict) for p in found if isinstance(p, Text)] == [("a", True), ("b", True)]
-    assert [(p.via, p.generate) for p in found if isinstance(p, Image)] == [("vit", False), ("vit", False)]
+    images = [p for p in found if isinstance(p, Image)]
+    assert [(p.via, p.generate, p.start) for p in images] == [("vit", False, False), ("vit", False, True)]
+
+
+def test_stages_that_train_the_vlm_predict_where_a_stored_picture_begins():
+    [found] = prepared([Wordings(("a",)), picture(GRADIENT, generate=True)], words_only=True)
+    assert (found[1].via, found[1].generate, found[1].start) == ("vit", False, True)
 
 
 def test_via_is_the_sources_where_it_says_so():

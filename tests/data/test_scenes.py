@@ -144,14 +144,24 @@ def test_plans_come_before_the_pictures_to_draw():
     for i in drawn:
         written, scene = parts[i - 1], parts[i].scene
         assert written.predict and written.text == f" {plan(scene)}"
-        ground, sprites = written.text.removeprefix(" on ").split(": ")
+        ground, sprites = written.text.removeprefix(" on ").split(": ", 1)
         assert ground == scene.background
         standing = sorted(scene.placed, key=lambda each: each.corner)
-        assert sprites.split(", ") == [f"{CORNERS[each.corner]} {name(each.sprite)}" for each in standing]
+        assert sprites.split(", ") == [f"{CORNERS[each.corner]} {in_plans(each.sprite)}" for each in standing]
     without = source("story", quarters=True).parts(1)
     assert [part for i, part in enumerate(parts) if i + 1 not in drawn] == without and len(drawn) > 1
     read = source("description", plan=True).parts(1)
     assert read == source("description").parts(1)  # its picture is given
+
+
+def in_plans(sprite: art.Sprite) -> str:
+    return f"{sprite.colour}: {sprite.noun}" if sprite.colour else name(sprite)
+
+
+def test_plans_keep_a_colour_apart_from_its_noun():
+    words, written = source("attribution", quarters=True, plan=True).parts(0)[:2]
+    for place, noun in (each.split(": ") for each in written.text.split(": ", 1)[1].split(", ")):
+        assert f"{place.split(' ', 2)[2]} {noun}" in words.text
 
 
 def check(scene: Scene) -> None:

@@ -145,13 +145,19 @@ def parse(caption: str) -> Said | None:
 
 
 def plan(scene: Scene) -> str:
-    """What stands where on which ground, row by row: "on blue: upper left dog, lower right cat" in quarters, otherwise
-    "on blue: 20 at 4 8 dog", side, row and column in units.
+    """What stands where on which ground, row by row: "on blue: upper left dog, lower right red: heart" in quarters,
+    otherwise "on blue: 20 at 4 8 dog", side, row and column in units.
 
-    The place comes first, so that a causal model knows it when it reads or writes the name.
+    The place comes first, so that a causal model knows it when it reads or writes the name. A colour is no neighbour of
+    its noun, so that a small model copies both from its prompt, also where it never saw them together.
     """
     placed = sorted(scene.placed, key=lambda each: (each.row, each.column))
-    return f"on {scene.background}: " + ", ".join(f"{_place(each)} {name(each.sprite)}" for each in placed)
+    return f"on {scene.background}: " + ", ".join(f"{_place(each)} {_thing(each.sprite)}" for each in placed)
+
+
+def _thing(sprite: Sprite) -> str:
+    """What a plan calls a sprite."""
+    return f"{sprite.colour}: {sprite.noun}" if sprite.colour else name(sprite)
 
 
 def _place(placed: Placed) -> str:

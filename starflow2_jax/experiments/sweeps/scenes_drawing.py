@@ -12,7 +12,6 @@ METRIC = "text_to_image/image_loss"
 ALWAYS = {
     "order": ("pretrain", "text_to_image"),
     "stages.pretrain.steps": 100,
-    "stages.pretrain.optimizer.learning_rate": 1e-2,
     "stages.text_to_image.steps": 120,
 }
 
