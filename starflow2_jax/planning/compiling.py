@@ -59,6 +59,11 @@ TPU_OPTIONS = dict.fromkeys(
 # What launch/common.sh sets in XLA_FLAGS for runs on GPUs.
 GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
 OPTIONS = {"tpu": TPU_OPTIONS, "cuda": GPU_OPTIONS}
+NO_TILES = "find output tile sizes that satisfy hlo"  # of XLA's message
+TILES_HELP = (
+    "XLA finds no tiles for a matrix product of this program in Triton's form; set "
+    "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false, with which cuBLAS computes all matrix products"
+)
 MISSING = "planning for {0} needs their compiler; install it with pip install 'starflow2_jax[{1}]'"
 
 
@@ -290,6 +295,8 @@ def compile_for(devices: list, function: Any, *arguments: Any) -> jax.stages.Com
     try:
         return lowered.compile(compiler_options=OPTIONS.get(platform))
     except jax.errors.JaxRuntimeError as error:
+        if NO_TILES in str(error):
+            raise UserError(TILES_HELP) from None
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise out_of_memory(str(error)) from None

@@ -14,8 +14,11 @@ BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 CUDNN = re.compile(r"__cudnn\$fmha\w*")
+CONVOLUTION = re.compile(r"__cudnn\$conv(Forward|BackwardInput|BackwardFilter|BiasActivationForward)")
 CUBLAS = re.compile(r"__cublas\$(gemm|lt\$matmul)")
 TRITON = re.compile(r"\bmha_(forward|backward)\b")
+
+Dims = tuple[int, ...]
 
 
 def require_match(pattern: str, text: str) -> re.Match[str]:
@@ -201,6 +204,10 @@ class Module:
                 return _splash_flops(splash[1], operands)
             if CUDNN.search(instruction.attributes):
                 return _cudnn_flops(operands, instruction.attributes)
+            if convolution := CONVOLUTION.search(instruction.attributes):
+                left, right = (a.dims for a in operands[:2])
+                shapes = _forward(convolution[1], left, right, instruction.arrays[0].dims)
+                return convolution_flops(*shapes, instruction.attributes)
             if CUBLAS.search(instruction.attributes):
                 return _cublas_flops(operands[0], instruction.arrays[0], instruction.attributes)
             if triton := TRITON.search(instruction.attributes):
@@ -229,6 +236,15 @@ def _cudnn_flops(operands: list[Array], attributes: str) -> float:
     B, S, H, K = operands[0].dims
     products = 5 if "Backward" in require_match(CUDNN.pattern, attributes)[0] else 2
     return products * 2.0 * B * S * H * K * operands[1].dims[1] * (0.5 if "CAUSAL" in attributes else 1.0)
+
+
+def _forward(kind: str, left: Dims, right: Dims, out: Dims) -> tuple[Dims, Dims, Dims]:
+    """Shapes of the input, the filter and the output of the convolution that a kernel of cuDNN computes, or whose
+    gradient it computes: attributes of the gradient's kernels are those of the convolution itself.
+    """
+    if kind == "BackwardInput":
+        return out, right, left
+    return (left, out, right) if kind == "BackwardFilter" else (left, right, out)
 
 
 def _triton_flops(kernel: str, operands: list[Array]) -> float:
@@ -273,7 +289,7 @@ def _leading(text: str) -> tuple[str, str]:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
-def convolution_flops(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str) -> float:
+def convolution_flops(left: Dims, right: Dims, out: Dims, attributes: str) -> float:
     """FLOP of a convolution of these shapes, products with padding left out.
 
     The TPU's compiler writes every matrix product as a convolution, and a batch axis as a dilated axis of it.

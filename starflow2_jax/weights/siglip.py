@@ -4,6 +4,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from starflow2_jax.weights.table import (
 PREFIX = "vision_model."  # of whole models' tensors, and of all that transformers 4 wrote
 LAYER, STACK = "encoder.layers.{layer}.", "stack/layers/"
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels in 0..1
-DEFAULTS = dict(  # what a config.json need not say
+DEFAULTS: dict[str, Any] = dict(  # what a config.json need not say
     hidden_size=768,
     intermediate_size=3072,
     num_hidden_layers=12,
@@ -53,7 +54,7 @@ def siglip_config(config: Mapping) -> DinoConfig:
             f"config.json names the model_type {shown(config.get('model_type'))}; known are siglip and "
             f"siglip_vision_model, which SigLIP2's checkpoints of one resolution have, too"
         )
-    values = DEFAULTS | {name: config[name] for name in DEFAULTS if name in config}
+    values: dict[str, Any] = DEFAULTS | {name: config[name] for name in DEFAULTS if name in config}
     allowed = {name: type(values[name]) is int and values[name] > 0 for name in COUNTS}
     allowed["num_channels"] = values["num_channels"] == 3
     allowed["hidden_act"] = values["hidden_act"] == DEFAULTS["hidden_act"]
@@ -74,10 +75,9 @@ def siglip_config(config: Mapping) -> DinoConfig:
     )
 
 
-def encoder_config(mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF, **sizes: int | float) -> DinoConfig:
+def encoder_config(mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF, **sizes: Any) -> DinoConfig:
     """The config of an encoder of SigLIP's form: DINOv2's without class token and layer scale. sizes: its fields."""
-    form: dict = dict(class_token=False, layer_scale=False, tanh_gelu=True, mean=mean, std=std)
-    return DinoConfig(**form, **sizes)
+    return DinoConfig(class_token=False, layer_scale=False, tanh_gelu=True, mean=mean, std=std, **sizes)
 
 
 def rules(prefix: str = "") -> Iterator[Rule | Ignore]:

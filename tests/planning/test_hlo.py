@@ -159,3 +159,20 @@ def test_products_by_cublas(target):
 """
     module = Module(text)
     assert module.flops(module.entry, module.entry["c"]) == 2 * 3 * 64 * 256 * 128
+
+
+@pytest.mark.parametrize("kind, operands", [("Forward", "xwy"), ("BackwardInput", "ywx"), ("BackwardFilter", "xyw")])
+def test_convolutions_by_cudnn(kind, operands):
+    """A convolution and its gradients have the same products. Along an axis, four windows of 4 at a stride of 2 lie on 3, 4,
+    4 and 3 values.
+    """
+    shapes = dict(x="bf16[2,8,8,3]", w="bf16[5,4,4,3]", y="bf16[2,4,4,5]")
+    a, b, out = (shapes[name] for name in operands)
+    text = f"""ENTRY %main (a: {a}, b: {b}) -> {out} {{
+  %a = {a}{{3,2,1,0}} parameter(0)
+  %b = {b}{{3,2,1,0}} parameter(1)
+  ROOT %c = ({out}{{3,2,1,0}}, u8[0]{{0}}) custom-call(%a, %b), window={{size=4x4 stride=2x2 pad=1_1x1_1}}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{kind}"
+}}
+"""
+    module = Module(text)
+    assert module.flops(module.entry, module.entry["c"]) == 2 * 2 * 3 * 5 * (3 + 4 + 4 + 3) ** 2
