@@ -135,7 +135,7 @@ def test_folders_that_are_refused(folder, tmp_path_factory):
     description = (folder / "codec.json").read_text()
     refused("holds a codec of the kind 'patch', not 'fae'", kind="patch")
     refused("content hash differs", content_hash="0")
-    refused("encoder_kind must be one of dinov2, vit, vlm, not 'dino2'", encoder_kind="dino2")
+    refused("encoder_kind must be one of dinov2, siglip, vit, vlm, not 'dino2'", encoder_kind="dino2")
     refused("codec.json in .* is damaged .'mean'", mean=None)
     refused("mean and std must have one entry for each of the 4 channels", mean=[0.0])
     with pytest.raises(UserError, match="holds no codec, because it has no codec.json"):
