@@ -10,8 +10,7 @@ import numpy as np
 
 from starflow2_jax.errors import shown
 from starflow2_jax.models.dinov2 import DinoConfig, DinoEncoder
-from starflow2_jax.text_files import read_json_file
-from starflow2_jax.weights.folder import FolderTensors
+from starflow2_jax.weights.folder import FolderTensors, read_config
 from starflow2_jax.weights.table import (
     Ignore,
     Rule,
@@ -122,8 +121,4 @@ def import_dinov2(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[D
 
 def load_dinov2(folder: str | Path) -> tuple[DinoConfig, dict]:
     """`import_dinov2` of a folder with config.json and one or several safetensors files. Raises WeightError."""
-    tensors, path = FolderTensors(Path(folder)), Path(folder) / "config.json"
-    config = read_json_file(path, WeightError)
-    if not isinstance(config, dict):
-        raise WeightError(f"{path} does not hold a JSON object")
-    return import_dinov2(tensors, config)
+    return import_dinov2(FolderTensors(Path(folder)), read_config(Path(folder)))

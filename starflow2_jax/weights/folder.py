@@ -138,6 +138,15 @@ class FolderTensors(Mapping):
         return len(self.entries)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in a folder's config.json. Raises WeightError if there is none."""
+    path = folder / "config.json"
+    config = read_json_file(path, WeightError)
+    if not isinstance(config, dict):
+        raise WeightError(f"{path} does not hold a JSON object")
+    return config
+
+
 def same_bits(a: Entry, b: Entry, numbers: int = 2**22) -> bool:
     """Whether two tensors are equal bit for bit. Reads `numbers` numbers of each at a time."""
     if (a.shape, a.kind) != (b.shape, b.kind):

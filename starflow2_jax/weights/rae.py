@@ -20,9 +20,8 @@ from starflow2_jax.checkpoints.codec import write_codec
 from starflow2_jax.codecs.fae import FaeCodec
 from starflow2_jax.models.dinov2 import DinoConfig
 from starflow2_jax.models.fae import FaeConfig, PixelDecoder, PixelDecoderConfig
-from starflow2_jax.text_files import read_json_file
 from starflow2_jax.weights import dinov2, siglip
-from starflow2_jax.weights.folder import DIFFUSERS, FolderTensors
+from starflow2_jax.weights.folder import DIFFUSERS, FolderTensors, read_config
 from starflow2_jax.weights.table import (
     Ignore,
     Rule,
@@ -200,11 +199,7 @@ def _by_channel(mean: np.ndarray, std: np.ndarray, channels: int) -> tuple[tuple
 
 def load_rae(folder: str | Path) -> FaeCodec:
     """`import_rae` of a folder with config.json and one or several safetensors files. Raises WeightError."""
-    folder = Path(folder)
-    tensors, config = FolderTensors(folder, DIFFUSERS), read_json_file(folder / "config.json", WeightError)
-    if not isinstance(config, dict):
-        raise WeightError(f"{folder / 'config.json'} does not hold a JSON object")
-    return import_rae(tensors, config)
+    return import_rae(FolderTensors(Path(folder), DIFFUSERS), read_config(Path(folder)))
 
 
 def to_codec(source: str | Path, target: str | Path) -> None:

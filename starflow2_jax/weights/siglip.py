@@ -10,9 +10,8 @@ import numpy as np
 
 from starflow2_jax.errors import shown
 from starflow2_jax.models.dinov2 import DinoConfig
-from starflow2_jax.text_files import read_json_file
 from starflow2_jax.weights.dinov2 import abstract_params
-from starflow2_jax.weights.folder import FolderTensors
+from starflow2_jax.weights.folder import FolderTensors, read_config
 from starflow2_jax.weights.table import (
     Ignore,
     Rule,
@@ -116,8 +115,4 @@ def import_siglip(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[D
 
 def load_siglip(folder: str | Path) -> tuple[DinoConfig, dict]:
     """`import_siglip` of a folder with config.json and one or several safetensors files. Raises WeightError."""
-    tensors, path = FolderTensors(Path(folder)), Path(folder) / "config.json"
-    config = read_json_file(path, WeightError)
-    if not isinstance(config, dict):
-        raise WeightError(f"{path} does not hold a JSON object")
-    return import_siglip(tensors, config)
+    return import_siglip(FolderTensors(Path(folder)), read_config(Path(folder)))
