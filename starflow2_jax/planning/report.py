@@ -1,5 +1,7 @@
 """Plans as text for a terminal."""
 
+import math
+
 from starflow2_jax.planning.plan import Plan
 
 
@@ -78,7 +80,8 @@ def columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _does_not_fit(plan: Plan) -> list[str]:
-    lines = [f"does not fit: {_size(plan.peak)} of {_size(plan.memory)}"]
+    needed = "XLA does not tell how much more than" if math.isnan(plan.peak) else f"{_size(plan.peak)} of"
+    lines = [f"does not fit: {needed} {_size(plan.memory)}"]
     lines += [f"  {_size(size):>12}  {what[:100]}" for size, what in plan.largest]
     return [*lines, "what to change:", *(f"  {line}" for line in plan.advice)]
 

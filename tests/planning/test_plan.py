@@ -120,6 +120,12 @@ def test_search_over_all_axes():
     assert {c.failure for c in failures} == {"does not divide 8 chips"}
 
 
+def test_out_of_memory_without_numbers():
+    error = compiling.out_of_memory("RESOURCE_EXHAUSTED: XLA says nothing else")
+    full = plan.Plan("", "", 8, {}, {}, False, 16 * 2**30, error.needed, {})
+    assert "does not fit: XLA does not tell how much more than 16.00 GiB" in report.text(full)
+
+
 def test_out_of_memory_says_what_to_change(small):
     error = compiling.out_of_memory(XLA_SAYS)
     assert error.needed == 33.6 * 2**30
