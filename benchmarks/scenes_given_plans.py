@@ -2,7 +2,7 @@
 draw, whatever its words?
 
 It prints, for each kind, the distance of drawn pictures from the exact ones, the shares with the right ground and the
-right sprites, and the seconds of a picture. docs/benchmarks/scenes.md and claims.md hold the numbers of several
+right sprites, and the seconds of a picture. docs/benchmarks/scenes.md and fae.md hold the numbers of several
 settings.
 
 python benchmarks/scenes_given_plans.py --out runs/given
@@ -42,10 +42,8 @@ def main() -> None:
     config: Any = configs.load("scenes_quick", settings).unlock()
     config.order = ("pretrain", "text_to_image")
     for name, steps in zip(config.order, (a.words, a.steps), strict=True):
-        config.stages[name].steps, config.stages[name].mix = (
-            steps,
-            dict.fromkeys(KINDS, 0.0) | dict.fromkeys(a.kinds, 1.0),
-        )
+        config.stages[name].steps = steps
+        config.stages[name].mix = dict.fromkeys(KINDS, 0.0) | dict.fromkeys(a.kinds, 1.0)
     Trainer(config, a.out).run()
     sampler, judge = Sampler.restore(a.out), Judge(objects=60)
     for kind in a.kinds:

@@ -1,9 +1,9 @@
 """What the reuse of caches is worth in stories of several pictures: seconds, and right stories.
 
-reused: the model writes a whole story, and what it wrote stays in its caches. reencoded: after each picture, a new
-session reads the story so far and goes on; pictures are rounded to 8 bits, as in a PNG file. The seconds of reading
-again are those after the first picture. All seconds of "reencoded" are too many for a fair ratio, because each session
-writes the rest of the story. See docs/benchmarks/claims.md.
+For "reused", the model writes a whole story, and what it wrote stays in its caches. For "reencoded", a new session
+begins after each picture and reads the story so far, with its pictures rounded to 8 bits as in a PNG file. The seconds
+of reading again are those after the first picture. All seconds of "reencoded" are too many for a fair ratio, because
+each session writes the rest of the story. See docs/benchmarks/claims.md.
 
 python benchmarks/story_cache.py --checkpoint runs/scenes_quick --stories 100
 """

@@ -45,7 +45,7 @@ step() { # WHAT COMMAND...: says what is done, then runs the command
 }
 
 plans() {
-  # Without this flag, XLA for GPUs finds no tiles for products of DINOv2's 257 tokens a picture.
+  # Without this flag, XLA cannot compile products of DINOv2's 257 tokens a picture to Triton kernels.
   export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false${XLA_FLAGS:+ $XLA_FLAGS}"
   local chip="${devices%%:*}" stage
   for stage in features pixels pixels_tuned; do

@@ -61,7 +61,7 @@ GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
 OPTIONS = {"tpu": TPU_OPTIONS, "cuda": GPU_OPTIONS}
 NO_TILES = "find output tile sizes that satisfy hlo"  # of XLA's message
 TILES_HELP = (
-    "XLA finds no tiles for a matrix product of this program in Triton's form; set "
+    "XLA cannot compile a matrix product of this program to a Triton kernel; set "
     "XLA_FLAGS=--xla_gpu_enable_triton_gemm=false, with which cuBLAS computes all matrix products"
 )
 MISSING = "planning for {0} needs their compiler; install it with pip install 'starflow2_jax[{1}]'"

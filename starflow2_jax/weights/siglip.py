@@ -79,7 +79,7 @@ def encoder_config(mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF
     return DinoConfig(class_token=False, layer_scale=False, tanh_gelu=True, mean=mean, std=std, **sizes)
 
 
-def rules(prefix: str = "") -> Iterator[Rule | Ignore]:
+def _rules(prefix: str) -> Iterator[Rule | Ignore]:
     """The weight table of the encoder. prefix: what the sources' names begin with."""
     embeddings, layer = f"{prefix}embeddings.", prefix + LAYER
     yield Rule(f"{embeddings}patch_embedding.weight", "patch_embedding/kernel", "e c p q -> (c p q) e")
@@ -101,7 +101,7 @@ def rules(prefix: str = "") -> Iterator[Rule | Ignore]:
 def table(names: Collection[str]) -> Table:
     """The weight table of a checkpoint with these tensors."""
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-    return (*rules(prefix), Ignore(r"text_model\..*|logit_scale|logit_bias"))
+    return (*_rules(prefix), Ignore(r"text_model\..*|logit_scale|logit_bias"))
 
 
 def import_siglip(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[DinoConfig, dict]:

@@ -18,7 +18,7 @@ plan() { # NAME EXPERIMENT TOPOLOGY [arguments of `starflow2 plan`]
 # Of the codec at the paper's size: fae_features_v5e, ...
 for stage in features pixels pixels_tuned; do
   for at in v5e:16x16 h100:8; do
-    # Without this flag, XLA for GPUs finds no tiles for products of 257 tokens a picture.
+    # Without this flag, XLA cannot compile products of 257 tokens a picture to Triton kernels.
     XLA_FLAGS=--xla_gpu_enable_triton_gemm=false \
       plan "fae_${stage}_${at%%:*}" fae_dinov2_g "$at" --chip "${at%%:*}" --stage "$stage"
   done
