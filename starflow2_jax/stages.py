@@ -71,6 +71,8 @@ CODEC_STAGES = {
         CodecStage("features", ("latent_encoder", "feature_decoder"), pixels=False),
         CodecStage("pixels", ("pixel_decoder",)),  # on the encoder's features, with noise
         CodecStage("pixels_tuned", ("pixel_decoder",)),  # on features that were made from latents
+        # In place of the three: a variational autoencoder of pictures, which no loss of features shapes.
+        CodecStage("vae", ("latent_encoder", "feature_decoder", "pixel_decoder")),
     )
 }
 

@@ -66,7 +66,7 @@ class CodecStageConfig:
     ema: float = option("decay of the parameters' moving average", 0.9999, least=0, below=1)
     mix: dict[str, float] = option("weight of each source in the stage's pictures; {}: all sources alike", {}, least=0)
     masked: float = option("encoder: share of the patches that are masked", 0.5, above=0, below=1)
-    beta: float = option("features: weight of the KL in nats a token, beside the mean squared error", 1e-6, least=0)
+    beta: float = option("features, vae: weight of the KL in nats a token, beside the other losses", 1e-6, least=0)
     noise: float = option(
         "standard deviation of the decoder's noise: pixels, of the features' root mean square; pixels_tuned, of that "
         "of each latent channel",
@@ -74,8 +74,8 @@ class CodecStageConfig:
         least=0,
     )
     noise_drawn: bool = option("draw it for each picture from 0 to `noise`", False)
-    losses: PictureLosses = option("pixels, pixels_tuned: the losses of pictures", PictureLosses())
-    critic: CriticConfig = option("pixels, pixels_tuned: the discriminator", CriticConfig())
+    losses: PictureLosses = option("pixels, pixels_tuned, vae: the losses of pictures", PictureLosses())
+    critic: CriticConfig = option("pixels, pixels_tuned, vae: the discriminator", CriticConfig())
     optimizer: OptimizerConfig = option("the optimizer, and its learning rate over the steps", OptimizerConfig())
 
 

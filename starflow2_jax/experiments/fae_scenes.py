@@ -54,6 +54,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         features=stage(1000, beta=1e-4),
         pixels=stage(1000, noise=0.2, noise_drawn=True, losses=perceptual),
         pixels_tuned=stage(500, noise=0.1, noise_drawn=True, losses=perceptual, critic=critic),
+        vae=stage(2000, beta=1e-6, losses=dict(l1=1.0)),  # --config.order=encoder,vae,pixels_tuned
     )
 
     if runlocal:

@@ -61,10 +61,11 @@ class _Products:
             yield from self.latent_encoder(trained=True)
             yield from self.feature_decoder(trained=True)
         else:
-            if stage.name == "pixels_tuned":
-                yield from self.latent_encoder(trained=False)
-                yield from self.feature_decoder(trained=False)
-            yield from self.pixel_decoder(trained=True)
+            through = "latent_encoder" in stage.trains
+            if stage.name != "pixels":
+                yield from self.latent_encoder(trained=through)
+                yield from self.feature_decoder(trained=through)
+            yield from self.pixel_decoder(trained=True, through=through)
             yield from self.losses(cfg.losses)
             yield from self.critic(cfg.critic)
 
@@ -121,10 +122,10 @@ class _Products:
         tokens = self.networks.tokens
         yield from self.stack(part, stack, self.rows, tokens, tokens, trained, trained)
 
-    def pixel_decoder(self, trained: bool) -> Iterator[Term]:
-        """Features to pixels. Its input is frozen."""
+    def pixel_decoder(self, trained: bool, through: bool = False) -> Iterator[Term]:
+        """Features to pixels. through: a gradient passes on to the features."""
         c, part = self.networks.cfg, self.networks.cfg.pixel_decoder
-        yield self.linear("pixel decoder", c.features * part.width, trained, into=False)
+        yield self.linear("pixel decoder", c.features * part.width, trained, into=through)
         tokens = self.networks.tokens + part.class_token
         stack = c.stack(part, part.width, gated_mlp=part.gated_mlp)
         yield from self.stack("pixel decoder", stack, self.rows, tokens, tokens, trained, trained)

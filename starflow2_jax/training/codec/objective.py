@@ -1,4 +1,4 @@
-"""What a stage that trains the pixel decoder feeds it, and the losses of the pictures that it makes."""
+"""What a stage that makes pictures feeds the pixel decoder, and the losses of the pictures that it makes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,32 +17,44 @@ def drawn(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
+def through_latents(networks: Networks, params: Any, x: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features (B, N, C) that are made again from latents drawn for the features x, and their KL () in nats a token."""
+    mean, log_variance = networks.gaussian(params, x)
+    latents = mean + jnp.exp(0.5 * log_variance) * drawn(keys, mean.shape[1:])
+    return networks.features_again(params, latents), jnp.mean(jnp.sum(losses.kl(mean, log_variance), -1))
+
+
 @dataclass(frozen=True)
 class PictureObjective:
-    """The input and the losses of the stages `pixels` and (tuned) `pixels_tuned`."""
+    """The decoder's input and the losses of a stage that makes pictures."""
 
     networks: Networks
     cfg: CodecStageConfig
-    tuned: bool
+    name: str  # pixels, pixels_tuned or vae
 
-    def decoder_input(
-        self, params: Any, pictures: jax.Array, keys: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Features (B, N, C): the encoder's, with noise on them; if tuned, those made from latents with noise on them.
-
-        Also the layers of the encoder that `loss` compares, (B, N, E) each, of these pictures.
-        """
+    def seen(self, params: Any, pictures: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The encoder's features (B, N, C), and its layers that `loss` compares, (B, N, E) each."""
         compared = tuple(self.cfg.losses.perceptual_layers) if self.cfg.losses.perceptual else ()
-        (x, layers), share = self.networks.seen(params, pictures, compared), self.cfg.noise
+        return self.networks.seen(params, pictures, compared)
+
+    def decoder_input(self, params: Any, x: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Features (B, N, C) for the features x, and the KL () of the latents in nats a token (0 unless vae).
+
+        pixels: x with noise. pixels_tuned: made from the means of latents, with noise on these. vae: made from
+        latents that are drawn.
+        """
+        if self.name == "vae":
+            return through_latents(self.networks, params, x, keys)
+        share, none = self.cfg.noise, jnp.zeros(())
         if self.cfg.noise_drawn:
             own = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
             share = share * own[:, None, None]
-        if not self.tuned:
+        if self.name == "pixels":
             root_mean_square = jnp.sqrt(jnp.mean(x * x, (1, 2), keepdims=True))
-            return jax.lax.stop_gradient(x + share * root_mean_square * drawn(keys, x.shape[1:])), layers
+            return x + share * root_mean_square * drawn(keys, x.shape[1:]), none
         mean, _ = self.networks.gaussian(params, x)
         latents = mean + share * params["statistics"]["std"] * drawn(keys, mean.shape[1:])
-        return jax.lax.stop_gradient(self.networks.features_again(params, latents)), layers
+        return self.networks.features_again(params, latents), none
 
     def loss(
         self, made: jax.Array, real: jax.Array, layers: tuple[jax.Array, ...], params: Any

@@ -14,7 +14,7 @@ from starflow2_jax.stages import CodecStage
 from starflow2_jax.training.codec import losses
 from starflow2_jax.training.codec.adversary import Adversary
 from starflow2_jax.training.codec.networks import Networks
-from starflow2_jax.training.codec.objective import PictureObjective, drawn
+from starflow2_jax.training.codec.objective import PictureObjective, through_latents
 from starflow2_jax.training.codec.pictures import pixels
 from starflow2_jax.training.step import in_parts
 from starflow2_jax.training.task import State
@@ -54,7 +54,7 @@ def make_step(
 
         def found(pictures: jax.Array, keys: jax.Array) -> Found:
             if stage.pixels:
-                objective = PictureObjective(networks, cfg, stage.name == "pixels_tuned")
+                objective = PictureObjective(networks, cfg, stage.name)
                 return picture_gradients(objective, adversary, moving, rest, state.critic, pictures, keys, state.step)
             loss = feature_loss if stage.name == "features" else masked_loss
             gradients, metrics = jax.grad(loss, has_aux=True)(moving, networks, cfg, rest, pictures, keys)
@@ -105,10 +105,8 @@ def feature_loss(
     tokens.
     """
     x = networks.features(rest, pictures)
-    mean, log_variance = networks.gaussian(moving, x)
-    latents = mean + jnp.exp(0.5 * log_variance) * drawn(keys, mean.shape[1:])
-    error = losses.l2(networks.features_again(moving, latents), x)
-    kl = jnp.mean(jnp.sum(losses.kl(mean, log_variance), -1))
+    again, kl = through_latents(networks, moving, x, keys)
+    error = losses.l2(again, x)
     loss = error + cfg.beta * kl
     return loss, {"loss": loss, "feature_loss": error, "kl_loss": kl}
 
@@ -136,20 +134,26 @@ def picture_gradients(
     keys: jax.Array,
     step: jax.Array,
 ) -> Found:
-    """The gradients of the pixel decoder, and those of the discriminator on the same pictures."""
-    x, layers = objective.decoder_input(rest, pictures, keys)
-    made, pull = jax.vjp(lambda p: objective.networks.pictures({"pixel_decoder": p}, x), moving["pixel_decoder"])
+    """The gradients of the trained groups, and those of the discriminator on the same pictures."""
+    x, layers = objective.seen(rest, pictures)
+
+    def make(moving: dict) -> tuple[jax.Array, jax.Array]:
+        given, kl = objective.decoder_input(rest | moving, x, keys)
+        return objective.networks.pictures(moving, given), kl
+
+    (made, kl), pull = jax.vjp(make, moving)
     (loss, metrics), direction = jax.value_and_grad(objective.loss, has_aux=True)(made, pictures, layers, rest)
-    metrics = {"loss": loss, **metrics}
+    beta = jnp.float32(objective.cfg.beta if objective.name == "vae" else 0.0)
+    metrics = {"loss": loss + beta * kl, **metrics} | ({"kl_loss": kl} if objective.name == "vae" else {})
     critics = {}
     if adversary:
 
         def at_last_layer(direction: jax.Array) -> jax.Array:
             """The gradient of the last layer's kernel; XLA computes nothing else of `pull` here."""
-            return pull(direction)[0]["pixels"]["kernel"]
+            return pull((direction, jnp.zeros_like(kl)))[0]["pixel_decoder"]["pixels"]["kernel"]
 
         pushed, against = adversary.against(critic, rest, made, keys[0], step, direction, at_last_layer)
         direction = direction + pushed
         critics, judged = adversary.gradients(critic, rest, pictures, jax.lax.stop_gradient(made), keys[0])
         metrics |= against | judged
-    return {"pixel_decoder": pull(direction)[0]}, critics, metrics
+    return pull((direction, beta))[0], critics, metrics

@@ -193,15 +193,15 @@ class CodecTask:
     def finish(self, state: CodecState, checkpoints: CheckpointDirectory) -> CodecState:
         """The state to save at the end: the moving average becomes the parameters, and all else is dropped.
 
-        `encoder` saves the frozen encoder, `features` measures the latents' statistics, and the last stage writes the
-        codec into the directory, which is then a codec's folder.
+        `encoder` saves the frozen encoder, stages that train the latent encoder measure the latents' statistics, and
+        the last stage writes the codec into the directory, which is then a codec's folder.
         """
         params = state.params | state.ema
         if self.name == "encoder":
             checkpoints.frozen.save({"encoder": params["encoder"]})
             return state.replace(params={}, ema={}, optimizer={})
         frozen = self.frozen(checkpoints)
-        if self.name == "features":
+        if "latent_encoder" in self.stage.trains:
             found = self._statistics(params | frozen)
             params |= {"statistics": jax.device_put(found, sharding.replicated(self.mesh))}
         if self.name == self.config.order[-1]:

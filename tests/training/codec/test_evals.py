@@ -14,7 +14,6 @@ from starflow2_jax.data.scenes.source import SceneOptions, Scenes
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.fae import FeatureDecoder, LatentEncoder
 from starflow2_jax.parallel import sharding
-from starflow2_jax.stages import CODEC_STAGES
 from starflow2_jax.training.codec.pictures import held_out_streams
 from starflow2_jax.training.codec.trainer import CodecTrainer
 from starflow2_jax.training.evals.table import evaluations
@@ -55,7 +54,7 @@ def files(folder, name: str) -> np.ndarray:
 
 
 def test_each_stage_has_the_numbers_of_its_networks(trained):
-    names = {stage: {n for n in found(trained, stage) if "/" in n} for stage in CODEC_STAGES}
+    names = {stage: {n for n in found(trained, stage) if "/" in n} for stage in config()["order"]}
     latents = {f"reconstruction/{name}" for name in ("feature_error", "kl", "active_channels")}
     probe = {f"ground/{name}" for name in ("features", "reconstructed", "transferred", "most_common", "classes")}
     made = {f"reconstruction/{way}{name}" for way in ("", "direct_") for name in ("psnr", "ssim", "distance")}

@@ -174,6 +174,6 @@ def test_what_no_device_can_hold_is_refused_before_anything_is_made(tmp_path):
 )
 def test_shrunk_every_stage_takes_its_steps(tmp_path, name):
     config = load(name, runlocal=True)
-    assert config.order == tuple(CODEC_STAGES)
+    assert config.order == tuple(name for name in CODEC_STAGES if name != "vae")
     CodecTrainer(config, tmp_path / "run").run(progress=False)
     assert read_fae(tmp_path / "run").channels == config.networks.channels

@@ -50,6 +50,8 @@ PERCEPTUAL = dict(perceptual=1.0, perceptual_layers=(1, 2))
         ("pixels", dict(losses=PERCEPTUAL)),
         ("pixels", dict(losses=dict(lpips=1.0))),
         ("pixels", dict(critic=dict(kind="patch"))),
+        ("vae", dict(losses=PERCEPTUAL)),
+        ("vae", dict(critic=dict(kind="patch"), remat="full")),
         ("pixels_tuned", dict(critic=dict(kind="features", layers=(1, 3)), losses=PERCEPTUAL, remat="dots")),
     ],
     ids=str,

@@ -53,6 +53,18 @@ def test_the_directory_is_the_codecs_folder_at_the_end(whole):
     assert all(0 < std != 1 for std in codec.std)
 
 
+def test_a_vae_takes_the_place_of_the_three(tmp_path):
+    CodecTrainer(config(order=("encoder", "vae", "pixels_tuned")), tmp_path).run(progress=False)
+    rows = [line for line in lines(tmp_path) if line["stage"] == "vae"]
+    assert all("kl_loss" in row and "l1_loss" in row and "feature_loss" not in row for row in rows)
+    codec = read_fae(tmp_path)
+    assert all(0 < std != 1 for std in codec.std)
+    first = CodecTask(loading.complete(config()), CODEC_STAGES["vae"], mesh(1))._fresh()
+    for group in CODEC_STAGES["vae"].trains:
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), codec.weights[group], first[group])
+        assert any(jax.tree.leaves(moved)), group
+
+
 def test_the_discriminator_counts_from_its_step(whole):
     weights = [line["generator_weight"] for line in lines(whole) if "generator_weight" in line]
     assert [weight > 0 for weight in weights] == [False, True] * 2
@@ -85,7 +97,7 @@ def test_eight_devices_compute_what_one_does(tmp_path):
             results.append({key: float(value) for key, value in metrics.items()})
         assert results[0] == pytest.approx(results[1], rel=2e-4, abs=1e-5)
         found.append(results[0]["loss"])
-    assert len(set(found)) == 4
+    assert len(set(found)) == len(CODEC_STAGES)
 
 
 def begun(name: str) -> tuple[CodecTask, dict, jax.Array, jax.Array]:
@@ -98,23 +110,23 @@ def begun(name: str) -> tuple[CodecTask, dict, jax.Array, jax.Array]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("pixels", "pixels_tuned"))
-def test_the_decoders_gradient_is_that_of_one_loss_with_the_weight_held_fixed(name):
+@pytest.mark.parametrize("name", ("pixels", "pixels_tuned", "vae"))
+def test_the_pictures_gradient_is_that_of_one_loss_with_the_weight_held_fixed(name):
     """Autograd of reconstruction + weight * generator's loss, with the weight that the step found."""
     task, params, pictures, keys = begun(name)
     adversary = task.adversary
     critic = adversary.initial(jax.random.key(3))
-    objective = PictureObjective(task.networks, task.cfg, name == "pixels_tuned")
-    moving = {"pixel_decoder": params["pixel_decoder"]}
+    objective = PictureObjective(task.networks, task.cfg, name)
+    moving = {group: params[group] for group in task.stage.trains}
     found = jax.jit(partial(picture_gradients, objective, adversary))
     gradients, critics, metrics = found(moving, params, critic, pictures, keys, jnp.int32(1))
-    x, _ = objective.decoder_input(params, pictures, keys)
-    layers = task.networks.layers(params, pictures, (1, 2))
+    x, layers = objective.seen(params, pictures)
 
     def terms(moving):
-        made = task.networks.pictures(moving, x)
+        given, kl = objective.decoder_input(params | moving, x, keys)
+        made = task.networks.pictures(moving, given)
         generator = losses.generator(adversary.logits(critic["network"], params, made, keys[0]))
-        return objective.loss(made, pictures, layers, params)[0], generator
+        return objective.loss(made, pictures, layers, params)[0] + task.cfg.beta * kl, generator
 
     last = [jax.grad(lambda m, i=i: terms(m)[i])(moving)["pixel_decoder"]["pixels"]["kernel"] for i in (0, 1)]
     weight = 0.5 * losses.adaptive_weight(*last)
@@ -123,6 +135,8 @@ def test_the_decoders_gradient_is_that_of_one_loss_with_the_weight_held_fixed(na
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients, wanted)
     assert jax.tree.structure(critics) == jax.tree.structure(critic["network"])
     assert float(metrics["critic_loss"]) > 0
+    np.testing.assert_allclose(metrics["loss"], terms(moving)[0], rtol=1e-5)
+    assert ("kl_loss" in metrics) == (name == "vae")
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
