@@ -14,16 +14,19 @@ from starflow2_jax.checkpoints.codec import write_codec
 from starflow2_jax.codecs.fae import FaeCodec, read_fae
 from starflow2_jax.config import loading
 from starflow2_jax.config.codec import CodecStageConfig, encoder_config, networks_config
+from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.errors import ConfigError, UserError
 from starflow2_jax.experiments import fae_dinov2_g
 from starflow2_jax.fields import build
 from starflow2_jax.models.dinov2 import DinoConfig
 from starflow2_jax.planning.plan import codec_settings
+from starflow2_jax.sampling.engine import SampleOptions, Sampler
 from starflow2_jax.stages import CODEC_STAGES
 from starflow2_jax.training.codec.flops import codec_flops
 from starflow2_jax.training.codec.networks import Networks
 from starflow2_jax.training.codec.task import started
 from starflow2_jax.training.codec.trainer import CodecTrainer, frozen_encoder
+from starflow2_jax.training.loop import Trainer
 from starflow2_jax.weights.dinov2 import dinov2_config
 from starflow2_jax.weights.rae import rae_config
 from starflow2_jax.weights.siglip import load_siglip
@@ -177,3 +180,13 @@ def test_shrunk_every_stage_takes_its_steps(tmp_path, name):
     assert config.order == tuple(name for name in CODEC_STAGES if name != "vae")
     CodecTrainer(config, tmp_path / "run").run(progress=False)
     assert read_fae(tmp_path / "run").channels == config.networks.channels
+
+
+@pytest.mark.slow
+def test_scenes_are_drawn_through_the_codec_of_scenes(tmp_path):
+    CodecTrainer(load("fae_scenes", runlocal=True), tmp_path / "codec").run(progress=False)
+    config = loading.load("scenes_fae", [f"codec.path={tmp_path / 'codec'}"], runlocal=True)
+    Trainer(config, tmp_path / "run").run(progress=False)
+    options = SampleOptions(image_first=True, max_tokens=config.model.grid[0] * config.model.grid[1] + 2, max_images=1)
+    [answer] = Sampler.restore(tmp_path / "run").generate([[Text("a cat")]], options)
+    assert [part.pixels.shape for part in answer if isinstance(part, Image)] == [(32, 32, 3)]
