@@ -176,6 +176,20 @@ OUTPUTS = (OutputFile, OutputFolder)
 KINDS = (Words, Whole, Number, WholeNumbers, InputFile, InputFolder, InputPath, Shipped, *OUTPUTS)
 
 
+def add_share(p: argparse.ArgumentParser, of: str) -> None:
+    """Add --process and --processes. of: what the processes share."""
+    p.add_argument(
+        "--process", type=Whole(0), default=0, metavar="I", help="number of this process, counted from 0 (default: 0)"
+    )
+    p.add_argument(
+        "--processes",
+        type=Whole(1),
+        default=1,
+        metavar="N",
+        help=f"number of processes that share the {of} (default: 1)",
+    )
+
+
 def require_writable(option: str, folder: str) -> None:
     """Raises UserError if a folder that `option` names for reading cannot be written into."""
     try:

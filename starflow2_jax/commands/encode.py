@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starflow2_jax.commands.arguments import Commands, InputFile, InputFolder, Whole, Words, require_writable
+from starflow2_jax.commands.arguments import Commands, InputFile, InputFolder, Whole, Words, add_share, require_writable
 from starflow2_jax.errors import require_one_of, storage_errors
 
 if TYPE_CHECKING:
@@ -59,16 +59,7 @@ def add(commands: Commands) -> None:
         help="how the model sees images that are not generated (default: as the documents say)",
     )
     _add_columns(p)
-    p.add_argument(
-        "--process", type=Whole(0), default=0, metavar="I", help="number of this process, counted from 0 (default: 0)"
-    )
-    p.add_argument(
-        "--processes",
-        type=Whole(1),
-        default=1,
-        metavar="N",
-        help="number of processes, on one host or several, that share the shards (default: 1)",
-    )
+    add_share(p, "shards, on one host or several")
     p.set_defaults(run=_encode, kept="finished shards are kept in --out; start the same command again")
 
 

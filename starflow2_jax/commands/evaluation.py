@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starflow2_jax import __version__
-from starflow2_jax.commands.arguments import Commands, InputPath, OutputFolder, Whole, Words
+from starflow2_jax.commands.arguments import Commands, InputPath, OutputFolder, Whole, Words, add_share
 from starflow2_jax.commands.model import SEED, add_model, restore
 from starflow2_jax.commands.sampling_options import add_overrides
 from starflow2_jax.errors import UserError
@@ -31,7 +31,13 @@ def add(commands: Commands) -> None:
     """Add `starflow2 eval` to the command line."""
     p = commands.add_parser("eval", help="run a benchmark on a checkpoint: numbers, and a page that shows the answers")
     add_model(p)
-    p.add_argument("--benchmark", type=Words(), required=True, metavar="NAME", help="benchmark to run, such as digits")
+    p.add_argument(
+        "--benchmark",
+        type=Words(),
+        required=True,
+        metavar="NAME",
+        help="benchmark to run, such as digits or geneval; docs/evaluation.md lists them",
+    )
     p.add_argument(
         "--data",
         "--prompts",
@@ -67,16 +73,7 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="random seed; a task's draws depend on it and on the task (default: 0)",
     )
-    p.add_argument(
-        "--process", type=Whole(0), default=0, metavar="I", help="number of this process, counted from 0 (default: 0)"
-    )
-    p.add_argument(
-        "--processes",
-        type=Whole(1),
-        default=1,
-        metavar="N",
-        help="number of processes that share the batches through --out (default: 1)",
-    )
+    add_share(p, "batches through --out")
     p.add_argument(
         "--out",
         type=OutputFolder(),
@@ -113,7 +110,9 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
                 f"the benchmark {args.benchmark} needs --out, the folder for the pictures that its scorer reads"
             )
     sampler = restore(args)
-    run = {"benchmark": args.benchmark} | batch_files.about(sampler, args.checkpoint, args.dtype, args.seed)
+    run = {"benchmark": args.benchmark, "batch": args.batch} | batch_files.about(
+        sampler, args.checkpoint, args.dtype, args.seed
+    )
     chosen = {field: value for field in OVERRIDES if (value := getattr(args, field, None)) is not None}
     with tempfile.TemporaryDirectory() as scratch:
         answers = Path(args.out or scratch) / "answers"
@@ -121,7 +120,7 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
             sampler,
             benchmark,
             answers,
-            run | _weights(args, sampler),
+            run | _model(args, sampler),
             args.seed,
             args.batch,
             share,
@@ -157,14 +156,18 @@ def _require_pictures(args: Namespace) -> None:
         )
 
 
-def _weights(args: Namespace, sampler: "Sampler") -> dict[str, Any]:
-    """Which weights answer: a hash of them all, and whether they are the moving average."""
+def _model(args: Namespace, sampler: "Sampler") -> dict[str, Any]:
+    """What answers: a hash of all weights in the types that they have here, whether they are the moving average, the
+    codec's hash, and the shape of the images that it takes.
+    """
     from starflow2_jax.checkpoints.directory import CheckpointDirectory
+    from starflow2_jax.codecs.fingerprint import fingerprint
     from starflow2_jax.parallel.content_hash import content_hash
 
     steps = CheckpointDirectory(args.checkpoint).steps
     average = sampler.step is not None and steps.has(sampler.step, "ema")
-    return {"weights": content_hash(sampler.params)[:16], "average": average}
+    codec = {"codec": fingerprint(sampler.codec)[:16], "image": list(sampler.codec.image_shape)}
+    return {"weights": content_hash(sampler.params)[:16], "average": average, **codec}
 
 
 def _versions() -> dict[str, str]:

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import scenes_experiment
 
 from starflow2_jax import cli
+from starflow2_jax.codecs.fingerprint import fingerprint
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.scenes.kinds import CAPTIONS, KINDS, Shown
 from starflow2_jax.data.scenes.scene import BACKGROUNDS, Placed, Scene, render, visible
@@ -20,6 +22,8 @@ from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.evaluation.scenes import QuickScenesBenchmark, ScenesBenchmark, asked
 from starflow2_jax.evaluation.scenes_verdicts import region_error, scenes, spoken
 from starflow2_jax.evaluation.table import open_benchmark
+from starflow2_jax.parallel.content_hash import content_hash
+from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.scoring import Score
 
 LIMIT = 8
@@ -265,7 +269,12 @@ def test_a_tiny_checkpoint_is_evaluated(tmp_path):
     assert cli.main(command) == 0
     report = json.loads((out / "report.json").read_text())
     assert set(evaluation.AIMS) <= set(report) and np.isfinite(report["composed_nll_bits_per_dim"])
-    assert (out / "answers/run.json").is_file() and (out / "samples.png").is_file()
+    assert (out / "samples.png").is_file()
+    described, sampler = json.loads((out / "answers/run.json").read_text()), Sampler.restore(run)
+    assert described["weights"] == content_hash(sampler.params)[:16] and described["average"] is True
+    assert described["codec"] == fingerprint(sampler.codec)[:16] and described["image"] == [32, 32, 3]
+    assert described["batch"] == 64 and described["versions"]["jax"] == jax.__version__
+    assert cli.main([*command, "--batch", "8"]) == UserError.exit_code  # other batches give other bits
     assert "WRONG" in (out / "index.html").read_text()
 
 
