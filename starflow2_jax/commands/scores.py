@@ -76,6 +76,7 @@ def _add_compare(commands: Commands) -> None:
 
 
 def _compare(args: Namespace, _: list[str]) -> None:
-    from starflow2_jax.evaluation.compare import compared, read_run, table
+    from starflow2_jax.evaluation.compare import column_names, compared, read_run, table
 
-    print(table([Path(run).name for run in args.runs], compared([read_run(Path(run)) for run in args.runs])))
+    folders = [Path(run) for run in args.runs]
+    print(table(column_names(folders), compared([read_run(folder) for folder in folders])))

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from starflow2_jax.data.documents import Text
+from starflow2_jax.errors import shown
 from starflow2_jax.evaluation.drawing import Asked, Drawing
 from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.evaluation.user_files import Needed, facts, picture_of, place
@@ -15,6 +17,7 @@ NEEDED = Needed(
     "captions_val2014.json, or a text file of captions, one per line",
     "https://cocodataset.org (2014 Train/Val annotations)",
 )
+JSON = re.compile(r"\s*(\{|\[\s*[\[{\"])")  # how an object, or a list of lists, objects or texts begins
 
 
 class CocoBenchmark(Drawing):
@@ -25,11 +28,9 @@ class CocoBenchmark(Drawing):
     """
 
     def __init__(self, data: str | None = None, limit: int | None = None):
-        path, self.limit = NEEDED.path(data), limit
-        if path.is_dir():
-            NEEDED.refuse(path, "is a folder")
+        path, self.limit = NEEDED.file(data), limit
         text = read_text_file(path)
-        captions = _annotated(path, text) if text.lstrip().startswith("{") else _lines(text)
+        captions = _annotated(path, text) if JSON.match(text) else _lines(text)
         if not captions:
             NEEDED.refuse(path, "holds no captions")
         self.asked = [Asked(key, [Text(caption)], caption) for key, caption in captions.items()]
@@ -54,6 +55,8 @@ def _annotated(path: Path, text: str) -> dict[str, str]:
     """The first caption of each image of COCO's annotations."""
     where = f"an annotation in {path}"
     rows = NEEDED.require(path, parse_json(path, text), ("annotations",))["annotations"]
+    if not isinstance(rows, list):
+        NEEDED.refuse(path, f"has {shown(rows)} in place of a list of annotations")
     first: dict[int, tuple[int, str]] = {}
     for row in rows:
         NEEDED.require(where, row, ("image_id", "id", "caption"))

@@ -4,6 +4,7 @@ A run's folder, or the folder `answers` in it, has scores.json, {name: number}, 
 [value, weight]}}: the items, such as questions, that a number is the mean of. `starflow2 eval` writes both.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,17 @@ def _object(place: object, value: object, example: str) -> dict[str, Any]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def column_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest end of each folder's absolute path that no other folder of them has, such as `a/answers`."""
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    names = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        ends = (path[i:] for i in reversed(range(len(path))))
+        names.append(str(Path(*next(end for end in ends if all(other[-len(end) :] != end for other in others)))))
+    return names
 
 
 def compared(runs: Sequence[Run]) -> list[Line]:

@@ -7,6 +7,7 @@ from etils import epath
 from starflow2_jax.data.documents import Text
 from starflow2_jax.data.images import locate, opened, stored
 from starflow2_jax.data.pictures import Picture
+from starflow2_jax.errors import shown
 from starflow2_jax.evaluation import tables
 from starflow2_jax.evaluation.drawing import Asked, Drawing
 from starflow2_jax.evaluation.protocol import Answer
@@ -32,7 +33,9 @@ class GeditBenchmark(Drawing):
         for i, row in enumerate(tables.read(self.needed, path, "train")):
             where = f"{path}, row {i},"
             self.needed.require(where, row, ("task_type", "key", "instruction", "instruction_language", "input_image"))
-            name = f"{row['task_type']}/{row['instruction_language']}/{row['key']}"
+            name = "/".join(
+                self.needed.file_name(where, row[part]) for part in ("task_type", "instruction_language", "key")
+            )
             source = tables.pictures({"image": row["input_image"]}, path)[1]
             self.asked.append(Asked(name, [source, Text(str(row["instruction"]))], source))
         self.facts = facts(path)
@@ -56,13 +59,16 @@ class ImgeditBenchmark(Drawing):
     )
 
     def __init__(self, data: str | None = None, limit: int | None = None):
-        path, self.limit = self.needed.path(data), limit
-        if path.is_dir():
-            self.needed.refuse(path, "is a folder")
+        path, self.limit = self.needed.file(data), limit
         rows = self.needed.require(path, read_json_file(path), ())
+        if not rows:
+            self.needed.refuse(path, "holds no prompts")
         self.asked = []
         for key, row in rows.items():
-            self.needed.require(f"{path}, entry {key!r},", row, ("id", "prompt"))
+            where = f"{path}, entry {shown(key)},"
+            self.needed.require(where, row, ("id", "prompt"))
+            for part in key.split("/"):
+                self.needed.file_name(where, part)
             file = locate(str(row["id"]), epath.Path(path.parent))
             if not file.exists():
                 self.needed.refuse(path, f"names the picture {file}, which does not exist")

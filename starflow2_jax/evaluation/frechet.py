@@ -5,6 +5,8 @@ The means and covariances of a folder are kept in a cache, under a hash of the f
 
 import importlib
 import pickle
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,13 @@ from tqdm import tqdm
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.user_files import sha256
 from starflow2_jax.models.gaussian_distance import frechet
-from starflow2_jax.text_files import reason
+from starflow2_jax.text_files import reason, shorten
 
 NEEDS = "a Fréchet distance needs torch and torch-fidelity; install them with `pip install 'starflow2_jax[fid]'`"
 NO_NETWORK = (
     "is neither a TorchScript file nor the weights of torch-fidelity's Inception; docs/evaluation.md names some"
 )
+MAP = "pictures (B, 3, H, W) uint8 to features (B, D)"
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -46,7 +49,7 @@ class Statistics:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return cls(file["mu"], file["sigma"], int(file["n"]) or None if "n" in file else None)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is no .npz file with the arrays mu and sigma ({reason(error)})") from None
 
 
@@ -112,7 +115,7 @@ def _batches(files: list[Path], batch: int) -> Iterator[np.ndarray]:
         try:
             with Pillow.open(file) as opened:
                 pixels = np.asarray(opened.convert("RGB")).transpose(2, 0, 1)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
             raise UserError(f"the picture {file} cannot be read ({reason(error)})") from None
         if several and (len(several) == batch or several[0].shape != pixels.shape):
             yield np.stack(several)
@@ -132,10 +135,7 @@ def _features(path: Path) -> Callable[[Any], Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        script = torch.jit.load(str(path), map_location=device).eval()
-        names = {argument.name for argument in script.forward.schema.arguments}
-        chosen = {"return_features": True} if "return_features" in names else {}  # of NVIDIA's Inception
-        return lambda pictures: script(pictures.to(device), **chosen)
+        return _scripted(path, torch.jit.load(str(path), map_location=device).eval(), device)
     except RuntimeError:
         pass  # it is no TorchScript
     try:
@@ -153,3 +153,24 @@ def _features(path: Path) -> Callable[[Any], Any]:
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path} {NO_NETWORK} ({reason(error)})") from None
     return lambda pictures: inception.to(device)(pictures.to(device))[0]
+
+
+def _scripted(path: Path, script: Any, device: str) -> Callable[[Any], Any]:
+    """The network of a TorchScript file. It raises UserError for pictures that the script cannot take."""
+    forward = getattr(script, "forward", None)
+    if forward is None:
+        raise UserError(f"the TorchScript file {path} has no method forward; give one that maps {MAP}")
+    names = {argument.name for argument in forward.schema.arguments}
+    chosen = {"return_features": True} if "return_features" in names else {}  # of NVIDIA's Inception
+
+    def network(pictures: Any) -> Any:
+        try:
+            return script(pictures.to(device), **chosen)
+        except RuntimeError as error:
+            last = shorten(str(error).strip().rpartition("\n")[2])  # of a traceback
+            raise UserError(
+                f"the TorchScript file {path} fails on pictures ({last}); give one that maps {MAP}, or set a smaller "
+                f"--batch"
+            ) from None
+
+    return network

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from starflow2_jax.data.documents import Text
+from starflow2_jax.errors import shown
 from starflow2_jax.evaluation.drawing import Asked, Drawing
 from starflow2_jax.evaluation.protocol import Answer
 from starflow2_jax.evaluation.user_files import Needed, facts, picture_of, place
@@ -23,12 +24,16 @@ class GenevalBenchmark(Drawing):
     samples = 4
 
     def __init__(self, data: str | None = None, limit: int | None = None):
-        path, self.limit = NEEDED.path(data), limit
+        path, self.limit = NEEDED.file(data), limit
         self.asked = []
         for i, line in enumerate(read_lines(path)):
             where = f"{path}, line {i + 1},"
             row = NEEDED.require(where, parse_json(where, line, one_line=True), ("tag", "include", "prompt"))
-            self.asked.append(Asked(f"{i:05d}", [Text(str(row["prompt"]))], row))
+            if not isinstance(row["prompt"], str):
+                NEEDED.refuse(where, f"has {shown(row['prompt'])} in place of a prompt")
+            self.asked.append(Asked(f"{i:05d}", [Text(row["prompt"])], row))
+        if not self.asked:
+            NEEDED.refuse(path, "holds no prompts")
         self.rewritten = not all(RAW.fullmatch(each.target["prompt"]) for each in self.asked)
         self.facts = facts(path, self.rewritten)
 

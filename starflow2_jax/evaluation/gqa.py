@@ -21,7 +21,11 @@ class GqaBenchmark(Questions):
         folders = [path / f"{TIER}_{part}" for part in ("instructions", "images")]
         if not all(folder.is_dir() for folder in folders):
             return super().rows(path)
+        self.parts = (self.split,)  # the folders of others have other names
         asked, seen = (tables.read(self.needed, folder, self.split) for folder in folders)
+        for folder, rows, names in zip(folders, (asked, seen), (("imageId",), ("id", "image")), strict=True):
+            for i, row in enumerate(rows):
+                self.needed.require(f"{folder}, row {i},", row, names)
         images = {row["id"]: row["image"] for row in seen}
         if missing := [row["imageId"] for row in asked if row["imageId"] not in images]:
             self.needed.refuse(folders[1], f"lacks the picture {missing[0]}")

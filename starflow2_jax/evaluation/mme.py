@@ -5,6 +5,7 @@
 from pathlib import Path
 
 from starflow2_jax.evaluation.questions import Question, Questions, by_category, copies
+from starflow2_jax.evaluation.tables import Row
 
 ASKED = " Please answer yes or no."  # the end of MME's own questions; lmms-eval asks for a word or a phrase instead
 
@@ -13,6 +14,12 @@ class MmeBenchmark(Questions):
     """All of its 14 categories, or those that the table has."""
 
     needed = copies("mme", "MME", "MME")
+
+    def question(self, row: Row, number: int, path: Path) -> Question:
+        """As in Questions. The category must be able to name a file."""
+        asked = super().question(row, number, path)
+        self.needed.file_name(f"{path}, row {number},", asked.category)
+        return asked
 
     def wording(self, asked: Question) -> str:
         """The question as lmms-eval asks it."""

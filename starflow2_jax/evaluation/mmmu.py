@@ -28,6 +28,12 @@ class MmmuBenchmark(Questions):
             return super().rows(path)
         return [row for folder in folders for row in tables.read(self.needed, folder, self.split)]
 
+    def question(self, row: Row, number: int, path: Path) -> Question:
+        """As in Questions. The subject must be able to name a folder."""
+        asked = super().question(row, number, path)
+        self.needed.file_name(f"{path}, row {number},", _subject(asked))
+        return asked
+
     def official(self, predictions: list[tuple[Question, str]], folder: Path) -> None:
         """Write SUBJECT/output.json for main_parse_and_eval.py, and answers.json, which holds letters, for EvalAI."""
         subjects: dict[str, list[dict]] = {}
@@ -43,9 +49,13 @@ class MmmuBenchmark(Questions):
             }
             if asked.choices:
                 row |= {"all_choices": list(asked.choices), "index2ans": asked.choices}
-            subject = match[1] if (match := KEY.fullmatch(asked.key)) else asked.category
-            subjects.setdefault(subject, []).append(row)
+            subjects.setdefault(_subject(asked), []).append(row)
         for subject, rows in subjects.items():
             (folder / subject).mkdir()
             (folder / subject / "output.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
         (folder / "answers.json").write_text(json.dumps(answers, indent=1), encoding="utf-8")
+
+
+def _subject(asked: Question) -> str:
+    match = KEY.fullmatch(asked.key)
+    return match[1] if match else asked.category

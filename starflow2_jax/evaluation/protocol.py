@@ -78,6 +78,10 @@ class Benchmark(Protocol):
         Raises UserError for data that cannot be read, or for a limit that the benchmark does not allow.
         """
 
+    def choose(self, part: str) -> None:
+        """Take the tasks from `part`, one of `parts`, in place of its own choice. Raises UserError."""
+        self.part = part
+
     def begin(self, sampler: Sampler) -> None:
         """Called before `tasks`, for a benchmark whose tasks depend on the model, such as on the size of its images.
 

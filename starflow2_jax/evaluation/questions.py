@@ -54,13 +54,18 @@ class Questions(Benchmark):
     opened = "{hint}{question}\n{ask}"  # of one without
 
     def __init__(self, data: str | None = None, limit: int | None = None):
-        path = self.needed.path(data)
-        self.folder, self.via, self.limit = (path if path.is_dir() else path.parent), "vit", limit
-        rows = self.rows(path)
-        self.asked = [self.question(row, i, path) for i, row in enumerate(rows)][:limit]
+        self.path = self.needed.path(data)
+        self.folder, self.via, self.limit = (self.path if self.path.is_dir() else self.path.parent), "vit", limit
+        self.parts = tables.splits(self.path)
+        self.choose(self.split)
+        self.facts = facts(self.path)
+
+    def choose(self, part: str) -> None:
+        """Read the questions of a split. Raises UserError."""
+        self.part = self.split = part
+        self.asked = [self.question(row, i, self.path) for i, row in enumerate(self.rows(self.path))][: self.limit]
         if not self.asked:
-            self.needed.refuse(path, "holds no questions")
-        self.facts = facts(path)
+            self.needed.refuse(self.path, "holds no questions")
 
     def rows(self, path: Path) -> list[Row]:
         """The rows of the user's table."""
@@ -169,7 +174,7 @@ def is_right(asked: Question, prediction: str) -> bool:
         return letter(prediction, asked.choices) == str(asked.answer).strip().upper()
     right = [_plain(str(each)) for each in tables.listed(asked.answer)]
     words = _plain(prediction).split()
-    return _plain(prediction) in right or (right[0] in ("yes", "no") and words[:1] == right)
+    return _plain(prediction) in right or (right in (["yes"], ["no"]) and words[:1] == right)
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:

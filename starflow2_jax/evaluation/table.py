@@ -50,5 +50,5 @@ def open_benchmark(name: str, data: str | None = None, limit: int | None = None,
         if part not in benchmark.parts:
             has = f"has the parts {', '.join(benchmark.parts)}" if benchmark.parts else "has no parts"
             raise UserError(f"the benchmark {name} {has}, and none named {part!r}; change --part or leave it out")
-        benchmark.part = part
+        benchmark.choose(part)
     return benchmark

@@ -14,7 +14,7 @@ from etils import epath
 
 from starflow2_jax.data.documents import StoredImage
 from starflow2_jax.data.rows import picture
-from starflow2_jax.errors import UserError
+from starflow2_jax.errors import UserError, shown
 from starflow2_jax.evaluation.user_files import Needed
 from starflow2_jax.text_files import bounded_lines, reason
 
@@ -36,6 +36,15 @@ def read(needed: Needed, path: Path, split: str) -> list[Row]:
     return _parquet(needed, path, split)
 
 
+def splits(path: Path) -> tuple[str, ...]:
+    """The splits among which `read` chooses: those of a folder; () for a file or for a data set without splits."""
+    if (path / "state.json").is_file():
+        return ()
+    if (path / "dataset_dict.json").is_file():
+        return tuple(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+    return tuple(sorted({_split(file) for file in path.rglob("*.parquet")}))
+
+
 def columns(row: Row) -> dict[str, Any]:
     """The columns of a row that are no pictures, for a table of answers."""
     return {name: value for name, value in row.items() if not _is_picture(name, value)}
@@ -49,9 +58,8 @@ def pictures(row: Row, folder: Path) -> dict[int, StoredImage]:
     """
     named = {i: row[f"image_{i}"] for i in range(1, 10) if row.get(f"image_{i}") is not None}
     if not named:
-        value = row.get("image", row.get("image_path"))
-        several = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-        named = {i: each for i, each in enumerate(several, 1) if each is not None}
+        value = row["image"] if row.get("image") is not None else row.get("image_path")
+        named = {i: each for i, each in enumerate(listed(value), 1) if each is not None}
     return {i: picture(value, epath.Path(folder)) for i, value in named.items()}
 
 
@@ -69,12 +77,17 @@ def _tsv(needed: Needed, path: Path) -> list[Row]:
             ]
         for row in found:
             row["image"] = _decoded(row.get("image"))
-    except (OSError, csv.Error, ValueError, SyntaxError) as error:
+    except (OSError, csv.Error, ValueError) as error:
         needed.refuse(path, f"cannot be read as a table ({reason(error)})")
-    whole = {row.get("index"): row["image"] for row in found}
-    for row in found:
-        if isinstance(row["image"], str):
-            row["image"] = whole.get(row["image"])
+    whole = {row.get("index"): row["image"] for row in found if isinstance(row["image"], list)}
+    for i, row in enumerate(found):
+        where, image = f"{path}, row {i},", row["image"]
+        if None in row:  # where DictReader puts the fields beyond the header
+            needed.refuse(where, "has more fields than the header")
+        if isinstance(image, str):
+            if image not in whole:
+                needed.refuse(where, f"has the image {shown(image)}, but no row of this index holds a picture")
+            row["image"] = whole[image]
     return found
 
 
@@ -82,10 +95,9 @@ def _decoded(text: str | None) -> list[bytes] | str | None:
     """Pictures in base64, one or a list of them, as bytes; the index of another row as it is."""
     if text is None or len(text) <= REFERENCE and not text.startswith("["):
         return text
-    several = ast.literal_eval(text) if text.startswith("[") else [text]
     try:
-        return [base64.b64decode(each, validate=True) for each in several]
-    except binascii.Error:
+        return [base64.b64decode(each, validate=True) for each in listed(text)]
+    except (binascii.Error, TypeError):
         raise ValueError("a picture is no base64") from None
 
 
@@ -115,8 +127,8 @@ def _parquet(needed: Needed, path: Path, split: str) -> list[Row]:
         raise UserError("parquet files need pyarrow; install it with `pip install 'starflow2_jax[encode]'`") from None
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     tables: dict[tuple[Path, str], list[Path]] = {}
-    for file in files:  # such as validation-00000-of-00001.parquet
-        tables.setdefault((file.parent, file.stem.partition("-")[0]), []).append(file)
+    for file in files:
+        tables.setdefault((file.parent, _split(file)), []).append(file)
     chosen = tables if len(tables) == 1 else {key: several for key, several in tables.items() if key[1] == split}
     if len(chosen) != 1:
         names = ", ".join(sorted(f"{folder.relative_to(path)}/{name}" for folder, name in tables)) or "no parquet files"
@@ -128,11 +140,16 @@ def _parquet(needed: Needed, path: Path, split: str) -> list[Row]:
         needed.refuse(path, f"cannot be read as parquet ({reason(error)})")
 
 
+def _split(file: Path) -> str:
+    """The split in the name of a parquet file, such as validation-00000-of-00001.parquet."""
+    return file.stem.partition("-")[0]
+
+
 def listed(value: object) -> list[Any]:
     """A column that holds a list, or the text of one in Python's or JSON's form; [value] if it is no list."""
     if isinstance(value, str) and value.startswith("["):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return [value]
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]

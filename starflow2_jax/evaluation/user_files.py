@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from starflow2_jax.errors import UserError, shown
 from starflow2_jax.evaluation.protocol import Answer
 
+LONGEST_NAME = 200  # bytes; file systems allow 255, of which scorers need some for endings such as _SRCIMG.png
+
 
 @dataclass(frozen=True)
 class Needed:
@@ -26,6 +28,13 @@ class Needed:
         if data is None:
             raise UserError(f"the benchmark {self.benchmark} needs --prompts: {self.what}, from {self.where}")
         return Path(data)
+
+    def file(self, data: str | None) -> Path:
+        """The path that the user gave, if it is no folder. Raises UserError."""
+        path = self.path(data)
+        if path.is_dir():
+            self.refuse(path, "is a folder")
+        return path
 
     def refuse(self, place: object, fault: str) -> NoReturn:
         """Raises UserError: the user's file is not the one that is needed."""
@@ -45,6 +54,13 @@ class Needed:
             return int(str(value))
         except ValueError:
             self.refuse(place, f"has {shown(value)} in place of a whole number")
+
+    def file_name(self, place: object, value: object) -> str:
+        """A value that a file or folder is named after. Raises UserError for one that cannot be a name."""
+        name = str(value)
+        if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME:
+            self.refuse(place, f"has {shown(value)} in place of a word that a file can be named after")
+        return name
 
 
 def facts(path: Path, rewritten: bool | None = None) -> dict[str, Any]:

@@ -105,14 +105,17 @@ class Line:
 
 
 class Room:
-    """The bytes of requests that are held together, `most` at a time."""
+    """The bytes of requests that are held together, `most` at a time.
 
-    def __init__(self, most: int):
-        self.most, self.used = most, 0
+    `retry`: the seconds after which a refused client may try again.
+    """
+
+    def __init__(self, most: int, retry: Callable[[], int]):
+        self.most, self.retry, self.used = most, retry, 0
 
     def take(self, count: int) -> None:
         """Count more bytes. Raises ApiError if there are too many."""
         self.used += count
         if self.used > self.most:
             message = f"the requests that wait have {self.most} bytes together; try again later"
-            raise ApiError(429, message, "queue_full")
+            raise ApiError(429, message, "queue_full", retry=self.retry())

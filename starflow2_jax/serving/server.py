@@ -119,7 +119,10 @@ class Server(uvicorn.Server):
             draws=request_limits.drawing,
             images=request_limits.images,
         )
-        line, self.room = Line(limits.rows + AHEAD), Room(BODIES * limits.max_body)
+        line = Line(limits.rows + AHEAD)
+        self.room = Room(
+            BODIES * limits.max_body, lambda: self.worker.seconds_to_wait(len(self.worker.waiting) + line.waiting)
+        )
         service = Service(
             self.worker, name, request_limits, key, limits.max_body, host, limits.origins, line, self.room
         )

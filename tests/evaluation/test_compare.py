@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy import stats
 
 from starflow2_jax import cli
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.compare import Run, compared, interval, read_run
+from starflow2_jax.evaluation.compare import Run, column_names, compared, interval, read_run
 
 
 def write(folder, scores=None, items=None):
@@ -35,6 +36,23 @@ def test_the_table(tmp_path, capsys):
     assert rows[3] == ["b", "", "2", "", "2", "", "", ""]
     assert cli.main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     assert rows_of(capsys.readouterr().out)[2][-1] == "(0 to 1)"
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["one", "runs/two"], ["one", "two"]),
+        (["."], ["here"]),
+        (["a/answers", "b/answers", "c"], ["a/answers", "b/answers", "c"]),
+        (["answers", "../answers"], ["here/answers", "root/answers"]),
+        (["a", "a"], ["a", "a"]),
+    ],
+)
+def test_columns_are_named_apart(tmp_path, monkeypatch, folders, names):
+    here = tmp_path / "root/here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert column_names([Path(folder) for folder in folders]) == names
 
 
 def ratio(*arrays, axis):

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 from painter import Painter, levels
@@ -240,6 +242,17 @@ def test_gedit_has_the_given_picture_beside_the_changed_one(tmp_path):
         np.testing.assert_array_equal(given, np.asarray(Pillow.open(sources[i])))
 
 
+@pytest.mark.parametrize("row", [{"key": "../k"}, {"key": "/k"}, {"task_type": ".."}, {"instruction_language": "e/n"}])
+def test_names_of_gedit_that_no_file_can_have_are_refused(tmp_path, row):
+    good = dict(task_type="a", key="k", instruction="do", instruction_language="en", input_image=b"png")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([good | row]), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="row 0, has '.*' in place of a word that a file can be named after.*GEdit"):
+        open_benchmark("gedit", str(tmp_path))
+
+
+FOLDER = "a folder"
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -250,11 +263,21 @@ def test_gedit_has_the_given_picture_beside_the_changed_one(tmp_path):
             "line 1, has no 'tag'.*from https://github.com/djghosh13/geneval",
         ),
         ("geneval", "a photo of a cat\n", "line 1, is not valid JSON"),
+        ("geneval", '{"tag": "x", "include": [], "prompt": 5}\n', "line 1, has 5 in place of a prompt.*geneval"),
+        ("geneval", "\n \n", "holds no prompts.*geneval"),
+        ("geneval", FOLDER, "is a folder.*evaluation_metadata.jsonl, from https://github.com/djghosh13/geneval"),
+        ("coco", FOLDER, "is a folder.*cocodataset.org"),
+        ("imgedit", FOLDER, "is a folder.*ImgEdit"),
         ("dpg", '{"a": 1}', "is no folder of .txt files.*ELLA"),
         ("wise", "{}", "is no list of prompts.*WISE"),
         ("wise", '[{"Prompt": "a", "prompt_id": "x"}]', "in place of a whole number"),
         ("wise", '[{"Prompt": "a", "prompt_id": 1}, {"Prompt": "b", "prompt_id": 1}]', "same prompt_id"),
         ("coco", '{"images": []}', "has no 'annotations'.*cocodataset.org"),
+        ("coco", '{"annotations": 5}', "has 5 in place of a list of annotations.*cocodataset.org"),
+        ("coco", '[\n  "a dog",\n  "a cat"\n]', "is .'a dog', 'a cat'. and no object"),
+        ("imgedit", "{}", "holds no prompts.*ImgEdit"),
+        ("imgedit", '{"../1": {"id": "file", "prompt": "x"}}', "entry '../1', has '..' in place of a word that a file"),
+        ("imgedit", '{"/tmp/1": {"id": "file", "prompt": "x"}}', "entry '/tmp/1', has '' in place of a word"),
         ("imgedit", '{"1": {"id": "none.png", "prompt": "x"}}', "none.png, which does not exist.*ImgEdit"),
         ("imgedit", "[]", "is .* and no object"),
         ("gedit", "x", "cannot be read as parquet.*GEdit-Bench"),
@@ -262,7 +285,9 @@ def test_gedit_has_the_given_picture_beside_the_changed_one(tmp_path):
 )
 def test_other_files_are_refused_with_a_sentence(tmp_path, name, content, said):
     path = tmp_path / "file"
-    if content:
+    if content == FOLDER:
+        path.mkdir()
+    elif content:
         path.write_text(content)
     with pytest.raises(UserError, match=said) as refused:
         open_benchmark(name, str(path) if content else None)

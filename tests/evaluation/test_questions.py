@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,22 @@ def test_mmmu_puts_pictures_at_their_marks_and_writes_what_its_script_reads(tmp_
     assert answers == {"validation_Art_Theory_1": "B", "validation_Art_Theory_2": "B", "validation_Math_1": "Four."}
 
 
+@pytest.mark.parametrize("part", ["validation", "dev"])
+def test_a_split_of_a_folder_is_chosen(tmp_path, part):
+    """Also of MMMU's own copy, with a folder for each subject. A part that is not there is refused."""
+    for subject, rows in (("Math", MMMU[2:]), ("Art_Theory", MMMU[:2])):
+        for split in ("validation", "dev"):
+            named = [row | {"id": row["id"].replace("validation", split)} for row in rows]
+            parquet(tmp_path / "own" / subject, named, split)
+    parquet(tmp_path / "flat", MMMU, "validation"), parquet(tmp_path / "flat", MMMU[:1], "dev")
+    own = open_benchmark("mmmu", str(tmp_path / "own"), part=part)
+    assert [task.key for task in own.tasks()] == [row["id"].replace("validation", part) for row in MMMU]
+    flat = open_benchmark("mmmu", str(tmp_path / "flat"), part=part)
+    assert len(flat.tasks()) == (3 if part == "validation" else 1) and flat.part == part
+    with pytest.raises(UserError, match="has the parts dev, validation, and none named 'test'"):
+        open_benchmark("mmmu", str(tmp_path / "own"), part="test")
+
+
 def test_mmmus_own_copy_has_a_folder_for_each_subject(tmp_path):
     for subject, rows in (("Math", MMMU[2:]), ("Art_Theory", MMMU[:2])):
         parquet(tmp_path / "MMMU" / subject, rows, "validation")
@@ -160,6 +177,18 @@ def test_mme_of_vlmevalkit_keeps_what_its_rating_groups_by(tmp_path):
     assert mme_score(tmp_path / "out/mme") == {"existence": 50, "OCR": 50}
 
 
+def test_a_table_may_name_its_pictures_by_paths(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(100 * i))
+    rows = [
+        dict(index=1, question="What?", answer="x", image_path="1.png"),
+        dict(index=2, question="What?", answer="x", image_path="['0.png', '1.png']"),
+    ]
+    _, painter = run("mme", tsv(tmp_path / "MME.tsv", rows), tmp_path / "out")
+    shown = [[round((part.pixels.mean() + 1) * 127.5) for part in asked[:-1]] for asked in painter.asked]
+    assert shown == [[100], [0, 100]]
+
+
 def test_gqa_joins_its_two_tables(tmp_path):
     asked = [dict(id=str(i), imageId=f"n{i % 2}", question=f"What is {i}?", answer="dog") for i in range(3)]
     parquet(tmp_path / "testdev_balanced_instructions", asked, "testdev")
@@ -172,9 +201,22 @@ def test_gqa_joins_its_two_tables(tmp_path):
     assert found == [{"questionId": str(i), "prediction": said} for i, said in enumerate(("dog", "a cat", "a cat"))]
     right = {x["questionId"]: x["prediction"] for x in found}  # as GQA's eval.py: equality of words
     assert np.mean([right[row["id"]] == row["answer"] for row in asked]) == pytest.approx(numbers["exact_match"])
-    asked[0]["imageId"] = "gone"
-    parquet(tmp_path / "testdev_balanced_instructions", asked, "testdev")
-    with pytest.raises(UserError, match="lacks the picture gone"):
+
+
+@pytest.mark.parametrize(
+    "asked, seen, said",
+    [
+        ({"imageId": "gone"}, {"id": "n", "image": hf(1)}, "lacks the picture gone"),
+        ({"imageId": None}, {"id": "n", "image": hf(1)}, "_instructions, row 0, has no 'imageId'.*from huggingface.co"),
+        ({"imageId": "n"}, {"name": "n", "image": hf(1)}, "_images, row 0, has no 'id'"),
+        ({"imageId": "n"}, {"id": "n", "picture": hf(1)}, "_images, row 0, has no 'image'"),
+    ],
+)
+def test_other_tables_of_gqa_are_refused_with_a_sentence(tmp_path, asked, seen, said):
+    question = dict(id="1", question="What?", answer="dog")
+    parquet(tmp_path / "testdev_balanced_instructions", [question | asked], "testdev")
+    parquet(tmp_path / "testdev_balanced_images", [seen], "testdev")
+    with pytest.raises(UserError, match=said):
         open_benchmark("gqa", str(tmp_path))
 
 
@@ -221,6 +263,8 @@ def test_a_folder_of_datasets_is_read(tmp_path):
     datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "other"))
     with pytest.raises(UserError, match="has the splits train and no 'test'.*huggingface.co/datasets/lmms-lab/MME"):
         open_benchmark("mme", str(tmp_path / "other"))
+    datasets.DatasetDict({"test": table, "dev": table.select([0])}).save_to_disk(str(tmp_path / "two"))
+    assert len(open_benchmark("mme", str(tmp_path / "two"), part="dev").tasks()) == 1
 
 
 def test_a_real_model_reads_pictures_and_writes_words(tmp_path):
@@ -254,7 +298,14 @@ def test_hidden_answers_are_not_scored(tmp_path):
             None,
             "needs --prompts: a copy of the data set MME or of MME.tsv, from huggingface.co/datasets/lmms-lab/MME",
         ),
-        ("mme", "index\timage\n1\tx\n", "row 0, has no 'question'"),
+        ("mme", "index\tcategory\n1\tx\n", "row 0, has no 'question'"),
+        ("mme", "index\tquestion\timage\n1\twho\tx\n", "row 0, has the image 'x', but no row of this index holds"),
+        ("mme", "index\tquestion\timage\n1\twho\t1\n", "row 0, has the image '1', but no row of this index holds"),
+        ("mme", "index\tquestion\timage\n1\twho\t[1]\n", "cannot be read as a table .a picture is no base64."),
+        ("mme", "index\tquestion\n1\twho\n2\twho\tme\n", "row 1, has more fields than the header"),
+        ("mme", "index\tquestion\tcategory\n1\twho\ta/b\n", "row 0, has 'a/b' in place of a word that a file"),
+        ("mmmu", "index\tquestion\tcategory\n1\twho\t..\n", "row 0, has '..' in place of a word that a file"),
+        ("mmmu", f"index\tquestion\tcategory\n1\twho\t{'x' * 300}\n", "in place of a word that a file"),
         (
             "mme",
             "index\tquestion\timage\n1\twho\t" + "!" * 99 + "\n",
@@ -289,6 +340,7 @@ def test_a_picture_that_a_question_names_must_be_there(tmp_path):
 def test_words_that_are_right():
     asked = Question("k", "How many?", {}, "", "['4', 'four']", {})
     assert is_right(asked, "Four.") and is_right(asked, "4") and not is_right(asked, "44")
+    assert not is_right(replace(asked, answer="[]"), "Four.") and not is_right(replace(asked, answer="[]"), "")
 
 
 def test_pictures_share_what_the_row_has_left(tmp_path, monkeypatch):

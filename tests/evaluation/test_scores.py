@@ -24,6 +24,25 @@ from starflow2_jax.sampling.engine import Sampler
 from starflow2_jax.sampling.scoring import score
 
 
+class Floats(torch.nn.Module):
+    """A network that takes no bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 2, 1)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.layer(pictures).mean((2, 3))
+
+
+class Nameless(torch.nn.Module):
+    """A network without the method forward."""
+
+    @torch.jit.export
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures
+
+
 class Features(torch.nn.Module):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return pictures.float().mean(3)[:, :, :2].flatten(1) / 255
@@ -61,15 +80,33 @@ def test_the_distance_is_that_of_two_gaussians_and_is_cached(tmp_path, network, 
         frechet.distance(tmp_path / "a", tmp_path / "b", network, tmp_path / "cache")
 
 
-def test_what_has_no_distance_is_refused(tmp_path, network):
+def test_what_has_no_distance_is_refused(tmp_path, network, monkeypatch):
     folder(tmp_path / "a", 0), folder(tmp_path / "one", 0, 1)
     (tmp_path / "bad.npz").write_bytes(b"no")
+    np.savez_compressed(tmp_path / "whole.npz", mu=np.arange(99.0), sigma=np.eye(99))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "damaged.npz").write_bytes(whole[:60] + b"\xff" * 60 + whole[120:])
+    np.save(tmp_path / "one.npy", np.arange(6.0))
     torch.save({"a": Path("code")}, tmp_path / "pickled.pth")
-    with pytest.raises(UserError, match="pickled.pth is neither a TorchScript file nor"):  # and is not unpickled
-        frechet.distance(tmp_path / "a", tmp_path / "a", tmp_path / "pickled.pth", tmp_path / "cache")
-    for reference, said in (("one", "holds 1 pictures"), ("bad.npz", "is no .npz file with the arrays mu and sigma")):
+    for module, name in ((Floats(), "floats.pt"), (Nameless(), "nameless.pt")):
+        torch.jit.script(module).save(str(tmp_path / name))
+    for name, said in (
+        ("pickled.pth", "pickled.pth is neither a TorchScript file nor"),  # and is not unpickled
+        ("floats.pt", "floats.pt fails on pictures .*should be the same.*uint8"),
+        ("nameless.pt", "nameless.pt has no method forward"),
+    ):
+        with pytest.raises(UserError, match=said):
+            frechet.distance(tmp_path / "a", tmp_path / "a", tmp_path / name, tmp_path / "cache")
+    wrong = "is no .npz file with the arrays mu and sigma"
+    tables = {name: wrong for name in ("bad.npz", "cut.npz", "damaged.npz", "one.npy")}
+    for reference, said in (tables | {"one": "holds 1 pictures"}).items():
         with pytest.raises(UserError, match=said):
             frechet.distance(tmp_path / "a", tmp_path / reference, network, tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(Pillow, "MAX_IMAGE_PIXELS", 5)
+        with pytest.raises(UserError, match="0.png cannot be read"):
+            frechet.distance(tmp_path / "a", tmp_path / "one", network, tmp_path / "cache2")
 
 
 def test_winogrounds_scores_of_tables():

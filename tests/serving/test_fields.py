@@ -216,8 +216,10 @@ def test_bytes_of_the_queue(sampler, monkeypatch):
             assert post(address, json.dumps({"messages": ASK, "max_tokens": 1}).encode()).status_code == 200
             assert room.used == 0
         monkeypatch.setattr(room, "most", 50)
+        monkeypatch.setattr(server.worker, "seconds_to_wait", lambda ahead: 42 + ahead)
         late = post(address, b" " * 51)
         assert late.status_code == 429 and "50 bytes together" in late.json()["error"]["message"] and room.used == 0
+        assert late.headers["retry-after"] == "42"
 
 
 def test_a_line_lets_those_go_who_leave():
