@@ -1,4 +1,4 @@
-"""A codec on emoji scenes of 32 x 32 pixels, its small encoder included, on two CPU cores in about 22 minutes.
+"""A codec on emoji scenes of 32 x 32 pixels, its small encoder included, on two CPU cores.
 
     starflow2 train --config fae_scenes --out runs/fae_scenes
 
