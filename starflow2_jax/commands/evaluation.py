@@ -120,7 +120,7 @@ def report(args: Namespace, trained: float | None = None, **more: object) -> Non
             sampler,
             benchmark,
             answers,
-            run | _model(args, sampler),
+            run | _model(sampler),
             args.seed,
             args.batch,
             share,
@@ -156,16 +156,14 @@ def _require_pictures(args: Namespace) -> None:
         )
 
 
-def _model(args: Namespace, sampler: "Sampler") -> dict[str, Any]:
+def _model(sampler: "Sampler") -> dict[str, Any]:
     """What answers: a hash of all weights in the types that they have here, whether they are the moving average, the
     codec's hash, and the shape of the images that it takes.
     """
-    from starflow2_jax.checkpoints.directory import CheckpointDirectory
     from starflow2_jax.codecs.fingerprint import fingerprint
     from starflow2_jax.parallel.content_hash import content_hash
 
-    steps = CheckpointDirectory(args.checkpoint).steps
-    average = sampler.step is not None and steps.has(sampler.step, "ema")
+    average = sampler.step is not None  # at the end of a stage it became the parameters, until then it is read
     codec = {"codec": fingerprint(sampler.codec)[:16], "image": list(sampler.codec.image_shape)}
     return {"weights": content_hash(sampler.params)[:16], "average": average, **codec}
 
