@@ -20,7 +20,7 @@ from starflow2_jax.data import digits
 
 CAPTIONS = 128
 JUDGES = {
-    # A detector of GenEval's 80 classes: each is found twice at most, anywhere, as sure as chance has it.
+    # A detector of GenEval's 80 classes: it finds each twice, in random places of 8 x 8 pixels, with a random confidence.
     "mmdet/apis.py": """
 import zlib
 import numpy as np
@@ -72,8 +72,9 @@ def main() -> None:
 
 
 def untrained(file: Path) -> dict[str, torch.Tensor]:
-    """Inception's parameters: convolutions by He's rule, all others as torch-fidelity makes them. file: is read for
-    nothing, because torch-fidelity would download one.
+    """Inception's parameters: convolutions by He's rule, all others as torch-fidelity makes them.
+
+    file: any file that torch.load reads. Without one, torch-fidelity would download its weights.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
