@@ -20,7 +20,7 @@ from starflow2_jax.data import digits
 
 CAPTIONS = 128
 JUDGES = {
-    # A detector of GenEval's 80 classes: it finds each twice, in random places of 8 x 8 pixels, with a random confidence.
+    # A detector of GenEval's 80 classes: it finds each twice, in random places of 8 x 8 pixels.
     "mmdet/apis.py": """
 import zlib
 import numpy as np
