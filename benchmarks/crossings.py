@@ -1,9 +1,10 @@
-"""The joint stage of scenes_quick with both skips, with one, or with none; see docs/benchmarks/claims.md.
+"""The joint stage of scenes with both skips, with one, or with none; see docs/benchmarks/claims.md.
 
 All runs begin from one run, which has not begun this stage; earlier stages that it has not done are trained, too. A
-skip that is left out is not trained: its weights stay zero, as they are at first.
+skip that is left out is not trained: its weights stay zero, as they are at first. `--config.KEY` sets a key.
 
-starflow2 train --config scenes_quick --config.order=pretrain,text_to_image,image_to_text --out runs/begin
+starflow2 train --config scenes_fae --config.codec.path=runs/fae_scenes --config.order=pretrain,text_to_image \\
+    --out runs/begin
 python benchmarks/crossings.py --begin runs/begin --skips w_vlm --seed 1 --out runs/w_vlm_1
 starflow2 eval --benchmark scenes_quick --checkpoint runs/w_vlm_1 --out runs/w_vlm_1_report
 """
@@ -23,9 +24,9 @@ SKIPS = ("w_vlm", "w_d")  # into the deep flow, and out of it
 
 
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 2)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--begin", required=True, help="a run of scenes_quick that has not begun joint")
+    p.add_argument("--begin", required=True, help="a run of scenes that has not begun joint")
+    p.add_argument("--experiment", default="scenes_fae", help="the config of that run (default: scenes_fae)")
     p.add_argument("--skips", nargs="*", default=SKIPS, choices=SKIPS, help="the skips to train (default: both)")
     p.add_argument("--steps", type=int, default=300, help="steps of joint (default: 300)")
     p.add_argument("--seed", type=int, default=0, help="seed of the data's order and of the noise (default: 0)")
@@ -39,7 +40,8 @@ def main() -> None:
         f"seed={a.seed}",
         *(text.removeprefix("--config.") for text in overrides),
     ]
-    config: Any = configs.load("scenes_quick", settings)
+    config: Any = configs.load(a.experiment, settings)
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     Trainer(config, a.out).run()
 
 

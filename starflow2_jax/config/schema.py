@@ -89,6 +89,7 @@ class OptimizerConfig:
     clip: float = option("largest norm of the whole gradient", 1.0, above=0)
     moments: str = option("data type of the stored moments", "float32", choices=("float32", "bfloat16"))
     offload: bool = option("keep the optimizer's state in the host's memory", False)
+    factors: dict[str, float] = option("factor of the learning rate of parameter groups; 1 of others", {}, least=0)
 
     def __post_init__(self):
         check(self)

@@ -56,7 +56,7 @@ def get_config(runlocal: bool = False) -> ConfigDict:
         encoder=stage(3000),
         features=stage(3000, beta=1e-6),
         pixels=stage(4000, noise=0.05, noise_drawn=True, losses=perceptual),
-        pixels_tuned=stage(2000, noise=0.1, noise_drawn=True, losses=perceptual, critic=critic),
+        pixels_tuned=stage(1000, noise=0.1, noise_drawn=True, losses=perceptual, critic=critic),
         vae=stage(7000, beta=1e-6, losses=dict(l1=1.0)),
     )
 

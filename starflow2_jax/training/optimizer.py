@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers, muon
 
 from starflow2_jax.config.schema import OptimizerConfig
+from starflow2_jax.errors import UserError
 from starflow2_jax.parallel import sharding
 
 # Kernels of a Transformer stack, whose axis 0 is the layer: axes of the map's input, and axes of its output.
@@ -34,6 +35,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     adafactor: factored second moments and no first ones (arXiv 1804.04235). Updates are not scaled by the parameters'
         size, so AdamW's learning rate fits.
 
+    `cfg.factors` are for groups of parameters, of which `init` raises UserError for one that is not trained.
     If `cfg.moments` is "bfloat16", moments are stored in it and updated in fp32. `cfg.offload` is for `step.offloaded`.
     """
     schedule = optax.warmup_cosine_decay_schedule(
@@ -54,7 +56,27 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
         )
     if cfg.moments != "float32":
         update = kept_in(update, jnp.dtype(cfg.moments))
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+    scaled = (factored(dict(cfg.factors)),) if cfg.factors else ()
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), update, *scaled)
+
+
+def factored(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies updates, weight decay included, of the groups of parameters that have a factor. `init` raises
+    UserError for a factor of a group that the parameters lack."""
+
+    def init(params: dict) -> optax.EmptyState:
+        if missing := sorted(factors.keys() - params.keys()):
+            raise UserError(
+                f"optimizer.factors names {', '.join(missing)}, which this stage does not train; it trains "
+                f"{', '.join(params)}"
+            )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        scaled = {group: jax.tree.map(lambda u: factors[group] * u, updates[group]) for group in factors}
+        return updates | scaled, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def kept_in(inner: optax.GradientTransformation, dtype: DTypeLike) -> optax.GradientTransformation:

@@ -1,5 +1,7 @@
 """The optimizers: what Muon does to a matrix, what it leaves to AdamW, the same on any mesh."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +48,8 @@ def gradients() -> dict:
     return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), params())
 
 
-def first_update(name: str) -> dict:
-    chain = optimizer(name)
+def first_update(name: str, **changes) -> dict:
+    chain = optimizer(name, **changes)
     return jax.jit(lambda g, p: chain.update(g, chain.init(p), p)[0])(gradients(), params())
 
 
@@ -199,3 +201,16 @@ def test_what_is_offloaded_stays_in_the_hosts_memory():
     assert kinds[True] == {"pinned_host"} and "pinned_host" not in kinds[False]
     np.testing.assert_allclose(params[True], params[False], rtol=1e-6)
     assert np.abs(params[True] - p["kernel"]).max() > RATE
+
+
+def test_factors_scale_the_updates_of_their_groups_alone():
+    plain, scaled = first_update("muon"), first_update("muon", factors=dict(deep=0.5, w_d=0.0))
+    for group, factor in dict(deep=0.5, w_d=0.0, w_vlm=1.0, shallow=1.0).items():
+        expected = jax.tree.map(lambda u: factor * u, plain[group])  # noqa: B023
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), scaled[group], expected)
+
+
+def test_a_factor_of_a_group_that_is_not_trained_is_refused():
+    message = "optimizer.factors names vlm, which this stage does not train; it trains "
+    with pytest.raises(UserError, match=message):
+        first_update("adamw", factors=dict(vlm=0.5))
