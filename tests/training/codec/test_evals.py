@@ -13,7 +13,9 @@ from starflow2_jax.config.loading import complete
 from starflow2_jax.data.scenes.source import SceneOptions, Scenes
 from starflow2_jax.errors import ConfigError
 from starflow2_jax.models.fae import FeatureDecoder, LatentEncoder
+from starflow2_jax.models.gaussian_distance import frechet_of
 from starflow2_jax.parallel import sharding
+from starflow2_jax.training.codec import measures, pictures
 from starflow2_jax.training.codec.pictures import held_out_streams
 from starflow2_jax.training.codec.trainer import CodecTrainer
 from starflow2_jax.training.evals.table import evaluations
@@ -82,6 +84,48 @@ def test_the_files_are_what_the_codec_makes_of_the_pictures(trained):
     assert numbers["reconstruction/kl"] == pytest.approx(float(kl.sum(-1).mean()), rel=1e-4)
     active = int((np.asarray(mean).reshape(-1, 4).var(0) > 0.01).sum())
     assert numbers["reconstruction/active_channels"] == active
+
+
+def test_pictures_are_compared_in_the_encoders_features_and_by_ssim(trained):
+    """Both ways to make them: through latents, and from the encoder's features."""
+    task = CodecTrainer(with_evals(), trained).task("pixels_tuned")
+    codec, n, numbers = read_fae(trained), task.networks, found(trained, "pixels_tuned")
+    originals = files(trained, "evals/reconstruction/00000008/originals")
+    pixels = originals.astype(np.float32) / 127.5 - 1
+    x = n.features(codec.weights, pixels)
+    direct = np.asarray(n.pictures(codec.weights, x)).clip(-1, 1)
+    for way, made in {"": np.asarray(codec.decode(codec.encode(pixels))).clip(-1, 1), "direct_": direct}.items():
+        again = n.features(codec.weights, made)
+        distance = frechet_of(*(np.asarray(each).mean(1) for each in (again, x)))
+        assert distance > 0 and numbers[f"reconstruction/{way}distance"] == pytest.approx(distance, rel=1e-3)
+        levels = np.round((made + 1) * 127.5).astype(np.uint8)
+        similar = float(np.mean(measures.ssim(levels, originals)))
+        assert numbers[f"reconstruction/{way}ssim"] == pytest.approx(similar, rel=1e-3)
+
+
+def test_the_probe_is_fitted_and_tested_on_the_features_that_it_names(trained):
+    task = CodecTrainer(with_evals(), trained).task("pixels_tuned")
+    codec, numbers = read_fae(trained), found(trained, "pixels_tuned")
+    [ground] = [each.evaluate for each in evaluations(task, trained) if each.name == "ground"]
+    pixels, classes = [], []
+    with jax.set_mesh(task.mesh):
+        for batch in ground.batches:
+            pixels.append(np.asarray(pictures.pixels(batch, codec.networks)))
+            classes.append(np.asarray(pictures.labels(batch, codec.networks)))
+    x, y = codec.features_of(codec.weights, np.concatenate(pixels)), np.concatenate(classes)
+    mean, _ = LatentEncoder(codec.networks).apply({"params": codec.weights["latent_encoder"]}, x)
+    again = FeatureDecoder(codec.networks).apply({"params": codec.weights["feature_decoder"]}, mean)
+    x, again = (np.asarray(each).mean(1) for each in (x, again))
+    fit, test = slice(0, None, 2), slice(1, None, 2)
+    wanted = dict(
+        features=measures.probe(x[fit], y[fit], x[test], y[test]),
+        reconstructed=measures.probe(again[fit], y[fit], again[test], y[test]),
+        transferred=measures.probe(x[fit], y[fit], again[test], y[test]),
+        most_common=np.bincount(y).max() / len(y),
+        classes=len(set(y.tolist())),
+    )
+    assert len({wanted[name] for name in ("features", "reconstructed", "transferred")}) == 3, wanted
+    assert {name: numbers[f"ground/{name}"] for name in wanted} == pytest.approx(wanted, abs=0.03)
 
 
 def test_the_sheet_shows_originals_above_reconstructions(trained):
