@@ -73,8 +73,8 @@ def factored(factors: dict[str, float]) -> optax.GradientTransformation:
         return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        scaled = {group: jax.tree.map(lambda u: factors[group] * u, updates[group]) for group in factors}
-        return updates | scaled, state
+        scaled = {group: optax.tree.scale(factors.get(group, 1.0), each) for group, each in updates.items()}
+        return scaled, state
 
     return optax.GradientTransformation(init, update)
 
