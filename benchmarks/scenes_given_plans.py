@@ -31,7 +31,6 @@ NUMBER = 40  # pictures of a kind
 
 
 def main() -> None:
-    jax.config.update("jax_num_cpu_devices", 2)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", required=True, help="a new checkpoint directory")
     p.add_argument("--kinds", nargs="+", choices=CAPTIONS, default=["single"], help="of captions (default: single)")
@@ -40,6 +39,7 @@ def main() -> None:
     a, overrides = p.parse_known_args()
     settings = [text.removeprefix("--config.") for text in overrides]
     config: Any = configs.load("scenes_quick", settings).unlock()
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     config.order = ("pretrain", "text_to_image")
     for name, steps in zip(config.order, (a.words, a.steps), strict=True):
         config.stages[name].steps = steps

@@ -230,15 +230,19 @@ def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
 
 
 def test_the_quickstart_of_scenes(tmp_path, monkeypatch):
-    """It trains scenes_quick and evaluates it on the benchmark of its nouns."""
-    begun = []
+    """It trains the codec, then scenes_fae on it, and evaluates that on the benchmark of its nouns."""
+    begun, reported = [], []
     monkeypatch.setattr(training, "start_devices", lambda count, *_: None)
     monkeypatch.setattr(
-        training, "_trained", lambda config, folder: begun.append(config) or {"seconds": {"total": 1.0}}
+        training, "_trained", lambda *run: begun.append(run) or {"seconds": {"total": float(len(begun))}}
     )
-    monkeypatch.setattr(training.evaluation, "report", lambda args, *_, smoke: begun.append(args))
+    monkeypatch.setattr(training.evaluation, "report", lambda *report, smoke: reported.extend(report))
     assert cli.main(["quickstart", "--demo", "scenes", "--smoke", "--out", str(tmp_path)]) == 0
-    config, args = begun
+    (codec, folder), (config, _) = begun
+    assert codec.kind == "fae" and folder == tmp_path / "codec" and config.codec.path == str(folder)
+    assert config.cpu_devices == codec.cpu_devices
+    args, spent = reported
+    assert spent == 1 + 2
     assert {source.path for source in config.data.sources.values()} == {"scenes"} and config.stages.joint.steps == 4
     benchmark = open_benchmark(args.benchmark, args.data, args.limit, args.part)
     assert isinstance(benchmark, QuickScenesBenchmark) and benchmark.limit == 1

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from starflow2_jax.commands import evaluation
 from starflow2_jax.commands.arguments import Commands, InputFolder, OutputFolder, Whole, Words
@@ -14,9 +15,20 @@ from starflow2_jax.commands.experiment import add_config
 from starflow2_jax.errors import Terminated
 
 KEPT = "the last checkpoint is kept, and the same command resumes from it"
-DEMOS = {  # of the quickstart: experiment, benchmark, tasks of each kind if it is a mere trial
-    "digits": ("digits_quick", "digits", 10),
-    "scenes": ("scenes_quick", "scenes_quick", 1),
+
+
+class Demo(NamedTuple):
+    """What the quickstart trains and evaluates."""
+
+    experiment: str
+    benchmark: str
+    few: int  # tasks of each kind in a mere trial
+    codec: str = ""  # the experiment that trains the codec; "": it needs no training
+
+
+DEMOS = {
+    "digits": Demo("digits_quick", "digits", 10),
+    "scenes": Demo("scenes_fae", "scenes_quick", 1, codec="fae_scenes"),
 }
 
 
@@ -177,7 +189,7 @@ def _add_quickstart(commands: Commands) -> None:
         "--demo",
         choices=DEMOS,
         default="digits",
-        help="digits, ten minutes on two CPU cores, or scenes, 50 minutes (default: digits)",
+        help="digits, ten minutes on two CPU cores, or scenes, an hour (default: digits)",
     )
     p.add_argument(
         "--out",
@@ -200,11 +212,13 @@ def _quickstart(args: Namespace, _: list[str]) -> None:
 
     if args.smoke:  # it mostly compiles; XLA reads this variable when JAX starts, which is below
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    experiment, args.benchmark, few = DEMOS[args.demo]
-    config = configs.load(experiment, runlocal=args.smoke)
+    demo, args.checkpoint, codec = DEMOS[args.demo], Path(args.out) / "checkpoint", Path(args.out) / "codec"
+    args.benchmark, args.limit = demo.benchmark, demo.few if args.smoke else None
+    config = configs.load(demo.experiment, [f"codec.path={codec}"] if demo.codec else [], runlocal=args.smoke)
     start_devices(config.cpu_devices)
-    args.checkpoint = Path(args.out) / "checkpoint"
-    args.limit = few if args.smoke else None
-    spent = _trained(config, args.checkpoint)["seconds"]["total"]  # of all starts of an interrupted run
+    spent = 0.0  # seconds of all starts of an interrupted run
+    if demo.codec:
+        spent += _trained(configs.load(demo.codec, runlocal=args.smoke), codec)["seconds"]["total"]
+    spent += _trained(config, args.checkpoint)["seconds"]["total"]
     print("sampling and evaluating ...")
     evaluation.report(args, spent, smoke=args.smoke)

@@ -21,7 +21,7 @@ GROUND = r"on an? (\w+) background"
 
 def get_config(runlocal: bool = False) -> ConfigDict:
     """The config. `runlocal`: one layer in each network and two steps of each stage, to try the pipeline."""
-    c = ConfigDict(dict(kind="fae", cpu_devices=2, log_every=10, save_every=500, keep=2, measured=50))
+    c = ConfigDict(dict(kind="fae", cpu_devices=1, log_every=10, save_every=500, keep=2, measured=50))
     c.order = ("encoder", "features", "pixels", "pixels_tuned")
     source = dict(path="scenes", size=32, objects=60, quarters=True)
     held_out = dict(validation="two", objects="single", grounds="background")
