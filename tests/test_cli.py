@@ -199,7 +199,7 @@ def test_the_quickstart_and_what_it_leaves(tmp_path, monkeypatch, capsys):
     numbers = dict.fromkeys(set(digits.AIMS) - {"train_seconds", "total_seconds"}, 0.5)
     page = Page("", "Digits", "", tuple(digits.digits.WORDS[:10]), np.zeros((10, 1, 8, 8, 1)))
     limits = []
-    monkeypatch.setattr(configs, "load", lambda path, runlocal: config)
+    monkeypatch.setattr(configs, "load", lambda *_: config)
     monkeypatch.setattr(training, "start_devices", lambda count, *_: None)
     monkeypatch.setattr(
         engine, "evaluate", lambda sampler, benchmark, *a: (limits.append(benchmark.limit), (dict(numbers), page))[1]

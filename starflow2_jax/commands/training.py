@@ -214,11 +214,12 @@ def _quickstart(args: Namespace, _: list[str]) -> None:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     demo, args.checkpoint, codec = DEMOS[args.demo], Path(args.out) / "checkpoint", Path(args.out) / "codec"
     args.benchmark, args.limit = demo.benchmark, demo.few if args.smoke else None
-    config = configs.load(demo.experiment, [f"codec.path={codec}"] if demo.codec else [], runlocal=args.smoke)
-    start_devices(config.cpu_devices)
-    spent = 0.0  # seconds of all starts of an interrupted run
+    runs, overrides = [], []
     if demo.codec:
-        spent += _trained(configs.load(demo.codec, runlocal=args.smoke), codec)["seconds"]["total"]
-    spent += _trained(config, args.checkpoint)["seconds"]["total"]
+        runs.append((codec, configs.load(demo.codec, runlocal=args.smoke, kinds=[configs.CODEC])))
+        overrides.append(f"codec.path={codec}")
+    runs.append((args.checkpoint, configs.load(demo.experiment, overrides, args.smoke)))
+    start_devices(runs[0][1].cpu_devices)
+    spent = sum(_trained(config, folder)["seconds"]["total"] for folder, config in runs)  # over all starts
     print("sampling and evaluating ...")
     evaluation.report(args, spent, smoke=args.smoke)

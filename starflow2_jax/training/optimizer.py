@@ -64,7 +64,7 @@ def factored(factors: dict[str, float]) -> optax.GradientTransformation:
     """Multiplies updates, weight decay included, of the groups of parameters that have a factor. `init` raises
     UserError for a factor of a group that the parameters lack."""
 
-    def init(params: dict) -> optax.EmptyState:
+    def init(params: Any) -> optax.EmptyState:
         if missing := sorted(factors.keys() - params.keys()):
             raise UserError(
                 f"optimizer.factors names {', '.join(missing)}, which this stage does not train; it trains "
@@ -72,7 +72,7 @@ def factored(factors: dict[str, float]) -> optax.GradientTransformation:
             )
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         scaled = {group: optax.tree.scale(factors.get(group, 1.0), each) for group, each in updates.items()}
         return scaled, state
 
