@@ -33,10 +33,12 @@ def page(keys: list[Key], columns: int) -> str:
     default.
     """
     count = sum(_differs(key) for key in keys)
-    lines = [f"{count} of {sum(not key.group for key in keys)} keys, marked *, differ from the defaults or have none."]
+    lines = [
+        f"{count} of {sum(not _heads(key) for key in keys)} keys, marked *, differ from the defaults or have none."
+    ]
     lines += ["Set a key with --config.KEY=VALUE, in all stages with --config.stages.*.KEY=VALUE.", ""]
     for key in keys:
-        lines += ["", f"{key.path}: {key.help}"] if key.group else _lines(key, columns)
+        lines += ["", f"{key.path}: {key.help}"] if _heads(key) else _lines(key, columns)
     return "\n".join(lines)
 
 
@@ -52,5 +54,10 @@ def _lines(key: Key, columns: int) -> list[str]:
     return first + [f"{'':{LEFT}} {line}" for line in wrapped[1:]]
 
 
+def _heads(key: Key) -> bool:
+    """Whether the key has no value of its own: a group, or a table without entries."""
+    return key.group or key.value == {}
+
+
 def _differs(key: Key) -> bool:
-    return not key.group and key.value != key.default
+    return not _heads(key) and key.value != key.default

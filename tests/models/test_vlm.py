@@ -6,7 +6,6 @@ own of the token (or of what the vision tower saw) to its input.
 """
 
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -16,6 +15,7 @@ import pytest
 import tiny
 
 from starflow2_jax import sequence
+from starflow2_jax.config.schema import OptimizerConfig
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import Encoder, collate
 from starflow2_jax.errors import UserError
@@ -33,7 +33,7 @@ from starflow2_jax.training.step import Objective, make_step, new_state
 from starflow2_jax.weights.vlm import load_config, write_config
 
 LAYERS, WIDTH = 3, 24
-ADAMW = SimpleNamespace(
+ADAMW = OptimizerConfig(
     name="adamw",
     learning_rate=1e-2,
     final_fraction=1.0,

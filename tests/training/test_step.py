@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from functools import cache, partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from starflow2_jax import sequence
+from starflow2_jax.config.schema import OptimizerConfig
 from starflow2_jax.data.documents import Image, Text
 from starflow2_jax.data.pipeline import collate
 from starflow2_jax.models.flow import Flow
@@ -27,7 +27,7 @@ from starflow2_jax.training.optimizer import make_optimizer
 from starflow2_jax.training.step import Objective, TrainState, finish, make_step, new_state
 
 OPTIMIZER = make_optimizer(
-    SimpleNamespace(
+    OptimizerConfig(
         name="adamw",
         learning_rate=1e-2,
         final_fraction=0.1,

@@ -125,7 +125,7 @@ def test_the_probe_is_fitted_and_tested_on_the_features_that_it_names(trained):
         classes=len(set(y.tolist())),
     )
     assert len({wanted[name] for name in ("features", "reconstructed", "transferred")}) == 3, wanted
-    assert {name: numbers[f"ground/{name}"] for name in wanted} == pytest.approx(wanted, abs=0.03)
+    assert {name: numbers[f"ground/{name}"] for name in wanted} == pytest.approx(wanted, abs=1e-3)
 
 
 def test_the_sheet_shows_originals_above_reconstructions(trained):
