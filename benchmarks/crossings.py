@@ -5,7 +5,8 @@ skip that is left out is not trained: its weights stay zero, as they are at firs
 
 starflow2 train --config scenes_fae --config.codec.path=runs/fae_scenes --config.order=pretrain,text_to_image \\
     --out runs/begin
-python benchmarks/crossings.py --begin runs/begin --skips w_vlm --seed 1 --out runs/w_vlm_1
+python benchmarks/crossings.py --begin runs/begin --skips w_vlm --seed 1 --out runs/w_vlm_1 \\
+    --config.codec.path=runs/fae_scenes
 starflow2 eval --benchmark scenes_quick --checkpoint runs/w_vlm_1 --out runs/w_vlm_1_report
 """
 

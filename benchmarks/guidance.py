@@ -10,7 +10,6 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from starflow2_jax.evaluation.protocol import Answer, Task
@@ -26,7 +25,7 @@ CAPTIONED: dict[str, dict[str, Any]] = {
     "linear, 1": dict(guidance=1.0, linear=True),
     "linear, annealed, 2": dict(guidance=2.0, linear=True, annealed=True),
 }
-EDITED: dict[str, dict[str, Any]] = {  # guidance: the weight of the text, if the image has one of its own
+EDITED: dict[str, dict[str, Any]] = {  # guidance weighs the text alone where image_guidance is given
     "none": dict(guidance=0.0),
     "text and image together, 1": dict(guidance=1.0),
     "text 1, image 0": dict(guidance=1.0, image_guidance=0.0),
@@ -44,7 +43,6 @@ def main() -> None:
     p.add_argument("--temperature", type=float, default=1.0, help="of images (default: 1)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of sampling (default: 0 1)")
     a = p.parse_args()
-    jax.config.update("jax_num_cpu_devices", 1)
     sampler, benchmark = Sampler.restore(a.checkpoint), QuickScenesBenchmark(limit=a.limit)
     benchmark.begin(sampler)
     tasks = benchmark.tasks()
